@@ -1,0 +1,204 @@
+"""Drive many rows at once: each row is a generator that yields calls and is sent their replies.
+
+A stage writes what happens to one row, top to bottom, as the paper does; `conduct` runs hundreds
+of such rows side by side, asks the journal before any model, and keeps every reply before a row
+sees it.
+"""
+
+import heapq
+import queue
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from srt_cli.journal import Journal, request_key
+from srt_cli.models import Model, Reply, Request, canonical_request, reply_from_plain, reply_to_plain
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A row's wish: send this request to this model. `name` is for people who read the journal."""
+
+    model: Model
+    request: Request
+    name: str
+
+
+Script = Generator[Call, Reply, Result]
+
+
+@dataclass
+class Tally:
+    """What a run's calls came to, as they happen."""
+
+    paid: int = 0
+    from_journal: int = 0
+    failed: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass
+class _Row(Generic[Result]):
+    index: int
+    script: Script[Result]
+    calls_made: int = 0
+
+
+@dataclass
+class _Pending(Generic[Result]):
+    """A call that waits for its model; rows nearest to their end go first."""
+
+    row: _Row[Result]
+    call: Call
+    key: bytes
+    known: Reply | None = None
+
+    def __lt__(self, other: "_Pending[Result]") -> bool:
+        return (-self.row.calls_made, self.row.index) < (-other.row.calls_made, other.row.index)
+
+
+@dataclass
+class _Conductor(Generic[Result]):
+    journal: Journal
+    window: int
+    tally: Tally
+    waiting: dict[int, list[_Pending[Result]]] = field(default_factory=lambda: defaultdict(list))
+    """Calls not yet handed over, per model."""
+    in_flight: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    models: dict[int, Model] = field(default_factory=dict)
+    active: int = 0
+    batching: bool = False
+    """A batched model is at work: rows then go in whole windows, so that batches repeat exactly."""
+    finished: "queue.SimpleQueue[tuple[_Pending[Result], Future[Reply]]]" = field(
+        default_factory=queue.SimpleQueue
+    )
+
+    def advance(self, row: _Row[Result], reply: Reply | None) -> list[tuple[int, Result]]:
+        """Let a row go on until it must wait for a model; its result when it is done."""
+        while True:
+            try:
+                call = next(row.script) if reply is None else row.script.send(reply)
+            except StopIteration as stop:
+                self.active -= 1
+                return [(row.index, stop.value)]
+            row.calls_made += 1
+            key = request_key(canonical_request(call.model, call.request))
+            kept = self.journal.get(key)
+            known = reply_from_plain(kept) if kept is not None else None
+            if known is not None:
+                self.tally.from_journal += 1
+            if known is not None and not call.model.batched:
+                reply = known
+                continue
+            self.models[id(call.model)] = call.model
+            self.batching |= call.model.batched
+            pending = _Pending(row, call, key, known)
+            if call.model.batched:
+                self.waiting[id(call.model)].append(pending)
+            else:
+                heapq.heappush(self.waiting[id(call.model)], pending)
+            return []
+
+    def dispatch(self) -> list[_Pending[Result]]:
+        """Hand waiting calls to models that want them; returns those the journal has answered."""
+        for identity, waiting in self.waiting.items():
+            model = self.models[identity]
+            room = model.in_flight - self.in_flight[identity]
+            if model.batched or room <= 0:
+                continue
+            ready = [heapq.heappop(waiting) for _ in range(min(room, len(waiting)))]
+            self._submit(model, ready)
+        if any(self.in_flight.values()):
+            return []
+        # Every row now stands before a batched model: the whole wave goes, answered calls included.
+        answered = []
+        for identity, waiting in self.waiting.items():
+            wave = sorted(waiting, key=lambda pending: pending.row.index)
+            waiting.clear()
+            self._submit(self.models[identity], wave)
+            answered += [pending for pending in wave if pending.known is not None]
+        return answered
+
+    def _submit(self, model: Model, ready: list[_Pending[Result]]) -> None:
+        if not ready:
+            return
+        futures = model.submit(
+            [pending.call.request for pending in ready],
+            [pending.known is not None for pending in ready],
+        )
+        for pending, future in zip(ready, futures, strict=True):
+            if pending.known is None:
+                self.in_flight[id(model)] += 1
+                future.add_done_callback(
+                    lambda done, pending=pending: self.finished.put((pending, done))
+                )
+
+    def receive(self) -> tuple[_Pending[Result], Reply]:
+        """Wait for the next reply and keep it; a fatal error of its model is raised here."""
+        return self._keep(*self.finished.get())
+
+    def keep_finished(self) -> None:
+        """Journal replies that came in but were not looked at: an ending run has paid for them."""
+        while not self.finished.empty():
+            pending, future = self.finished.get_nowait()
+            if not future.cancelled() and future.exception() is None:
+                self._keep(pending, future)
+
+    def _keep(
+        self, pending: _Pending[Result], future: Future[Reply]
+    ) -> tuple[_Pending[Result], Reply]:
+        self.in_flight[id(pending.call.model)] -= 1
+        reply = future.result()
+        if reply.finish_reason == "failed":
+            self.tally.failed += 1
+        else:
+            self.journal.append(pending.key, pending.call.name, reply_to_plain(reply))
+            self.tally.paid += 1
+            self.tally.completion_tokens += reply.usage.completion_tokens
+        return pending, reply
+
+
+def conduct(
+    scripts: Iterable[Script[Result]],
+    journal: Journal,
+    *,
+    window: int,
+    tally: Tally | None = None,
+) -> Iterator[tuple[int, Result]]:
+    """Run the scripts, at most `window` rows at a time; yields (row index, result) as rows finish.
+
+    Failed calls are not journalled, so a later run owes them again. Raises what a model raises
+    for good (`QuotaError`, unknown model); rows yielded until then stay valid.
+    """
+    conductor: _Conductor[Result] = _Conductor(journal, window, tally or Tally())
+    try:
+        yield from _run(conductor, enumerate(scripts))
+    finally:
+        conductor.keep_finished()
+
+
+def _run(
+    conductor: _Conductor[Result], source: Iterator[tuple[int, Script[Result]]]
+) -> Iterator[tuple[int, Result]]:
+    more = True
+    while more or conductor.active:
+        window_is_open = not (conductor.batching and conductor.active)
+        while more and window_is_open and conductor.active < conductor.window:
+            index, script = next(source, (-1, None))
+            if script is None:
+                more = False
+                break
+            conductor.active += 1
+            yield from conductor.advance(_Row(index, script), None)
+        if not conductor.active:
+            continue
+        answered = conductor.dispatch()
+        for pending in answered:
+            yield from conductor.advance(pending.row, pending.known)
+        if any(conductor.in_flight.values()):
+            pending, reply = conductor.receive()
+            yield from conductor.advance(pending.row, reply)

@@ -1,0 +1,170 @@
+"""The Typer app: six commands derived from the stages' dataclasses, and the one error boundary."""
+
+import dataclasses
+import inspect
+import os
+import signal
+import sys
+import types
+import typing
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+import srt_cli
+from srt_cli import console
+from srt_cli.errors import Interrupted, SrtError
+from srt_cli.options import flag_of, resolve
+
+STAGES: Final = {
+    "collect-feedback": ("srt_cli.stages.collect_feedback", "CollectFeedback"),
+    "sft": ("srt_cli.stages.sft", "Sft"),
+    "self-critique": ("srt_cli.stages.self_critique", "SelfCritique"),
+    "build-prefs": ("srt_cli.stages.build_prefs", "BuildPrefs"),
+    "dpo": ("srt_cli.stages.dpo", "Dpo"),
+    "eval": ("srt_cli.stages.evaluate", "Evaluate"),
+}
+"""Command name -> (module, options dataclass); the module's `run(options)` is the stage."""
+
+
+def _stage(command: str) -> tuple[type[Any], Callable[[Any], None]]:
+    module_name, class_name = STAGES[command]
+    module = import_module(module_name)
+    return getattr(module, class_name), module.run
+
+
+def _option_names(options_class: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(options_class)]
+
+
+def _command(command: str) -> Callable[..., None]:
+    """A function whose signature is the stage's dataclass, so that typer derives the options."""
+    options_class, run = _stage(command)
+
+    def invoke(**flags: Any) -> None:
+        config_file = flags.pop("config")
+        shared = frozenset(name for other in STAGES for name in _option_names(_stage(other)[0]))
+        given = {name: value for name, value in flags.items() if value not in (None, [])}
+        options = resolve(options_class, command, given, config_file, shared)
+        console.quiet_libraries()
+        run(options)
+
+    parameters = [_parameter(field) for field in dataclasses.fields(options_class)]
+    parameters.append(
+        inspect.Parameter(
+            "config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                Path | None,
+                typer.Option(
+                    "--config",
+                    metavar="FILE",
+                    help="Presets: a TOML file, or the run.json of an earlier run. Flags win.",
+                ),
+            ],
+        )
+    )
+    invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    invoke.__doc__ = inspect.getdoc(options_class)
+    return invoke
+
+
+def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
+    """A typer option for one field. Its own default is None: only what was typed counts as given."""
+    declared = _without_none(field.type)
+    is_list = typing.get_origin(declared) is tuple
+    item: Any = typing.get_args(declared)[0] if is_list else declared
+    default = field.default
+    shown: str | bool = False
+    if isinstance(default, tuple):
+        shown = ", ".join(map(str, default)) or False
+    elif default is not None and default is not False:
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    flag = flag_of(field)
+    option = typer.Option(
+        f"{flag}/--no-{flag.removeprefix('--')}" if item is bool else flag,
+        help=field.metadata["help"],
+        show_default=shown,
+        metavar=field.metadata["metavar"],
+    )
+    annotation = Annotated[list[item] | None if is_list else item | None, option]  # type: ignore[misc,valid-type]
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _without_none(annotation: Any) -> Any:
+    if isinstance(annotation, types.UnionType):
+        (kept,) = [part for part in typing.get_args(annotation) if part is not type(None)]
+        return kept
+    return annotation
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        console.result(f"srt {srt_cli.__version__}")
+        raise typer.Exit
+
+
+def _describe_app(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Improve a language model by language feedback: Self-Refinement Tuning (arXiv 2406.07168).
+
+    Stage 1: collect-feedback, sft. Stage 2: self-critique, build-prefs, dpo. Then: eval.
+    Each command reads and writes plain files; its defaults take what the one before it wrote.
+    """
+
+
+def build_app() -> typer.Typer:
+    """The app with its six commands, in the order of the method."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_describe_app)
+    for command in STAGES:
+        app.command(command)(_command(command))
+    return app
+
+
+def _stop(signal_number: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line; every expected error leaves as one message and an exit code."""
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        build_app()(standalone_mode=True)
+    except KeyboardInterrupt:
+        _exit(Interrupted("stopped; what is complete is written. Run the same line to go on."))
+    except SrtError as error:
+        _exit(error)
+    except OSError as error:
+        _exit(SrtError(_describe_os_error(error)), error)
+
+
+def _describe_os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    reason = error.strerror or str(error)
+    hint = " Free some space and run the same line again." if error.errno == 28 else ""
+    return f"{where}{reason[:1].lower()}{reason[1:]}.{hint}"
+
+
+def _exit(error: SrtError, cause: BaseException | None = None) -> typing.NoReturn:
+    if os.environ.get("SRT_TRACEBACK") == "1":
+        raise cause or error
+    console.fail(str(error))
+    sys.exit(error.exit_code)

@@ -1,0 +1,150 @@
+"""The only module that prints: results to stdout, talk to stderr.
+
+Model text may hold anything, so everything printed is plain text, never markup.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_LINE_EVERY_S: Final = 15.0
+
+_talk = Console(stderr=True, highlight=False)
+_result = Console(highlight=False)
+
+
+def say(message: str) -> None:
+    """A line of talk."""
+    _talk.print(Text(message), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Something the user should look at."""
+    _talk.print(Text("warning: ", style="yellow") + Text(message), soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """Why the command stops."""
+    _talk.print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
+
+
+def result(message: str) -> None:
+    """The command's result."""
+    _result.print(Text(message), soft_wrap=True)
+
+
+def finish(where: str, then: str | None = None) -> None:
+    """The closing line of a command: where the result is, and the next command."""
+    line = Text(where, style="bold")
+    _result.print(line + Text(f"   next: {then}") if then else line, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A result as a table; the first column is text, the others are figures."""
+    _print_table(_result, title, columns, rows)
+
+
+def talk_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table that is talk, not the command's result."""
+    _print_table(_talk, title, columns, rows)
+
+
+def _print_table(
+    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    grid = Table(title=Text(title), title_justify="left", title_style="bold", show_edge=False)
+    for position, column in enumerate(columns):
+        grid.add_column(Text(column), justify="left" if position == 0 else "right")
+    for row in rows:
+        grid.add_row(*(Text(cell) for cell in row))
+    console.print(grid)
+
+
+class ProgressLine(Protocol):
+    """A running count of finished work."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """`steps` more are done; `note` is shown beside the count (failures, tokens/s, loss)."""
+        ...
+
+
+@contextmanager
+def progress(label: str, total: int | None) -> Iterator[ProgressLine]:
+    """Show progress: a bar with rate and time left on a terminal, plain lines elsewhere."""
+    if not _talk.is_terminal:
+        plain = _PlainProgress(label, total)
+        yield plain
+        plain.close()
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=_talk,
+        refresh_per_second=4,
+    )
+    with bar:
+        yield _BarProgress(bar, label, total)
+
+
+class _BarProgress:
+    def __init__(self, bar: Progress, label: str, total: int | None) -> None:
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, note="")
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._bar.update(self._task, advance=steps, note=note)
+
+
+class _PlainProgress:
+    def __init__(self, label: str, total: int | None) -> None:
+        self._label, self._total = label, total
+        self._done, self._note = 0, ""
+        self._started = self._printed = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        self._done += steps
+        self._note = note
+        if time.monotonic() - self._printed >= PLAIN_LINE_EVERY_S:
+            self._print()
+
+    def close(self) -> None:
+        self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        elapsed = self._printed - self._started
+        of_total = f"/{self._total}" if self._total is not None else ""
+        say(f"{self._label}: {self._done}{of_total} in {elapsed:.0f} s {self._note}".rstrip())
+
+
+def quiet_libraries() -> None:
+    """Take third-party progress bars and advice off the terminal; warnings stay."""
+    import logging
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("httpx2", "httpcore2", "openai", "transformers", "trl", "datasets", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

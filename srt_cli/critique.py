@@ -1,0 +1,346 @@
+"""respond -> critique -> blind score: the pass that both feedback stages share.
+
+One row's story is one generator (`critique_row`); `calls.conduct` runs many of them side by side.
+"""
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from srt_cli import console
+from srt_cli.artifacts import OrderedWriter, Run
+from srt_cli.calls import Call, Tally, conduct
+from srt_cli.errors import SrtError, TooManyFailures
+from srt_cli.models import Model, Reply, Request, Task, TaskKind
+from srt_cli.records import (
+    Feedback,
+    FeedbackRecord,
+    Message,
+    Prompt,
+    Status,
+    Usage,
+)
+from srt_cli.templates import (
+    IMPROVED_HEADING,
+    critic_messages,
+    parse_critique,
+    self_critique_messages,
+)
+
+BLIND_SCORE_STOP: Final = (IMPROVED_HEADING,)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is asked to write."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A critic and its way of being asked: Table 1, or in the policy's own conversation."""
+
+    model: Model
+    sampling: Sampling
+    in_conversation: bool
+
+    def messages(self, prompt: Prompt, response: str) -> list[Message]:
+        """The chat that asks for feedback on one response."""
+        ask = self_critique_messages if self.in_conversation else critic_messages
+        return ask(prompt, response)
+
+    def call(self, kind: TaskKind, prompt: Prompt, response: str, name: str) -> Call:
+        """Ask for feedback and refinement (`critique`), or for feedback alone (`score`)."""
+        request = _request(
+            self.messages(prompt, response),
+            self.sampling,
+            Task(kind, prompt, (response,)),
+            stop=BLIND_SCORE_STOP if kind == "score" else (),
+        )
+        return Call(self.model, request, name)
+
+
+def respond_call(policy: Model, sampling: Sampling, prompt: Prompt, sample: int) -> Call:
+    """Ask the policy for a draft."""
+    request = _request(prompt.messages, sampling, Task("respond", prompt), sample=sample)
+    return Call(policy, request, f"{prompt.id}/{sample} response")
+
+
+def _request(
+    messages: Iterable[Message],
+    sampling: Sampling,
+    task: Task,
+    *,
+    stop: tuple[str, ...] = (),
+    sample: int = 0,
+) -> Request:
+    return Request(
+        messages=tuple(messages),
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        stop=stop,
+        sample=sample,
+        task=task,
+    )
+
+
+@dataclass
+class _Story:
+    """What is known of one row so far; turns into its record whatever happens."""
+
+    prompt: Prompt
+    policy: str
+    critic: str
+    sample: int
+    round: int
+    response: str | None = None
+    feedback: Feedback | None = None
+    refinement: str | None = None
+    refinement_score: float | None = None
+    refinement_feedback: Feedback | None = None
+    status: Status = "ok"
+    reason: str | None = None
+    raw: dict[str, str] = field(default_factory=dict)
+    usage: Usage = Usage()
+
+    def hear(self, what: str, reply: Reply) -> bool:
+        """Take in a reply; false when it is no usable text, with the status saying why."""
+        self.raw[what] = reply.text
+        self.usage = self.usage + reply.usage
+        if reply.finish_reason == "failed":
+            return self.end("failed", f"{what}: {reply.error}")
+        if reply.finish_reason == "refused":
+            return self.end("refused", f"{what}: refused by the model or a content filter")
+        if reply.finish_reason == "length":
+            return self.end("truncated", f"{what}: cut off at the token limit")
+        if not reply.text.strip():
+            return self.end("unparsed", f"{what}: empty reply")
+        return True
+
+    def end(self, status: Status, reason: str) -> bool:
+        """The story ends early."""
+        self.status, self.reason = status, reason
+        return False
+
+    def record(self) -> FeedbackRecord:
+        """The line this row becomes."""
+        return FeedbackRecord(
+            id=self.prompt.id,
+            prompt=self.prompt.prompt,
+            response=self.response,
+            feedback=self.feedback,
+            refinement=self.refinement,
+            refinement_score=self.refinement_score,
+            refinement_feedback=self.refinement_feedback,
+            status=self.status,
+            reason=self.reason,
+            raw=self.raw,
+            policy=self.policy,
+            critic=self.critic,
+            sample=self.sample,
+            round=self.round,
+            usage=self.usage,
+        )
+
+
+def critique_row(
+    prompt: Prompt,
+    policy: tuple[Model, Sampling] | None,
+    critic: Critic,
+    *,
+    sample: int = 0,
+    rounds: int = 1,
+) -> Generator[Call, Reply, list[FeedbackRecord]]:
+    """One prompt from draft to blind score; one record a round, each refining the last.
+
+    Without a policy the prompt's own response is the draft. A round that does not end `ok` ends
+    the row: there is nothing to refine further.
+    """
+    policy_spec = policy[0].spec if policy is not None and prompt.response is None else "given"
+    story = _Story(prompt, policy_spec, critic.model.spec, sample, round=1)
+    if prompt.response is not None:
+        story.response = prompt.response
+    else:
+        assert policy is not None
+        reply = yield respond_call(*policy, prompt, sample)
+        # A draft cut at the limit is still a draft to criticise; what is missing is a weakness.
+        if not story.hear("response", reply) and story.status != "truncated":
+            return [story.record()]
+        story.status, story.reason, story.response = "ok", None, reply.text.strip()
+
+    records = []
+    for round_number in range(1, rounds + 1):
+        yield from _critique_and_refine(story, critic)
+        records.append(story.record())
+        if story.status != "ok":
+            break
+        story = _Story(
+            prompt, policy_spec, critic.model.spec, sample, round_number + 1, story.refinement
+        )
+    return records
+
+
+def _critique_and_refine(story: _Story, critic: Critic) -> Generator[Call, Reply, None]:
+    assert story.response is not None
+    name = f"{story.prompt.id}/{story.sample} round {story.round}"
+    reply = yield critic.call("critique", story.prompt, story.response, f"{name} critique")
+    complete = story.hear("critique", reply)
+    parsed = parse_critique(reply.text)
+    story.feedback = parsed.feedback
+    if not complete:
+        return
+    if parsed.problems:
+        story.end("unparsed", "critique: " + ", ".join(parsed.problems))
+        return
+    story.refinement = parsed.refinement
+    assert story.refinement is not None
+
+    # The paper's precaution: a critic that has seen its own feedback scores the refinement higher.
+    reply = yield critic.call("score", story.prompt, story.refinement, f"{name} blind score")
+    if not story.hear("score", reply):
+        return
+    blind = parse_critique(reply.text, expect_refinement=False)
+    story.refinement_score, story.refinement_feedback = blind.score, blind.feedback
+    if blind.score is None:
+        story.end("unparsed", "score: " + ", ".join(blind.problems))
+
+
+def run_critiques(
+    run: Run,
+    prompts: Iterable[Prompt],
+    total: int | None,
+    policy: tuple[Model, Sampling] | None,
+    critic: Critic,
+    *,
+    samples: int = 1,
+    rounds: int = 1,
+    max_failures: int | None,
+) -> "CritiqueSummary":
+    """Write the feedback of every prompt to `run.out`, in the order of the input.
+
+    An interrupted run writes what is complete. Raises `TooManyFailures` at the end.
+    """
+    journal = run.journal()
+    tally = Tally()
+    summary = CritiqueSummary()
+    models = [critic.model] + ([policy[0]] if policy else [])
+    writer = OrderedWriter(run.out)
+    scripts = (
+        critique_row(prompt, policy, critic, sample=sample, rounds=rounds)
+        for prompt in prompts
+        for sample in range(samples)
+    )
+    expected = total * samples if total is not None else None
+    finished = 0
+    try:
+        with console.progress("criticising", expected) as progress:
+            window = 2 * max(model.in_flight for model in models)
+            for index, records in conduct(scripts, journal, window=window, tally=tally):
+                writer.add(index, records)
+                finished += 1
+                summary.add(records)
+                progress.advance(note=summary.note())
+    except (SrtError, KeyboardInterrupt):
+        run.manifest.progress = f"{finished} of {expected if expected is not None else '?'}"
+        writer.commit()
+        raise
+    except BaseException:
+        writer.discard()
+        raise
+    finally:
+        run.manifest.tallies = summary.tallies(tally)
+        run.manifest.usage = {"total": summary.usage}
+        run.manifest.models = {model.spec: model.describe() for model in models}
+        for model in models:
+            model.close()
+    writer.commit()
+    if expected is None:
+        expected = finished
+    run.manifest.progress = f"{finished} of {expected}"
+    if max_failures is not None and summary.statuses.get("failed", 0) > max_failures:
+        raise TooManyFailures(
+            f"{summary.statuses['failed']} rows failed, more than --max-failures {max_failures} "
+            f"({summary.first_failure}). Run the same line again: only those rows are owed."
+        )
+    return summary
+
+
+@dataclass
+class CritiqueSummary:
+    """What a critique run came to; shown at the end, kept in the manifest."""
+
+    statuses: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, int] = field(default_factory=dict)
+    confusion: dict[str, int] = field(default_factory=dict)
+    copies: int = 0
+    gains: list[float] = field(default_factory=list)
+    draft_characters: int = 0
+    refinement_characters: int = 0
+    usage: Usage = Usage()
+    first_failure: str | None = None
+
+    def add(self, records: list[FeedbackRecord]) -> None:
+        """Count one row's records."""
+        for record in records:
+            self.statuses[record.status] = self.statuses.get(record.status, 0) + 1
+            self.usage = self.usage + record.usage
+            if record.status == "failed" and self.first_failure is None:
+                self.first_failure = record.reason
+            if record.feedback is not None:
+                key = f"{record.feedback.score:g}"
+                self.scores[key] = self.scores.get(key, 0) + 1
+            if record.status == "ok" and record.gain is not None:
+                assert record.response is not None and record.refinement is not None
+                self.gains.append(record.gain)
+                self.copies += record.refinement.strip() == record.response.strip()
+                self.draft_characters += len(record.response)
+                self.refinement_characters += len(record.refinement)
+
+    def note(self) -> str:
+        """The short form for the progress line."""
+        bad = sum(count for status, count in self.statuses.items() if status != "ok")
+        return f"{bad} not ok" if bad else ""
+
+    def tallies(self, calls: Tally) -> dict[str, object]:
+        """The manifest's form."""
+        ok = len(self.gains)
+        return {
+            "rows": sum(self.statuses.values()),
+            "statuses": dict(sorted(self.statuses.items())),
+            "calls_made": calls.paid,
+            "calls_from_journal": calls.from_journal,
+            "draft_scores": dict(sorted(self.scores.items(), key=lambda item: float(item[0]))),
+            "mean_gain": sum(self.gains) / ok if ok else None,
+            "refinements_better": sum(gain > 0 for gain in self.gains),
+            "refinements_equal": sum(gain == 0 for gain in self.gains),
+            "refinements_worse": sum(gain < 0 for gain in self.gains),
+            "copies": self.copies,
+            "length_ratio": (
+                self.refinement_characters / self.draft_characters if self.draft_characters else None
+            ),
+        }
+
+    def show(self) -> None:
+        """Tell the user what the critic did, before they train on it."""
+        statuses = " · ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
+        console.say(f"rows: {statuses}")
+        ok = len(self.gains)
+        if not ok:
+            return
+        better, worse = sum(g > 0 for g in self.gains), sum(g < 0 for g in self.gains)
+        console.say(
+            f"refinement against draft, scored blind: {better} better, {ok - better - worse} equal, "
+            f"{worse} worse; mean gain {sum(self.gains) / ok:+.2f}; {self.copies} copies; "
+            f"length x{self.refinement_characters / max(1, self.draft_characters):.2f}"
+        )
+        histogram = "  ".join(
+            f"{score}:{count}"
+            for score, count in sorted(self.scores.items(), key=lambda item: float(item[0]))
+        )
+        console.say(f"scores of the drafts: {histogram}")

@@ -1,0 +1,147 @@
+"""The append-only journal: one line per finished model call, kept before anything is parsed.
+
+It is the truth that every JSONL artifact is derived from. A line is `{"key", "call", ...reply}`;
+the key is a digest of the canonical request, so a call that was paid for once is found again
+whatever the order, the number or the later fate of its row. kill -9 loses at most the calls in
+flight: each append is one write, synced to disk in groups.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import orjson
+
+from srt_cli.errors import SrtError
+
+SYNC_LINES: Final = 64
+SYNC_SECONDS: Final = 0.5
+
+
+def request_key(canonical: dict[str, Any]) -> bytes:
+    """16 bytes that stand for a request; equal requests, equal keys."""
+    plain = orjson.dumps(canonical, option=orjson.OPT_SORT_KEYS)
+    return hashlib.blake2b(plain, digest_size=16).digest()
+
+
+class Journal:
+    """A journal file open for one writer.
+
+    Memory holds one offset a line; replies are read back from disk when asked for. A line that
+    does not parse (a torn tail) is skipped and its call is owed again; `unreadable` counts them.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.unreadable = 0
+        self._offsets: dict[bytes, int] = {}
+        self._unsynced = 0
+        self._synced_at = time.monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  held until close()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise SrtError(
+                f"{path}: another srt run is writing here. Wait for it, or choose another --out."
+            ) from None
+        self._end = self._read_index()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._offsets
+
+    def get(self, key: bytes) -> dict[str, Any] | None:
+        """The reply kept under a key; the newest, if a call was made twice."""
+        offset = self._offsets.get(key)
+        if offset is None:
+            return None
+        self._file.seek(offset)
+        entry: dict[str, Any] = orjson.loads(self._buffered_line())
+        return entry
+
+    def append(self, key: bytes, call: str, reply: dict[str, Any]) -> None:
+        """Keep a reply; `call` says in words what was asked, for people who read the file."""
+        line = orjson.dumps({"key": key.hex(), "call": call, **reply}) + b"\n"
+        self._write(line)
+        self._offsets[key] = self._end
+        self._end += len(line)
+        self._unsynced += 1
+        if self._unsynced >= SYNC_LINES or time.monotonic() - self._synced_at > SYNC_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring what was appended to the disk itself."""
+        if self._unsynced:
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
+        self._synced_at = time.monotonic()
+
+    def close(self) -> None:
+        """Sync, and let the next writer in."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        """Write a whole line, or leave none of it behind: a full disk must not tear the file."""
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            self._file.truncate(self._end)
+            raise
+
+    def _buffered_line(self) -> bytes:
+        chunks = []
+        while chunk := self._file.read(16384):
+            head, newline, _ = chunk.partition(b"\n")
+            chunks.append(head)
+            if newline:
+                break
+        return b"".join(chunks)
+
+    def _read_index(self) -> int:
+        """Index every whole line; returns where the next one goes."""
+        offset = 0
+        with open(self.path, "rb") as lines:
+            for line in lines:
+                key = _key_of(line)
+                if key is None:
+                    self.unreadable += 1
+                else:
+                    self._offsets[key] = offset
+                offset += len(line)
+                torn = not line.endswith(b"\n")
+        if offset and torn:
+            self._file.write(b"\n")
+            offset += 1
+        return offset
+
+
+def _key_of(line: bytes) -> bytes | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return bytes.fromhex(orjson.loads(line)["key"])
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None

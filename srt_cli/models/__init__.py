@@ -1,0 +1,214 @@
+"""The one door to every model: `open_model(spec)`; requests in, replies out as they finish."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from srt_cli.errors import UsageError
+from srt_cli.options import RUNS_CODE_PREFIX
+from srt_cli.records import Message, Prompt, Usage
+
+FinishReason = Literal["stop", "length", "refused", "failed"]
+TaskKind = Literal["respond", "critique", "score", "judge", "check"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a request is about, for models that are programs and do not read chat."""
+
+    kind: TaskKind
+    prompt: Prompt
+    texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One model call; everything here but `task` is sent to the model, so all of it is in the key."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    sample: int = 0
+    top_logprobs: int = 0
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One generated token's place: the most likely tokens there and their log-probabilities."""
+
+    token: str
+    top: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished call: the text as it came, or the reason why none came (`finish_reason` failed)."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage = Usage()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
+    attempts: int = 1
+
+
+class Model(Protocol):
+    """A policy, critic, judge or reference, wherever it runs."""
+
+    spec: str
+    identity: str
+    """Enters the journal key: the same identity and request mean the same reply."""
+    in_flight: int
+    """How many requests it wants to hold at once."""
+    batched: bool
+    """Whether replies depend, in the last bit, on the company they are computed in."""
+
+    def submit(
+        self, requests: Sequence[Request], answered: Sequence[bool] = ()
+    ) -> list[Future[Reply]]:
+        """Start requests; their futures resolve as they finish, in any order.
+
+        `answered` marks requests whose reply is known already: they shape the batches of a
+        `batched` model, so that a resumed run computes what the first would have, but their
+        futures stay pending. A fatal error (wrong key, unknown model) is the future's exception.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest should know: weights, device, dtype and why, endpoint quirks."""
+        ...
+
+    def close(self) -> None:
+        """Stop what is running and give resources back."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Knobs of the door, given by the stage; none of them changes what a model replies."""
+
+    concurrency: int | None = None
+    batch_size: int | None = None
+    timeout_s: float = 600.0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model spec taken apart: which backend, and what it needs."""
+
+    kind: Literal["openai", "http", "local", "program"]
+    name: str
+    endpoints: tuple[str, ...] = field(default=())
+
+
+_BARE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def parse_spec(spec: str) -> Spec:
+    """Tell what a `--model`, `--critic`, `--judge` or `--reference` means, without opening it.
+
+    Raises `UsageError` for what is none of: a file or directory, an OpenAI name, a URL with
+    `#NAME`, a hub name, `python:FILE_OR_MODULE:CALLABLE`.
+    """
+    if spec.startswith(RUNS_CODE_PREFIX):
+        return Spec("program", spec.removeprefix(RUNS_CODE_PREFIX))
+    if spec.startswith("openai:"):
+        return Spec("openai", spec.removeprefix("openai:"))
+    if spec.startswith("hf:"):
+        return Spec("local", spec.removeprefix("hf:"))
+    if spec.startswith(("http://", "https://")):
+        urls, hash_mark, name = spec.partition("#")
+        if not hash_mark or not name:
+            raise UsageError(f"{spec}: which model? Write {urls}#NAME.")
+        return Spec("http", name, tuple(url.rstrip("/") for url in urls.split(",")))
+    path = Path(spec)
+    if path.exists():
+        return Spec("local", spec)
+    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+        raise UsageError(f"{spec}: no such file or directory.")
+    if _HUB_NAME.fullmatch(spec):
+        return Spec("local", spec)
+    if _BARE_NAME.fullmatch(spec):
+        return Spec("openai", spec)
+    raise UsageError(
+        f"{spec!r} is no model: give an OpenAI name, a directory, ORG/NAME, FILE.gguf, "
+        "http://HOST/v1#NAME, or python:FILE:CALLABLE."
+    )
+
+
+def open_model(spec: str, options: ModelOptions | None = None) -> Model:
+    """Open the model a spec names; raises `SrtError` when it cannot be had.
+
+    Backends are imported here, so that a command pays only for what its models need.
+    """
+    options = options or ModelOptions()
+    parsed = parse_spec(spec)
+    if parsed.kind == "program":
+        from srt_cli.models.program import ProgramModel
+
+        return ProgramModel(spec, parsed.name)
+    if parsed.kind == "local":
+        from srt_cli.models.local import LocalModel
+
+        return LocalModel(spec, parsed.name, options)
+    from srt_cli.models.api import ApiModel
+
+    return ApiModel(spec, parsed, options)
+
+
+def canonical_request(model: Model, request: Request) -> dict[str, Any]:
+    """The request as plain values, the same for the same call: what the journal hashes."""
+    plain: dict[str, Any] = {
+        "model": model.identity,
+        "messages": [[turn.role, turn.content] for turn in request.messages],
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "stop": list(request.stop),
+        "sample": request.sample,
+        "top_logprobs": request.top_logprobs,
+    }
+    if request.temperature > 0:
+        plain["seed"] = request.seed
+    if request.task is not None and model.spec.startswith(RUNS_CODE_PREFIX):
+        plain["task"] = [
+            request.task.kind,
+            request.task.prompt.model_dump(mode="json"),
+            list(request.task.texts),
+        ]
+    return plain
+
+
+def reply_to_plain(reply: Reply) -> dict[str, Any]:
+    """A reply as the journal keeps it."""
+    plain: dict[str, Any] = {
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "usage": reply.usage.model_dump(exclude_defaults=True),
+    }
+    if reply.logprobs:
+        plain["logprobs"] = [dataclasses.asdict(place) for place in reply.logprobs]
+    if reply.error is not None:
+        plain["error"] = reply.error
+    return plain
+
+
+def reply_from_plain(plain: dict[str, Any]) -> Reply:
+    """Read back what `reply_to_plain` wrote."""
+    return Reply(
+        text=plain["text"],
+        finish_reason=plain["finish_reason"],
+        usage=Usage(**plain["usage"]),
+        logprobs=tuple(TokenLogprobs(**place) for place in plain.get("logprobs", ())),
+        error=plain.get("error"),
+    )

@@ -1,0 +1,119 @@
+"""`python:FILE_OR_MODULE:CALLABLE`: the user's own critic, judge or check, called in process.
+
+A program is a model like any other: what it returns is rendered as the text a model would have
+written, journalled, and parsed by the same parser.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.models import Reply, Request, Task
+from srt_cli.records import Feedback
+from srt_cli.templates import render_feedback, render_preference, render_refinement
+
+
+class ProgramModel:
+    """A callable behind the door.
+
+    It is called as `critique(prompt, response) -> (Feedback, refinement)`,
+    `judge(prompt, a, b) -> float` (1 prefers a), `check(prompt, response) -> float` (1 passes), or
+    `respond(prompt) -> str`; `prompt` is the input row as a `records.Prompt`. What it raises
+    fails that row only.
+    """
+
+    batched = False
+    in_flight = 64
+
+    def __init__(self, spec: str, location: str) -> None:
+        self.spec = spec
+        self._callable, digest = _load(location)
+        self.identity = f"{spec}@{digest}"
+        # One thread: user code need not be thread-safe.
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="program")
+
+    def submit(
+        self, requests: Sequence[Request], answered: Sequence[bool] = ()
+    ) -> list[Future[Reply]]:
+        return [self._thread.submit(self._call, request) for request in requests]
+
+    def describe(self) -> dict[str, Any]:
+        return {"spec": self.spec, "identity": self.identity}
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, request: Request) -> Reply:
+        if request.task is None:
+            raise SrtError(f"{self.spec} is a program; it cannot continue a chat.")
+        try:
+            text = _render(request.task, self._callable(request.task.prompt, *request.task.texts))
+        except Exception as error:  # user code may raise anything; the row says what
+            reason = f"{type(error).__name__}: {error}"
+            return Reply(text="", finish_reason="failed", error=f"{self.spec} raised {reason}")
+        return Reply(text=text, finish_reason="stop")
+
+
+def _render(task: Task, value: Any) -> str:
+    """What the program returned, as the text a model would have written."""
+    if task.kind == "respond":
+        if not isinstance(value, str):
+            raise TypeError(f"expected a text, got {type(value).__name__}")
+        return value
+    if task.kind in ("judge", "check"):
+        return render_preference(float(value))
+    feedback, refinement = value
+    feedback = Feedback.model_validate(feedback)
+    if task.kind == "score":
+        return render_feedback(feedback)
+    return render_feedback(feedback) + render_refinement(refinement)
+
+
+def _load(location: str) -> tuple[Callable[..., Any], str]:
+    """Import the callable; the digest of its source file makes an edited program another model."""
+    where, colon, name = location.rpartition(":")
+    if not colon or not where or not name:
+        raise UsageError(
+            f"python:{location}: write python:FILE_OR_MODULE:CALLABLE, "
+            "e.g. python:critic.py:critique."
+        )
+    module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
+    found = getattr(module, name, None)
+    if not callable(found):
+        offered = ", ".join(key for key, value in vars(module).items() if callable(value))
+        raise UsageError(f"{where} has no callable {name!r} (it has: {offered or 'none'}).")
+    source = getattr(module, "__file__", None)
+    content = Path(source).read_bytes() if source else where.encode()
+    return found, hashlib.sha256(content).hexdigest()[:12]
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise SrtError(f"{path}: no such file. Give the path of the program from this folder.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look a module up by its name.
+    sys.modules.setdefault(path.stem, module)
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SrtError(f"{path}: cannot be imported ({type(error).__name__}: {error}).") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise SrtError(f"python:{name}: no such module ({error}). Is it a file? End it in .py.") from error

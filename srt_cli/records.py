@@ -1,0 +1,207 @@
+"""Every line we read or write, as pydantic models: frozen, and strict about unknown fields.
+
+Only `Prompt` keeps extra fields: a program critic may need them (constraints, unit tests).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Role = Literal["system", "user", "assistant"]
+Status = Literal["ok", "unparsed", "truncated", "refused", "failed"]
+
+MIN_SCORE, MAX_SCORE = 1, 10
+
+
+class Record(BaseModel):
+    """One line of a JSONL artifact."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Message(Record):
+    """One turn of a conversation, as chat templates and TRL spell it."""
+
+    role: Role
+    content: str
+
+
+class Usage(Record):
+    """Tokens of one or several model calls, as the model's own tokenizer counts them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cached_tokens=self.cached_tokens + other.cached_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+        )
+
+
+class Prompt(Record):
+    """What the policy is asked: one instruction, or the chat so far.
+
+    `response`, when the input row brings one, stands in for the policy's draft.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    id: str
+    prompt: str | list[Message]
+    response: str | None = None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], prompt_field: str | None = None) -> Self:
+        """Read a row spelled as `prompt`, `instruction` (+ `input`) or `messages`.
+
+        Raises `ValueError` with a sentence when none of these is there, or the row is no question.
+        """
+        rest = dict(row)
+        prompt = _take_prompt(rest, prompt_field)
+        response = rest.pop("response", None)
+        if isinstance(prompt, list):
+            turns = [Message.model_validate(turn) for turn in prompt]
+            if turns and turns[-1].role == "assistant":
+                closing = turns.pop()
+                response = closing.content if response is None else response
+            if not turns or turns[-1].role != "user":
+                raise ValueError("the conversation has no user turn to answer")
+            prompt = turns
+        elif not isinstance(prompt, str):
+            raise ValueError(f"the prompt is {type(prompt).__name__}, not text or messages")
+        elif not prompt.strip():
+            raise ValueError("the prompt is empty")
+        given = rest.pop("id", None)
+        identifier = content_id(prompt) if given is None else str(given)
+        return cls(id=identifier, prompt=prompt, response=response, **rest)
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt as chat turns, the last one the user's."""
+        return as_messages(self.prompt)
+
+    @property
+    def text(self) -> str:
+        """The prompt as one text: the instruction itself, or a transcript of the turns."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        if len(self.prompt) == 1:
+            return self.prompt[0].content
+        return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in self.prompt)
+
+
+def _take_prompt(rest: dict[str, Any], prompt_field: str | None) -> Any:
+    if prompt_field is not None:
+        if prompt_field not in rest:
+            found = ", ".join(rest) or "nothing"
+            raise ValueError(f'no "{prompt_field}" (found: {found}). Pass another --prompt-field')
+        return rest.pop(prompt_field)
+    if "prompt" in rest:
+        return rest.pop("prompt")
+    if "instruction" in rest:
+        instruction = rest.pop("instruction")
+        context = rest.pop("input", None)
+        return f"{instruction}\n\n{context}" if context else instruction
+    if "messages" in rest:
+        return rest.pop("messages")
+    text_fields = [name for name, value in rest.items() if isinstance(value, str) and name != "id"]
+    guess = text_fields[-1] if text_fields else "FIELD"
+    raise ValueError(
+        f'no "prompt", "instruction" or "messages" (found: {", ".join(rest) or "nothing"}). '
+        f"Rename the field or pass --prompt-field {guess}"
+    )
+
+
+def as_messages(prompt: str | list[Message]) -> list[Message]:
+    """A prompt as chat turns; a plain text is one user turn."""
+    return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
+
+
+def content_id(prompt: str | list[Message]) -> str:
+    """A short name for a prompt that stays the same wherever the row stands."""
+    turns = [f"{turn.role}\x1f{turn.content}" for turn in as_messages(prompt)]
+    return hashlib.blake2b("\x1e".join(turns).encode(), digest_size=6).hexdigest()
+
+
+class Feedback(Record):
+    """A critic's language feedback on one response (paper, Table 1); the score is 1 to 10."""
+
+    weaknesses: str
+    suggestions: str
+    score: float = Field(ge=MIN_SCORE, le=MAX_SCORE)
+
+
+class FeedbackRecord(Record):
+    """One draft, its feedback and its refinement: what both feedback stages write.
+
+    `refinement_score` and `refinement_feedback` come from a second call that never saw the first
+    feedback (paper, section 3.1.1). Whatever a bad reply left out is null, and `reason` says why.
+    """
+
+    id: str
+    prompt: str | list[Message]
+    response: str | None
+    feedback: Feedback | None
+    refinement: str | None
+    refinement_score: float | None
+    refinement_feedback: Feedback | None
+    status: Status
+    reason: str | None
+    raw: dict[str, str]
+    policy: str
+    critic: str
+    sample: int
+    round: int
+    usage: Usage
+
+    @property
+    def gain(self) -> float | None:
+        """Blind score of the refinement minus the score of the draft."""
+        if self.feedback is None or self.refinement_score is None:
+            return None
+        return self.refinement_score - self.feedback.score
+
+
+class Preference(Record):
+    """A pair in TRL's conversational form: `chosen` and `rejected` answer `prompt`."""
+
+    id: str
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    chosen_score: float
+    rejected_score: float
+    source: str
+
+
+class Dropped(Record):
+    """A row that fell out of an artifact, and why."""
+
+    id: str
+    reason: str
+    row: dict[str, Any]
+
+
+class Judgment(Record):
+    """One verdict for one presentation order; `preference` is 1 for `a`, 0 for `b`, null for none.
+
+    `preference` is already un-swapped: it speaks of `a` and `b`, whichever was shown first.
+    """
+
+    id: str
+    a: str
+    b: str
+    order: Literal["ab", "ba"]
+    preference: float | None = Field(ge=0, le=1)
+    verdict: str
+    status: Status
+    raw: str
+    judge: str
+    usage: Usage

@@ -1,0 +1,1 @@
+"""What sft and dpo share: sequences and masks, loading, launching, health."""
