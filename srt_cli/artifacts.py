@@ -25,7 +25,7 @@ from srt_cli import console
 from srt_cli.errors import SrtError
 from srt_cli.journal import Journal
 from srt_cli.options import differing_settings, values_of
-from srt_cli.records import Dropped, Prompt, Record, Usage
+from srt_cli.records import Dropped, Record, Usage
 from srt_cli.templates import template_digests
 
 Row = TypeVar("Row")
@@ -101,29 +101,6 @@ def _hint_for_missing(path: Path) -> str:
         "prefs.jsonl": "Make it first: srt build-prefs.",
     }
     return f" {makers[path.name]}" if path.name in makers else " Check the path."
-
-
-def read_prompts(
-    path: Path, *, prompt_field: str | None = None, limit: int | None = None
-) -> Iterator[Prompt]:
-    """Read prompts, refusing a duplicate id: a row is known by it everywhere downstream."""
-    first_line: dict[str, int] = {}
-    for number, row in read_rows(path):
-        if limit is not None and len(first_line) >= limit:
-            return
-        try:
-            prompt = Prompt.from_row(row, prompt_field)
-        except ValidationError as error:
-            raise SrtError(f"{path}:{number}: {describe_invalid(error)}") from None
-        except ValueError as error:
-            raise SrtError(f"{path}:{number}: {error}.") from None
-        if prompt.id in first_line:
-            raise SrtError(
-                f"{path}:{number}: id {prompt.id!r} stands on line {first_line[prompt.id]} already. "
-                "Give each row its own id, or delete the duplicate."
-            )
-        first_line[prompt.id] = number
-        yield prompt
 
 
 def read_records(
@@ -272,7 +249,9 @@ def read_manifest(artifact: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (ValidationError, OSError):
-        raise SrtError(f"{path}: not a manifest of srt. Move it away, or choose another --out.") from None
+        raise SrtError(
+            f"{path}: not a manifest of srt. Move it away, or choose another --out."
+        ) from None
 
 
 def inherited(artifact: Path, name: str) -> str | None:
@@ -328,7 +307,9 @@ class Run:
         journal = Journal(self.out.with_name(f"{stem}.journal.jsonl"))
         self._cleanup.enter_context(journal)
         if journal.unreadable:
-            self.warn(f"{journal.path}: {journal.unreadable} torn lines; their calls are made again.")
+            self.warn(
+                f"{journal.path}: {journal.unreadable} torn lines; their calls are made again."
+            )
         return journal
 
     def warn(self, message: str) -> None:
@@ -391,10 +372,11 @@ def _refuse_other_runs_output(
             f"{out}: belongs to a run of srt {earlier.command}. "
             "Choose another --out, or replace it with --overwrite."
         )
-    before = {name: value for name, value in earlier.settings.items()}
-    differing = differing_settings(config, before, settings)
+    differing = differing_settings(config, earlier.settings, settings)
     if differing:
-        named = "; ".join(f"{flag} was {was!r}, now {now!r}" for flag, (was, now) in differing.items())
+        named = "; ".join(
+            f"{flag} was {was!r}, now {now!r}" for flag, (was, now) in differing.items()
+        )
         raise SrtError(
             f"{out}: belongs to a run with other settings ({named}). "
             "Choose another --out, or replace it with --overwrite."
@@ -406,7 +388,9 @@ def clear_directory(path: Path) -> None:
     if not path.exists():
         return
     if not (path / "run.json").is_file() and any(path.iterdir()):
-        raise SrtError(f"{path}: not a directory that srt made; it is left alone. Choose another --out.")
+        raise SrtError(
+            f"{path}: not a directory that srt made; it is left alone. Choose another --out."
+        )
     shutil.rmtree(path)
 
 
@@ -431,7 +415,10 @@ def _git_state() -> dict[str, Any] | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
 
     try:
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain"))}
+        return {
+            "commit": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain")),
+        }
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -460,3 +447,7 @@ class DroppedRows:
         else:
             self._writer.discard()
             self.path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Leave nothing half-written behind; harmless after `commit`."""
+        self._writer.discard()

@@ -11,10 +11,18 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 from srt_cli.journal import Journal, request_key
-from srt_cli.models import Model, Reply, Request, canonical_request, reply_from_plain, reply_to_plain
+from srt_cli.models import (
+    Model,
+    Reply,
+    Request,
+    canonical_request,
+    reply_from_plain,
+    reply_to_plain,
+)
 
 Result = TypeVar("Result")
 
@@ -133,9 +141,10 @@ class _Conductor(Generic[Result]):
         for pending, future in zip(ready, futures, strict=True):
             if pending.known is None:
                 self.in_flight[id(model)] += 1
-                future.add_done_callback(
-                    lambda done, pending=pending: self.finished.put((pending, done))
-                )
+                future.add_done_callback(partial(self._finish, pending))
+
+    def _finish(self, pending: _Pending[Result], future: Future[Reply]) -> None:
+        self.finished.put((pending, future))
 
     def receive(self) -> tuple[_Pending[Result], Reply]:
         """Wait for the next reply and keep it; a fatal error of its model is raised here."""

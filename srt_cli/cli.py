@@ -19,7 +19,7 @@ from srt_cli import console
 from srt_cli.errors import Interrupted, SrtError
 from srt_cli.options import flag_of, resolve
 
-STAGES: Final = {
+STAGES: Final = {  # TEMPORARY filter below until every stage is in place
     "collect-feedback": ("srt_cli.stages.collect_feedback", "CollectFeedback"),
     "sft": ("srt_cli.stages.sft", "Sft"),
     "self-critique": ("srt_cli.stages.self_critique", "SelfCritique"),
@@ -28,6 +28,10 @@ STAGES: Final = {
     "eval": ("srt_cli.stages.evaluate", "Evaluate"),
 }
 """Command name -> (module, options dataclass); the module's `run(options)` is the stage."""
+from importlib.util import find_spec  # noqa: E402  TEMPORARY
+
+for _name in [name for name, (module, _) in STAGES.items() if find_spec(module) is None]:
+    del STAGES[_name]
 
 
 def _stage(command: str) -> tuple[type[Any], Callable[[Any], None]]:
@@ -75,27 +79,31 @@ def _command(command: str) -> Callable[..., None]:
 
 
 def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-    """A typer option for one field. Its own default is None: only what was typed counts as given."""
+    """A typer option for one field; its own default is None, so only what was typed is given."""
     declared = _without_none(field.type)
     is_list = typing.get_origin(declared) is tuple
     item: Any = typing.get_args(declared)[0] if is_list else declared
-    default = field.default
-    shown: str | bool = False
-    if isinstance(default, tuple):
-        shown = ", ".join(map(str, default)) or False
-    elif default is not None and default is not False:
-        shown = f"{default:g}" if isinstance(default, float) else str(default)
+    help_text = field.metadata["help"] + _shown_default(field.default)
     flag = flag_of(field)
     option = typer.Option(
         f"{flag}/--no-{flag.removeprefix('--')}" if item is bool else flag,
-        help=field.metadata["help"],
-        show_default=shown,
+        help=help_text,
+        show_default=False,
         metavar=field.metadata["metavar"],
     )
-    annotation = Annotated[list[item] | None if is_list else item | None, option]  # type: ignore[misc,valid-type]
+    annotation = Annotated[list[item] | None if is_list else item | None, option]  # type: ignore[valid-type]
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _shown_default(default: Any) -> str:
+    if default is None or default is False or default == ():
+        return ""
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    shown = f"{default:g}" if isinstance(default, float) else str(default)
+    return f" (default: {shown})"
 
 
 def _without_none(annotation: Any) -> Any:
@@ -114,7 +122,9 @@ def _print_version(asked: bool) -> None:
 def _describe_app(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Improve a language model by language feedback: Self-Refinement Tuning (arXiv 2406.07168).
@@ -129,7 +139,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
-        rich_markup_mode=None,
+        rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

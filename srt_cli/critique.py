@@ -9,7 +9,8 @@ from typing import Final
 
 from srt_cli import console
 from srt_cli.artifacts import OrderedWriter, Run
-from srt_cli.calls import Call, Tally, conduct
+from srt_cli.calls import Call, conduct
+from srt_cli.critique_summary import CritiqueSummary, Verdict
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.models import Model, Reply, Request, Task, TaskKind
 from srt_cli.records import (
@@ -24,6 +25,7 @@ from srt_cli.templates import (
     IMPROVED_HEADING,
     critic_messages,
     parse_critique,
+    parse_preference,
     self_critique_messages,
 )
 
@@ -107,7 +109,7 @@ class _Story:
     status: Status = "ok"
     reason: str | None = None
     raw: dict[str, str] = field(default_factory=dict)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
     def hear(self, what: str, reply: Reply) -> bool:
         """Take in a reply; false when it is no usable text, with the status saying why."""
@@ -211,136 +213,104 @@ def _critique_and_refine(story: _Story, critic: Critic) -> Generator[Call, Reply
         story.end("unparsed", "score: " + ", ".join(blind.problems))
 
 
+@dataclass(frozen=True)
+class Check:
+    """A program that knows good answers, and the score from which the critic calls one good."""
+
+    model: Model
+    good_score: float
+
+
+@dataclass(frozen=True)
+class CheckedRow:
+    """One prompt's records, with the check's verdict on each draft and refinement, if asked."""
+
+    records: list[FeedbackRecord]
+    verdicts: list[Verdict]
+
+
+def checked_row(
+    prompt: Prompt,
+    story: Generator[Call, Reply, list[FeedbackRecord]],
+    check: Check | None,
+) -> Generator[Call, Reply, CheckedRow]:
+    """A row's story, then the check's word on each answer that got a score."""
+    records = yield from story
+    verdicts: list[Verdict] = []
+    if check is None:
+        return CheckedRow(records, [])
+    for record in records:
+        scored = [(record.response, record.feedback.score if record.feedback else None, False)]
+        scored.append((record.refinement, record.refinement_score, True))
+        for text, score, refined in scored:
+            if text is None or score is None:
+                continue
+            task = Task("check", prompt, (text,))
+            reply = yield Call(check.model, Request((), 0, task=task), f"{prompt.id} check")
+            truth = parse_preference(reply.text)
+            if truth is not None:
+                verdicts.append(Verdict(refined, score >= check.good_score, truth == 1))
+    return CheckedRow(records, verdicts)
+
+
 def run_critiques(
     run: Run,
     prompts: Iterable[Prompt],
-    total: int | None,
+    total: int,
     policy: tuple[Model, Sampling] | None,
     critic: Critic,
     *,
+    check: Check | None = None,
     samples: int = 1,
     rounds: int = 1,
-    max_failures: int | None,
-) -> "CritiqueSummary":
+    max_failures: int | None = None,
+) -> CritiqueSummary:
     """Write the feedback of every prompt to `run.out`, in the order of the input.
 
     An interrupted run writes what is complete. Raises `TooManyFailures` at the end.
     """
     journal = run.journal()
-    tally = Tally()
     summary = CritiqueSummary()
-    models = [critic.model] + ([policy[0]] if policy else [])
-    writer = OrderedWriter(run.out)
+    models = [critic.model]
+    if policy is not None:
+        models.append(policy[0])
+    if check is not None:
+        models.append(check.model)
     scripts = (
-        critique_row(prompt, policy, critic, sample=sample, rounds=rounds)
+        checked_row(
+            prompt, critique_row(prompt, policy, critic, sample=sample, rounds=rounds), check
+        )
         for prompt in prompts
         for sample in range(samples)
     )
-    expected = total * samples if total is not None else None
-    finished = 0
+    finished, expected = 0, total * samples
+    window = 2 * max(model.in_flight for model in models)
+    writer = OrderedWriter(run.out)
     try:
         with console.progress("criticising", expected) as progress:
-            window = 2 * max(model.in_flight for model in models)
-            for index, records in conduct(scripts, journal, window=window, tally=tally):
-                writer.add(index, records)
+            for index, row in conduct(scripts, journal, window=window, tally=summary.calls):
+                writer.add(index, row.records)
+                summary.add(row.records, row.verdicts)
                 finished += 1
-                summary.add(records)
                 progress.advance(note=summary.note())
+        writer.commit()
     except (SrtError, KeyboardInterrupt):
-        run.manifest.progress = f"{finished} of {expected if expected is not None else '?'}"
         writer.commit()
         raise
-    except BaseException:
-        writer.discard()
-        raise
     finally:
-        run.manifest.tallies = summary.tallies(tally)
+        writer.discard()
+        run.manifest.progress = f"{finished} of {expected}"
+        run.manifest.tallies = summary.tallies()
         run.manifest.usage = {"total": summary.usage}
         run.manifest.models = {model.spec: model.describe() for model in models}
         for model in models:
             model.close()
-    writer.commit()
-    if expected is None:
-        expected = finished
-    run.manifest.progress = f"{finished} of {expected}"
-    if max_failures is not None and summary.statuses.get("failed", 0) > max_failures:
+    for warning in summary.warnings():
+        run.warn(warning)
+    failed = summary.statuses["failed"]
+    if max_failures is not None and failed > max_failures:
         raise TooManyFailures(
-            f"{summary.statuses['failed']} rows failed, more than --max-failures {max_failures} "
+            f"{failed} rows failed, more than --max-failures {max_failures} "
             f"({summary.first_failure}). Run the same line again: only those rows are owed."
         )
     return summary
-
-
-@dataclass
-class CritiqueSummary:
-    """What a critique run came to; shown at the end, kept in the manifest."""
-
-    statuses: dict[str, int] = field(default_factory=dict)
-    scores: dict[str, int] = field(default_factory=dict)
-    confusion: dict[str, int] = field(default_factory=dict)
-    copies: int = 0
-    gains: list[float] = field(default_factory=list)
-    draft_characters: int = 0
-    refinement_characters: int = 0
-    usage: Usage = Usage()
-    first_failure: str | None = None
-
-    def add(self, records: list[FeedbackRecord]) -> None:
-        """Count one row's records."""
-        for record in records:
-            self.statuses[record.status] = self.statuses.get(record.status, 0) + 1
-            self.usage = self.usage + record.usage
-            if record.status == "failed" and self.first_failure is None:
-                self.first_failure = record.reason
-            if record.feedback is not None:
-                key = f"{record.feedback.score:g}"
-                self.scores[key] = self.scores.get(key, 0) + 1
-            if record.status == "ok" and record.gain is not None:
-                assert record.response is not None and record.refinement is not None
-                self.gains.append(record.gain)
-                self.copies += record.refinement.strip() == record.response.strip()
-                self.draft_characters += len(record.response)
-                self.refinement_characters += len(record.refinement)
-
-    def note(self) -> str:
-        """The short form for the progress line."""
-        bad = sum(count for status, count in self.statuses.items() if status != "ok")
-        return f"{bad} not ok" if bad else ""
-
-    def tallies(self, calls: Tally) -> dict[str, object]:
-        """The manifest's form."""
-        ok = len(self.gains)
-        return {
-            "rows": sum(self.statuses.values()),
-            "statuses": dict(sorted(self.statuses.items())),
-            "calls_made": calls.paid,
-            "calls_from_journal": calls.from_journal,
-            "draft_scores": dict(sorted(self.scores.items(), key=lambda item: float(item[0]))),
-            "mean_gain": sum(self.gains) / ok if ok else None,
-            "refinements_better": sum(gain > 0 for gain in self.gains),
-            "refinements_equal": sum(gain == 0 for gain in self.gains),
-            "refinements_worse": sum(gain < 0 for gain in self.gains),
-            "copies": self.copies,
-            "length_ratio": (
-                self.refinement_characters / self.draft_characters if self.draft_characters else None
-            ),
-        }
-
-    def show(self) -> None:
-        """Tell the user what the critic did, before they train on it."""
-        statuses = " · ".join(f"{count} {status}" for status, count in sorted(self.statuses.items()))
-        console.say(f"rows: {statuses}")
-        ok = len(self.gains)
-        if not ok:
-            return
-        better, worse = sum(g > 0 for g in self.gains), sum(g < 0 for g in self.gains)
-        console.say(
-            f"refinement against draft, scored blind: {better} better, {ok - better - worse} equal, "
-            f"{worse} worse; mean gain {sum(self.gains) / ok:+.2f}; {self.copies} copies; "
-            f"length x{self.refinement_characters / max(1, self.draft_characters):.2f}"
-        )
-        histogram = "  ".join(
-            f"{score}:{count}"
-            for score, count in sorted(self.scores.items(), key=lambda item: float(item[0]))
-        )
-        console.say(f"scores of the drafts: {histogram}")

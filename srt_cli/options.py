@@ -38,9 +38,7 @@ def setting(
     return _declare("setting", default, help, flag, extends, metavar)
 
 
-def runtime(
-    default: Any, help: str, *, flag: str | None = None, metavar: str | None = None
-) -> Any:
+def runtime(default: Any, help: str, *, flag: str | None = None, metavar: str | None = None) -> Any:
     """Declare a knob that changes only speed, place or looks."""
     return _declare("runtime", default, help, flag, False, metavar)
 
@@ -89,7 +87,8 @@ def resolve(
 ) -> Config:
     """Layer the knobs: flags over `--config` over a found `srt.toml` over the defaults.
 
-    `shared_names` are the options of all commands: what may stand at a file's top level. A spec that runs code counts only from a flag or an explicit `--config`.
+    `shared_names` are the options of all commands: what may stand at a file's top level.
+    A spec that runs code counts only from a flag or an explicit `--config`.
     """
     values: dict[str, Any] = {}
     if found_file.is_file():
@@ -172,7 +171,7 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     typed = {}
     for name, value in values.items():
         try:
-            typed[name] = TypeAdapter(fields[name].type).validate_python(value)
+            typed[name] = TypeAdapter[Any](fields[name].type).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UsageError(f"{flag_of(fields[name])} {value!r}: {reason}.") from error

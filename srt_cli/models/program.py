@@ -98,7 +98,8 @@ def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise SrtError(f"{path}: no such file. Give the path of the program from this folder.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickling look a module up by its name.
     sys.modules.setdefault(path.stem, module)
@@ -116,4 +117,6 @@ def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise SrtError(f"python:{name}: no such module ({error}). Is it a file? End it in .py.") from error
+        raise SrtError(
+            f"python:{name}: no such module ({error}). Is it a file? End it in .py."
+        ) from error

@@ -1,0 +1,89 @@
+"""Where prompts come from: a JSONL file, stdin, or a data set of the hub."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from srt_cli.artifacts import describe_invalid, read_rows
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.records import Prompt
+
+HUB_PREFIX: Final = "hf:"
+
+
+@dataclass(frozen=True)
+class PromptSource:
+    """Prompts that were read through once, so that bad input is told before any work."""
+
+    count: int
+    without_response: int
+    inputs: Mapping[str, Path]
+    """The file for the manifest; empty when the prompts are no file."""
+    read: Callable[[], Iterator[Prompt]]
+
+
+def prompts_from(location: str, prompt_field: str | None, limit: int | None) -> PromptSource:
+    """Open a `--prompts`: a path, `-` for stdin, or `hf:NAME[:SPLIT]`.
+
+    A file is streamed again for the run itself; the others are held in memory.
+    """
+    if location == "-" or location.startswith(HUB_PREFIX):
+        rows = list(_numbered_rows(location))
+        inputs: dict[str, Path] = {}
+
+        def read() -> Iterator[Prompt]:
+            return read_prompts(location, rows, prompt_field, limit)
+    else:
+        path = Path(location)
+        inputs = {"prompts": path}
+
+        def read() -> Iterator[Prompt]:
+            return read_prompts(location, read_rows(path), prompt_field, limit)
+
+    count = without_response = 0
+    for prompt in read():
+        count += 1
+        without_response += prompt.response is None
+    return PromptSource(count, without_response, inputs, read)
+
+
+def _numbered_rows(location: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    if location == "-":
+        yield from read_rows(Path("-"))
+        return
+    from srt_cli.models.hub import read_hub_rows
+
+    name, _, split = location.removeprefix(HUB_PREFIX).partition(":")
+    if not name:
+        raise UsageError(f"{location}: which data set? Write hf:NAME or hf:NAME:SPLIT.")
+    for number, row in enumerate(read_hub_rows(name, split or "train"), start=1):
+        yield number, dict(row)
+
+
+def read_prompts(
+    name: str,
+    rows: Iterable[tuple[int, dict[str, Any]]],
+    prompt_field: str | None = None,
+    limit: int | None = None,
+) -> Iterator[Prompt]:
+    """Read numbered rows as prompts, refusing a duplicate id: rows are known by it downstream."""
+    first_line: dict[str, int] = {}
+    for number, row in rows:
+        if limit is not None and len(first_line) >= limit:
+            return
+        try:
+            prompt = Prompt.from_row(row, prompt_field)
+        except ValidationError as error:
+            raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
+        except ValueError as error:
+            raise SrtError(f"{name}:{number}: {error}.") from None
+        if prompt.id in first_line:
+            raise SrtError(
+                f"{name}:{number}: id {prompt.id!r} stands on line {first_line[prompt.id]} already. "
+                "Give each row its own id, or delete the duplicate."
+            )
+        first_line[prompt.id] = number
+        yield prompt
