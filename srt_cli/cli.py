@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
 
@@ -19,40 +19,71 @@ from srt_cli import console
 from srt_cli.errors import Interrupted, SrtError
 from srt_cli.options import flag_of, resolve
 
-STAGES: Final = {  # TEMPORARY filter below until every stage is in place
-    "collect-feedback": ("srt_cli.stages.collect_feedback", "CollectFeedback"),
-    "sft": ("srt_cli.stages.sft", "Sft"),
-    "self-critique": ("srt_cli.stages.self_critique", "SelfCritique"),
-    "build-prefs": ("srt_cli.stages.build_prefs", "BuildPrefs"),
-    "dpo": ("srt_cli.stages.dpo", "Dpo"),
-    "eval": ("srt_cli.stages.evaluate", "Evaluate"),
+
+class Stage(NamedTuple):
+    """Where a command lives; its module's `run` takes an instance of its options class."""
+
+    module: str
+    options_class: str
+    summary: str
+    """First sentence of the class docstring, kept here so that `srt --help` imports no stage."""
+
+
+STAGES: Final = {
+    "collect-feedback": Stage(
+        "srt_cli.stages.collect_feedback",
+        "CollectFeedback",
+        "Let a policy answer prompts, and a critic write feedback and a refinement for each answer.",
+    ),
+    "sft": Stage(
+        "srt_cli.stages.sft",
+        "Sft",
+        "Fine-tune the policy on response, feedback and refinement.",
+    ),
+    "self-critique": Stage(
+        "srt_cli.stages.self_critique",
+        "SelfCritique",
+        "Let the tuned model answer new prompts, criticise its own answers and refine them.",
+    ),
+    "build-prefs": Stage(
+        "srt_cli.stages.build_prefs",
+        "BuildPrefs",
+        "Turn feedback into preference pairs: the refinement is chosen, the draft rejected.",
+    ),
+    "dpo": Stage(
+        "srt_cli.stages.dpo",
+        "Dpo",
+        "Teach the tuned model to prefer its refinements over its drafts.",
+    ),
+    "eval": Stage(
+        "srt_cli.stages.evaluate",
+        "Evaluate",
+        "Compare models with a reference on held-out prompts, and write a report.",
+    ),
 }
-"""Command name -> (module, options dataclass); the module's `run(options)` is the stage."""
-from importlib.util import find_spec  # noqa: E402  TEMPORARY
-
-for _name in [name for name, (module, _) in STAGES.items() if find_spec(module) is None]:
-    del STAGES[_name]
 
 
-def _stage(command: str) -> tuple[type[Any], Callable[[Any], None]]:
-    module_name, class_name = STAGES[command]
-    module = import_module(module_name)
-    return getattr(module, class_name), module.run
+def _load(command: str) -> tuple[type[Any], Callable[[Any], None]]:
+    stage = STAGES[command]
+    module = import_module(stage.module)
+    return getattr(module, stage.options_class), module.run
 
 
-def _option_names(options_class: type[Any]) -> list[str]:
-    return [field.name for field in dataclasses.fields(options_class)]
+def every_option_name() -> frozenset[str]:
+    """The options of all commands: what may stand at the top level of a configuration file."""
+    return frozenset(
+        field.name for command in STAGES for field in dataclasses.fields(_load(command)[0])
+    )
 
 
 def _command(command: str) -> Callable[..., None]:
     """A function whose signature is the stage's dataclass, so that typer derives the options."""
-    options_class, run = _stage(command)
+    options_class, run = _load(command)
 
     def invoke(**flags: Any) -> None:
         config_file = flags.pop("config")
-        shared = frozenset(name for other in STAGES for name in _option_names(_stage(other)[0]))
         given = {name: value for name, value in flags.items() if value not in (None, [])}
-        options = resolve(options_class, command, given, config_file, shared)
+        options = resolve(options_class, command, given, config_file, every_option_name)
         console.quiet_libraries()
         run(options)
 
@@ -134,19 +165,29 @@ def _describe_app(
     """
 
 
-def build_app() -> typer.Typer:
-    """The app with its six commands, in the order of the method."""
+def build_app(only: str | None = None) -> typer.Typer:
+    """The app with its six commands, in the order of the method.
+
+    With `only`, the other commands are listed but not loaded, which keeps start-up short.
+    """
     app = typer.Typer(
         no_args_is_help=True,
         add_completion=False,
-        rich_markup_mode="rich",
+        rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_describe_app)
-    for command in STAGES:
-        app.command(command)(_command(command))
+    for command, stage in STAGES.items():
+        loaded = only is None or only == command
+        app.command(command, help=None if loaded else stage.summary, short_help=stage.summary)(
+            _command(command) if loaded else _listed
+        )
     return app
+
+
+def _listed() -> None:
+    raise AssertionError("a command that was only listed was called")
 
 
 def _stop(signal_number: int, frame: types.FrameType | None) -> None:
@@ -157,7 +198,8 @@ def main() -> None:
     """Run the command line; every expected error leaves as one message and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        build_app()(standalone_mode=True)
+        named = [argument for argument in sys.argv[1:] if argument in STAGES]
+        build_app(only=named[0] if named else "")(standalone_mode=True)
     except KeyboardInterrupt:
         _exit(Interrupted("stopped; what is complete is written. Run the same line to go on."))
     except SrtError as error:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -82,12 +82,12 @@ def resolve(
     command: str,
     flags: Mapping[str, Any],
     config_file: Path | None,
-    shared_names: frozenset[str],
+    shared_names: Callable[[], frozenset[str]],
     found_file: Path = Path("srt.toml"),
 ) -> Config:
     """Layer the knobs: flags over `--config` over a found `srt.toml` over the defaults.
 
-    `shared_names` are the options of all commands: what may stand at a file's top level.
+    `shared_names` gives the options of all commands: what may stand at a file's top level.
     A spec that runs code counts only from a flag or an explicit `--config`.
     """
     values: dict[str, Any] = {}
@@ -114,7 +114,7 @@ def _runs_code(name: str, value: Any) -> bool:
 
 
 def _read_preset(
-    path: Path, config_class: type[Any], command: str, shared_names: frozenset[str]
+    path: Path, config_class: type[Any], command: str, shared_names: Callable[[], frozenset[str]]
 ) -> dict[str, Any]:
     """Options from a TOML file (top level, then the command's table) or from a `run.json`."""
     try:
@@ -135,8 +135,8 @@ def _read_preset(
         name = key.replace("-", "_")
         if name in known:
             options[name] = value
-        elif name not in shared_names:
-            _refuse_unknown(path, key, name, known | shared_names)
+        elif name not in shared_names():
+            _refuse_unknown(path, key, name, known | shared_names())
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in known:
@@ -170,8 +170,9 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     typed = {}
     for name, value in values.items():
+        declared: Any = fields[name].type
         try:
-            typed[name] = TypeAdapter[Any](fields[name].type).validate_python(value)
+            typed[name] = TypeAdapter(declared).validate_python(value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UsageError(f"{flag_of(fields[name])} {value!r}: {reason}.") from error

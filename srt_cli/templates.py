@@ -19,7 +19,8 @@ IMPROVED_HEADING: Final = "### Improved Response"
 # Verbatim from the paper, slips included: the template is part of the method.
 TABLE_1_REQUIREMENTS: Final = """\
 As a AI assistant instructor, your task is to provide constructive feedback on responses generated \
-by the assistant. Ensure that your feedback focuses on the original instruction and do not introduce new requirements. \
+by the assistant. Ensure that your feedback focuses on the original instruction and do not \
+introduce new requirements. \
 Follow these steps to ensure your feedback is effective and beneficial:
 1. Identify Weaknesses: Carefully review the response and pinpoint any areas where it falls short.
 2. Offer Actionable Advice: Provide specific suggestions on how the response can be improved.
