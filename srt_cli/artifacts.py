@@ -367,6 +367,8 @@ def _refuse_other_runs_output(
                 "Choose another --out, or replace it with --overwrite."
             )
         return
+    if not out.exists():
+        return
     if earlier.command != command:
         raise SrtError(
             f"{out}: belongs to a run of srt {earlier.command}. "

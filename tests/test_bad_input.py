@@ -1,0 +1,173 @@
+"""Bad input gets one sentence: where, what, and what to do next."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import write_jsonl
+
+CRITIC = "def critique(prompt, response):\n    raise AssertionError('never called')\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    (tmp_path / "critic.py").write_text(CRITIC)
+    return tmp_path
+
+
+def collect(srt, *extra):
+    return srt("collect-feedback", "--critic", "python:critic.py:critique", *extra)
+
+
+def rows(*rows: object) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "prompts.jsonl: the file is empty."),
+        ("\n\n", "prompts.jsonl: the file is empty."),
+        (rows({"prompt": "p"}) + "{oops\n", "prompts.jsonl:2: not valid JSON ("),
+        ('[\n{"prompt": "p"}\n]\n', "prompts.jsonl:1: not one JSON record a line."),
+        (rows(["p"]), "prompts.jsonl:1: not a JSON object. This is a JSON array"),
+        (rows("p"), "prompts.jsonl:1: not a JSON object."),
+        (
+            rows(*[{"prompt": "p"}] * 1, {"id": 1, "question": "q"}),
+            'prompts.jsonl:2: no "prompt", "instruction" or "messages" (found: id, question). '
+            "Rename the field or pass --prompt-field question.",
+        ),
+        (rows({"prompt": "  "}), "prompts.jsonl:1: the prompt is empty."),
+        (rows({"prompt": 3}), "prompts.jsonl:1: the prompt is int, not text or messages."),
+        (rows({"messages": []}), "prompts.jsonl:1: the conversation has no user turn"),
+        (rows({"messages": [{"role": "robot", "content": "x"}]}), "prompts.jsonl:1: role: input"),
+        (
+            rows(
+                {"id": "a", "prompt": "p"}, {"id": "b", "prompt": "q"}, {"id": "a", "prompt": "r"}
+            ),
+            "prompts.jsonl:3: id 'a' stands on line 1 already.",
+        ),
+        (rows({"prompt": "p"}, {"prompt": "p"}), "stands on line 1 already."),
+    ],
+)
+def test_a_bad_prompts_file_is_named_with_its_line(srt, folder, content, message):
+    (folder / "prompts.jsonl").write_text(content)
+    finished = collect(srt)
+    assert finished.code == 1
+    assert finished.stderr.startswith(f"error: {message}") or message in finished.stderr
+    assert finished.stdout == ""
+    assert not (folder / "feedback.run.json").exists()
+
+
+def test_text_that_is_not_utf_8_is_named_with_its_line(srt, folder):
+    (folder / "prompts.jsonl").write_bytes(b'{"prompt": "ok"}\n{"prompt": "caf\xe9"}\n')
+    finished = collect(srt)
+    assert finished.code == 1
+    assert "prompts.jsonl:2: not UTF-8 (byte 16). Convert it: iconv" in finished.stderr
+
+
+def test_a_missing_file_is_said_with_the_way_to_get_it(srt):
+    finished = collect(srt)
+    assert finished.code == 1
+    assert "prompts.jsonl: no such file. Make one" in finished.stderr
+    assert "Make it first: srt self-critique" in srt("build-prefs").stderr
+
+
+def test_a_directory_where_a_file_is_expected(srt, folder):
+    (folder / "prompts.jsonl").mkdir()
+    finished = collect(srt)
+    assert finished.code == 1
+    assert "prompts.jsonl: is a directory, where a JSONL file is expected" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "message"),
+    [
+        ("./nowhere", 2, "./nowhere: no such file or directory."),
+        ("a/b/c", 2, "a/b/c: no such file or directory."),
+        ("model.gguf", 2, "model.gguf: no such file or directory."),
+        ("http://127.0.0.1:1/v1", 2, "which model? Write http://127.0.0.1:1/v1#NAME."),
+        ("what is this", 2, "is no model"),
+        ("python:critic.py:nothing", 2, "critic.py has no callable 'nothing' (it has: critique)."),
+        ("python:critic.py", 2, "write python:FILE_OR_MODULE:CALLABLE"),
+        ("python:missing.py:f", 1, "missing.py: no such file."),
+        ("python:no.such.module:f", 1, "no such module"),
+    ],
+)
+def test_an_unknown_model_is_said_before_any_work(srt, folder, spec, code, message):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    finished = srt("collect-feedback", "--critic", spec)
+    assert finished.code == code
+    assert message in finished.stderr
+    assert finished.stderr.count("\n") == 1
+    assert not (folder / "feedback.jsonl").exists()
+
+
+def test_an_output_of_another_command_is_refused(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    (folder / "feedback.jsonl").write_text("mine\n")
+    finished = collect(srt)
+    assert finished.code == 1
+    assert (
+        "feedback.jsonl: exists, and no run of srt is known to have written it" in finished.stderr
+    )
+    assert (folder / "feedback.jsonl").read_text() == "mine\n"
+
+
+def test_a_manifest_that_is_not_ours_is_left_alone(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    (folder / "feedback.run.json").write_text("{}")
+    finished = collect(srt)
+    assert finished.code == 1
+    assert "feedback.run.json: not a manifest of srt" in finished.stderr
+
+
+def test_a_bad_value_in_a_configuration_names_option_and_reason(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    (folder / "mine.toml").write_text('temperature = "hot"\n')
+    finished = collect(srt, "--config", "mine.toml")
+    assert finished.code == 2
+    assert "--temperature 'hot': Input should be a valid number" in finished.stderr
+
+
+def test_a_full_disk_is_said_and_the_run_can_go_on(folder):
+    (folder / "critic.py").write_text(
+        "from srt_cli.records import Feedback\n"
+        "def critique(prompt, response):\n"
+        "    return Feedback(weaknesses='w' * 400, suggestions='s', score=3), response + '!'\n"
+    )
+    rows = [{"id": n, "prompt": f"p{n}", "response": "r"} for n in range(40)]
+    write_jsonl(folder / "prompts.jsonl", rows)
+    line = ["collect-feedback", "--critic", "python:critic.py:critique"]
+    limited = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "from srt_cli.cli import main\n"
+        "sys.argv = ['srt', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    environment = os.environ | {"COLUMNS": "200"}
+    full = subprocess.run(
+        [sys.executable, "-c", limited, *line],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert full.returncode == 1
+    assert "Traceback" not in full.stderr
+    assert "file too large" in full.stderr.lower()
+    again = subprocess.run(
+        [sys.executable, "-m", "srt_cli", *line],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0
+    assert len((folder / "feedback.jsonl").read_text().splitlines()) == 40
+
+
+def test_a_traceback_comes_back_on_request(srt, folder, monkeypatch):
+    from srt_cli.errors import SrtError
+
+    monkeypatch.setenv("SRT_TRACEBACK", "1")
+    with pytest.raises(SrtError):
+        collect(srt)

@@ -1,0 +1,142 @@
+"""Many rows side by side: every reply is kept, asked for once, and order changes nothing."""
+
+from concurrent.futures import Future
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srt_cli.calls import Call, Tally, conduct
+from srt_cli.errors import QuotaError
+from srt_cli.journal import Journal
+from srt_cli.models import Reply, Request
+from srt_cli.records import Message
+
+
+class Echo:
+    """A model that answers when told to, in an order of the test's choosing."""
+
+    def __init__(self, *, batched=False, in_flight=4, fail_at=None, reverse=False):
+        self.spec = self.identity = "echo"
+        self.batched, self.in_flight = batched, in_flight
+        self.fail_at, self.reverse = fail_at, reverse
+        self.asked = []
+        self.waves = []
+
+    def submit(self, requests, answered=()):
+        futures = [Future() for _ in requests]
+        self.waves.append([request.messages[0].content for request in requests])
+        order = list(enumerate(requests))
+        for position, request in reversed(order) if self.reverse else order:
+            if answered and answered[position]:
+                continue
+            text = request.messages[0].content
+            self.asked.append(text)
+            if self.fail_at is not None and len(self.asked) >= self.fail_at:
+                futures[position].set_exception(QuotaError("no credit"))
+            else:
+                futures[position].set_result(Reply(text=text.upper(), finish_reason="stop"))
+        return futures
+
+
+def ask(model, text):
+    return Call(model, Request((Message(role="user", content=text),), max_tokens=5), text)
+
+
+def row(model, name, steps=2):
+    said = []
+    for step in range(steps):
+        reply = yield ask(model, f"{name}-{step}")
+        said.append(reply.text)
+    return said
+
+
+def run(tmp_path, model, rows=6, window=3, tally=None):
+    scripts = (row(model, f"r{n}") for n in range(rows))
+    with Journal(tmp_path / "x.journal.jsonl") as journal:
+        return dict(conduct(scripts, journal, window=window, tally=tally))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_every_row_gets_its_own_replies(tmp_path, batched, reverse):
+    results = run(tmp_path, Echo(batched=batched, reverse=reverse))
+    assert results == {n: [f"R{n}-0", f"R{n}-1"] for n in range(6)}
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_second_run_asks_nothing(tmp_path, batched):
+    first = run(tmp_path, Echo(batched=batched))
+    again, tally = Echo(batched=batched), Tally()
+    assert run(tmp_path, again, tally=tally) == first
+    assert again.asked == []
+    assert (tally.paid, tally.from_journal) == (0, 12)
+
+
+def test_a_batched_model_sees_the_same_waves_whatever_is_answered_already(tmp_path):
+    straight = Echo(batched=True)
+    run(tmp_path / "straight", straight)
+    resumed = Echo(batched=True)
+    with pytest.raises(QuotaError):
+        run(tmp_path / "broken", Echo(batched=True, fail_at=5))
+    run(tmp_path / "broken", resumed)
+    assert resumed.waves == straight.waves
+    assert 0 < len(resumed.asked) < len(straight.asked)
+
+
+def test_replies_that_came_in_before_a_fatal_error_are_kept(tmp_path):
+    with pytest.raises(QuotaError):
+        run(tmp_path, Echo(in_flight=64, fail_at=4), window=6)
+    again = Echo()
+    run(tmp_path, again)
+    assert len(again.asked) == 12 - 3
+
+
+def test_a_failed_call_is_owed_again(tmp_path):
+    class Flaky(Echo):
+        def submit(self, requests, answered=()):
+            futures = super().submit(requests, answered)
+            bad = Reply(text="", finish_reason="failed", error="connection reset")
+            for position, request in enumerate(requests):
+                if request.messages[0].content == "r1-0":
+                    futures[position] = Future()
+                    futures[position].set_result(bad)
+            return futures
+
+    assert run(tmp_path, Flaky())[1] == ["", "R1-1"]
+    again = Echo()
+    assert run(tmp_path, again)[1] == ["R1-0", "R1-1"]
+    assert again.asked == ["r1-0"]
+
+
+def test_rows_nearest_to_their_end_go_first(tmp_path):
+    model = Echo(in_flight=1)
+    run(tmp_path, model, rows=3, window=3)
+    assert model.asked == ["r0-0", "r0-1", "r1-0", "r1-1", "r2-0", "r2-1"]
+
+
+def test_never_more_rows_are_started_than_the_window_holds(tmp_path):
+    started = []
+
+    def counted(name):
+        started.append(name)
+        return (yield from row(model, name))
+
+    model = Echo()
+    scripts = (counted(f"r{n}") for n in range(50))
+    with Journal(tmp_path / "x.journal.jsonl") as journal:
+        results = conduct(scripts, journal, window=5)
+        next(results)
+        assert len(started) <= 5
+        results.close()
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 5), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_any_mix_of_row_lengths_comes_out_whole(tmp_path_factory, lengths, window, batched):
+    model = Echo(batched=batched)
+    path = tmp_path_factory.mktemp("calls") / "x.journal.jsonl"
+    scripts = (row(model, f"r{n}", steps) for n, steps in enumerate(lengths))
+    with Journal(path) as journal:
+        results = dict(conduct(scripts, journal, window=window))
+    assert {n: len(said) for n, said in results.items()} == dict(enumerate(lengths))

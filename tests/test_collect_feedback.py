@@ -1,0 +1,175 @@
+"""srt collect-feedback through the front door, with programs as policy and critic."""
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+
+CRITIC = """
+from srt_cli.records import Feedback
+
+def respond(prompt):
+    return "It is " + prompt.text
+
+def critique(prompt, response):
+    good = response.endswith("!")
+    feedback = Feedback(
+        weaknesses="None." if good else "Dull.",
+        suggestions="None." if good else "Add spirit.",
+        score=9 if good else 4,
+    )
+    return feedback, response if good else response + "!"
+
+def other(prompt, response):
+    return Feedback(weaknesses="w", suggestions="s", score=5), response + "?"
+
+def broken(prompt, response):
+    if "2" in response:
+        raise RuntimeError("out of ideas")
+    return critique(prompt, response)
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    (tmp_path / "critic.py").write_text(CRITIC)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"task {n}"} for n in range(4)])
+    return tmp_path
+
+
+def collect(srt, *extra, critic="critique"):
+    policy = ("--model", "python:critic.py:respond")
+    return srt("collect-feedback", *policy, "--critic", f"python:critic.py:{critic}", *extra)
+
+
+def test_every_row_ends_in_one_record_in_the_order_of_the_input(srt, folder):
+    assert collect(srt).code == 0
+    rows = read_jsonl(folder / "feedback.jsonl")
+    assert [row["id"] for row in rows] == ["0", "1", "2", "3"]
+    assert rows[0]["response"] == "It is task 0"
+    assert rows[0]["feedback"] == {"weaknesses": "Dull.", "suggestions": "Add spirit.", "score": 4}
+    assert rows[0]["refinement"] == "It is task 0!"
+    assert rows[0]["refinement_score"] == 9
+    assert rows[0]["refinement_feedback"]["weaknesses"] == "None."
+    assert rows[0]["status"] == "ok"
+    assert (rows[0]["policy"], rows[0]["critic"]) == (
+        "python:critic.py:respond",
+        "python:critic.py:critique",
+    )
+
+
+def test_the_closing_line_names_the_result_and_the_next_command(srt):
+    finished = collect(srt)
+    assert finished.stdout == "feedback.jsonl: 4 rows   next: srt sft --data feedback.jsonl\n"
+    assert "4 ok" in finished.stderr
+
+
+def test_rows_with_a_response_need_no_model(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "given"}])
+    assert srt("collect-feedback", "--critic", "python:critic.py:critique").code == 0
+    (row,) = read_jsonl(folder / "feedback.jsonl")
+    assert (row["policy"], row["response"], row["refinement"]) == ("given", "given", "given!")
+
+
+def test_rows_without_a_response_need_a_model(srt):
+    finished = srt("collect-feedback", "--critic", "python:critic.py:critique")
+    assert finished.code == 2
+    assert "4 of 4 rows bring no response. Pass --model" in finished.stderr
+
+
+def test_the_same_line_again_calls_nothing_and_writes_the_same_bytes(srt, folder):
+    collect(srt)
+    first = (folder / "feedback.jsonl").read_bytes()
+    finished = collect(srt)
+    assert finished.code == 0
+    assert "0 made, 12 taken from the journal" in finished.stderr
+    assert (folder / "feedback.jsonl").read_bytes() == first
+
+
+def test_rows_may_be_added_and_reordered_and_only_new_ones_are_paid(srt, folder):
+    collect(srt)
+    rows = [{"id": n, "prompt": f"task {n}"} for n in (5, 3, 2, 1, 0)]
+    write_jsonl(folder / "prompts.jsonl", rows)
+    finished = collect(srt)
+    assert "3 made, 12 taken from the journal" in finished.stderr
+    assert [row["id"] for row in read_jsonl(folder / "feedback.jsonl")] == ["5", "3", "2", "1", "0"]
+
+
+def test_other_settings_are_refused_naming_what_differs(srt, folder):
+    collect(srt)
+    before = (folder / "feedback.jsonl").read_bytes()
+    finished = collect(srt, "--temperature", "0.2")
+    assert finished.code == 1
+    assert "--temperature was 0.7, now 0.2" in finished.stderr
+    assert (folder / "feedback.jsonl").read_bytes() == before
+
+
+def test_changing_only_the_critic_keeps_the_drafts(srt, folder):
+    collect(srt)
+    assert collect(srt, critic="other").code == 1
+    finished = collect(srt, "--overwrite", critic="other")
+    assert "8 made, 4 taken from the journal" in finished.stderr
+    assert read_jsonl(folder / "feedback.jsonl")[0]["refinement"] == "It is task 0?"
+
+
+def test_a_limit_is_extended_without_paying_twice(srt, folder):
+    collect(srt, "--limit", "2")
+    assert len(read_jsonl(folder / "feedback.jsonl")) == 2
+    assert "6 made, 6 taken" in collect(srt).stderr
+    assert len(read_jsonl(folder / "feedback.jsonl")) == 4
+
+
+def test_a_row_whose_critic_fails_is_data_with_a_status(srt, folder):
+    finished = collect(srt, critic="broken")
+    assert finished.code == 0
+    statuses = [row["status"] for row in read_jsonl(folder / "feedback.jsonl")]
+    assert statuses == ["ok", "ok", "failed", "ok"]
+    assert "out of ideas" in read_jsonl(folder / "feedback.jsonl")[2]["reason"]
+
+
+def test_more_failures_than_allowed_exit_3(srt):
+    finished = collect(srt, "--max-failures", "0", critic="broken")
+    assert finished.code == 3
+    assert "1 rows failed, more than --max-failures 0" in finished.stderr
+
+
+def test_prompts_come_from_stdin_too(srt, folder, monkeypatch):
+    class Stdin:
+        buffer = [b'{"prompt": "from a pipe"}\n']
+
+    monkeypatch.setattr("sys.stdin", Stdin())
+    assert collect(srt, "--prompts", "-").code == 0
+    assert read_jsonl(folder / "feedback.jsonl")[0]["prompt"] == "from a pipe"
+
+
+def test_settings_come_from_srt_toml_config_and_flags_in_this_order(srt, folder):
+    (folder / "srt.toml").write_text("seed = 1\n[collect-feedback]\nmax-new-tokens = 7\n")
+    (folder / "mine.toml").write_text("seed = 2\ntemperature = 0.1\n")
+    collect(srt, "--config", "mine.toml", "--temperature", "0.3")
+    import json
+
+    settings = json.loads((folder / "feedback.run.json").read_text())["settings"]
+    assert settings["seed"] == 2
+    assert settings["max_new_tokens"] == 7
+    assert settings["temperature"] == 0.3
+
+
+def test_a_run_json_repeats_its_run(srt, folder):
+    collect(srt, "--seed", "7")
+    finished = srt("collect-feedback", "--config", "feedback.run.json")
+    assert finished.code == 0
+    assert "0 made" in finished.stderr
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(srt, folder):
+    (folder / "mine.toml").write_text("temprature = 0.1\n")
+    finished = collect(srt, "--config", "mine.toml")
+    assert finished.code == 2
+    assert "unknown option temprature. Did you mean temperature?" in finished.stderr
+
+
+def test_a_found_srt_toml_may_not_run_code(srt, folder):
+    (folder / "srt.toml").write_text('critic = "python:critic.py:critique"\n')
+    finished = srt("collect-feedback", "--model", "python:critic.py:respond")
+    assert finished.code == 1
+    assert "would run code" in finished.stderr
+    named = ("--config", "srt.toml")
+    assert srt("collect-feedback", "--model", "python:critic.py:respond", *named).code == 0

@@ -1,0 +1,138 @@
+"""The rules of the house: who imports whom, who prints, who exits, and what is installed."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from srt_cli import cli
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "srt_cli"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = {"torch", "transformers", "trl", "datasets", "openai", "accelerate", "peft", "aiohttp"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of the modules a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_nothing_imports_a_stage_but_the_command_line(path):
+    if path.name == "cli.py":
+        return
+    assert not {name for name in imports_of(path) if name.startswith("srt_cli.stages.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_heavy_packages_are_imported_only_by_models_and_training(path):
+    if path.parent.name in ("models", "training"):
+        return
+    roots = {name.split(".")[0] for name in imports_of(path)}
+    assert not roots & HEAVY
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_the_console_prints_and_only_the_command_line_exits(path):
+    tree = ast.parse(path.read_text())
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "print" not in called
+    if path.name != "cli.py":
+        assert not called & {"sys.exit", "exit", "quit", "os._exit"}
+    if path.name != "console.py":
+        assert "rich.console.Console" not in imports_of(path)
+
+
+def test_no_module_is_a_drawer():
+    assert not {path.stem for path in MODULES} & {"utils", "common", "base", "helpers", "misc"}
+
+
+def test_every_imported_package_is_declared():
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = list(document["dependencies"])
+    for extra in document.get("optional-dependencies", {}).values():
+        declared += extra
+    names = {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("-", "_") for line in declared}
+    imported = {name.split(".")[0] for path in MODULES for name in imports_of(path)}
+    third_party = imported - set(sys.stdlib_module_names) - {"srt_cli"}
+    assert third_party <= names
+
+
+def test_every_declared_package_is_pinned():
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {
+        line.split("==")[0].replace("-", "_")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    wanted = [*document["dependencies"], *document["optional-dependencies"]["dev"]]
+    names = {re.split(r"[\[<>=!~ ]", line)[0].lower().replace("-", "_") for line in wanted}
+    assert names <= pinned
+
+
+def test_help_imports_nothing_heavy_and_is_quick():
+    program = (
+        "import sys; from srt_cli.cli import main; sys.argv = ['srt', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"heavy = {sorted(HEAVY | {'numpy', 'scipy'})!r}\n"
+        "print([name for name in heavy if name in sys.modules], file=sys.stderr)"
+    )
+    took = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        )
+        took.append(time.perf_counter() - started)
+        assert done.stderr.strip() == "[]"
+    # The quickest of five: other tests share the two cores.
+    assert min(took) < 0.3
+
+
+@pytest.mark.parametrize("command", cli.STAGES)
+def test_a_commands_help_begins_with_its_summary_and_has_two_examples(command, srt):
+    options_class = getattr(
+        import_module(cli.STAGES[command].module), cli.STAGES[command].options_class
+    )
+    assert inspect.getdoc(options_class).split("\n\n")[0].replace("\n", " ") == (
+        cli.STAGES[command].summary
+    )
+    finished = srt(command, "--help")
+    assert finished.code == 0
+    assert finished.stdout.count(f"    srt {command}") >= 2
+    for option in ("--config", "--seed", "--limit", "--overwrite", "--out"):
+        assert option in finished.stdout
+
+
+@pytest.mark.parametrize("command", cli.STAGES)
+def test_importing_a_stage_needs_no_heavy_package(command):
+    program = (
+        "import sys\n"
+        f"for name in {sorted(HEAVY | {'numpy', 'scipy'})!r}: sys.modules[name] = None\n"
+        f"import {cli.STAGES[command].module}"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_the_version_is_printed(srt):
+    assert srt("--version").stdout == "srt 0.1.0\n"
