@@ -1,0 +1,250 @@
+"""Weights and tokenizers from a directory, the hub, or a GGUF file; dtype and device with the reason."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from srt_cli.errors import SrtError
+
+CACHE_VARIABLE: Final = "SRT_CACHE"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model computes and in which number format, with the reason."""
+
+    device: str
+    dtype: torch.dtype
+    reason: str
+
+    def describe(self) -> dict[str, str]:
+        """For the manifest."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"device": self.device, "dtype": dtype, "dtype_reason": self.reason}
+
+
+def decide_placement() -> Placement:
+    """Choose device and dtype for this machine."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        if torch.cuda.is_bf16_supported():
+            return Placement("cuda", torch.bfloat16, f"{name} computes bfloat16 natively")
+        return Placement("cuda", torch.float32, f"{name} has no bfloat16")
+    if torch.backends.mps.is_available():
+        return Placement("mps", torch.float32, "float32 is the safe choice on Apple GPUs")
+    return Placement("cpu", torch.float32, "on CPUs float32 is faster than bfloat16")
+
+
+def load_tokenizer(name: str, *, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory, hub name or GGUF file, with a pad token that ends nothing.
+
+    Raises `SrtError` in one sentence when it cannot be had.
+    """
+    source = resolve_source(name)
+    tokenizer = _load(AutoTokenizer.from_pretrained, name, str(source))
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    _give_own_pad(tokenizer)
+    return tokenizer
+
+
+def load_weights(
+    name: str, *, placement: Placement | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of a directory, hub name or GGUF file, on its device, in eval mode.
+
+    A directory with an adapter loads its base and the adapter merged into it. Only safetensors are
+    read. Raises `SrtError` in one sentence when it cannot be had.
+    """
+    placement = placement or decide_placement()
+    source = resolve_source(name)
+    adapter = Path(source) / ADAPTER_CONFIG
+    if adapter.is_file():
+        return _load_adapter(name, Path(source), placement, trust_remote_code)
+    model = _load(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        str(source),
+        dtype=placement.dtype,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+    )
+    assert isinstance(model, PreTrainedModel)
+    return model.to(placement.device).eval()  # type: ignore[arg-type]
+
+
+def _load_adapter(
+    name: str, directory: Path, placement: Placement, trust_remote_code: bool
+) -> PreTrainedModel:
+    from peft import PeftModel
+
+    base = json.loads((directory / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    try:
+        weights = load_weights(base, placement=placement, trust_remote_code=trust_remote_code)
+    except SrtError as error:
+        raise SrtError(f"{name} is an adapter, and its base cannot be had: {error}") from None
+    merged = PeftModel.from_pretrained(weights, str(directory)).merge_and_unload()
+    assert isinstance(merged, PreTrainedModel)
+    return merged.eval()
+
+
+def _load(loader: Any, name: str, source: str, **arguments: Any) -> Any:
+    """Call a `from_pretrained`, turning its many ways to fail into one sentence."""
+    with _progress_bars_off():
+        try:
+            return loader(source, **arguments)
+        except (OSError, ValueError, KeyError) as error:
+            raise SrtError(_why_not_loaded(name, source, error)) from error
+
+
+def _why_not_loaded(name: str, source: str, error: Exception) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    if Path(source).is_dir():
+        if not (Path(source) / "config.json").is_file():
+            held = ", ".join(sorted(path.name for path in Path(source).iterdir())[:8]) or "nothing"
+            return f"{name}: not a model directory (no config.json; it holds {held})."
+        if not list(Path(source).glob("*.safetensors")):
+            return f"{name}: the directory has no weights as safetensors."
+        return f"{name}: cannot be loaded ({first_line})."
+    return (
+        f"{name}: not in the local cache, and the model hub cannot be reached. Check the name and "
+        "the connection, or give a directory or a FILE.gguf."
+    )
+
+
+@contextlib.contextmanager
+def _progress_bars_off() -> Any:
+    transformers_logging.disable_progress_bar()
+    yield
+
+
+def _give_own_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Padding with the end-of-turn token hides it from the loss or from generation; use another."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    used = {tokenizer.eos_token, tokenizer.bos_token}
+    template = str(tokenizer.chat_template or "")
+    spare = [
+        str(token)
+        for _, token in sorted(tokenizer.added_tokens_decoder.items())
+        if token.special and str(token) not in used and str(token) not in template
+    ]
+    likely = sorted(spare, key=lambda text: ("pad" not in text, "endoftext" not in text))
+    tokenizer.pad_token = likely[0] if likely else (tokenizer.unk_token or tokenizer.eos_token)
+
+
+def generation_config_for(
+    tokenizer: PreTrainedTokenizerBase, end_of_turn: int, earlier: GenerationConfig | None = None
+) -> GenerationConfig:
+    """A generation config whose end tokens are right and whose pad is none of them."""
+    ends = [end_of_turn]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id != end_of_turn:
+        ends.append(int(tokenizer.eos_token_id))
+    config = GenerationConfig.from_dict(earlier.to_dict()) if earlier else GenerationConfig()
+    config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = tokenizer.bos_token_id
+    return config
+
+
+def resolve_source(name: str) -> Path | str:
+    """What transformers can load for a name: a GGUF file becomes a cached directory."""
+    name = name.removeprefix("hf:")
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        return _converted(path)
+    return path if path.is_dir() else name
+
+
+def _converted(gguf: Path) -> Path:
+    """The safetensors directory made once from a GGUF file, tokenizer and template included."""
+    if not gguf.is_file():
+        raise SrtError(f"{gguf}: no such file.")
+    status = gguf.stat()
+    stamp = f"{gguf.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    directory = cache_folder() / "gguf" / hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    half = Path(tempfile.mkdtemp(dir=directory.parent, prefix="half-"))
+    try:
+        _convert(gguf, half)
+        # Whoever comes second finds the directory in place; both made the same one.
+        with contextlib.suppress(OSError):
+            os.rename(half, directory)
+    finally:
+        shutil.rmtree(half, ignore_errors=True)
+    return directory
+
+
+def _convert(gguf: Path, directory: Path) -> None:
+    try:
+        import gguf as reader  # noqa: F401  transformers needs it, and says so less clearly
+    except ImportError:
+        raise SrtError("Reading a .gguf file needs the package gguf: pip install 'srt-cli[gguf]'.") from None
+    arguments = {"gguf_file": gguf.name}
+    folder = str(gguf.parent)
+    tokenizer = _load(AutoTokenizer.from_pretrained, str(gguf), folder, **arguments)
+    model = _load(
+        AutoModelForCausalLM.from_pretrained, str(gguf), folder, dtype=torch.float32, **arguments
+    )
+    # The weights are plain float32 now, but the model still calls itself quantized and will not save.
+    for name in ("hf_quantizer", "quantization_method", "is_quantized"):
+        with contextlib.suppress(AttributeError):
+            delattr(model, name)
+    with contextlib.suppress(AttributeError):
+        del model.config.quantization_config
+    model.config.name_or_path = gguf.name
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: `SRT_CACHE`, else the user's cache folder."""
+    if CACHE_VARIABLE in os.environ:
+        return Path(os.environ[CACHE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "srt"
+
+
+def fingerprint_of(name: str) -> str:
+    """A short digest of a model's weights: a retrained directory is another model.
+
+    Of a hub name it is the name: what the hub serves under it is not ours to read beforehand.
+    """
+    path = Path(name.removeprefix("hf:")).expanduser()
+    digest = hashlib.sha256()
+    if path.is_file():
+        return _digest_of_file(path)
+    if not path.is_dir():
+        return name.removeprefix("hf:")
+    names = ("*.safetensors", "*.json", "*.jinja")
+    for file in sorted(file for pattern in names for file in path.glob(pattern)):
+        if file.name == "run.json":
+            continue
+        digest.update(f"{file.name}:{_digest_of_file(file)};".encode())
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
