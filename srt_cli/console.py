@@ -144,6 +144,9 @@ def quiet_libraries() -> None:
     import warnings
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Training would otherwise report its start to the hub.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for name in ("httpx2", "httpcore2", "openai", "transformers", "trl", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:

@@ -97,14 +97,18 @@ def _encode_in_pieces(
             ids.append(token)
         elif piece:
             plain = _replace(piece, shown)
-            ids += tokenizer(plain, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids += tokenizer(plain, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
     return ids
 
 
 @lru_cache(maxsize=8)
 def _pieces_equal_whole(tokenizer: PreTrainedTokenizerBase) -> bool:
     whole = _encode_whole(tokenizer, PROBE, True)
-    plain = tokenizer(_control_tokens(tokenizer)[0], add_special_tokens=False, split_special_tokens=True)
+    plain = tokenizer(
+        _control_tokens(tokenizer)[0], add_special_tokens=False, split_special_tokens=True
+    )
     forged = len(plain["input_ids"]) == 1
     return not forged and whole == _encode_in_pieces(tokenizer, PROBE, True)
 

@@ -201,7 +201,9 @@ def _convert(gguf: Path, directory: Path) -> None:
     try:
         import gguf as reader  # noqa: F401  transformers needs it, and says so less clearly
     except ImportError:
-        raise SrtError("Reading a .gguf file needs the package gguf: pip install 'srt-cli[gguf]'.") from None
+        raise SrtError(
+            "Reading a .gguf file needs the package gguf: pip install 'srt-cli[gguf]'."
+        ) from None
     arguments = {"gguf_file": gguf.name}
     folder = str(gguf.parent)
     tokenizer = _load(AutoTokenizer.from_pretrained, str(gguf), folder, **arguments)
