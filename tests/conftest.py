@@ -67,3 +67,64 @@ def smollm2_gguf() -> Path:
     assert spec is not None
     assert spec.origin is not None
     return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of converted weights that all workers of this test run share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["SRT_CACHE"] = str(folder / "srt-cache")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, cache: Path) -> Path:
+    """SmolLM2-135M-Instruct as safetensors."""
+    from filelock import FileLock
+
+    from srt_cli.models.weights import resolve_source
+
+    with FileLock(cache / "smollm2.lock"):
+        return Path(resolve_source(str(smollm2_gguf)))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm2: Path, cache: Path) -> Path:
+    """A two-layer Llama of random weights with SmolLM2's tokenizer and chat template."""
+    from filelock import FileLock
+
+    folder = cache / "tiny-model"
+    with FileLock(cache / "tiny-model.lock"):
+        if not folder.exists():
+            _make_tiny_model(smollm2, folder)
+    return folder
+
+
+def _make_tiny_model(tokenizer_from: Path, folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from srt_cli.models.weights import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tokenizer_from))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    half = folder.with_name("tiny-model-half")
+    LlamaForCausalLM(config).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    half.rename(folder)

@@ -273,7 +273,8 @@ def generate(loaded: _Loaded, batch: Sequence[_Item], cancelled: threading.Event
         [_draw_seed(request) for request in requests],
     )
     with torch.inference_mode():
-        output: Any = loaded.model.generate(
+        run: Any = loaded.model.generate
+        output = run(
             ids,
             attention_mask=mask,
             generation_config=GenerationConfig(

@@ -90,7 +90,8 @@ def load_weights(
         trust_remote_code=trust_remote_code,
     )
     assert isinstance(model, PreTrainedModel)
-    return model.to(placement.device).eval()  # type: ignore[arg-type]
+    moved: PreTrainedModel = model.to(placement.device).eval()  # type: ignore[arg-type]
+    return moved
 
 
 def _load_adapter(
@@ -105,7 +106,8 @@ def _load_adapter(
         raise SrtError(f"{name} is an adapter, and its base cannot be had: {error}") from None
     merged = PeftModel.from_pretrained(weights, str(directory)).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
-    return merged.eval()
+    merged.eval()
+    return merged
 
 
 def _load(loader: Any, name: str, source: str, **arguments: Any) -> Any:

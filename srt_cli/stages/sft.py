@@ -1,0 +1,259 @@
+"""Stage 1, second half: fine-tune the policy on response, feedback and refinement."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from srt_cli import console
+from srt_cli.artifacts import (
+    DroppedRows,
+    Run,
+    clear_directory,
+    inherited,
+    open_run,
+    read_records,
+)
+from srt_cli.critic_check import check_critic
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.records import FeedbackRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from srt_cli.training.loop import Trained
+    from srt_cli.training.sequences import Part, Sequence
+
+COMMAND = "sft"
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Fine-tune the policy on response, feedback and refinement.
+
+    Kept are rows that pass the paper's two rules: feedback in the complete format, and a
+    refinement scored not lower than its draft. The loss covers response, feedback and refinement
+    (paper, Eq. 1) or those that --loss-on names; prompt and critique request carry none.
+
+    Examples:
+
+      srt sft --data feedback.jsonl --model models/base
+
+      srt sft --method lora --learning-rate 1e-4 --loss-on feedback,refinement
+    """
+
+    data: Path = setting(Path("feedback.jsonl"), "Feedback to learn from.", metavar="FILE")
+    model: str | None = setting(
+        None, "The policy; default: the one that wrote the drafts.", metavar="SPEC"
+    )
+    out: Path = runtime(Path("models/sft"), "Where the tuned model goes.", metavar="DIRECTORY")
+    method: Literal["full", "lora"] = setting("full", "Train all weights (paper), or adapters.")
+    epochs: float = setting(5.0, "Passes over the data (paper: 5).")
+    learning_rate: float = setting(
+        1e-5, "Peak learning rate (paper: 1e-5; LoRA wants 10 times it)."
+    )
+    global_batch: int = setting(32, "Rows a step (paper: 32).")
+    micro_batch: int | None = setting(None, "Rows a forward pass; default: 2 on a CPU, 8 on a GPU.")
+    warmup: float = setting(0.1, "Share of the steps that warm up (paper: 0.1, then cosine).")
+    weight_decay: float = setting(0.0, "Weight decay (paper: not stated).")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped at this norm (paper: not stated).")
+    max_length: int = setting(8192, "Most tokens a sequence may have (paper: 8192).")
+    truncation: Literal["refuse", "drop"] = setting(
+        "refuse", "What happens to rows that do not fit: refuse the run, or drop them."
+    )
+    loss_on: str = setting(
+        "response,feedback,refinement", "Parts that carry loss (paper: all three).", metavar="PARTS"
+    )
+    refinement_feedback: bool = setting(
+        False, "Train also on good refinements with their own blind feedback (paper: no)."
+    )
+    good_score: float = setting(8.0, "From this score on, an answer counts as good.")
+    lora_r: int = setting(64, "Rank of the adapters.")
+    lora_alpha: int = setting(32, "Scale of the adapters.")
+    lora_dropout: float = setting(0.0, "Dropout of the adapters.")
+    chat_template: Path | None = setting(None, "A .jinja file, if the model has none.")
+    seed: int = setting(42, "Seed of the data order and of dropout.")
+    limit: int | None = setting(None, "Use only the first N rows.")
+    critic_check: int = runtime(
+        16, "Let the tuned model score N of the answers, and show whether it knows good from bad."
+    )
+    save_every: int | None = runtime(
+        None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
+    )
+    keep_checkpoints: bool = runtime(False, "Keep the checkpoints of a finished training.")
+    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
+    overwrite: bool = runtime(False, "Delete the directory and start anew.")
+
+
+def run(options: Sft) -> None:
+    """Read feedback, keep what teaches, train, save."""
+    parts = parse_parts(options.loss_on)
+    model_name = options.model or inherited(options.data, "model")
+    if model_name is None or model_name.startswith(RUNS_CODE_PREFIX):
+        raise UsageError(f"{options.data} names no policy to train. Pass --model.")
+    if options.overwrite:
+        clear_directory(options.out)
+    run = open_run(
+        COMMAND,
+        options,
+        options.out,
+        inputs={"data": options.data},
+        overwrite=options.overwrite,
+        resolved={"model": model_name},
+    )
+    records = list(read_records(options.data, FeedbackRecord.model_validate, limit=options.limit))
+    from srt_cli.training.loop import clear_checkpoints, refuse_changed_inputs
+
+    refuse_changed_inputs(run)
+    if run.complete:
+        console.say("trained already under these settings; nothing to do")
+        console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
+        return
+    with run:
+        kept = keep_teaching_rows(records, run)
+        trained = _train(options, parts, model_name, kept, run)
+        if options.critic_check:
+            check_critic(run, kept, options.critic_check, options.good_score, options.seed)
+        if not options.keep_checkpoints:
+            clear_checkpoints(options.out)
+    console.say(
+        f"{trained.steps} steps in {trained.seconds:.0f} s; "
+        f"loss {trained.first_loss:.3f} to {trained.final_loss:.3f}"
+    )
+    console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
+
+
+def parse_parts(text: str) -> "tuple[Part, ...]":
+    """`--loss-on` as parts; raises `UsageError` for an unknown or empty one."""
+    known: tuple[Part, ...] = ("response", "feedback", "refinement")
+    named = [part.strip() for part in text.split(",") if part.strip()]
+    unknown = [part for part in named if part not in known]
+    if unknown or not named:
+        raise UsageError(
+            f"--loss-on {text!r}: name some of response, feedback, refinement, joined by commas."
+        )
+    return tuple(part for part in known if part in named)
+
+
+def why_not_trained(record: FeedbackRecord) -> str | None:
+    """The paper's two rules (section 4.1); null when a row passes both."""
+    if record.status != "ok":
+        return record.status
+    if record.gain is None:
+        return "incomplete"
+    if record.gain < 0:
+        return "refinement scored lower"
+    return None
+
+
+def keep_teaching_rows(records: Iterable[FeedbackRecord], run: Run) -> list[FeedbackRecord]:
+    """Rows that pass the rules; the others go to `sft.dropped.jsonl` in the model directory."""
+    dropped = DroppedRows(run.out / "sft.jsonl")
+    kept = []
+    for record in records:
+        reason = why_not_trained(record)
+        if reason is None:
+            kept.append(record)
+        else:
+            dropped.add(record.id, reason, record)
+    dropped.commit()
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.reasons.most_common())
+    rows = len(kept) + dropped.reasons.total()
+    console.say(f"{rows} rows: {len(kept)} kept" + (f"; dropped: {reasons}" if reasons else ""))
+    run.manifest.tallies = {"rows": rows, "kept": len(kept), "dropped": dict(dropped.reasons)}
+    if not kept:
+        raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped.path}.")
+    return kept
+
+
+def _train(
+    options: Sft,
+    parts: "tuple[Part, ...]",
+    model_name: str,
+    records: list[FeedbackRecord],
+    run: Run,
+) -> "Trained":
+    from srt_cli.models.weights import load_tokenizer, load_weights
+    from srt_cli.training.loop import Schedule
+    from srt_cli.training.lora import Lora
+    from srt_cli.training.place import decide_training_place
+    from srt_cli.training.saving import model_card, save_model
+    from srt_cli.training.sft import train_sft
+
+    tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
+    sequences = build_sequences(tokenizer, records, parts, options, run)
+    place = decide_training_place()
+    run.manifest.models = {model_name: place.describe()}
+    console.say(f"training on {place.placement.device}, float32 weights: {place.placement.reason}")
+    model = load_weights(
+        model_name, placement=place.placement, trust_remote_code=options.trust_remote_code
+    )
+    micro = options.micro_batch or (8 if place.placement.device == "cuda" else 2)
+    schedule = Schedule(
+        options.epochs, options.learning_rate, options.warmup, options.weight_decay,
+        options.max_grad_norm, options.global_batch, min(micro, options.global_batch),
+        options.seed,
+    )  # fmt: skip
+    lora = None
+    if options.method == "lora":
+        lora = Lora(options.lora_r, options.lora_alpha, options.lora_dropout)
+    model, trained = train_sft(
+        model, tokenizer, sequences, schedule, place, run, lora=lora, save_every=options.save_every
+    )
+    run.manifest.tallies |= vars(trained)
+    facts: dict[str, Any] = {
+        "base": model_name,
+        "data": f"{options.data}, {len(records)} rows",
+        "method": f"supervised fine-tuning ({options.method}), loss on {', '.join(parts)}",
+        "epochs": options.epochs,
+        "learning rate": options.learning_rate,
+        "final loss": trained.final_loss,
+    }
+    save_model(model, tokenizer, options.out, model_card("A model tuned by stage 1 of SRT", facts))
+    return trained
+
+
+def build_sequences(
+    tokenizer: "PreTrainedTokenizerBase",
+    records: list[FeedbackRecord],
+    parts: "tuple[Part, ...]",
+    options: Sft,
+    run: Run,
+) -> "list[Sequence]":
+    """Token ids and masks of every kept row; refuses, or drops, what does not fit."""
+    from srt_cli.training.sequences import feedback_sequence, refinement_feedback_sequence
+
+    sequences = [feedback_sequence(tokenizer, record, parts) for record in records]
+    if options.refinement_feedback:
+        sequences += [
+            refinement_feedback_sequence(tokenizer, record, parts)
+            for record in records
+            if record.refinement_feedback is not None
+            and record.refinement_feedback.score >= options.good_score
+        ]
+    long = [s for s in sequences if len(s.input_ids) > options.max_length]
+    if long and options.truncation == "refuse":
+        worst = max(long, key=lambda s: len(s.input_ids))
+        raise SrtError(
+            f"{len(long)} of {len(sequences)} sequences exceed --max-length {options.max_length} "
+            f"(the longest, {worst.id}: {len(worst.input_ids)} tokens). "
+            "Raise --max-length, or leave them out with --truncation drop."
+        )
+    sequences = [s for s in sequences if len(s.input_ids) <= options.max_length]
+    untrained = [s.id for s in sequences if not sum(s.trained.values())]
+    if untrained or not sequences:
+        raise SrtError(f"no token would be trained in {', '.join(untrained[:3]) or 'any row'}.")
+    tokens = {part: sum(s.trained[part] for s in sequences) for part in sequences[0].trained}
+    total = sum(len(s.input_ids) for s in sequences)
+    run.manifest.tallies |= {
+        "sequences": len(sequences),
+        "sequences_too_long": len(long),
+        "tokens": total,
+        "trained_tokens": tokens,
+    }
+    named = ", ".join(f"{count} of {part}" for part, count in tokens.items() if count)
+    console.say(f"{len(sequences)} sequences, {total} tokens, trained: {named}")
+    if long:
+        run.warn(f"{len(long)} sequences over --max-length {options.max_length} were left out.")
+    return sequences

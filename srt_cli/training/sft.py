@@ -1,0 +1,43 @@
+"""Stage 1's training: TRL's SFTTrainer on our own token ids and masks."""
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from srt_cli.artifacts import Run
+from srt_cli.training.loop import Schedule, Trained, train, training_arguments
+from srt_cli.training.lora import Lora, lora_config, merge_and_keep_adapter
+from srt_cli.training.place import TrainingPlace
+from srt_cli.training.sequences import Sequence
+
+
+def train_sft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: list[Sequence],
+    schedule: Schedule,
+    place: TrainingPlace,
+    run: Run,
+    *,
+    lora: Lora | None,
+    save_every: int | None,
+) -> tuple[PreTrainedModel, Trained]:
+    """Fine-tune on the sequences' labels; returns the model (adapters merged) and the figures."""
+    arguments = training_arguments(schedule, run.out, place.placement.device, place.bf16)
+    config = SFTConfig(
+        **arguments,
+        # Our labels say what is trained; TRL is to change neither ids nor masks.
+        dataset_kwargs={"skip_prepare_dataset": True},
+        packing=False,
+    )
+    rows = [{"input_ids": s.input_ids, "labels": s.labels} for s in sequences]
+    trainer: Trainer = SFTTrainer(
+        model=model.train(),
+        args=config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(lora) if lora is not None else None,
+    )
+    tokens = sum(len(sequence.input_ids) for sequence in sequences)
+    trained = train(trainer, run, save_every=save_every, tokens_an_epoch=tokens)
+    return merge_and_keep_adapter(trainer, run.out, lora), trained
