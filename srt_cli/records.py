@@ -205,3 +205,19 @@ class Judgment(Record):
     raw: str
     judge: str
     usage: Usage
+
+
+class Output(Record):
+    """What a contestant of `srt eval` answered to one prompt.
+
+    `use` says which of its texts this is. `parsed` says whether the critique behind a refinement
+    could be read; where it could not, the output is the draft.
+    """
+
+    id: str
+    contestant: str
+    use: Literal["response", "refinement"]
+    response: str
+    parsed: bool | None
+    status: Status
+    passed: bool | None

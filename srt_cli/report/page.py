@@ -1,0 +1,210 @@
+"""The report of an evaluation: one HTML file, no network, every model text escaped."""
+
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import srt_cli
+from srt_cli.artifacts import write_atomically
+from srt_cli.contest import Contest, Row
+from srt_cli.records import Judgment, Output, Prompt
+from srt_cli.report.plot import Interval, interval_plot
+
+
+def write_report(
+    path: Path,
+    contest: Contest,
+    prompts: Sequence[Prompt],
+    outputs: Sequence[Output],
+    judgments: Sequence[Judgment],
+    examples: int,
+) -> None:
+    """Write the page: headline, plots, the whole table, then examples one by one."""
+    assets = files("srt_cli.report")
+    style = assets.joinpath("page.css").read_text(encoding="utf-8")
+    program = assets.joinpath("page.js").read_text(encoding="utf-8")
+    body = "".join(
+        [
+            _headline(contest),
+            _warnings(contest),
+            _plots(contest),
+            _table(contest),
+            _examples(contest, prompts, outputs, judgments, examples),
+            f"<footer>Made by srt {escape(srt_cli.__version__)}. The figures are in eval.json, "
+            "every verdict in judgments.jsonl.</footer>",
+        ]
+    )
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        # Nothing may be loaded, whatever a model wrote.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:\">"
+        '<link rel="icon" href="data:,">'
+        f"<title>srt eval</title><style>{style}</style></head>"
+        f"<body><main>{body}</main><script>{program}</script></body></html>\n"
+    )
+    write_atomically(path, page.encode("utf-8", errors="replace"))
+
+
+def _headline(contest: Contest) -> str:
+    facts = [f"{contest.prompts} prompts", f"reference {contest.reference}"]
+    if contest.judge:
+        facts.append(f"judge {contest.judge}")
+    if contest.check:
+        facts.append(f"check {contest.check}")
+    sentence = _best_sentence(contest)
+    return (
+        f"<header><h1>{escape(sentence)}</h1>"
+        f"<p class=facts>{' · '.join(escape(fact) for fact in facts)}</p></header>"
+    )
+
+
+def _best_sentence(contest: Contest) -> str:
+    compared = [row for row in contest.rows if row.difference is not None]
+    if compared:
+        best = max(
+            compared, key=lambda row: row.difference.difference.value if row.difference else 0
+        )
+        assert best.difference is not None
+        found = best.difference.difference
+        sure = "" if found.low > 0 or found.high < 0 else ", which is within the noise"
+        points = f"{abs(100 * found.value):.0f} points"
+        side = "above" if found.value >= 0 else "below"
+        return f"{best.label} passes {points} {side} the reference{sure}."
+    judged = [row for row in contest.rows if row.judged is not None and row.judged.win_rate]
+    if judged:
+        best = max(judged, key=_win_value)
+        assert best.judged is not None
+        assert best.judged.win_rate is not None
+        rate = best.judged.win_rate
+        sure = "" if rate.low > 0.5 or rate.high < 0.5 else ", which is within the noise"
+        return f"{best.label} wins {rate.value:.0%} against the reference{sure}."
+    return "Nothing could be compared."
+
+
+def _win_value(row: Row) -> float:
+    return row.judged.win_rate.value if row.judged and row.judged.win_rate else 0.0
+
+
+def _warnings(contest: Contest) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in contest.warnings())
+    return (
+        f'<section class="warnings"><h2>Read with care</h2><ul>{items}</ul></section>'
+        if items
+        else ""
+    )
+
+
+def _plots(contest: Contest) -> str:
+    sections = []
+    passing = [
+        Interval(row.label, r.value, r.low, r.high, emphasised=row.contestant != contest.reference)
+        for row in contest.rows
+        if (r := row.pass_rate) is not None
+    ]
+    if passing:
+        base = contest.rows[0].pass_rate
+        middle = base.value if base else None
+        plot = interval_plot(passing, middle=middle, caption="Pass rates")
+        sections.append(_figure("Pass rate", "Share of answers that pass the check.", plot))
+    winning = [
+        Interval(row.label, w.value, w.low, w.high)
+        for row in contest.rows
+        if row.judged is not None and (w := row.judged.win_rate) is not None
+    ]
+    if winning:
+        plot = interval_plot(winning, middle=0.5, caption="Win rates")
+        about = "Against the reference's direct answer, mean of both orders; ties count half."
+        sections.append(_figure("Win rate", about, plot))
+    return "".join(sections)
+
+
+def _figure(title: str, about: str, plot: str) -> str:
+    return (
+        f"<section><h2>{title}</h2><p>{about} Bars are 95 % intervals.</p>"
+        f'<div class="plot">{plot}</div></section>'
+    )
+
+
+def _table(contest: Contest) -> str:
+    columns, rows = contest.as_table()
+    columns = [*columns, "length ratio", "words"]
+    extra = [
+        [f"{row.length_ratio:.2f}" if row.length_ratio else "-", f"{row.mean_words:.0f}"]
+        for row in contest.rows
+    ]
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in [*row, *more]) + "</tr>"
+        for row, more in zip(rows, extra, strict=True)
+    )
+    notes = "".join(f"<p>{escape(note)}</p>" for note in contest.footnotes())
+    return (
+        f'<section><h2>All figures</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>{notes}</section>"
+    )
+
+
+def _examples(
+    contest: Contest,
+    prompts: Sequence[Prompt],
+    outputs: Sequence[Output],
+    judgments: Sequence[Judgment],
+    count: int,
+) -> str:
+    by_prompt: dict[str, list[Output]] = {}
+    for output in outputs:
+        by_prompt.setdefault(output.id, []).append(output)
+    verdicts: dict[tuple[str, str], list[Judgment]] = {}
+    for judgment in judgments:
+        verdicts.setdefault((judgment.id, judgment.a), []).append(judgment)
+    labels = {(row.contestant, row.use): row.label for row in contest.rows}
+    cards = []
+    for prompt in prompts[:count]:
+        answers = "".join(
+            _answer(
+                output, labels, verdicts.get((prompt.id, f"{output.contestant} {output.use}"), [])
+            )
+            for output in by_prompt.get(prompt.id, [])
+        )
+        cards.append(
+            f'<article><p class="prompt">{escape(prompt.text)}</p>'
+            f'<div class="answers">{answers}</div></article>'
+        )
+    shown = f"{len(cards)} of {len(prompts)} prompts"
+    return (
+        f'<section id="examples"><h2>Examples</h2><p class="tools">'
+        '<input id="search" type="search" placeholder="Filter by text" aria-label="Filter by text"> '
+        '<label><input id="changed" type="checkbox"> only where answers differ in verdict</label> '
+        f'<span id="count">{shown}</span></p>{"".join(cards)}</section>'
+    )
+
+
+def _answer(
+    output: Output, labels: dict[tuple[str, str], str], verdicts: Sequence[Judgment]
+) -> str:
+    marks = []
+    if output.passed is not None:
+        marks.append("passes" if output.passed else "fails")
+    marks += [_verdict_word(verdict) for verdict in verdicts]
+    if output.parsed is False:
+        marks.append("critique did not parse: this is the draft")
+    state = "" if output.passed is None else (" good" if output.passed else " bad")
+    label = labels[output.contestant, output.use]
+    return (
+        f'<div class="answer{state}"><h3>{escape(label)}</h3>'
+        f"<pre>{escape(output.response) or '<i>empty</i>'}</pre>"
+        f'<p class="marks">{escape(" · ".join(marks))}</p></div>'
+    )
+
+
+def _verdict_word(verdict: Judgment) -> str:
+    shown = "shown first" if verdict.order == "ab" else "shown second"
+    if verdict.preference is None:
+        return f"no verdict when {shown} ({verdict.status})"
+    word = {1.0: "wins", 0.0: "loses", 0.5: "ties"}.get(
+        verdict.preference, f"preferred {verdict.preference:.2f}"
+    )
+    return f"{word} {shown}"

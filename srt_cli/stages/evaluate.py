@@ -1,0 +1,272 @@
+"""Are the stages better than the base? Outputs, checks, verdicts, and a report."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from srt_cli import console
+from srt_cli.artifacts import OrderedWriter, Run, inherited, open_run, read_manifest, write_json
+from srt_cli.calls import Script, Tally, conduct
+from srt_cli.critique import Sampling
+from srt_cli.errors import TooManyFailures, UsageError
+from srt_cli.judging import (
+    Contestant,
+    Order,
+    Use,
+    answer,
+    check_output,
+    judge_pair,
+    read_outputs,
+)
+from srt_cli.journal import Journal
+from srt_cli.models import ModelOptions, open_model
+from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.prompts import prompts_from
+from srt_cli.records import Judgment, Output, Prompt, Record
+
+if TYPE_CHECKING:
+    from srt_cli.contest import Contest
+
+COMMAND = "eval"
+ORDERS: tuple[Order, ...] = ("ab", "ba")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare models with a reference on held-out prompts, and write a report.
+
+    Every contestant answers every prompt (or brings a file of outputs); a judge compares each
+    answer with the reference's in both orders; a program may check answers objectively. With
+    --use refinement a model's answer is its draft after one round of its own critique.
+
+    Examples:
+
+      srt eval --prompts heldout.jsonl --model models/sft --model models/dpo --judge gpt-4
+
+      srt eval --model models/dpo --check python:critic.py:check --use response --use refinement
+    """
+
+    prompts: str = setting(
+        "prompts.jsonl", "Prompts: a JSONL file, - for stdin, or hf:NAME:SPLIT.", metavar="FILE"
+    )
+    model: tuple[str, ...] = setting(
+        ("models/dpo",), "A contestant: a model, or a JSONL file of outputs. Several times.",
+        metavar="SPEC",
+    )  # fmt: skip
+    reference: str | None = setting(
+        None, "What they are compared with; default: the base of the first model.", metavar="SPEC"
+    )
+    judge: str | None = setting(
+        None, "The judge: gpt-4, http://HOST/v1#NAME, python:FILE:CALLABLE. Default: the critic.",
+        metavar="SPEC",
+    )  # fmt: skip
+    check: str | None = setting(
+        None, "A program that says whether an answer passes: python:FILE:CALLABLE.", metavar="SPEC"
+    )
+    use: tuple[Use, ...] = setting(
+        ("response",), "Which answer counts: response or refinement. Twice for both."
+    )
+    out: Path = runtime(Path("eval.json"), "Where the figures go.", metavar="FILE")
+    prompt_field: str | None = setting(None, "The field that holds the prompt.", metavar="NAME")
+    temperature: float = setting(0.0, "Sampling temperature of the answers (paper: greedy).")
+    max_new_tokens: int = setting(512, "Most tokens of an answer.")
+    critic_max_tokens: int = setting(2048, "Most tokens of feedback and refinement.")
+    min_coverage: float = setting(
+        0.95, "Exit 3 when a smaller share of the pairs has valid verdicts in both orders."
+    )
+    seed: int = setting(42, "Seed of sampled answers.")
+    limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
+    examples: int = runtime(100, "Prompts shown one by one in the report.")
+    concurrency: int | None = runtime(None, "Requests in flight; default: finds its own level.")
+    batch_size: int | None = runtime(None, "Rows a batch; default: what memory allows.")
+    timeout: float = runtime(600.0, "Seconds after which a request counts as hung.")
+    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
+    overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
+
+
+def run(options: Evaluate) -> None:
+    """Answer, check, judge, count, report."""
+    reference = options.reference or base_of(options.model[0])
+    judge_spec = options.judge or critic_as_judge()
+    if judge_spec is None and options.check is None:
+        raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
+    prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
+    rows = list(prompts.read())
+    judgments_path = options.out.with_name("judgments.jsonl")
+    report_path = options.out.with_name("report.html")
+    run = open_run(
+        COMMAND,
+        options,
+        options.out,
+        inputs=prompts.inputs,
+        overwrite=options.overwrite,
+        resolved={"reference": reference, "judge": judge_spec},
+    )
+    with run:
+        journal = run.journal()
+        contestants = list(dict.fromkeys(options.model))
+        outputs = _answers(options, reference, contestants, rows, run, journal)
+        if options.check is not None:
+            outputs = _checked(options.check, rows, outputs, journal)
+        judgments = _judgments(options, judge_spec, reference, rows, outputs, journal)
+        _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
+        _write(judgments_path, judgments)
+
+        from srt_cli.contest import count_contest
+        from srt_cli.report.page import write_report
+
+        contest = count_contest(rows, outputs, judgments, reference, judge_spec, options.check)
+        write_json(options.out, contest.as_plain())
+        write_report(report_path, contest, rows, outputs, judgments, options.examples)
+        run.manifest.outputs |= {"judgments": str(judgments_path), "report": str(report_path)}
+        run.manifest.tallies = {"prompts": len(rows), "judgments": len(judgments)}
+        run.manifest.progress = f"{len(rows)} of {len(rows)}"
+        for warning in contest.warnings():
+            run.warn(warning)
+    show(contest)
+    console.finish(f"report: {report_path}", f"open {report_path}")
+    if contest.coverage is not None and contest.coverage < options.min_coverage:
+        raise TooManyFailures(
+            f"only {contest.coverage:.1%} of the pairs have valid verdicts in both orders, less than "
+            f"--min-coverage {options.min_coverage:g}. Look at the raw verdicts in {judgments_path}."
+        )
+
+
+def base_of(model: str) -> str:
+    """The model a stage-1 or stage-2 model was first trained from, by the manifests on the way."""
+    seen = {model}
+    current = model
+    while Path(current).is_dir() and read_manifest(Path(current)) is not None:
+        earlier = inherited(Path(current), "model")
+        if earlier is None or earlier in seen:
+            break
+        seen.add(earlier)
+        current = earlier
+    if current == model:
+        raise UsageError(f"{model}: no manifest tells its base. Pass --reference.")
+    return current
+
+
+def critic_as_judge() -> str | None:
+    """The critic of `feedback.jsonl` in this folder, unless it is a program: those run code."""
+    critic = inherited(Path("feedback.jsonl"), "critic")
+    return None if critic is None or critic.startswith(RUNS_CODE_PREFIX) else critic
+
+
+def _answers(
+    options: Evaluate,
+    reference: str,
+    contestants: Sequence[str],
+    prompts: Sequence[Prompt],
+    run: Run,
+    journal: Journal,
+) -> list[Output]:
+    """Everyone's outputs, the reference's direct answers first; one model in memory at a time."""
+    outputs: list[Output] = []
+    wanted: list[tuple[str, Sequence[Use]]] = [(reference, ("response",))]
+    wanted += [(spec, options.use) for spec in contestants]
+    for spec, uses in wanted:
+        if spec == reference:
+            uses = tuple(use for use in uses if (spec, use) not in _already(outputs))
+        if not uses:
+            continue
+        if spec.endswith((".jsonl", ".jsonl.gz")):
+            outputs += read_outputs(Path(spec), prompts, uses)
+            continue
+        door = ModelOptions(
+            options.concurrency, options.batch_size, options.timeout, options.trust_remote_code
+        )
+        model = open_model(spec, door)
+        contestant = Contestant(
+            spec,
+            model,
+            Sampling(options.max_new_tokens, options.temperature, seed=options.seed),
+            Sampling(options.critic_max_tokens, 0.0, seed=options.seed),
+        )
+        scripts = (answer(contestant, prompt, uses) for prompt in prompts)
+        try:
+            answered = _conducted(f"answers of {spec}", scripts, len(prompts), journal)
+        finally:
+            run.manifest.models[spec] = model.describe()
+            model.close()
+        outputs += [output for row in answered for output in row]
+    return outputs
+
+
+def _already(outputs: Iterable[Output]) -> set[tuple[str, str]]:
+    return {(output.contestant, output.use) for output in outputs}
+
+
+def _checked(
+    check: str, prompts: Sequence[Prompt], outputs: list[Output], journal: Journal
+) -> list[Output]:
+    model = open_model(check)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    scripts = (check_output(model, by_id[output.id], output) for output in outputs)
+    try:
+        return _conducted("checking", scripts, len(outputs), journal)
+    finally:
+        model.close()
+
+
+def _judgments(
+    options: Evaluate,
+    judge_spec: str | None,
+    reference: str,
+    prompts: Sequence[Prompt],
+    outputs: list[Output],
+    journal: Journal,
+) -> list[Judgment]:
+    """Each output against the reference's direct answer, in both orders."""
+    if judge_spec is None:
+        return []
+    by_id = {prompt.id: prompt for prompt in prompts}
+    references = {
+        output.id: output
+        for output in outputs
+        if output.contestant == reference and output.use == "response"
+    }
+    pairs = [output for output in outputs if references[output.id] is not output]
+    judge = open_model(judge_spec, ModelOptions(options.concurrency, timeout_s=options.timeout))
+    scripts = (
+        judge_pair(judge, by_id[output.id], output, references[output.id], order)
+        for output in pairs
+        for order in ORDERS
+    )
+    try:
+        return _conducted("judging", scripts, len(pairs) * len(ORDERS), journal)
+    finally:
+        judge.close()
+
+
+def _conducted(
+    label: str, scripts: Iterable[Script[Result]], total: int, journal: Journal
+) -> list[Result]:
+    """Run scripts and give their results in the order of the scripts."""
+    results: dict[int, Result] = {}
+    tally = Tally()
+    with console.progress(label, total) as progress:
+        for index, result in conduct(scripts, journal, window=512, tally=tally):
+            results[index] = result
+            progress.advance()
+    return [results[index] for index in range(total)]
+
+
+def _write(path: Path, records: Iterable[Record]) -> None:
+    writer = OrderedWriter(path)
+    try:
+        writer.add(0, records)
+        writer.commit()
+    finally:
+        writer.discard()
+
+
+def show(contest: "Contest") -> None:
+    """The table of the contest on stdout."""
+    columns, rows = contest.as_table()
+    console.table(f"{contest.prompts} prompts; reference: {contest.reference}", columns, rows)
+    facts: list[Any] = [line for line in contest.footnotes() if line]
+    for line in facts:
+        console.result(line)

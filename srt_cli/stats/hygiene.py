@@ -1,0 +1,62 @@
+"""Outputs that look like answers and are none: empty, constant, copied, repeating."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+NGRAM: Final = 4
+MOST_REPEATED: Final = 0.5
+MOST_COPIED: Final = 0.8
+CONSTANT_SHARE: Final = 0.01
+FEWEST_FOR_CONSTANT: Final = 20
+RED_FLAG: Final = 0.05
+
+
+@dataclass(frozen=True)
+class Degenerate:
+    """Share of outputs that are no answers, and how many for which reason (one may have several)."""
+
+    share: float
+    reasons: dict[str, int]
+    n: int
+
+    @property
+    def red_flag(self) -> bool:
+        """Whether the share is large enough to doubt every other figure."""
+        return self.share > RED_FLAG
+
+
+def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degenerate:
+    """Count empty, constant, copied and repeating outputs.
+
+    Constant: the same normalised text in more than 1 % of the outputs (and at least twice, of 20 or
+    more). Copied: over 80 % of the output's 4-grams stand in the prompt. Repeating: fewer than half
+    of its 4-grams are different ones.
+    """
+    normalised = [" ".join(output.lower().split()) for output in outputs]
+    counts = Counter(normalised)
+    limit = max(1.0, CONSTANT_SHARE * len(outputs))
+    reasons: Counter[str] = Counter()
+    bad = 0
+    for prompt, text in zip(prompts, normalised, strict=True):
+        found = []
+        if not text:
+            found.append("empty")
+        elif len(outputs) >= FEWEST_FOR_CONSTANT and counts[text] > limit:
+            found.append("constant")
+        grams = _ngrams(text)
+        if grams and len(set(grams)) / len(grams) < MOST_REPEATED:
+            found.append("repeating")
+        asked = set(_ngrams(prompt.lower()))
+        if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
+            found.append("copy of the prompt")
+        reasons.update(found)
+        bad += bool(found)
+    return Degenerate(bad / len(outputs) if outputs else 0.0, dict(reasons), len(outputs))
+
+
+def _ngrams(text: str) -> list[tuple[str, ...]]:
+    words = re.findall(r"\w+", text)
+    return [tuple(words[place : place + NGRAM]) for place in range(len(words) - NGRAM + 1)]

@@ -1,0 +1,51 @@
+"""srt dpo through the front door, on a two-layer model."""
+
+import json
+import math
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+
+
+def pair_rows(count=8):
+    return [
+        {
+            "id": str(n),
+            "prompt": [{"role": "user", "content": f"Say {n} in words."}],
+            "chosen": [{"role": "assistant", "content": f"It is the number {n} in words."}],
+            "rejected": [{"role": "assistant", "content": f"It is {n}."}],
+            "chosen_score": 9.0,
+            "rejected_score": 3.0,
+            "source": "c",
+        }
+        for n in range(count)
+    ]
+
+
+@pytest.fixture()
+def train(srt, tmp_path, tiny_model):
+    write_jsonl(tmp_path / "prefs.jsonl", pair_rows())
+
+    def run(*extra):
+        line = ["dpo", "--model", tiny_model, "--global-batch", 4, "--learning-rate", 1e-3]
+        return srt(*line, "--beta", 0.1, *extra)
+
+    return run
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_first_loss_is_ln_2_and_the_margin_grows(train, tmp_path, method):
+    finished = train("--epochs", 5, "--method", method)
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(tmp_path / "models/dpo/metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] + 0.05
+    assert (tmp_path / "models/dpo/model.safetensors").is_file()
+
+
+def test_manifest_and_terminal_say_which_weights_were_the_reference(train, tmp_path, tiny_model):
+    finished = train()
+    assert f"reference: {tiny_model}" in finished.stderr
+    manifest = json.loads((tmp_path / "models/dpo/run.json").read_text())
+    assert manifest["models"]["reference"]["spec"] == str(tiny_model)
+    assert len(manifest["models"]["reference"]["weights"]) == 16
