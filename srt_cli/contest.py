@@ -123,8 +123,8 @@ class Contest:
             if row.degenerate.red_flag:
                 reasons = ", ".join(f"{n} {why}" for why, n in row.degenerate.reasons.items())
                 found.append(
-                    f"{row.label}: {row.degenerate.share:.0%} of its outputs are degenerate ({reasons}); "
-                    "its other figures mean little."
+                    f"{row.label}: {row.degenerate.share:.0%} of its outputs are degenerate "
+                    f"({reasons}); its other figures mean little."
                 )
             judged = row.judged
             if judged and judged.position and judged.position.consistency < SHAKY_CONSISTENCY:

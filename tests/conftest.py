@@ -28,7 +28,7 @@ class Finished(NamedTuple):
 Srt = Callable[..., Finished]
 
 
-@pytest.fixture()
+@pytest.fixture
 def srt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Srt:
     """Run `srt ARGUMENTS` in the test's own folder, in this process."""
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ ROWS = [
 ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def prefs(srt, tmp_path):
     def build(rows=ROWS, *extra):
         write_jsonl(tmp_path / "self-feedback.jsonl", [row.model_dump() for row in rows])

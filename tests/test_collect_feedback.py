@@ -133,7 +133,7 @@ def test_more_failures_than_allowed_exit_3(srt):
 
 def test_prompts_come_from_stdin_too(srt, folder, monkeypatch):
     class Stdin:
-        buffer = [b'{"prompt": "from a pipe"}\n']
+        buffer = (b'{"prompt": "from a pipe"}\n',)
 
     monkeypatch.setattr("sys.stdin", Stdin())
     assert collect(srt, "--prompts", "-").code == 0

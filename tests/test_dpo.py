@@ -22,7 +22,7 @@ def pair_rows(count=8):
     ]
 
 
-@pytest.fixture()
+@pytest.fixture
 def train(srt, tmp_path, tiny_model):
     write_jsonl(tmp_path / "prefs.jsonl", pair_rows())
 

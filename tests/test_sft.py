@@ -30,7 +30,7 @@ def feedback_rows(count=8, **changes):
     return rows
 
 
-@pytest.fixture()
+@pytest.fixture
 def train(srt, tmp_path, tiny_model):
     write_jsonl(tmp_path / "feedback.jsonl", feedback_rows())
 

@@ -128,6 +128,11 @@ def parse_spec(spec: str) -> Spec:
         return Spec("local", spec.removeprefix("hf:"))
     if spec.startswith(("http://", "https://")):
         urls, hash_mark, name = spec.partition("#")
+        if "@" in urls:
+            raise UsageError(
+                "A key or password in an address would be written to disk. "
+                "Take it out of the address and set OPENAI_API_KEY."
+            )
         if not hash_mark or not name:
             raise UsageError(f"{spec}: which model? Write {urls}#NAME.")
         return Spec("http", name, tuple(url.rstrip("/") for url in urls.split(",")))

@@ -10,6 +10,7 @@ from srt_cli.artifacts import OrderedWriter, Run, inherited, open_run, read_mani
 from srt_cli.calls import Script, Tally, conduct
 from srt_cli.critique import Sampling
 from srt_cli.errors import TooManyFailures, UsageError
+from srt_cli.journal import Journal
 from srt_cli.judging import (
     Contestant,
     Order,
@@ -19,7 +20,6 @@ from srt_cli.judging import (
     judge_pair,
     read_outputs,
 )
-from srt_cli.journal import Journal
 from srt_cli.models import ModelOptions, open_model
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from

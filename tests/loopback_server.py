@@ -1,0 +1,126 @@
+"""A chat server on loopback that answers as a test tells it to, and logs every request."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+CRITIQUE = (
+    "Weaknesses: It is dull.\nSuggestions: Add spirit.\nOverall Score: [[{score}]]\n\n"
+    "### Improved Response\nIt is grand!"
+)
+
+
+@dataclass
+class Answer:
+    """What one request gets: a status, a body, headers, after a delay."""
+
+    text: str = "It is so."
+    status: int = 200
+    finish_reason: str = "stop"
+    error: dict[str, Any] | None = None
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    delay_s: float = 0.0
+    refusal: str | None = None
+
+
+Behaviour = Callable[[dict[str, Any], int], Answer]
+
+
+def as_policy_and_critic(body: dict[str, Any], number: int) -> Answer:
+    """A draft for a plain prompt, a critique in the paper's form for a critic's prompt."""
+    content = body["messages"][-1]["content"]
+    if "### Requirements" not in content:
+        return Answer(text=f"Answer to {content}")
+    text = CRITIQUE.format(score=9 if "It is grand!" in content else 4)
+    for stop in body.get("stop") or []:
+        text = text.split(stop)[0]
+    return Answer(text=text)
+
+
+class LoopbackServer:
+    """Runs in a thread of its own; `requests` holds every chat request's body, in order."""
+
+    def __init__(self, behaviour: Behaviour, models: tuple[str, ...] = ("tester",)) -> None:
+        self.behaviour = behaviour
+        self.models = models
+        self.requests: list[dict[str, Any]] = []
+        self.times: list[float] = []
+        self.most_at_once = 0
+        self._at_once = 0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def spec(self) -> str:
+        return f"{self.url}#tester"
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        app = web.Application(client_max_size=1 << 26)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._list)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = runner.addresses[0][1]
+        self._ready.set()
+        await self._stop.wait()
+        await runner.cleanup()
+
+    async def _list(self, request: web.Request) -> web.Response:
+        rows = [
+            {"id": name, "object": "model", "created": 0, "owned_by": "t"} for name in self.models
+        ]
+        return web.json_response({"object": "list", "data": rows})
+
+    async def _chat(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        self.times.append(time.monotonic())
+        number = len(self.requests)
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            answer = self.behaviour(body, number)
+            if answer.delay_s:
+                await asyncio.sleep(answer.delay_s)
+        finally:
+            self._at_once -= 1
+        return _response(answer)
+
+
+def _response(answer: Answer) -> web.Response:
+    if answer.body is not None:
+        return web.Response(body=answer.body, status=answer.status, headers=answer.headers)
+    if answer.error is not None:
+        return web.json_response(
+            {"error": answer.error}, status=answer.status, headers=answer.headers
+        )
+    message = {"role": "assistant", "content": answer.text, "refusal": answer.refusal}
+    choice = {"index": 0, "finish_reason": answer.finish_reason, "message": message}
+    usage = {
+        "prompt_tokens": 11,
+        "completion_tokens": 7,
+        "total_tokens": 18,
+        "prompt_tokens_details": {"cached_tokens": 5},
+    }
+    plain = {"id": "x", "object": "chat.completion", "created": 0, "model": "tester"}
+    return web.json_response(plain | {"choices": [choice], "usage": usage}, headers=answer.headers)

@@ -1,0 +1,317 @@
+"""The client against a real server on loopback: each cause of trouble has its own answer."""
+
+import socket
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from loopback_server import Answer, LoopbackServer, as_policy_and_critic
+
+from srt_cli.errors import QuotaError, SrtError, UsageError
+from srt_cli.models import ModelOptions, Reply, Request, open_model
+from srt_cli.models.limits import AdaptiveLimit
+from srt_cli.records import Message
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(behaviour, **options):
+        servers.append(LoopbackServer(behaviour, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr("srt_cli.models.api.FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr("srt_cli.models.limits.DEFAULT_PAUSE_S", 0.05)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def requests(count=1, **changes) -> list[Request]:
+    return [
+        Request((Message(role="user", content=f"question {n}"),), max_tokens=50, **changes)
+        for n in range(count)
+    ]
+
+
+def ask(spec, wanted, **options) -> list[Reply]:
+    model = open_model(spec, ModelOptions(**options))
+    try:
+        return [future.result(20) for future in model.submit(wanted)]
+    finally:
+        model.close()
+
+
+def fail_first(times, **answer):
+    return lambda body, number: Answer(**answer) if number <= times else Answer()
+
+
+def test_a_reply_carries_text_finish_reason_and_usage(serve):
+    (reply,) = ask(serve(lambda body, number: Answer()).spec, requests())
+    assert (reply.text, reply.finish_reason) == ("It is so.", "stop")
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (11, 7)
+    assert reply.usage.cached_tokens == 5
+
+
+def test_only_what_was_asked_is_sent(serve):
+    server = serve(lambda body, number: Answer())
+    ask(server.spec, requests())
+    assert server.requests == [
+        {
+            "model": "tester",
+            "messages": [{"role": "user", "content": "question 0"}],
+            "max_tokens": 50,
+            "temperature": 0.0,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Answer(finish_reason="length"), "length"),
+        (Answer(finish_reason="content_filter", text=""), "refused"),
+        (Answer(refusal="I can't.", text=""), "refused"),
+    ],
+)
+def test_cut_and_refused_replies_are_final(serve, answer, reason):
+    server = serve(lambda body, number: answer)
+    (reply,) = ask(server.spec, requests())
+    assert reply.finish_reason == reason
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 408, 409])
+def test_server_trouble_is_tried_again(serve, status):
+    server = serve(fail_first(2, status=status, error={"message": "oops"}))
+    (reply,) = ask(server.spec, requests())
+    assert (reply.text, reply.attempts) == ("It is so.", 3)
+    assert len(server.requests) == 3
+
+
+def test_throttling_never_uses_up_an_attempt(serve):
+    limited = {"message": "slow down", "code": "rate_limit_exceeded"}
+    server = serve(fail_first(9, status=429, error=limited, headers={"retry-after-ms": "10"}))
+    (reply,) = ask(server.spec, requests())
+    assert (reply.finish_reason, reply.attempts) == ("stop", 1)
+    assert len(server.requests) == 10
+
+
+def test_retry_after_is_honoured(serve):
+    server = serve(
+        fail_first(1, status=429, error={"message": "x"}, headers={"retry-after": "0.4"})
+    )
+    ask(server.spec, requests())
+    assert server.times[1] - server.times[0] >= 0.4
+
+
+def test_a_spent_quota_stops_the_run_without_a_storm(serve):
+    spent = {"message": "no credit", "type": "insufficient_quota", "code": "insufficient_quota"}
+    server = serve(
+        lambda body, number: Answer() if number <= 5 else Answer(status=429, error=spent)
+    )
+    model = open_model(server.spec, ModelOptions(concurrency=4))
+    futures = model.submit(requests(100))
+    errors = [future.exception(20) for future in futures]
+    model.close()
+    assert sum(error is None for error in errors) == 5
+    assert all(isinstance(error, QuotaError) for error in errors if error is not None)
+    assert len(server.requests) <= 5 + 4
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_wrong_key_stops_the_run_with_exit_5(serve, status):
+    server = serve(lambda body, number: Answer(status=status, error={"message": "bad key"}))
+    with pytest.raises(QuotaError, match="the key is refused") as caught:
+        ask(server.spec, requests())
+    assert caught.value.exit_code == 5
+    assert len(server.requests) == 1
+
+
+def test_a_model_the_server_does_not_know_is_said_with_those_it_offers(serve):
+    server = serve(
+        lambda body, number: Answer(status=404, error={"message": "no"}), models=("one", "two")
+    )
+    with pytest.raises(SrtError, match=r"does not know the model 'tester'. It offers: one, two\."):
+        ask(server.spec, requests())
+
+
+def test_an_empty_list_of_models_is_said(serve):
+    server = serve(lambda body, number: Answer(status=404, error={"message": "no"}), models=())
+    with pytest.raises(SrtError, match="its list of models is empty"):
+        ask(server.spec, requests())
+
+
+def test_a_server_that_speaks_no_json_is_said(serve):
+    server = serve(lambda body, number: Answer(body=b"<html>hello</html>"))
+    with pytest.raises(SrtError, match="not as an OpenAI-compatible server"):
+        ask(server.spec, requests())
+
+
+def test_an_unreachable_server_is_said_after_few_tries():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SrtError, match=r"cannot be reached .* Is the server running"):
+        ask(f"http://127.0.0.1:{port}/v1#tester", requests(50))
+
+
+def test_a_hung_request_is_cut_by_the_timeout(serve):
+    server = serve(lambda body, number: Answer(delay_s=30 if number == 1 else 0))
+    (reply,) = ask(server.spec, requests(), timeout_s=0.3)
+    assert (reply.text, reply.attempts) == ("It is so.", 2)
+
+
+def test_a_row_that_cannot_be_served_fails_alone(serve):
+    long = {"message": "too many tokens", "code": "context_length_exceeded"}
+
+    def behaviour(body, number):
+        bad = body["messages"][0]["content"] == "question 1"
+        return Answer(status=400, error=long) if bad else Answer()
+
+    replies = ask(serve(behaviour).spec, requests(3))
+    assert [reply.finish_reason for reply in replies] == ["stop", "failed", "stop"]
+    assert "too many tokens" in str(replies[1].error)
+
+
+def test_the_name_of_the_token_limit_is_learnt_once(serve):
+    refused = {"message": "Unsupported parameter: 'max_tokens' is not supported", "code": "x"}
+
+    def behaviour(body, number):
+        return Answer(status=400, error=refused) if "max_tokens" in body else Answer()
+
+    server = serve(behaviour)
+    model = open_model(server.spec, ModelOptions(concurrency=1))
+    for future in model.submit(requests(5)):
+        assert future.result(20).finish_reason == "stop"
+    assert model.describe()["token_field"] == "max_completion_tokens"
+    model.close()
+    assert len(server.requests) == 6
+
+
+def test_a_refused_temperature_is_dropped_once_and_noted(serve):
+    refused = {"message": "Unsupported value: 'temperature'", "param": "temperature"}
+
+    def behaviour(body, number):
+        return Answer(status=400, error=refused) if "temperature" in body else Answer()
+
+    server = serve(behaviour)
+    model = open_model(server.spec, ModelOptions(concurrency=1))
+    for future in model.submit(requests(3)):
+        future.result(20)
+    assert model.describe()["fields_refused"] == ["temperature"]
+    model.close()
+    assert len(server.requests) == 4
+
+
+def test_a_stop_text_that_the_server_ignores_still_cuts(serve):
+    server = serve(lambda body, number: Answer(text="kept ### Improved Response gone"))
+    (reply,) = ask(server.spec, requests(stop=("### Improved Response",)))
+    assert reply.text == "kept "
+
+
+def test_a_fixed_concurrency_is_never_exceeded_and_is_used(serve):
+    server = serve(lambda body, number: Answer(delay_s=0.05))
+    ask(server.spec, requests(30), concurrency=3)
+    assert server.most_at_once == 3
+
+
+def test_several_endpoints_share_the_load_and_one_may_be_dead(serve):
+    one, two = (serve(lambda body, number: Answer(delay_s=0.02)) for _ in range(2))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    replies = ask(f"{one.url},{dead},{two.url}#tester", requests(60), concurrency=6)
+    assert all(reply.finish_reason == "stop" for reply in replies)
+    assert min(len(one.requests), len(two.requests)) >= 20
+
+
+def test_the_limit_doubles_until_refused_and_is_cut_once_a_burst():
+    now = 0.0
+    limit = AdaptiveLimit(clock=lambda: now)
+    for _ in range(2):
+        started = [limit.start() for _ in range(limit.limit)]
+        for _ in started:
+            limit.succeeded()
+    assert limit.limit > 16
+    before = limit.limit
+    now = 1.0
+    started = [limit.start() for _ in range(before)]
+    for time in started:
+        limit.refused(time, 0.5)
+    assert limit.cuts == 1
+    assert limit.limit == int(before * 0.7)
+    assert limit.wait_s() == pytest.approx(0.5)
+
+
+def test_a_limit_whose_slots_are_not_used_does_not_grow():
+    limit = AdaptiveLimit()
+    for _ in range(100):
+        limit.start()
+        limit.succeeded()
+    assert limit.limit == 16
+
+
+def test_without_a_key_gpt_4_says_so_before_any_work(srt, tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    finished = srt("collect-feedback", "--critic", "gpt-4")
+    assert finished.code == 5
+    assert finished.stderr == (
+        "error: gpt-4: no key for the OpenAI API. Set OPENAI_API_KEY, or name another model "
+        "(a directory, http://HOST/v1#NAME, python:FILE:CALLABLE).\n"
+    )
+    assert not (tmp_path / "feedback.run.json").exists()
+
+
+def test_gpt_4_goes_to_the_address_and_with_the_key_of_the_environment(
+    srt, serve, tmp_path, monkeypatch
+):
+    server = serve(as_policy_and_critic)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-of-mine")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    finished = srt("collect-feedback", "--critic", "gpt-4")
+    assert finished.code == 0
+    assert server.requests[0]["model"] == "gpt-4"
+    assert "max_completion_tokens" in server.requests[0]
+    for path in tmp_path.iterdir():
+        assert b"sk-secret" not in path.read_bytes()
+    assert "sk-secret" not in finished.stdout + finished.stderr
+
+
+def test_a_key_in_the_address_is_refused():
+    with pytest.raises(UsageError, match="OPENAI_API_KEY"):
+        open_model("http://me:secret@127.0.0.1:1/v1#x")
+
+
+def test_a_server_as_policy_and_critic_gives_whole_rows(srt, serve, tmp_path):
+    server = serve(as_policy_and_critic)
+    prompts = [{"id": n, "prompt": f"q{n}"} for n in range(20)]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    line = ("collect-feedback", "--model", server.spec, "--critic", server.spec)
+    assert srt(*line).code == 0
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert {row["status"] for row in rows} == {"ok"}
+    assert rows[3]["response"] == "Answer to q3"
+    assert (rows[3]["feedback"]["score"], rows[3]["refinement_score"]) == (4, 9)
+    assert len(server.requests) == 60
+    assert srt(*line).code == 0
+    assert len(server.requests) == 60
+
+
+def test_the_blind_score_never_sees_the_first_feedback(srt, serve, tmp_path):
+    server = serve(as_policy_and_critic)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p", "response": "draft"}])
+    srt("collect-feedback", "--critic", server.spec)
+    first, blind = server.requests
+    assert blind["stop"] == ["### Improved Response"]
+    assert len(blind["messages"]) == 1
+    assert "It is grand!" in blind["messages"][0]["content"]
+    assert "It is dull." not in blind["messages"][0]["content"]
+    assert "draft" not in blind["messages"][0]["content"]
+    assert "stop" not in first
