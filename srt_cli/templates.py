@@ -31,8 +31,8 @@ Clearly indicate the enhanced response with the heading: "### Improved Response"
 
 # The paper does not say how the trained model is asked; short, because every sequence carries it.
 CRITIQUE_REQUEST: Final = (
-    "Review your response: its weaknesses, suggestions to improve it, an overall score from 1 to 10, "
-    "and then an improved response."
+    "Review your response: weaknesses, suggestions, an overall score from 1 to 10, "
+    "and an improved response."
 )
 
 

@@ -89,8 +89,8 @@ def _conversation(
     whole = [*asked, Message(role="assistant", content=whole_text)]
     ids = encode_chat(tokenizer, whole, add_generation_prompt=False)
 
-    first = _turn(tokenizer, ids, prompt)
-    second = _turn(tokenizer, ids, asked)
+    first = _turn(tokenizer, ids, answered)
+    second = _turn(tokenizer, ids, whole)
     only_feedback = [*asked, Message(role="assistant", content=feedback_text)]
     # A token that straddles the border belongs to the refinement: the feedback alone lacks it.
     border = _common_prefix(ids, encode_chat(tokenizer, only_feedback, add_generation_prompt=False))
@@ -112,16 +112,22 @@ def _conversation(
     return Sequence(identifier, ids, labels, trained)
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], before: list[Message]) -> range:
-    """Where the assistant's turn behind `before` stands in `ids`, its end-of-turn token included."""
-    opening = encode_chat(tokenizer, before, add_generation_prompt=True)
-    if ids[: len(opening)] != opening:
+def _turn(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], until: SequenceOf[Message]
+) -> range:
+    """Where the last turn of `until` stands in `ids`, its end-of-turn token included.
+
+    Raises `SrtError` when the template writes this turn otherwise once the chat goes on.
+    """
+    opening = encode_chat(tokenizer, until[:-1], add_generation_prompt=True)
+    closed = encode_chat(tokenizer, until, add_generation_prompt=False)
+    end = closed.index(end_of_turn_id(tokenizer), len(opening)) + 1
+    if closed[: len(opening)] != opening or ids[:end] != closed[:end]:
         raise SrtError(
             f"{tokenizer.name_or_path}: its chat template rewrites earlier turns when the chat goes "
             "on, so a turn cannot be trained as it is generated. Pass a --chat-template that does not."
         )
-    end = ids.index(end_of_turn_id(tokenizer), len(opening))
-    return range(len(opening), end + 1)
+    return range(len(opening), end)
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:
@@ -146,6 +152,6 @@ def preference_ids(tokenizer: PreTrainedTokenizerBase, pair: Preference) -> Pair
     answers = []
     for answer in (pair.chosen, pair.rejected):
         ids = encode_chat(tokenizer, [*pair.prompt, *answer], add_generation_prompt=False)
-        turn = _turn(tokenizer, ids, pair.prompt)
+        turn = _turn(tokenizer, ids, [*pair.prompt, *answer])
         answers.append(ids[turn.start : turn.stop])
     return PairIds(pair.id, prompt, answers[0], answers[1])

@@ -29,6 +29,8 @@ def train_sft(
         # Our labels say what is trained; TRL is to change neither ids nor masks.
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
+        # Rows of like length together: less padding to compute.
+        train_sampling_strategy="group_by_length",
     )
     rows = [{"input_ids": s.input_ids, "labels": s.labels} for s in sequences]
     trainer: Trainer = SFTTrainer(
