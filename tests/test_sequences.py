@@ -124,7 +124,9 @@ def test_each_part_is_trained_alone_and_every_trained_turn_ends(smollm2_tokenize
 
 def test_a_template_without_a_system_turn_is_masked_alike(plain_tokenizer):
     sequence = feedback_sequence(plain_tokenizer, record(), PARTS)
-    assert plain_tokenizer.decode(sequence.input_ids).startswith("<user>\nName a fruit.\n<assistant>")
+    assert plain_tokenizer.decode(sequence.input_ids).startswith(
+        "<user>\nName a fruit.\n<assistant>"
+    )
     assert trained_text(plain_tokenizer, sequence) == [
         "A carrot.<|im_end|>",
         "Weaknesses: No fruit.\nSuggestions: Name one.\nOverall Score: [[3]]\n\n"

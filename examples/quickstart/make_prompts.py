@@ -12,7 +12,7 @@ from critic import KINDS
 
 SEED = 7
 # File -> its number of topics and of rows.
-FILES = {"prompts.jsonl": (120, 120), "self-prompts.jsonl": (62, 96), "heldout.jsonl": (80, 80)}
+FILES = {"prompts.jsonl": (100, 100), "self-prompts.jsonl": (80, 80), "heldout.jsonl": (72, 72)}
 
 TOPICS = """
 apples|rain|trains|the sea|old books|winter|bread|bicycles|cats|the moon|tea|bridges|gardens|music|
@@ -43,13 +43,13 @@ ARGUMENTS = {
     "start": ["Today", "Perhaps", "Certainly", "Sometimes", "Clearly", "Often"],
     "end": ["in the end", "every day", "after all", "as always", "for everyone"],
 }
-# How often each kind stands alone; the last four change the whole form, so they never meet.
+# How often each kind stands alone.
 WEIGHTS = {
-    "without": 1, "no_commas": 2, "at_most": 1, "include": 2, "start": 3, "end": 3,
-    "two_sentences": 1, "lower": 3, "upper": 3, "bullet": 2, "quoted": 3, "json": 2,
+    "without": 1, "no_commas": 2, "at_most": 1, "include": 2, "start": 4, "end": 3,
+    "two_sentences": 1, "lower": 3, "upper": 1, "bullet": 3, "quoted": 3, "json": 3,
 }  # fmt: skip
 PAIRS = [("start", "quoted"), ("end", "quoted"), ("start", "end"), ("include", "lower")]
-SHARE_OF_PAIRS = 0.15
+SHARE_OF_PAIRS = 0.1
 
 
 def make_row(number: int, topic: str, draw: random.Random) -> dict[str, object]:

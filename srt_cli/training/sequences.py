@@ -112,9 +112,7 @@ def _conversation(
     return Sequence(identifier, ids, labels, trained)
 
 
-def _turn(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], until: SequenceOf[Message]
-) -> range:
+def _turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], until: SequenceOf[Message]) -> range:
     """Where the last turn of `until` stands in `ids`, its end-of-turn token included.
 
     Raises `SrtError` when the template writes this turn otherwise once the chat goes on.

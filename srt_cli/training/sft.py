@@ -1,5 +1,7 @@
 """Stage 1's training: TRL's SFTTrainer on our own token ids and masks."""
 
+from typing import Any
+
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
@@ -7,8 +9,20 @@ from trl import SFTConfig, SFTTrainer
 from srt_cli.artifacts import Run
 from srt_cli.training.loop import Schedule, Trained, train, training_arguments
 from srt_cli.training.lora import Lora, lora_config, merge_and_keep_adapter
+from srt_cli.training.order import LengthGroupedOrder
 from srt_cli.training.place import TrainingPlace
 from srt_cli.training.sequences import Sequence
+
+
+class _OrderedSFTTrainer(SFTTrainer):
+    """An SFTTrainer that takes rows in the order it is given."""
+
+    def __init__(self, *, order: LengthGroupedOrder, **arguments: Any) -> None:
+        self._order = order
+        super().__init__(**arguments)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedOrder:
+        return self._order
 
 
 def train_sft(
@@ -29,11 +43,13 @@ def train_sft(
         # Our labels say what is trained; TRL is to change neither ids nor masks.
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
-        # Rows of like length together: less padding to compute.
-        train_sampling_strategy="group_by_length",
     )
     rows = [{"input_ids": s.input_ids, "labels": s.labels} for s in sequences]
-    trainer: Trainer = SFTTrainer(
+    order = LengthGroupedOrder(
+        [len(sequence.input_ids) for sequence in sequences], schedule.micro_batch, schedule.seed
+    )
+    trainer: Trainer = _OrderedSFTTrainer(
+        order=order,
         model=model.train(),
         args=config,
         train_dataset=Dataset.from_list(rows),

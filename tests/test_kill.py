@@ -1,0 +1,180 @@
+"""kill -9 at any moment, then the same line again: the result is an uninterrupted run's."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from test_dpo import pair_rows
+from test_sft import feedback_rows
+
+CRITIC = """
+import time
+from srt_cli.records import Feedback
+
+def respond(prompt):
+    time.sleep(0.004)
+    return "It is " + prompt.text
+
+def critique(prompt, response):
+    time.sleep(0.004)
+    good = response.endswith("!")
+    feedback = Feedback(weaknesses="Dull.", suggestions="Spirit.", score=9 if good else 4)
+    return feedback, response + "!"
+"""
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "srt_cli", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def run(folder: Path, *arguments: object) -> None:
+    done = subprocess.run(
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def kill_when(folder: Path, ready: Callable[[], bool], *arguments: object) -> None:
+    """Start a command and kill -9 it as soon as `ready` says so."""
+    process = subprocess.Popen(
+        command(*arguments), cwd=folder, env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def two_folders(tmp_path):
+    folders = tmp_path / "straight", tmp_path / "killed"
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
+def test_collect_feedback_pays_for_nothing_twice(two_folders):
+    straight, killed = two_folders
+    for folder in two_folders:
+        (folder / "critic.py").write_text(CRITIC)
+        write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"p{n}"} for n in range(40)])
+    line = ("collect-feedback", "--model", "python:critic.py:respond",
+            "--critic", "python:critic.py:critique")  # fmt: skip
+    run(straight, *line)
+    journal = killed / "feedback.journal.jsonl"
+    for answered in (5, 30, 70, 110):
+        kill_when(killed, lambda n=answered: lines_in(journal) >= n, *line)
+        assert not (killed / "feedback.jsonl").exists()
+    run(killed, *line)
+    assert (killed / "feedback.jsonl").read_bytes() == (straight / "feedback.jsonl").read_bytes()
+    keys = [row["key"] for row in read_jsonl(journal)]
+    assert len(keys) == len(set(keys)) == 120
+
+
+def test_self_critique_goes_on_byte_for_byte(two_folders, tiny_model):
+    straight, killed = two_folders
+    for folder in two_folders:
+        write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(24)])
+    line = ("self-critique", "--model", tiny_model, "--batch-size", 4,
+            "--max-new-tokens", 24, "--critic-max-tokens", 24)  # fmt: skip
+    run(straight, *line)
+    journal = killed / "self-feedback.journal.jsonl"
+    for answered in (4, 32):
+        kill_when(killed, lambda n=answered: lines_in(journal) >= n, *line)
+    run(killed, *line)
+    first = (straight / "self-feedback.jsonl").read_bytes()
+    assert (killed / "self-feedback.jsonl").read_bytes() == first
+    assert len({row["response"] for row in read_jsonl(killed / "self-feedback.jsonl")}) > 12
+
+
+SFT = ("sft", "--global-batch", 4, "--epochs", 20, "--learning-rate", 1e-3, "--critic-check", 0)
+DPO = ("dpo", "--global-batch", 4, "--epochs", 3, "--save-every", 3, "--learning-rate", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def straight_sft(tmp_path_factory, tiny_model):
+    """A model directory that was trained without a break."""
+    folder = tmp_path_factory.mktemp("straight")
+    write_jsonl(folder / "feedback.jsonl", feedback_rows(16))
+    run(folder, *SFT, "--model", tiny_model)
+    return folder / "models/sft"
+
+
+def assert_same_training(out: Path, straight: Path) -> None:
+    assert sha256(out / "model.safetensors") == sha256(straight / "model.safetensors")
+    losses = [
+        [row["loss"] for row in read_jsonl(each / "metrics.jsonl")] for each in (out, straight)
+    ]
+    assert losses[0] == losses[1]
+    assert not (out / "checkpoints").exists()
+
+
+def test_sft_ends_with_the_same_weights_also_from_a_torn_checkpoint(
+    tmp_path, straight_sft, tiny_model
+):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(16))
+    line = (*SFT, "--model", tiny_model, "--save-every", 7)
+    out = tmp_path / "models/sft"
+    kill_when(tmp_path, (out / "checkpoints/checkpoint-14/whole").exists, *line)
+    assert not (out / "config.json").exists()
+    for torn in out.glob("checkpoints/checkpoint-*"):
+        if torn.name != "checkpoint-7":
+            (torn / "whole").unlink(missing_ok=True)
+            (torn / "optimizer.pt").write_bytes(b"torn")
+    run(tmp_path, *line)
+    assert_same_training(out, straight_sft)
+
+
+def test_sigterm_saves_a_checkpoint_and_exits_130(tmp_path, straight_sft, tiny_model):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(16))
+    line = (*SFT, "--model", tiny_model)
+    process = subprocess.Popen(
+        command(*line), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    out = tmp_path / "models/sft"
+    while lines_in(out / "metrics.jsonl") < 5:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert '"status": "interrupted"' in (out / "run.json").read_text()
+    assert list(out.glob("checkpoints/checkpoint-*/whole"))
+    run(tmp_path, *line)
+    assert_same_training(out, straight_sft)
+
+
+def test_dpo_ends_with_the_same_weights(two_folders, tiny_model):
+    for folder in two_folders:
+        write_jsonl(folder / "prefs.jsonl", pair_rows(16))
+    straight, killed = (folder / "models/dpo" for folder in two_folders)
+    run(two_folders[0], *DPO, "--model", tiny_model)
+    marker = killed / "checkpoints/checkpoint-6/whole"
+    kill_when(two_folders[1], marker.exists, *DPO, "--model", tiny_model)
+    run(two_folders[1], *DPO, "--model", tiny_model)
+    assert_same_training(killed, straight)
