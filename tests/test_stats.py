@@ -1,0 +1,158 @@
+"""Statistics against published figures and against their own definitions."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srt_cli.stats.confusion import confusion
+from srt_cli.stats.hygiene import degenerate_outputs
+from srt_cli.stats.rates import (
+    discrete_win_rate,
+    mean_with_error,
+    paired_difference,
+    pass_rate,
+    position_bias,
+    win_rate,
+)
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+LLMBAR_SUBSETS = ("Natural", "Neighbor", "GPTInst", "GPTOut", "Manual")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the verification data is not here")
+
+
+def test_wilson_at_the_edges_and_in_the_middle():
+    # Agresti and Coull's worked figures: 0 of 10, 5 of 10, 10 of 10 at 95 %.
+    for hits, low, high in ((0, 0.0, 0.2775), (5, 0.2366, 0.7634), (10, 0.7225, 1.0)):
+        found = pass_rate([True] * hits + [False] * (10 - hits))
+        assert found.value == hits / 10
+        assert found.low == pytest.approx(low, abs=1e-4)
+        assert found.high == pytest.approx(high, abs=1e-4)
+
+
+def test_mean_standard_error_and_t_interval():
+    found = mean_with_error([1.0, 2.0, 3.0, 4.0])
+    assert found.value == 2.5
+    assert found.standard_error == pytest.approx(math.sqrt(5 / 3) / 2)
+    assert found.high - found.value == pytest.approx(3.182446 * found.standard_error, rel=1e-6)
+
+
+def test_a_paired_difference_and_mcnemar():
+    a = [1, 1, 1, 1, 1, 1, 0, 0]
+    b = [0, 0, 0, 0, 0, 1, 1, 0]
+    found = paired_difference(a, b)
+    assert found.difference.value == 0.5
+    assert (found.only_a, found.only_b) == (5, 1)
+    # Exact: 2 * P(X >= 5), X ~ Binomial(6, 1/2) = 14/64.
+    assert found.p_value == pytest.approx(14 / 64)
+
+
+def test_without_items_there_is_no_figure():
+    assert pass_rate([]) is None
+    assert win_rate([]) is None
+    assert discrete_win_rate([]) is None
+    assert position_bias([], []) is None
+    assert paired_difference([1.0], [0.0]) is None
+
+
+@needs_data
+@pytest.mark.parametrize("judge", ["ChatGPT", "GPT-4", "PaLM2"])
+def test_position_figures_of_llmbar_are_reproduced(judge):
+    golden = json.loads((DATA / "golden_values.json").read_text())
+    expected = golden["llmbar_419_items_prompt_Vanilla_NoRules"][judge]
+    first, second = [], []
+    with open(DATA / "llmbar" / "judgments.csv") as lines:
+        for row in csv.DictReader(lines):
+            mine = row["judge"] == judge and row["prompt"] == "Vanilla_NoRules"
+            if not mine or row["subset"] not in LLMBAR_SUBSETS:
+                continue
+            verdicts = row["winner_order1"], row["winner_order2_unswapped"]
+            if all(verdict in ("1", "2") for verdict in verdicts):
+                first.append(float(verdicts[0] == "1"))
+                second.append(float(verdicts[1] == "1"))
+    found = position_bias(first, second)
+    assert found.n == expected["n"] - expected["n_missing"]
+    assert found.consistency == pytest.approx(expected["position_consistency"], abs=1e-6)
+    assert found.first_slot_rate == pytest.approx(expected["first_slot_rate"], abs=1e-6)
+
+
+@needs_data
+def test_raw_win_rates_of_alpaca_eval_are_reproduced():
+    manifest = json.loads((DATA / "alpacaeval2" / "manifest.json").read_text())
+    checked = 0
+    for path in sorted((DATA / "alpacaeval2" / "annotations").glob("*.csv")):
+        with open(path) as lines:
+            values = [row["preference"] for row in csv.DictReader(lines)]
+        numbers = [float(v) for v in values if v and v.lower() != "nan"]
+        preferences = [0.5 if number == 0 else number - 1 for number in numbers]
+        found = win_rate(preferences)
+        published = _published(manifest, path.stem)
+        if published is None:
+            continue
+        checked += 1
+        assert 100 * found.value == pytest.approx(published["win_rate"], abs=1e-8)
+        assert 100 * found.standard_error == pytest.approx(published["standard_error"], abs=1e-8)
+    assert checked >= 15
+
+
+def _published(manifest, model):
+    entries = manifest.get("models", manifest)
+    entry = entries.get(model) if isinstance(entries, dict) else None
+    if entry is None and isinstance(entries, list):
+        entry = next((each for each in entries if each.get("model") == model), None)
+    if entry is None:
+        return None
+    for candidate in (entry, *[v for v in entry.values() if isinstance(v, dict)]):
+        if "win_rate" in candidate and "standard_error" in candidate:
+            return candidate
+    return None
+
+
+def test_a_constant_output_is_degenerate_and_varied_ones_are_not():
+    prompts = [f"question {n}" for n in range(30)]
+    constant = degenerate_outputs(prompts, ["Pick me."] * 30)
+    assert (constant.share, constant.red_flag) == (1.0, True)
+    varied = degenerate_outputs(prompts, [f"Answer number {n} is here." for n in range(30)])
+    assert (varied.share, varied.red_flag) == (0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "output", "reason"),
+    [
+        ("p", "   ", "empty"),
+        ("p", "on and on and on and on and on and on and on", "repeating"),
+        ("Write one line about the old sea.", "write one line about the old sea",
+         "copy of the prompt"),
+    ],
+)  # fmt: skip
+def test_other_degenerate_outputs_are_named(prompt, output, reason):
+    assert degenerate_outputs([prompt], [output]).reasons == {reason: 1}
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=30))
+def test_a_confusion_table_adds_up(pairs):
+    table = confusion([says for says, _ in pairs], [truth for _, truth in pairs])
+    assert table.n == len(pairs)
+    if pairs:
+        assert table.accuracy == sum(a == b for a, b in pairs) / len(pairs)
+
+
+def test_a_constant_critic_is_seen():
+    assert confusion([True] * 9, [True, False, True] * 3).constant
+    assert not confusion([True, False], [True, False]).constant
+
+
+unit = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+@given(st.lists(st.tuples(unit, unit), min_size=2, max_size=40))
+def test_swapping_the_two_sides_turns_every_figure_round(pairs):
+    a, b = [x for x, _ in pairs], [y for _, y in pairs]
+    there, back = paired_difference(a, b), paired_difference(b, a)
+    assert there.difference.value == pytest.approx(-back.difference.value)
+    assert there.p_value == pytest.approx(back.p_value)
+    assert win_rate(a).value == pytest.approx(1 - win_rate([1 - x for x in a]).value)

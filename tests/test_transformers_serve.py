@@ -1,0 +1,70 @@
+"""The HTTP path on a real server with a real model: `transformers serve` with SmolLM2 on loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+
+pytestmark = pytest.mark.smollm2
+
+
+@pytest.fixture
+def server(smollm2):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    transformers = Path(sys.executable).parent / "transformers"
+    process = subprocess.Popen(
+        [transformers, "serve", smollm2, "--host", "127.0.0.1", "--port", str(port),
+         "--device", "cpu", "--dtype", "float32"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
+            break
+        except urllib.error.HTTPError:
+            break
+        except OSError:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.3)
+    yield f"http://127.0.0.1:{port}/v1#{smollm2}", process
+    process.kill()
+    process.wait()
+
+
+def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
+    srt, tmp_path, server
+):
+    spec, process = server
+    prompts = [{"id": n, "prompt": text} for n, text in enumerate(("Name a fruit.", "Say hello."))]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    line = ("collect-feedback", "--model", spec, "--critic", spec, "--max-new-tokens", 16,
+            "--critic-max-tokens", 90, "--concurrency", 2)  # fmt: skip
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert [row["id"] for row in rows] == ["0", "1"]
+    for row in rows:
+        assert row["response"].strip()
+        assert row["raw"]["critique"].strip()
+        assert row["usage"]["completion_tokens"] > 16
+        assert row["status"] in ("ok", "unparsed", "truncated")
+    first = (tmp_path / "feedback.jsonl").read_bytes()
+    process.kill()
+    process.wait()
+    again = srt(*line)
+    assert again.code == 0
+    assert "0 made" in again.stderr
+    assert (tmp_path / "feedback.jsonl").read_bytes() == first
