@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import srt_cli
 from srt_cli import console
-from srt_cli.errors import SrtError
+from srt_cli.errors import SrtError, UsageError
 from srt_cli.journal import Journal
 from srt_cli.options import differing_settings, values_of
 from srt_cli.records import Dropped, Record, Usage
@@ -31,6 +31,7 @@ from srt_cli.templates import template_digests
 Row = TypeVar("Row")
 RunStatus = Literal["started", "complete", "interrupted", "failed"]
 
+DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")
 REPORTED_PACKAGES: Final = (
     "torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai", "pydantic",
 )  # fmt: skip
@@ -236,9 +237,14 @@ class Manifest(BaseModel):
 
 def manifest_path(artifact: Path) -> Path:
     """Where an artifact's manifest stands: `run.json` in a model directory, else `X.run.json`."""
-    if artifact.is_dir() or not artifact.suffix:
+    if not is_data_file(artifact):
         return artifact / "run.json"
     return artifact.with_name(artifact.name.removesuffix(".gz").rsplit(".", 1)[0] + ".run.json")
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a path names a data file; anything else is a model directory (`models/v1.0` too)."""
+    return not path.is_dir() and (path.is_file() or path.name.endswith(DATA_SUFFIXES))
 
 
 def read_manifest(artifact: Path) -> Manifest | None:
@@ -330,6 +336,7 @@ def open_run(
     *,
     inputs: Mapping[str, Path],
     overwrite: bool,
+    directory: bool = False,
     resolved: Mapping[str, Any] | None = None,
 ) -> Run:
     """Begin a run that writes `out`, or continue the one that did.
@@ -338,6 +345,9 @@ def open_run(
     starts anew (the journal stays: what it holds was paid for, and other settings have other
     keys). `resolved` gives settings that were left open on the command line and found elsewhere.
     """
+    if directory == is_data_file(out):
+        kind = "a directory" if directory else "a file ending in .jsonl (eval: .json)"
+        raise UsageError(f"--out {out}: srt {command} writes {kind}.")
     settings = values_of(config, "setting") | dict(resolved or {})
     earlier = read_manifest(out)
     if not overwrite:

@@ -13,7 +13,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-
 from hypothesis import settings
 
 from srt_cli import cli

@@ -89,6 +89,7 @@ def run(options: Dpo) -> None:
         options.out,
         inputs={"prefs": options.prefs},
         overwrite=options.overwrite,
+        directory=True,
         resolved={"model": model_name},
     )
     pairs = list(read_records(options.prefs, Preference.model_validate, limit=options.limit))

@@ -100,6 +100,7 @@ def run(options: Sft) -> None:
         options.out,
         inputs={"data": options.data},
         overwrite=options.overwrite,
+        directory=True,
         resolved={"model": model_name},
     )
     records = list(read_records(options.data, FeedbackRecord.model_validate, limit=options.limit))
