@@ -134,12 +134,14 @@ def test_a_template_without_a_system_turn_is_masked_alike(plain_tokenizer):
     ]
 
 
-def test_a_good_refinement_is_shown_as_an_answer_with_its_own_feedback(smollm2_tokenizer):
+def test_a_good_refinement_is_shown_with_its_own_feedback_and_its_copy_is_not_trained(
+    smollm2_tokenizer,
+):
     sequence = refinement_feedback_sequence(smollm2_tokenizer, record(), ("feedback", "refinement"))
     assert trained_text(smollm2_tokenizer, sequence) == [
         "An apple.<|im_end|>",
-        "Weaknesses: None.\nSuggestions: None.\nOverall Score: [[9]]\n\n"
-        "### Improved Response\nAn apple.<|im_end|>",
+        "Weaknesses: None.\nSuggestions: None.\nOverall Score: [[9]]\n\n### Improved Response\n",
+        "<|im_end|>",
     ]
 
 
