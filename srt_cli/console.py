@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final, Protocol
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -55,7 +56,7 @@ def finish(where: str, then: str | None = None) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A result as a table; the first column is text, the others are figures."""
+    """A result as a table; columns without a head hold names, the others figures."""
     _print_table(_result, title, columns, rows)
 
 
@@ -67,9 +68,12 @@ def talk_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 def _print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
-    grid = Table(title=Text(title), title_justify="left", title_style="bold", show_edge=False)
+    grid = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
+    names = sum(not column for column in columns) or 1
     for position, column in enumerate(columns):
-        grid.add_column(Text(column), justify="left" if position == 0 else "right")
+        grid.add_column(Text(column), justify="left" if position < names else "right")
     for row in rows:
         grid.add_row(*(Text(cell) for cell in row))
     console.print(grid)

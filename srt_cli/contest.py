@@ -54,13 +54,31 @@ class Row:
     statuses: dict[str, int]
 
     @property
+    def name(self) -> str:
+        """The contestant, short enough for a table."""
+        path = Path(self.contestant)
+        if not path.exists():
+            return self.contestant
+        return path.stem if path.suffix else "/".join(path.parts[-2:])
+
+    @property
+    def kind(self) -> str:
+        """`direct` for the first answer, `refined` for the one behind the model's own critique."""
+        return "direct" if self.use == "response" else "refined"
+
+    @property
     def label(self) -> str:
-        """Short enough for a table."""
-        name = self.contestant
-        if Path(name).exists():
-            path = Path(name)
-            name = path.name if path.suffix else "/".join(path.parts[-2:])
-        return f"{name} · {self.use}"
+        """Contestant and kind in one text."""
+        return f"{self.name}, {self.kind}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for the terminal and the report."""
+
+    title: str
+    columns: list[str]
+    cells: list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -84,34 +102,24 @@ class Contest:
         """For `eval.json`."""
         return dataclasses.asdict(self) | {"coverage": self.coverage}
 
-    def as_table(self) -> tuple[list[str], list[list[str]]]:
-        """Columns and cells for the terminal and the report."""
-        columns = ["contestant"]
+    def tables(self) -> list[Table]:
+        """What the check found, and what the judge found; each when there was one."""
+        found = []
         if self.check:
-            columns += ["pass rate (95 %)", "difference to reference (95 %)"]
+            columns = ["", "", "passes [95 %]", "vs reference", "chars", "parses"]
+            found.append(Table("passes the check", columns, [_check_cells(r) for r in self.rows]))
         if self.judge:
-            columns += ["win rate ± SE", "ties", "same in both orders"]
-        columns += ["characters", "parses", "degenerate"]
-        return columns, [self._cells(row) for row in self.rows]
-
-    def _cells(self, row: Row) -> list[str]:
-        cells = [row.label]
-        if self.check:
-            cells += [_interval(row.pass_rate), _difference(row.difference)]
-        if self.judge:
-            judged = row.judged
-            position = judged.position if judged else None
-            cells += [
-                _with_error(judged.win_rate if judged else None),
-                f"{judged.ties} of {judged.valid_pairs}" if judged else "-",
-                f"{position.consistency:.0%}" if position else "-",
-            ]
-        parsed = f"{row.parsed.value:.0%}" if row.parsed else "-"
-        return [*cells, f"{row.mean_characters:.0f}", parsed, f"{row.degenerate.share:.0%}"]
+            columns = ["", "", "wins ± SE", "ties", "same in both orders", "degenerate"]
+            judged = [_judge_cells(row, row.judged) for row in self.rows if row.judged]
+            found.append(Table("wins against the reference", columns, judged))
+        return found
 
     def footnotes(self) -> list[str]:
         """What a reader needs to know to read the table rightly."""
-        notes = [f"n = {self.prompts} prompts; differences are paired over the same prompts."]
+        notes = [
+            f"n = {self.prompts} prompts; reference: {self.rows[0].name}, direct; differences in "
+            "points, paired over the same prompts."
+        ]
         if any(row.parsed and row.parsed.value < 1 for row in self.rows):
             notes.append("Where a critique does not parse, the draft stands for the refinement.")
         return notes
@@ -220,21 +228,53 @@ def _judged(prompts: Sequence[Prompt], verdicts: Sequence[Judgment]) -> Judged:
     )
 
 
+def _check_cells(row: Row) -> list[str]:
+    parsed = f"{row.parsed.value:.0%}" if row.parsed else "-"
+    return [
+        shorten(row.name),
+        row.kind,
+        _interval(row.pass_rate),
+        _difference(row.difference),
+        f"{row.mean_characters:.0f}",
+        parsed,
+    ]
+
+
+def _judge_cells(row: Row, judged: Judged) -> list[str]:
+    position = judged.position
+    return [
+        shorten(row.name),
+        row.kind,
+        _with_error(judged.win_rate),
+        f"{judged.ties}/{judged.valid_pairs}",
+        f"{position.consistency:.0%}" if position else "-",
+        f"{row.degenerate.share:.0%}",
+    ]
+
+
+def shorten(name: str, longest: int = 22) -> str:
+    """A name cut in its middle, where the least is told."""
+    if len(name) <= longest:
+        return name
+    kept = longest - 1
+    return name[: kept - kept // 3] + "…" + name[-(kept // 3) :]
+
+
 def _interval(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
-    return f"{estimate.value:.1%} ({estimate.low:.1%} to {estimate.high:.1%})"
+    return f"{estimate.value:.0%} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
 
 
 def _difference(paired: PairedDifference | None) -> str:
     if paired is None:
         return "-"
     found = paired.difference
-    return f"{100 * found.value:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f}) points"
+    return f"{100 * found.value:+.0f} [{100 * found.low:+.0f}, {100 * found.high:+.0f}]"
 
 
 def _with_error(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
-    error = f" ± {100 * estimate.standard_error:.1f}" if estimate.standard_error is not None else ""
-    return f"{100 * estimate.value:.1f}{error} %"
+    error = f" ± {100 * estimate.standard_error:.0f}" if estimate.standard_error is not None else ""
+    return f"{100 * estimate.value:.0f}{error} %"

@@ -175,5 +175,5 @@ def show_confusion(title: str, tables: Iterable[tuple[str, Confusion]]) -> None:
                 accuracy,
             ]
         )
-    columns = ("", "n", "good, says good", "bad, says good", "good, says bad", "bad, says bad")
-    console.talk_table(title, (*columns, "balanced accuracy"), rows)
+    columns = ("", "n", "good/good", "bad/good", "good/bad", "bad/bad", "balanced accuracy")
+    console.talk_table(f"{title} (is/says)", columns, rows)

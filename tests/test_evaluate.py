@@ -57,7 +57,8 @@ def test_a_better_model_wins_and_the_paired_interval_excludes_0(srt, folder):
     assert better["judged"]["win_rate"]["value"] == 1
     assert better["judged"]["position"]["consistency"] == 1
     assert better["judged"]["position"]["first_slot_rate"] == 0.5
-    assert "100.0%" in finished.stdout
+    assert "100% [86, 100]" in finished.stdout
+    assert "+100 [+100, +100]" in finished.stdout
     assert finished.stdout.rstrip().endswith("report: report.html   next: open report.html")
 
 

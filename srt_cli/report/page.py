@@ -7,7 +7,7 @@ from pathlib import Path
 
 import srt_cli
 from srt_cli.artifacts import write_atomically
-from srt_cli.contest import Contest, Row
+from srt_cli.contest import Contest, Row, Table
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.report.plot import Interval, interval_plot
 
@@ -129,21 +129,35 @@ def _figure(title: str, about: str, plot: str) -> str:
 
 
 def _table(contest: Contest) -> str:
-    columns, rows = contest.as_table()
-    columns = [*columns, "length ratio", "words"]
-    extra = [
-        [f"{row.length_ratio:.2f}" if row.length_ratio else "-", f"{row.mean_words:.0f}"]
+    tables = [_html_table(table) for table in [*contest.tables(), _lengths(contest)]]
+    notes = "".join(f"<p>{escape(note)}</p>" for note in contest.footnotes())
+    return f"<section><h2>All figures</h2>{''.join(tables)}{notes}</section>"
+
+
+def _lengths(contest: Contest) -> Table:
+    cells = [
+        [
+            row.name,
+            row.kind,
+            f"{row.mean_characters:.0f}",
+            f"{row.mean_words:.0f}",
+            f"{row.length_ratio:.2f}" if row.length_ratio else "-",
+        ]
         for row in contest.rows
     ]
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    columns = ["", "", "mean characters", "mean words", "length, reference = 1"]
+    return Table("length", columns, cells)
+
+
+def _html_table(table: Table) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
     lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in [*row, *more]) + "</tr>"
-        for row, more in zip(rows, extra, strict=True)
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in table.cells
     )
-    notes = "".join(f"<p>{escape(note)}</p>" for note in contest.footnotes())
     return (
-        f'<section><h2>All figures</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>{notes}</section>"
+        f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{lines}</tbody></table></div>"
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from srt_cli import console
 from srt_cli.artifacts import OrderedWriter, Run, inherited, open_run, read_manifest, write_json
@@ -264,9 +264,8 @@ def _write(path: Path, records: Iterable[Record]) -> None:
 
 
 def show(contest: "Contest") -> None:
-    """The table of the contest on stdout."""
-    columns, rows = contest.as_table()
-    console.table(f"{contest.prompts} prompts; reference: {contest.reference}", columns, rows)
-    facts: list[Any] = [line for line in contest.footnotes() if line]
-    for line in facts:
-        console.result(line)
+    """The tables of the contest on stdout."""
+    for table in contest.tables():
+        console.table(table.title, table.columns, table.cells)
+    for note in contest.footnotes():
+        console.result(note)
