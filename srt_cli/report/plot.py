@@ -60,4 +60,4 @@ def _row(row: Interval, y: float) -> str:
 
 
 def _shorten(label: str) -> str:
-    return label if len(label) <= 34 else "…" + label[-33:]
+    return label if len(label) <= 30 else "…" + label[-29:]
