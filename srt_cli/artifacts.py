@@ -413,6 +413,11 @@ def describe_input(path: Path) -> InputFile:
     return InputFile(path=str(path), sha256=digest, run=manifest.id if manifest else None)
 
 
+def template_input(chat_template: Path | None) -> dict[str, Path]:
+    """A chat template given as a file, as an input: another content is another training."""
+    return {} if chat_template is None else {"chat_template": chat_template}
+
+
 def _versions() -> dict[str, str]:
     versions = {"srt": srt_cli.__version__, "python": platform.python_version()}
     for package in REPORTED_PACKAGES:

@@ -95,6 +95,28 @@ def test_collect_feedback_pays_for_nothing_twice(two_folders):
     assert len(keys) == len(set(keys)) == 120
 
 
+def test_ctrl_c_writes_what_is_complete_and_exits_130(tmp_path):
+    (tmp_path / "critic.py").write_text(CRITIC)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p{n}"} for n in range(200)])
+    line = ("collect-feedback", "--model", "python:critic.py:respond",
+            "--critic", "python:critic.py:critique")  # fmt: skip
+    process = subprocess.Popen(
+        command(*line), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    while lines_in(tmp_path / "feedback.journal.jsonl") < 150:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    written = lines_in(tmp_path / "feedback.jsonl")
+    assert 0 < written < 200
+    manifest = (tmp_path / "feedback.run.json").read_text()
+    assert '"status": "interrupted"' in manifest
+    assert f'"progress": "{written} of 200"' in manifest
+
+
 def test_self_critique_goes_on_byte_for_byte(two_folders, tiny_model):
     straight, killed = two_folders
     for folder in two_folders:

@@ -36,7 +36,8 @@ def train(srt, tmp_path, tiny_model):
 
     def run(*extra):
         line = ["sft", "--model", tiny_model, "--global-batch", 4, "--learning-rate", 1e-2]
-        return srt(*line, "--critic-check", 0, *extra)
+        unchecked = () if "--critic-check" in extra else ("--critic-check", 0)
+        return srt(*line, *unchecked, *extra)
 
     return run
 
@@ -59,6 +60,19 @@ def test_the_loss_falls_and_every_step_is_recorded(train, tmp_path):
     assert losses[-1] < losses[0] - 1
 
 
+def test_a_critic_check_that_was_cut_off_is_all_that_is_left(srt, train, tmp_path, tiny_model):
+    train("--epochs", 1)
+    path = tmp_path / "models/sft/run.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"status": "started"}))
+    before = (tmp_path / "models/sft/model.safetensors").stat().st_mtime_ns
+    finished = train("--epochs", 1, "--critic-check", 2)
+    assert finished.code == 0, finished.stderr
+    assert "only the critic check is left" in finished.stderr
+    assert "the tuned model as a critic" in finished.stderr
+    assert (tmp_path / "models/sft/model.safetensors").stat().st_mtime_ns == before
+
+
 def test_the_manifest_says_device_dtype_and_why(train, tmp_path, tiny_model):
     train("--epochs", 1)
     manifest = json.loads((tmp_path / "models/sft/run.json").read_text())
@@ -68,3 +82,92 @@ def test_the_manifest_says_device_dtype_and_why(train, tmp_path, tiny_model):
     place = manifest["models"][str(tiny_model)]
     assert place["dtype"] == "float32"
     assert place["dtype_reason"]
+
+
+def test_the_same_line_again_has_nothing_to_do_and_another_is_refused(train, tmp_path):
+    train("--epochs", 1)
+    digest = (tmp_path / "models/sft/model.safetensors").read_bytes()
+    again = train("--epochs", 1)
+    assert again.code == 0
+    assert "nothing to do" in again.stderr
+    other = train("--epochs", 2)
+    assert other.code == 1
+    assert "--epochs was 1.0, now 2.0" in other.stderr
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(9))
+    changed = train("--epochs", 1)
+    assert changed.code == 1
+    assert "its content has changed" in changed.stderr
+    assert (tmp_path / "models/sft/model.safetensors").read_bytes() == digest
+
+
+def test_rows_that_break_the_papers_rules_fall_out_with_their_reason(srt, tmp_path, tiny_model):
+    rows = [
+        *feedback_rows(2),
+        feedback_rows(1, id="worse", refinement_score=2)[0],
+        feedback_rows(1, id="unread", status="unparsed", feedback=None)[0],
+    ]
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    line = ("sft", "--model", tiny_model, "--epochs", 1, "--critic-check", 0)
+    finished = srt(*line)
+    assert "4 rows: 2 kept; dropped: 1 refinement scored lower, 1 unparsed" in finished.stderr
+    dropped = read_jsonl(tmp_path / "models/sft/sft.dropped.jsonl")
+    assert {row["id"]: row["reason"] for row in dropped} == {
+        "worse": "refinement scored lower",
+        "unread": "unparsed",
+    }
+
+
+def test_a_row_that_does_not_fit_is_refused_or_dropped_never_cut(train, tmp_path):
+    long = feedback_rows(1, id="long", response="word " * 300)[0]
+    write_jsonl(tmp_path / "feedback.jsonl", [*feedback_rows(4), long])
+    refused = train("--epochs", 1, "--max-length", 200)
+    assert refused.code == 1
+    assert "1 of 5 sequences exceed --max-length 200 (the longest, long:" in refused.stderr
+    dropped = train("--epochs", 1, "--max-length", 200, "--truncation", "drop")
+    assert dropped.code == 0, dropped.stderr
+    assert "1 sequences over --max-length 200 were left out" in dropped.stderr
+
+
+def test_loss_on_names_parts_and_nothing_else(train):
+    finished = train("--loss-on", "response,score")
+    assert finished.code == 2
+    assert "name some of response, feedback, refinement" in finished.stderr
+
+
+def test_the_model_comes_from_the_manifest_of_the_data(srt, tmp_path, tiny_model):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
+    refused = srt("sft", "--epochs", 1)
+    assert refused.code == 2
+    assert "names no policy to train. Pass --model." in refused.stderr
+    manifest = {
+        "command": "collect-feedback",
+        "settings": {"model": str(tiny_model)},
+        "runtime": {},
+    }
+    (tmp_path / "feedback.run.json").write_text(json.dumps(manifest))
+    assert srt("sft", "--epochs", 1, "--critic-check", 0).code == 0
+
+
+def test_the_first_loss_is_that_of_transformers_alone(train, tmp_path, tiny_model):
+    """Independent of TRL: mean over trained tokens of the first batch, padded on the right."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from srt_cli.models.weights import load_tokenizer
+    from srt_cli.records import FeedbackRecord
+    from srt_cli.training.sequences import PARTS, feedback_sequence
+
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
+    train("--epochs", 1, "--micro-batch", 2)
+    tokenizer = load_tokenizer(str(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    total, count = 0.0, 0
+    for row in feedback_rows(4):
+        sequence = feedback_sequence(tokenizer, FeedbackRecord(**row), PARTS)
+        logits = model(torch.tensor([sequence.input_ids])).logits[0]
+        for place, label in enumerate(sequence.labels[1:]):
+            if label != -100:
+                total -= float(logits[place].log_softmax(-1)[label])
+                count += 1
+    first = read_jsonl(tmp_path / "models/sft/metrics.jsonl")[0]["loss"]
+    assert first == pytest.approx(total / count, abs=1e-4)

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from srt_cli import console
-from srt_cli.artifacts import Run, clear_directory, inherited, open_run, read_manifest, read_records
+from srt_cli.artifacts import (
+    Run,
+    clear_directory,
+    inherited,
+    open_run,
+    read_manifest,
+    read_records,
+    template_input,
+)
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.records import Preference
@@ -87,7 +95,7 @@ def run(options: Dpo) -> None:
         COMMAND,
         options,
         options.out,
-        inputs={"prefs": options.prefs},
+        inputs={"prefs": options.prefs} | template_input(options.chat_template),
         overwrite=options.overwrite,
         directory=True,
         resolved={"model": model_name},
@@ -154,7 +162,7 @@ def _train(options: Dpo, model_name: str, pairs: list[Preference], run: Run) -> 
         model, tokenizer, encoded, objective, schedule, place, run,
         lora=lora, save_every=options.save_every,
     )  # fmt: skip
-    run.manifest.tallies |= vars(trained)
+    run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base and reference": model_name,
         "data": f"{options.prefs}, {len(encoded)} pairs",

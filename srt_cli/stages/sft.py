@@ -13,6 +13,7 @@ from srt_cli.artifacts import (
     inherited,
     open_run,
     read_records,
+    template_input,
 )
 from srt_cli.critic_check import check_critic
 from srt_cli.errors import SrtError, UsageError
@@ -98,7 +99,7 @@ def run(options: Sft) -> None:
         COMMAND,
         options,
         options.out,
-        inputs={"data": options.data},
+        inputs={"data": options.data} | template_input(options.chat_template),
         overwrite=options.overwrite,
         directory=True,
         resolved={"model": model_name},
@@ -113,7 +114,7 @@ def run(options: Sft) -> None:
         return
     with run:
         kept = keep_teaching_rows(records, run)
-        trained = _train(options, parts, model_name, kept, run)
+        trained = _trained_before(run) or _train(options, parts, model_name, kept, run)
         if options.critic_check:
             check_critic(run, kept, options.critic_check, options.good_score, options.seed)
         if not options.keep_checkpoints:
@@ -123,6 +124,18 @@ def run(options: Sft) -> None:
         f"loss {trained.first_loss:.3f} to {trained.final_loss:.3f}"
     )
     console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
+
+
+def _trained_before(run: Run) -> "Trained | None":
+    """The figures of a training whose model is saved, but whose critic check was cut off."""
+    earlier = run.earlier.tallies.get("training") if run.earlier else None
+    if earlier is None or not (run.out / "config.json").is_file():
+        return None
+    from srt_cli.training.loop import Trained
+
+    run.manifest.tallies |= {"training": earlier}
+    console.say("trained and saved already; only the critic check is left")
+    return Trained(**earlier)
 
 
 def parse_parts(text: str) -> "tuple[Part, ...]":
@@ -202,7 +215,7 @@ def _train(
     model, trained = train_sft(
         model, tokenizer, sequences, schedule, place, run, lora=lora, save_every=options.save_every
     )
-    run.manifest.tallies |= vars(trained)
+    run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base": model_name,
         "data": f"{options.data}, {len(records)} rows",
@@ -212,6 +225,7 @@ def _train(
         "final loss": trained.final_loss,
     }
     save_model(model, tokenizer, options.out, model_card("A model tuned by stage 1 of SRT", facts))
+    run.save()
     return trained
 
 
