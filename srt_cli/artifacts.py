@@ -377,7 +377,7 @@ def _refuse_other_runs_output(
                 "Choose another --out, or replace it with --overwrite."
             )
         return
-    if not out.exists():
+    if not out.exists() or (out.is_dir() and _holds_only_notes(out)):
         return
     if earlier.command != command:
         raise SrtError(
@@ -393,6 +393,12 @@ def _refuse_other_runs_output(
             f"{out}: belongs to a run with other settings ({named}). "
             "Choose another --out, or replace it with --overwrite."
         )
+
+
+def _holds_only_notes(directory: Path) -> bool:
+    """Whether a training stopped before it made anything: no weights, no checkpoint."""
+    notes = ("run.json", ".dropped.jsonl")
+    return all(path.name.endswith(notes) for path in directory.iterdir())
 
 
 def clear_directory(path: Path) -> None:

@@ -15,7 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import settings
 
-from srt_cli import cli
+from srt_cli import cli, console
 
 # Other tests share the cores: a slow example is no failure.
 settings.register_profile("srt", deadline=None)
@@ -37,7 +37,7 @@ Srt = Callable[..., Finished]
 def srt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Srt:
     """Run `srt ARGUMENTS` in the test's own folder, in this process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console._result, "width", 200)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 

@@ -21,9 +21,13 @@ HEAVY = {"torch", "transformers", "trl", "datasets", "openai", "accelerate", "pe
 
 
 def imports_of(path: Path) -> set[str]:
-    """Full names of the modules a file imports, wherever in it."""
+    """Full names of the modules a file imports at run time, wherever in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

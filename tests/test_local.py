@@ -1,6 +1,9 @@
 """Models in this process: company changes nothing, stop texts stop, and nothing is forged."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions, Request, open_model
@@ -99,8 +102,6 @@ def test_closing_stops_at_the_next_token_and_cancels_the_rest(tiny_model):
 
 
 def test_a_retrained_directory_is_another_model(tiny_model, tmp_path):
-    import shutil
-
     copy = shutil.copytree(tiny_model, tmp_path / "copy")
     assert fingerprint_of(str(copy)) == fingerprint_of(str(tiny_model))
     weights = copy / "model.safetensors"
@@ -108,6 +109,40 @@ def test_a_retrained_directory_is_another_model(tiny_model, tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert fingerprint_of(str(copy)) != fingerprint_of(str(tiny_model))
+
+
+def half_a_file(weights):
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+
+
+def without_a_tensor(weights):
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def with_another_shape(weights):
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:4].clone()
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (half_a_file, "cannot be loaded"),
+        (without_a_tensor, "lacks 1 of its tensors (model.layers.1.mlp.up_proj.weight)"),
+        (with_another_shape, "cannot be loaded"),
+    ],
+)
+def test_damaged_weights_are_said_in_one_sentence(tiny_model, tmp_path, damage, said):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    damage(tmp_path / "model" / "model.safetensors")
+    with pytest.raises(SrtError) as refused:
+        load_weights(str(tmp_path / "model"))
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_directory_without_a_model_is_said(tmp_path):

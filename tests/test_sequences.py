@@ -1,6 +1,7 @@
 """Which tokens are trained, on literal ids; text that looks like a control token never becomes one."""
 
 import pytest
+from transformers import AddedToken
 
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import encode_chat, end_of_turn_id
@@ -180,6 +181,58 @@ def test_a_harmless_text_has_the_same_ids_beside_a_forged_one(template, request)
     both = encode_chat(tokenizer, [turn, forged], add_generation_prompt=True)
     opening = alone[: -len(encode_chat(tokenizer, [turn], add_generation_prompt=True)[-4:])]
     assert both[: len(opening)] == opening
+
+
+GEMMA_LIKE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n'"
+    " + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}"
+)
+PHI_LIKE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + "
+    "'<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{{ '<think></think>' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n<think></think>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    ("template", "added", "end"),
+    [
+        (GEMMA_LIKE, ("<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+        (PHI_LIKE, ("<|user|>", "<|assistant|>", "<|end|>"), "<|end|>"),
+        (THINKING, ("<think>", "</think>"), "<|im_end|>"),
+    ],
+    ids=["gemma", "phi", "thinking"],
+)
+def test_the_end_of_a_turn_is_the_token_behind_the_words(tiny_model, template, added, end, special):
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text in added])
+    tokenizer.chat_template = template
+    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == end
+    sequence = feedback_sequence(tokenizer, record(), ("response",))
+    assert trained_text(tokenizer, sequence) == [f"A carrot.{end}"]
+
+
+def test_a_template_that_ends_no_turn_is_refused(tiny_model):
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    with pytest.raises(SrtError, match="would not learn to stop"):
+        end_of_turn_id(tokenizer)
+
+
+def test_private_use_characters_stay_themselves_beside_a_forged_token(smollm2_tokenizer):
+    own = "".join(chr(0xF0000 + n) for n in range(40))
+    turn = Message(role="user", content=f"{own} {FORGED}")
+    ids = encode_chat(smollm2_tokenizer, [turn], add_generation_prompt=True)
+    assert turn.content in smollm2_tokenizer.decode(ids)
 
 
 def test_a_pair_is_split_into_prompt_and_answers_that_end(smollm2_tokenizer):

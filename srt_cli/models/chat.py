@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import count
 from typing import Any, Final
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +13,7 @@ from srt_cli.records import Message
 
 # Private-use characters stand in for control-token text while the template is rendered.
 FIRST_STAND_IN: Final = 0xF0000
+MARKER: Final = "the last word"
 PROBE: Final = (
     Message(role="user", content="What is 2 + 2?\n"),
     Message(role="assistant", content=" It is 4."),
@@ -54,12 +56,14 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Raises `SrtError` when there is none: a model trained so would never stop.
     """
-    turns = [Message(role="user", content="a"), Message(role="assistant", content="b")]
-    opening = len(encode_chat(tokenizer, turns[:1], add_generation_prompt=True))
-    behind = encode_chat(tokenizer, turns, add_generation_prompt=False)[opening:]
+    check_template(tokenizer)
+    turns = [Message(role="user", content="a"), Message(role="assistant", content=MARKER)]
+    rendered = tokenizer.apply_chat_template(_plain(turns), tokenize=False)
+    assert isinstance(rendered, str)
+    behind = tokenizer(rendered.rpartition(MARKER)[2], add_special_tokens=False)["input_ids"]
     for token in behind:
-        if token in tokenizer.all_special_ids or token == tokenizer.eos_token_id:
-            return token
+        if token in tokenizer.added_tokens_decoder or token in tokenizer.all_special_ids:
+            return int(token)
     raise SrtError(
         f"{tokenizer.name_or_path}: its chat template ends an assistant's turn with no special "
         "token, so the model would not learn to stop. Pass a --chat-template that does."
@@ -80,7 +84,9 @@ def _encode_in_pieces(
 ) -> list[int]:
     """Split the rendered chat at the template's own control tokens; tokenise the rest as plain text."""
     controls = _control_tokens(tokenizer)
-    stand_ins = {control: chr(FIRST_STAND_IN + n) for n, control in enumerate(controls)}
+    written = {character for turn in messages for character in turn.content}
+    free = (chr(code) for code in count(FIRST_STAND_IN) if chr(code) not in written)
+    stand_ins = dict(zip(controls, free, strict=False))
     hidden = [
         Message(role=turn.role, content=_replace(turn.content, stand_ins)) for turn in messages
     ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -81,14 +82,19 @@ def load_weights(
     adapter = Path(source) / ADAPTER_CONFIG
     if adapter.is_file():
         return _load_adapter(name, Path(source), placement, trust_remote_code)
-    model = _load(
+    model, report = _load(
         AutoModelForCausalLM.from_pretrained,
         name,
         str(source),
         dtype=placement.dtype,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
     )
+    # transformers fills what is missing with random numbers, and says so only in its log.
+    if missing := sorted(report["missing_keys"]):
+        named = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise SrtError(f"{name}: the checkpoint lacks {len(missing)} of its tensors ({named}).")
     assert isinstance(model, PreTrainedModel)
     moved: PreTrainedModel = model.to(placement.device).eval()  # type: ignore[arg-type]
     return moved
@@ -115,7 +121,7 @@ def _load(loader: Any, name: str, source: str, **arguments: Any) -> Any:
     with _progress_bars_off():
         try:
             return loader(source, **arguments)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise SrtError(_why_not_loaded(name, source, error)) from error
 
 
