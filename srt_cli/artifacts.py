@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import srt_cli
 from srt_cli import console
-from srt_cli.errors import SrtError, UsageError
+from srt_cli.errors import BudgetReached, QuotaError, SrtError, UsageError
 from srt_cli.journal import Journal
 from srt_cli.options import differing_settings, values_of
 from srt_cli.records import Dropped, Record, Usage
@@ -278,6 +278,8 @@ class Run:
         self.manifest = manifest
         self.out = out
         self.earlier = earlier
+        self.whole = True
+        """False when rows are still owed although nothing went wrong."""
         self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -292,9 +294,10 @@ class Run:
     ) -> None:
         self._cleanup.close()
         if error is None:
-            self.manifest.status = "complete"
-        elif isinstance(error, KeyboardInterrupt):
+            self.manifest.status = "complete" if self.whole else "interrupted"
+        elif isinstance(error, KeyboardInterrupt | BudgetReached | QuotaError):
             self.manifest.status = "interrupted"
+            self.manifest.error = str(error) or None
         else:
             self.manifest.status = "failed"
             self.manifest.error = f"{kind.__name__ if kind else ''}: {error}"
@@ -307,10 +310,15 @@ class Run:
         """Whether an earlier run under these settings has finished."""
         return self.earlier is not None and self.earlier.status == "complete"
 
+    @property
+    def journal_path(self) -> Path:
+        """Where the journal beside the output stands."""
+        stem = self.out.name.removesuffix(".jsonl").removesuffix(".json")
+        return self.out.with_name(f"{stem}.journal.jsonl")
+
     def journal(self) -> Journal:
         """The journal beside the output, open for this run alone."""
-        stem = self.out.name.removesuffix(".jsonl").removesuffix(".json")
-        journal = Journal(self.out.with_name(f"{stem}.journal.jsonl"))
+        journal = Journal(self.journal_path)
         self._cleanup.enter_context(journal)
         if journal.unreadable:
             self.warn(

@@ -8,11 +8,11 @@ sees it.
 import heapq
 import queue
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from srt_cli.journal import Journal, request_key
 from srt_cli.models import (
@@ -165,7 +165,9 @@ class _Conductor(Generic[Result]):
         if reply.finish_reason == "failed":
             self.tally.failed += 1
         else:
-            self.journal.append(pending.key, pending.call.name, reply_to_plain(reply))
+            model = pending.call.model.identity
+            plain = {"model": model, **reply_to_plain(reply)}
+            self.journal.append(pending.key, pending.call.name, plain)
             self.tally.paid += 1
             self.tally.completion_tokens += reply.usage.completion_tokens
         return pending, reply
@@ -211,3 +213,36 @@ def _run(
         if any(conductor.in_flight.values()):
             pending, reply = conductor.receive()
             yield from conductor.advance(pending.row, reply)
+
+
+@dataclass(frozen=True)
+class Replayed(Generic[Result]):
+    """How far a row comes on the journal alone: its result, or the first call that is owed."""
+
+    index: int
+    result: Result | None
+    owed: Call | None
+    answered: tuple[tuple[Call, bytes], ...]
+    """The calls that the journal answered, in order, with their keys."""
+
+
+def replay(
+    scripts: Iterable[Script[Result]], look_up: Callable[[bytes], dict[str, Any] | None]
+) -> Iterator[Replayed[Result]]:
+    """Run the scripts on what the journal holds, without a single call; one row after the other."""
+    for index, script in enumerate(scripts):
+        answered: list[tuple[Call, bytes]] = []
+        reply: Reply | None = None
+        try:
+            while True:
+                call = next(script) if reply is None else script.send(reply)
+                key = request_key(canonical_request(call.model, call.request))
+                kept = look_up(key)
+                if kept is None:
+                    script.close()
+                    yield Replayed(index, None, call, tuple(answered))
+                    break
+                answered.append((call, key))
+                reply = reply_from_plain(kept)
+        except StopIteration as stop:
+            yield Replayed(index, stop.value, None, tuple(answered))

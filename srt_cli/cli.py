@@ -87,7 +87,12 @@ def _command(command: str) -> Callable[..., None]:
         console.quiet_libraries()
         run(options)
 
-    parameters = [_parameter(field) for field in dataclasses.fields(options_class)]
+    # A stage's own options first, then those that it shares with others.
+    fields = sorted(
+        dataclasses.fields(options_class),
+        key=lambda field: field.name not in options_class.__annotations__,
+    )
+    parameters = [_parameter(field) for field in fields]
     parameters.append(
         inspect.Parameter(
             "config",

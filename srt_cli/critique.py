@@ -3,15 +3,12 @@
 One row's story is one generator (`critique_row`); `calls.conduct` runs many of them side by side.
 """
 
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal
 
-from srt_cli import console
-from srt_cli.artifacts import OrderedWriter, Run
-from srt_cli.calls import Call, conduct
-from srt_cli.critique_summary import CritiqueSummary, Verdict
-from srt_cli.errors import SrtError, TooManyFailures
+from srt_cli.calls import Call
+from srt_cli.critique_summary import Verdict
 from srt_cli.models import Model, Reply, Request, Task, TaskKind
 from srt_cli.records import (
     Feedback,
@@ -23,13 +20,17 @@ from srt_cli.records import (
 )
 from srt_cli.templates import (
     IMPROVED_HEADING,
+    ParsedCritique,
     critic_messages,
     parse_critique,
     parse_preference,
+    reask_messages,
     self_critique_messages,
 )
 
 BLIND_SCORE_STOP: Final = (IMPROVED_HEADING,)
+CriticKind = Literal["critique", "score"]
+CALL_NAMES: Final[dict[CriticKind, str]] = {"critique": "critique", "score": "blind score"}
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,34 @@ class Critic:
     model: Model
     sampling: Sampling
     in_conversation: bool
+    max_reasks: int = 0
+    """How often a reply that cannot be read is asked for again."""
+    longer_once: bool = False
+    """Whether a reply that was cut off gets one more try with twice the room."""
 
     def messages(self, prompt: Prompt, response: str) -> list[Message]:
         """The chat that asks for feedback on one response."""
         ask = self_critique_messages if self.in_conversation else critic_messages
         return ask(prompt, response)
 
-    def call(self, kind: TaskKind, prompt: Prompt, response: str, name: str) -> Call:
-        """Ask for feedback and refinement (`critique`), or for feedback alone (`score`)."""
+    def call(
+        self,
+        kind: TaskKind,
+        prompt: Prompt,
+        response: str,
+        name: str,
+        *,
+        messages: Sequence[Message] | None = None,
+        room: int = 1,
+    ) -> Call:
+        """Ask for feedback and refinement (`critique`), or for feedback alone (`score`).
+
+        `messages` replaces the usual question, `room` multiplies the token limit.
+        """
+        sampling = replace(self.sampling, max_new_tokens=room * self.sampling.max_new_tokens)
         request = _request(
-            self.messages(prompt, response),
-            self.sampling,
+            messages if messages is not None else self.messages(prompt, response),
+            sampling,
             Task(kind, prompt, (response,)),
             stop=BLIND_SCORE_STOP if kind == "score" else (),
         )
@@ -124,6 +142,14 @@ class _Story:
         if not reply.text.strip():
             return self.end("unparsed", f"{what}: empty reply")
         return True
+
+    def set_aside(self, what: str, reply: Reply | None) -> None:
+        """Keep an unusable reply under another name: the one given, or the one heard last."""
+        if reply is not None:
+            self.raw[what] = reply.text
+            self.usage = self.usage + reply.usage
+        else:
+            self.raw[what] = self.raw.pop(what.split()[0])
 
     def end(self, status: Status, reason: str) -> bool:
         """The story ends early."""
@@ -190,13 +216,10 @@ def critique_row(
 
 def _critique_and_refine(story: _Story, critic: Critic) -> Generator[Call, Reply, None]:
     assert story.response is not None
-    name = f"{story.prompt.id}/{story.sample} round {story.round}"
-    reply = yield critic.call("critique", story.prompt, story.response, f"{name} critique")
-    complete = story.hear("critique", reply)
-    parsed = parse_critique(reply.text)
-    story.feedback = parsed.feedback
-    if not complete:
+    parsed = yield from _ask_critic(story, critic, "critique", story.response)
+    if parsed is None:
         return
+    story.feedback = parsed.feedback
     if parsed.problems:
         story.end("unparsed", "critique: " + ", ".join(parsed.problems))
         return
@@ -204,13 +227,46 @@ def _critique_and_refine(story: _Story, critic: Critic) -> Generator[Call, Reply
     assert story.refinement is not None
 
     # The paper's precaution: a critic that has seen its own feedback scores the refinement higher.
-    reply = yield critic.call("score", story.prompt, story.refinement, f"{name} blind score")
-    if not story.hear("score", reply):
+    blind = yield from _ask_critic(story, critic, "score", story.refinement)
+    if blind is None:
         return
-    blind = parse_critique(reply.text, expect_refinement=False)
     story.refinement_score, story.refinement_feedback = blind.score, blind.feedback
     if blind.score is None:
         story.end("unparsed", "score: " + ", ".join(blind.problems))
+
+
+def _ask_critic(
+    story: _Story, critic: Critic, kind: CriticKind, text: str
+) -> Generator[Call, Reply, ParsedCritique | None]:
+    """One judgement of one text; null when no reply came that could be read as one.
+
+    A reply that was cut off gets more room once, one that lacks a part is asked for again with the
+    parser's complaint. Every reply is kept in `raw`.
+    """
+    whole = kind == "critique"
+    name = f"{story.prompt.id}/{story.sample} round {story.round} {CALL_NAMES[kind]}"
+    messages = critic.messages(story.prompt, text)
+    room = 1
+    reply = yield critic.call(kind, story.prompt, text, name)
+    if reply.finish_reason == "length" and critic.longer_once:
+        story.set_aside(f"{kind} cut off", reply)
+        room = 2
+        reply = yield critic.call(kind, story.prompt, text, f"{name}, longer", room=room)
+    for attempt in range(critic.max_reasks + 1):
+        usable = story.hear(kind, reply)
+        parsed = parse_critique(reply.text, expect_refinement=whole)
+        unread = bool(parsed.problems) if whole else parsed.score is None
+        if not usable or not unread or attempt == critic.max_reasks:
+            break
+        story.set_aside(f"{kind} unread {attempt + 1}", None)
+        messages = reask_messages(messages, reply.text, parsed.problems, expect_refinement=whole)
+        asked_again = f"{name}, asked again {attempt + 1}"
+        reply = yield critic.call(
+            kind, story.prompt, text, asked_again, messages=messages, room=room
+        )
+    if not usable and whole:
+        story.feedback = parsed.feedback
+    return parsed if usable else None
 
 
 @dataclass(frozen=True)
@@ -251,66 +307,3 @@ def checked_row(
             if truth is not None:
                 verdicts.append(Verdict(refined, score >= check.good_score, truth == 1))
     return CheckedRow(records, verdicts)
-
-
-def run_critiques(
-    run: Run,
-    prompts: Iterable[Prompt],
-    total: int,
-    policy: tuple[Model, Sampling] | None,
-    critic: Critic,
-    *,
-    check: Check | None = None,
-    samples: int = 1,
-    rounds: int = 1,
-    max_failures: int | None = None,
-) -> CritiqueSummary:
-    """Write the feedback of every prompt to `run.out`, in the order of the input.
-
-    An interrupted run writes what is complete. Raises `TooManyFailures` at the end.
-    """
-    journal = run.journal()
-    summary = CritiqueSummary()
-    models = [critic.model]
-    if policy is not None:
-        models.append(policy[0])
-    if check is not None:
-        models.append(check.model)
-    scripts = (
-        checked_row(
-            prompt, critique_row(prompt, policy, critic, sample=sample, rounds=rounds), check
-        )
-        for prompt in prompts
-        for sample in range(samples)
-    )
-    finished, expected = 0, total * samples
-    window = 2 * max(model.in_flight for model in models)
-    writer = OrderedWriter(run.out)
-    try:
-        with console.progress("criticising", expected) as progress:
-            for index, row in conduct(scripts, journal, window=window, tally=summary.calls):
-                writer.add(index, row.records)
-                summary.add(row.records, row.verdicts)
-                finished += 1
-                progress.advance(note=summary.note())
-        writer.commit()
-    except (SrtError, KeyboardInterrupt):
-        writer.commit()
-        raise
-    finally:
-        writer.discard()
-        run.manifest.progress = f"{finished} of {expected}"
-        run.manifest.tallies = summary.tallies()
-        run.manifest.usage = {"total": summary.usage}
-        run.manifest.models = {model.spec: model.describe() for model in models}
-        for model in models:
-            model.close()
-    for warning in summary.warnings():
-        run.warn(warning)
-    failed = summary.statuses["failed"]
-    if max_failures is not None and failed > max_failures:
-        raise TooManyFailures(
-            f"{failed} rows failed, more than --max-failures {max_failures} "
-            f"({summary.first_failure}). Run the same line again: only those rows are owed."
-        )
-    return summary

@@ -1,5 +1,6 @@
 """What a critique run came to: shown at its end, because a useless critic should be seen at once."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,8 +8,9 @@ from typing import Any
 
 from srt_cli import console
 from srt_cli.calls import Tally
-from srt_cli.records import FeedbackRecord, Usage
+from srt_cli.records import Feedback, FeedbackRecord, Usage
 from srt_cli.stats.confusion import Confusion, confusion
+from srt_cli.templates import is_as_asked
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,55 @@ class Verdict:
     refined: bool
     says_good: bool
     is_good: bool
+
+
+@dataclass
+class Moments:
+    """Running sums for the correlation of two figures, in constant memory."""
+
+    n: int = 0
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    xx: float = 0.0
+    yy: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """One more pair (Welford's update)."""
+        self.n += 1
+        dx, dy = x - self.mean_x, y - self.mean_y
+        self.mean_x += dx / self.n
+        self.mean_y += dy / self.n
+        self.xx += dx * (x - self.mean_x)
+        self.yy += dy * (y - self.mean_y)
+        self.xy += dx * (y - self.mean_y)
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's r; None where one figure never varies."""
+        spread = math.sqrt(self.xx * self.yy)
+        return self.xy / spread if spread > 0 else None
+
+
+def form_of(record: FeedbackRecord, kind: str) -> str:
+    """How a critic's reply of one kind came to be read."""
+    readable = record.feedback if kind == "critique" else record.refinement_score
+    if readable is None:
+        return "unread"
+    if f"{kind} unread 1" in record.raw:
+        return "asked again"
+    if f"{kind} cut off" in record.raw:
+        return "longer"
+    asked = is_as_asked(record.raw[kind], expect_refinement=kind == "critique")
+    return "as asked" if asked else "mended"
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count} of {total}" + (f" ({count / total:.0%})" if total else "")
 
 
 @dataclass
@@ -37,6 +88,12 @@ class CritiqueSummary:
     refinement_characters: int = 0
     usage: Usage = field(default_factory=Usage)
     first_failure: str | None = None
+    blind_scores: Counter[float] = field(default_factory=Counter)
+    forms: Counter[str] = field(default_factory=Counter)
+    """How the critic's replies came to be read: as asked, mended, longer, asked again, unread."""
+    length_and_score: Moments = field(default_factory=Moments)
+    weaknesses: Counter[int] = field(default_factory=Counter)
+    """Digests of what was criticised, to find a critic that always says the same."""
 
     def add(self, records: Iterable[FeedbackRecord], verdicts: Iterable[Verdict]) -> None:
         """Count one row."""
@@ -47,9 +104,19 @@ class CritiqueSummary:
             if record.status == "failed" and self.first_failure is None:
                 self.first_failure = record.reason
             if record.feedback is not None:
-                self.draft_scores[record.feedback.score] += 1
+                self._add_feedback(record, record.feedback)
+            for kind in ("critique", "score"):
+                if kind in record.raw:
+                    self.forms[form_of(record, kind)] += 1
+            if record.refinement_score is not None:
+                self.blind_scores[record.refinement_score] += 1
             if record.status == "ok" and record.gain is not None:
                 self._add_refinement(record, record.gain)
+
+    def _add_feedback(self, record: FeedbackRecord, feedback: Feedback) -> None:
+        self.draft_scores[feedback.score] += 1
+        self.length_and_score.add(len(record.response or ""), feedback.score)
+        self.weaknesses[hash(feedback.weaknesses.strip().lower())] += 1
 
     def _add_refinement(self, record: FeedbackRecord, gain: float) -> None:
         assert record.response is not None
@@ -82,6 +149,43 @@ class CritiqueSummary:
         """Says good against is good, over drafts, refinements, or both."""
         kept = [v for v in self.verdicts.elements() if refined is None or v.refined == refined]
         return confusion([v.says_good for v in kept], [v.is_good for v in kept])
+
+    @property
+    def score_entropy_bits(self) -> float | None:
+        """Entropy of the drafts' scores; 0 for a critic that gives one score to all."""
+        total = self.draft_scores.total()
+        if not total:
+            return None
+        shares = [count / total for count in self.draft_scores.values()]
+        return abs(sum(share * math.log2(share) for share in shares))
+
+    @property
+    def repeated_weaknesses(self) -> float | None:
+        """Share of critiques whose weaknesses another row has word for word."""
+        total = self.weaknesses.total()
+        repeated = sum(count for count in self.weaknesses.values() if count > 1)
+        return repeated / total if total else None
+
+    def figures(self) -> list[tuple[str, str]]:
+        """What the critic is like, name and value."""
+        compared = self.better + self.equal + self.worse
+        replies = self.forms.total()
+        figures = [
+            ("entropy of the drafts' scores, in bits", _shown(self.score_entropy_bits, ".2f")),
+            ("correlation of score and length", _shown(self.length_and_score.correlation, "+.2f")),
+            ("refinements scored better than the draft", _share(self.better, compared)),
+            ("scored equal", _share(self.equal, compared)),
+            ("scored worse", _share(self.worse, compared)),
+            ("refinements that copy the draft", _share(self.copies, compared)),
+            ("length, draft = 1", _shown(self.length_ratio, ".2f")),
+            ("weaknesses said of several answers", _shown(self.repeated_weaknesses, ".0%")),
+        ]
+        named = ("as asked", "mended", "longer", "asked again", "unread")
+        return figures + [
+            (f"replies {form}", _share(self.forms[form], replies))
+            for form in named
+            if self.forms[form]
+        ]
 
     def note(self) -> str:
         """The short form for the progress line."""
@@ -124,6 +228,11 @@ class CritiqueSummary:
             "worse": self.worse,
             "copies": self.copies,
             "length_ratio": self.length_ratio,
+            "blind_scores": {f"{score:g}": n for score, n in sorted(self.blind_scores.items())},
+            "score_entropy_bits": self.score_entropy_bits,
+            "score_length_correlation": self.length_and_score.correlation,
+            "repeated_weaknesses": self.repeated_weaknesses,
+            "replies": dict(sorted(self.forms.items())),
         }
         if self.verdicts:
             for name, refined in (("drafts", False), ("refinements", True)):
@@ -147,7 +256,17 @@ class CritiqueSummary:
             )
         if self.draft_scores:
             histogram = "  ".join(f"{s:g}: {n}" for s, n in sorted(self.draft_scores.items()))
-            console.say(f"scores of the drafts: {histogram}")
+            entropy = _shown(self.score_entropy_bits, ".2f")
+            console.say(f"scores of the drafts: {histogram}; entropy {entropy} bits")
+            console.say(
+                f"score and length correlate {_shown(self.length_and_score.correlation, '+.2f')}; "
+                f"{_shown(self.repeated_weaknesses, '.0%')} of the weaknesses are said of several "
+                "answers"
+            )
+        odd = {form: n for form, n in self.forms.most_common() if form != "as asked"}
+        if odd:
+            named = ", ".join(f"{count} {form}" for form, count in odd.items())
+            console.say(f"critic's replies: {self.forms['as asked']} as asked, {named}")
         if self.verdicts:
             show_confusion(
                 "the critic against the check",

@@ -1,15 +1,18 @@
 """The append-only journal: one line per finished model call, kept before anything is parsed.
 
-It is the truth that every JSONL artifact is derived from. A line is `{"key", "call", ...reply}`;
-the key is a digest of the canonical request, so a call that was paid for once is found again
-whatever the order, the number or the later fate of its row. kill -9 loses at most the calls in
-flight: each append is one write, synced to disk in groups.
+It is the truth that every JSONL artifact is derived from. A line is `{"key", "call", "model",
+...reply}`, or `{"key", "forgotten": true}` for a call that the user wants made again. The key is a
+digest of the canonical request, so a call that was paid for once is found again whatever the order,
+the number or the later fate of its row. kill -9 loses at most the calls in flight: each append is
+one write, synced to disk in groups.
 """
 
 import fcntl
 import hashlib
 import os
 import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -20,6 +23,7 @@ from srt_cli.errors import SrtError
 
 SYNC_LINES: Final = 64
 SYNC_SECONDS: Final = 0.5
+FORGOTTEN: Final = "forgotten"
 
 
 def request_key(canonical: dict[str, Any]) -> bytes:
@@ -38,6 +42,8 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.unreadable = 0
+        self.spent: dict[str, Counter[str]] = {}
+        """Calls and tokens of every reply in the file, per model identity."""
         self._offsets: dict[bytes, int] = {}
         self._unsynced = 0
         self._synced_at = time.monotonic()
@@ -69,6 +75,10 @@ class Journal:
     def __contains__(self, key: bytes) -> bool:
         return key in self._offsets
 
+    def __iter__(self) -> Iterator[bytes]:
+        """The keys of all replies that are kept."""
+        return iter(self._offsets)
+
     def get(self, key: bytes) -> dict[str, Any] | None:
         """The reply kept under a key; the newest, if a call was made twice."""
         offset = self._offsets.get(key)
@@ -80,13 +90,29 @@ class Journal:
 
     def append(self, key: bytes, call: str, reply: dict[str, Any]) -> None:
         """Keep a reply; `call` says in words what was asked, for people who read the file."""
-        line = orjson.dumps({"key": key.hex(), "call": call, **reply}) + b"\n"
+        self._offsets[key] = self._append_line({"key": key.hex(), "call": call, **reply})
+        self._count(reply)
+
+    def forget(self, key: bytes) -> None:
+        """Have a call made again; its old reply stays in the file, and stays counted as paid."""
+        if self._offsets.pop(key, None) is not None:
+            self._append_line({"key": key.hex(), FORGOTTEN: True})
+
+    def _append_line(self, entry: dict[str, Any]) -> int:
+        """Write one line; returns where it stands."""
+        line = orjson.dumps(entry) + b"\n"
+        offset = self._end
         self._write(line)
-        self._offsets[key] = self._end
         self._end += len(line)
         self._unsynced += 1
         if self._unsynced >= SYNC_LINES or time.monotonic() - self._synced_at > SYNC_SECONDS:
             self.sync()
+        return offset
+
+    def _count(self, entry: Mapping[str, Any]) -> None:
+        spent = self.spent.setdefault(entry.get("model", ""), Counter(calls=0))
+        spent["calls"] += 1
+        spent.update(entry.get("usage", {}))
 
     def sync(self) -> None:
         """Bring what was appended to the disk itself."""
@@ -125,11 +151,14 @@ class Journal:
         offset = 0
         with open(self.path, "rb") as lines:
             for line in lines:
-                key = _key_of(line)
-                if key is None:
+                entry = _entry_in(line)
+                if entry is None:
                     self.unreadable += 1
+                elif FORGOTTEN in entry:
+                    self._offsets.pop(bytes.fromhex(entry["key"]), None)
                 else:
-                    self._offsets[key] = offset
+                    self._offsets[bytes.fromhex(entry["key"])] = offset
+                    self._count(entry)
                 offset += len(line)
                 torn = not line.endswith(b"\n")
         if offset and torn:
@@ -138,10 +167,12 @@ class Journal:
         return offset
 
 
-def _key_of(line: bytes) -> bytes | None:
+def _entry_in(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
     try:
-        return bytes.fromhex(orjson.loads(line)["key"])
+        entry: dict[str, Any] = orjson.loads(line)
+        bytes.fromhex(entry["key"])
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
         return None
+    return entry

@@ -5,12 +5,13 @@ Only `Prompt` keeps extra fields: a program critic may need them (constraints, u
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant"]
 Status = Literal["ok", "unparsed", "truncated", "refused", "failed"]
+STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 
 MIN_SCORE, MAX_SCORE = 1, 10
 

@@ -9,6 +9,7 @@ Parsing is tolerant of form and strict of substance: a missing `###` is mended, 
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -54,6 +55,30 @@ def self_critique_messages(prompt: Prompt, response: str) -> list[Message]:
         Message(role="assistant", content=response),
         Message(role="user", content=CRITIQUE_REQUEST),
     ]
+
+
+def reask_messages(
+    asked: Sequence[Message], reply: str, problems: Sequence[str], *, expect_refinement: bool
+) -> list[Message]:
+    """Show a critic its unreadable reply and what it lacks, and ask for the whole of it again."""
+    improved = f', and the improved response under the heading "{IMPROVED_HEADING}"'
+    content = (
+        f"Your reply cannot be used: {'; '.join(problems)}. Write it again, complete: weaknesses, "
+        'suggestions, a line "Overall Score: [[1-10]]"'
+        + (improved if expect_refinement else "")
+        + "."
+    )
+    return [
+        *asked,
+        Message(role="assistant", content=reply),
+        Message(role="user", content=content),
+    ]
+
+
+def is_as_asked(text: str, *, expect_refinement: bool) -> bool:
+    """Whether a critic's reply has the very form of Table 1, so that nothing had to be mended."""
+    score = re.search(r"^Overall Score: \[\[\d+(?:\.\d+)?\]\]\s*$", text, re.MULTILINE)
+    return score is not None and (not expect_refinement or f"\n{IMPROVED_HEADING}\n" in text)
 
 
 def render_feedback(feedback: Feedback) -> str:

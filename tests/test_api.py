@@ -29,6 +29,7 @@ def serve():
 def _no_waiting(monkeypatch):
     monkeypatch.setattr("srt_cli.models.api.FIRST_BACKOFF_S", 0.01)
     monkeypatch.setattr("srt_cli.models.limits.DEFAULT_PAUSE_S", 0.05)
+    monkeypatch.setattr("srt_cli.models.api.DEFAULT_PAUSE_S", 0.05)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -246,6 +247,10 @@ def test_the_limit_doubles_until_refused_and_is_cut_once_a_burst():
         limit.refused(time, 0.5)
     assert limit.cuts == 1
     assert limit.limit == int(before * 0.7)
+    assert limit.wait_s() == 0
+    now = 1.1
+    limit.refused(limit.start(), 0.5)
+    assert limit.cuts == 2
     assert limit.wait_s() == pytest.approx(0.5)
 
 

@@ -97,7 +97,7 @@ def test_collect_feedback_pays_for_nothing_twice(two_folders):
 
 def test_ctrl_c_writes_what_is_complete_and_exits_130(tmp_path):
     (tmp_path / "critic.py").write_text(CRITIC)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p{n}"} for n in range(200)])
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p{n}"} for n in range(2000)])
     line = ("collect-feedback", "--model", "python:critic.py:respond",
             "--critic", "python:critic.py:critique")  # fmt: skip
     process = subprocess.Popen(
@@ -111,10 +111,10 @@ def test_ctrl_c_writes_what_is_complete_and_exits_130(tmp_path):
     assert process.returncode == 130
     assert "Traceback" not in stderr
     written = lines_in(tmp_path / "feedback.jsonl")
-    assert 0 < written < 200
+    assert 0 < written < 2000
     manifest = (tmp_path / "feedback.run.json").read_text()
     assert '"status": "interrupted"' in manifest
-    assert f'"progress": "{written} of 200"' in manifest
+    assert f'"progress": "{written} of 2000"' in manifest
 
 
 def test_self_critique_goes_on_byte_for_byte(two_folders, tiny_model):

@@ -2,15 +2,18 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from srt_cli.errors import UsageError
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import Message, Prompt, Usage
+
+if TYPE_CHECKING:
+    from srt_cli.models.budget import Budget, Price
 
 FinishReason = Literal["stop", "length", "refused", "failed"]
 TaskKind = Literal["respond", "critique", "score", "judge", "check"]
@@ -91,14 +94,31 @@ class Model(Protocol):
         ...
 
 
+def _unlimited() -> "Budget":
+    from srt_cli.models.budget import Budget
+
+    return Budget()
+
+
 @dataclass(frozen=True)
 class ModelOptions:
-    """Knobs of the door, given by the stage; none of them changes what a model replies."""
+    """Knobs of the door, given by the stage; none of them changes what a model replies.
+
+    `rpm` and `tpm` are requests and tokens a minute; models opened with one `budget` share it.
+    """
 
     concurrency: int | None = None
     batch_size: int | None = None
     timeout_s: float = 600.0
     trust_remote_code: bool = False
+    rpm: float | None = None
+    tpm: float | None = None
+    prices: "Mapping[str, Price]" = field(default_factory=dict)
+    budget: "Budget" = field(default_factory=_unlimited)
+    batch_poll_s: float | None = None
+    """Seconds between looks at a batch; None sends requests one by one."""
+    export_to: Path | None = None
+    """Where requests are written instead of being sent."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,14 @@ def open_model(spec: str, options: ModelOptions | None = None) -> Model:
         from srt_cli.models.local import LocalModel
 
         return LocalModel(spec, parsed.name, options)
+    if options.export_to is not None:
+        from srt_cli.models.batch import ExportModel
+
+        return ExportModel(spec, parsed, options.export_to)
+    if options.batch_poll_s is not None:
+        from srt_cli.models.batch import BatchModel
+
+        return BatchModel(spec, parsed, options)
     from srt_cli.models.api import ApiModel
 
     return ApiModel(spec, parsed, options)

@@ -11,17 +11,23 @@ import random
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import openai
-import orjson
-
-from srt_cli.errors import QuotaError, SrtError
-from srt_cli.models import ModelOptions, Reply, Request, Spec, TokenLogprobs
-from srt_cli.models.limits import HIGHEST_LIMIT, AdaptiveLimit
+from srt_cli.errors import QuotaError, SrtError, UsageError
+from srt_cli.models import ModelOptions, Reply, Request, Spec
+from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of
+from srt_cli.models.limits import (
+    DEFAULT_PAUSE_S,
+    HIGHEST_LIMIT,
+    LONGEST_PAUSE_S,
+    AdaptiveLimit,
+    Pace,
+    RateLimit,
+)
+from srt_cli.models.wire import Endpoint, NoAnswer, Refused, read_reply
 from srt_cli.records import Usage
 
 MOST_ATTEMPTS: Final = 5
@@ -29,7 +35,9 @@ ATTEMPTS_BEFORE_FIRST_SUCCESS: Final = 3
 FIRST_BACKOFF_S: Final = 0.5
 LONGEST_BACKOFF_S: Final = 30.0
 DOWN_FOR_S: Final = 30.0
+DOWN_BEFORE_FIRST_SUCCESS_S: Final = 1.0
 NO_KEY: Final = "none"
+OPENAI_URL: Final = "https://api.openai.com/v1"
 QUOTA_CODES: Final = (
     "insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached",
 )  # fmt: skip
@@ -40,23 +48,14 @@ TOKEN_FIELDS: Final = ("max_completion_tokens", "max_tokens")
 
 @dataclass
 class _Job:
+    """A request on its way, with what is set aside for it."""
+
     request: Request
     future: Future[Reply]
+    most: Usage
+    likely_tokens: float = 0.0
     attempts: int = 0
     sent_fields: frozenset[str] = frozenset()
-
-
-@dataclass
-class _Endpoint:
-    url: str
-    client: openai.AsyncOpenAI
-    in_flight: int = 0
-    down_until: float = 0.0
-    successes: int = 0
-
-
-class _Row(Exception):
-    """This row cannot be answered, whatever is tried; the run goes on."""
 
 
 @dataclass
@@ -69,12 +68,16 @@ class ApiModel:
     batched: bool = False
     in_flight: int = field(init=False)
     identity: str = field(init=False)
+    price: Price | None = field(init=False)
     _limit: AdaptiveLimit = field(init=False)
+    _rate: RateLimit = field(init=False)
+    _pace: Pace = field(default_factory=Pace)
     _jobs: "deque[_Job]" = field(default_factory=deque)
-    _endpoints: list[_Endpoint] = field(default_factory=list)
+    _endpoints: list[Endpoint] = field(default_factory=list)
     _causes: Counter[str] = field(default_factory=Counter)
     _dropped_fields: set[str] = field(default_factory=set)
     _token_field: str = TOKEN_FIELDS[0]
+    _completion_tokens: Counter[str] = field(default_factory=Counter)
     _fatal: SrtError | None = None
     _succeeded: bool = False
     _loop: asyncio.AbstractEventLoop | None = None
@@ -85,27 +88,26 @@ class ApiModel:
     def __post_init__(self) -> None:
         self.in_flight = self.options.concurrency or HIGHEST_LIMIT
         self._limit = AdaptiveLimit(fixed=self.options.concurrency)
-        key = os.environ.get("OPENAI_API_KEY")
-        if self.parsed.kind == "openai":
-            base = os.environ.get("OPENAI_BASE_URL")
-            if not key:
-                raise QuotaError(
-                    f"{self.spec}: no key for the OpenAI API. Set OPENAI_API_KEY, or name another "
-                    "model (a directory, http://HOST/v1#NAME, python:FILE:CALLABLE)."
-                )
-            urls: tuple[str, ...] = (base.rstrip("/") if base else "https://api.openai.com/v1",)
-            self.identity = f"openai:{self.parsed.name}" + (f"@{base}" if base else "")
-        else:
-            urls = self.parsed.endpoints
-            self.identity = f"http:{','.join(sorted(urls))}#{self.parsed.name}"
+        self._rate = RateLimit.of(self.options.rpm, self.options.tpm)
+        self._urls, self._key, self.identity = address_of(self.spec, self.parsed)
+        if self.parsed.kind == "http":
             self._token_field = "max_tokens"
-        self._urls = urls
-        self._key = key or NO_KEY
+        self.price = price_of(self.parsed, self.options.prices)
+        if self.price is None and self._budget.max_cost is not None:
+            raise UsageError(
+                f"--max-cost: the price of {self.parsed.name} is not known. "
+                f"Give it with --price {self.parsed.name}=INPUT/OUTPUT (dollars per million tokens)."
+            )
+        self._budget.listen(self._notify_from_anywhere)
+
+    @property
+    def _budget(self) -> Budget:
+        return self.options.budget
 
     def submit(
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
     ) -> list[Future[Reply]]:
-        jobs = [_Job(request, Future()) for request in requests]
+        jobs = [_Job(request, Future(), most_tokens(request)) for request in requests]
         self._start()
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._accept, jobs)
@@ -120,6 +122,8 @@ class ApiModel:
             "causes_of_retries": dict(self._causes),
             "most_in_flight": self._limit.peak,
             "limit_at_the_end": self._limit.limit,
+            "rate_limits": self._rate.describe(),
+            "requests_per_second_found": self._pace.per_second,
         }
 
     def close(self) -> None:
@@ -147,7 +151,7 @@ class ApiModel:
     async def _main(self, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        self._endpoints = [_Endpoint(url, self._client(url)) for url in self._urls]
+        self._endpoints = [Endpoint(url, self._key, self.options.timeout_s) for url in self._urls]
         ready.set()
         try:
             await self._dispatch()
@@ -157,16 +161,7 @@ class ApiModel:
             await asyncio.sleep(0)
             for endpoint in self._endpoints:
                 with contextlib.suppress(Exception):
-                    await endpoint.client.close()
-
-    def _client(self, url: str) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
-            api_key=self._key,
-            base_url=url,
-            max_retries=0,
-            timeout=self.options.timeout_s,
-            http_client=openai.DefaultAioHttpClient(),
-        )
+                    await endpoint.close()
 
     def _accept(self, jobs: list[_Job]) -> None:
         if self._fatal is not None:
@@ -180,6 +175,11 @@ class ApiModel:
         if self._wake is not None:
             self._wake.set()
 
+    def _notify_from_anywhere(self) -> None:
+        if self._loop is not None and not self._closing:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._notify)
+
     def _stop(self) -> None:
         for job in self._jobs:
             job.future.cancel()
@@ -187,152 +187,174 @@ class ApiModel:
         self._notify()
 
     async def _dispatch(self) -> None:
-        """Start a job whenever there is one and the limit has room; sleep until either changes."""
+        """Start a job whenever there is one and every limit has room; sleep until that changes."""
         assert self._wake is not None
         under_way: set[asyncio.Task[None]] = set()
         while not self._closing:
             self._wake.clear()
-            wait = self._limit.wait_s()
+            wait = self._wait_s()
             while self._jobs and wait == 0:
-                task = asyncio.create_task(self._serve(self._jobs.popleft(), self._limit.start()))
+                if not self._budget.reserve(self.price, self._jobs[0].most):
+                    wait = float("inf")
+                    if self._budget.in_flight == 0:
+                        self._give_up(self._budget.error())
+                    break
+                job = self._jobs.popleft()
+                task = asyncio.create_task(self._serve(job, self._begin(job)))
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
-                wait = self._limit.wait_s()
-            timeout = wait if self._jobs and wait != float("inf") else None
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout)
+                wait = self._wait_s()
+            alarm = None
+            if self._jobs and wait != float("inf"):
+                alarm = asyncio.get_running_loop().call_later(wait, self._notify)
+            await self._wake.wait()
+            if alarm is not None:
+                alarm.cancel()
+
+    def _wait_s(self) -> float:
+        return max(self._limit.wait_s(), self._rate.wait_s(), self._pace.wait_s())
+
+    def _begin(self, job: _Job) -> float:
+        """Take a slot and the tokens that a job will likely use; returns the time."""
+        if self._rate.tokens.per_minute is not None:
+            answered = self._completion_tokens["replies"]
+            written = self._completion_tokens["tokens"] / answered if answered else 0
+            job.likely_tokens = likely_prompt_tokens(job.request) + (
+                written or job.request.max_tokens / 4
+            )
+        self._rate.start(job.likely_tokens)
+        self._pace.start()
+        return self._limit.start()
 
     async def _serve(self, job: _Job, started: float) -> None:
         """One request once: answer its future, or put it back for another try."""
         endpoint = self._choose_endpoint()
         endpoint.in_flight += 1
+        used = Usage()
         try:
-            reply = await self._ask(endpoint, job)
+            body = self._body(job.request)
+            job.sent_fields = frozenset(body)
+            data, headers = await endpoint.post(body)
+            reply = read_reply(data, job.request, job.attempts + 1)
         except asyncio.CancelledError:
             job.future.cancel()
             raise
-        except _Row as row:
-            self._limit.succeeded()
-            self._resolve(job, Reply("", "failed", error=str(row), attempts=job.attempts + 1))
-        except openai.OpenAIError as error:
-            await self._handle(error, endpoint, job, started)
-        except SrtError as error:
-            self._limit.troubled()
-            self._give_up(error)
-            self._fail(job, error)
-        else:
-            self._limit.succeeded()
-            self._succeeded = True
-            endpoint.successes += 1
-            self._resolve(job, reply)
-        finally:
+        except Refused as refused:
             endpoint.in_flight -= 1
+            self._budget.settle(self.price, job.most, used)
+            await self._handle_refusal(refused, endpoint, job, started)
+        except NoAnswer as trouble:
+            endpoint.in_flight -= 1
+            # A request that went out and came to nothing may have been paid for.
+            sent = trouble.cause != "no connection"
+            self._budget.settle(self.price, job.most, job.most if sent else used)
+            self._limit.troubled()
+            await self._try_later(trouble.cause, str(trouble), endpoint, job)
+        else:
+            endpoint.in_flight -= 1
+            endpoint.successes += 1
+            self._take_in(job, reply, headers)
+        finally:
             self._notify()
 
-    def _choose_endpoint(self) -> _Endpoint:
+    def _take_in(self, job: _Job, reply: Reply, headers: Mapping[str, str]) -> None:
+        used = reply.usage
+        self._budget.settle(self.price, job.most, used)
+        self._completion_tokens.update(replies=1, tokens=used.completion_tokens)
+        self._rate.settle(job.likely_tokens, used.prompt_tokens + used.completion_tokens)
+        self._rate.learn(headers)
+        self._pace.succeeded()
+        self._limit.succeeded()
+        self._succeeded = True
+        self._resolve(job, reply)
+
+    def _choose_endpoint(self) -> Endpoint:
         """The least busy endpoint that is up; if none is, the one that may be up again first."""
-        now = time.monotonic()
-        up = [endpoint for endpoint in self._endpoints if endpoint.down_until <= now]
+        up = [endpoint for endpoint in self._endpoints if endpoint.up]
         if up:
             return min(up, key=lambda endpoint: endpoint.in_flight)
         return min(self._endpoints, key=lambda endpoint: endpoint.down_until)
 
-    async def _ask(self, endpoint: _Endpoint, job: _Job) -> Reply:
-        body = self._body(job.request)
-        job.sent_fields = frozenset(body)
-        raw = await endpoint.client.chat.completions.with_raw_response.create(**body)
-        content = raw.content
-        try:
-            data = orjson.loads(content)
-            choice = data["choices"][0]
-            return _read_reply(choice, data.get("usage") or {}, job)
-        except (orjson.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-            if not self._succeeded:
-                start = content[:60].decode("utf-8", errors="replace")
-                raise SrtError(
-                    f"{endpoint.url}: answers, but not as an OpenAI-compatible server "
-                    f"({start!r}...). Does the address end in /v1?"
-                ) from error
-            raise openai.APIConnectionError(request=raw.http_request) from error
-
     def _body(self, request: Request) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": self.parsed.name,
-            "messages": [turn.model_dump() for turn in request.messages],
-            self._token_field: request.max_tokens,
-            "temperature": request.temperature,
-        }
-        if request.top_p < 1:
-            body["top_p"] = request.top_p
-        if request.stop:
-            body["stop"] = list(request.stop)
-        if request.temperature > 0:
-            # Samples of one prompt must differ, and a re-run must repeat them where it can.
-            body["seed"] = request.seed + request.sample
-        if request.top_logprobs:
-            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+        body = chat_body(self.parsed.name, request, self._token_field)
         return {name: value for name, value in body.items() if name not in self._dropped_fields}
 
     # --- errors by cause ---------------------------------------------------------------------
 
-    async def _handle(
-        self, error: openai.OpenAIError, endpoint: _Endpoint, job: _Job, started: float
+    async def _handle_refusal(
+        self, refused: Refused, endpoint: Endpoint, job: _Job, started: float
     ) -> None:
-        status = error.status_code if isinstance(error, openai.APIStatusError) else None
-        if status == 429 and _error_code(error) not in QUOTA_CODES:
-            self._causes["throttled"] += 1
-            self._limit.refused(started, _retry_after_s(error))
-            self._jobs.appendleft(job)
+        status = refused.status
+        if status == 429 and refused.code not in QUOTA_CODES:
+            await self._throttle(refused, job, started)
             return
         self._limit.troubled()
-        if status is None or status in (408, 409) or status >= 500:
-            await self._try_later(error, endpoint, job)
-        elif status in (400, 422) and self._adapt_to(error, job):
+        if status in (408, 409) or status >= 500:
+            await self._try_later("server error", refused.message, endpoint, job)
+        elif status in (400, 422) and self._adapt_to(refused, job):
             self._jobs.appendleft(job)
         elif status in (400, 413, 422):
-            reason = f"the server refuses the request: {_message_of(error)}"
+            reason = f"the server refuses the request: {refused.message}"
             self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts + 1))
         else:
-            fatal = await self._fatal_error(error, endpoint, status)
-            self._give_up(fatal)
-            self._fail(job, fatal)
+            self._give_up(await self._fatal_error(refused, endpoint), job)
 
-    async def _try_later(self, error: openai.OpenAIError, endpoint: _Endpoint, job: _Job) -> None:
-        """Timeouts, 5xx and broken connections: back off with jitter, a few times."""
+    async def _throttle(self, refused: Refused, job: _Job, started: float) -> None:
+        """Too fast: slow down for all, and let this job wait as long as the server asks."""
+        self._causes["throttled"] += 1
+        if self._pace.refused():
+            self._limit.refused(started, refused.retry_after_s)
+        else:
+            self._limit.released()
+        self._rate.learn(refused.headers)
+        self._notify()
+        wait = refused.retry_after_s if refused.retry_after_s is not None else DEFAULT_PAUSE_S
+        await asyncio.sleep(min(wait, LONGEST_PAUSE_S))
+        self._jobs.appendleft(job)
+
+    async def _try_later(self, cause: str, message: str, endpoint: Endpoint, job: _Job) -> None:
+        """Timeouts, 5xx, broken connections and torn replies: back off with jitter, a few times."""
         job.attempts += 1
-        cause = _cause_of(error)
         self._causes[cause] += 1
         if cause == "no connection":
-            if "certificate" in _root_message(error).lower():
+            if "certificate" in message.lower():
                 fatal = SrtError(
-                    f"{endpoint.url}: its certificate is not trusted ({_root_message(error)}). "
+                    f"{endpoint.url}: its certificate is not trusted ({message}). "
                     "Check the address, or install the certificate of its authority."
                 )
-                self._give_up(fatal)
-                self._fail(job, fatal)
+                self._give_up(fatal, job)
                 return
-            endpoint.down_until = time.monotonic() + (DOWN_FOR_S if endpoint.successes else 1.0)
+            down_s = DOWN_FOR_S if endpoint.successes else DOWN_BEFORE_FIRST_SUCCESS_S
+            endpoint.down_until = time.monotonic() + down_s
         if not self._succeeded and job.attempts >= ATTEMPTS_BEFORE_FIRST_SUCCESS:
-            fatal = SrtError(f"{self._where(endpoint)}: {_why_unreachable(cause, error)}")
-            self._give_up(fatal)
-            self._fail(job, fatal)
+            self._give_up(self._unreachable(cause, message), job)
             return
         if job.attempts >= MOST_ATTEMPTS:
-            reason = f"{cause} after {job.attempts} attempts: {_message_of(error)}"
+            reason = f"{cause} after {job.attempts} attempts: {message}"
             self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts))
             return
         backoff = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (job.attempts - 1))
+        self._notify()
         await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
         self._jobs.appendleft(job)
 
-    def _where(self, endpoint: _Endpoint) -> str:
-        return endpoint.url if len(self._urls) == 1 else ", ".join(self._urls)
+    def _unreachable(self, cause: str, message: str) -> SrtError:
+        why = {
+            "timeout": "does not answer in time. Is the model loaded? Raise --timeout if it is slow.",
+            "no connection": f"cannot be reached ({message}). Is the server running?",
+            "malformed reply": (
+                f"answers, but not as an OpenAI-compatible server ({message}...). "
+                "Does the address end in /v1?"
+            ),
+        }
+        said = why.get(cause, f"answers only with errors ({message}). Look at the server's log.")
+        return SrtError(f"{', '.join(self._urls)}: {said}")
 
-    def _adapt_to(self, error: openai.OpenAIError, job: _Job) -> bool:
+    def _adapt_to(self, refused: Refused, job: _Job) -> bool:
         """Learn what this server does not want to be told; true when the request may go again."""
         if job.sent_fields != frozenset(self._body(job.request)):
             return True  # learnt already from a request that was under way beside this one
-        message = _message_of(error)
+        message = refused.message
         if self._token_field in message and "unsupported" in message.lower():
             other = TOKEN_FIELDS[self._token_field == TOKEN_FIELDS[0]]
             if other not in self._dropped_fields:
@@ -341,153 +363,84 @@ class ApiModel:
                 return True
         for name in OPTIONAL_FIELDS:
             named = f"'{name}'" in message or f'"{name}"' in message or f"{name}:" in message
-            if name not in self._dropped_fields and (named or _error_param(error) == name):
+            if name not in self._dropped_fields and (named or refused.param == name):
                 self._dropped_fields.add(name)
                 return True
         return False
 
-    async def _fatal_error(
-        self, error: openai.OpenAIError, endpoint: _Endpoint, status: int
-    ) -> SrtError:
-        message = _message_of(error)
-        if status in (401, 403):
+    async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
+        message = refused.message
+        if refused.status in (401, 403):
             return QuotaError(
                 f"{endpoint.url}: the key is refused ({message}). Set OPENAI_API_KEY to a valid one."
             )
-        if status == 429:
+        if refused.status == 429:
             return QuotaError(
                 f"{endpoint.url}: no credit left ({message}). What is answered is kept; add credit "
                 "and run the same line again."
             )
-        if status == 404:
-            listed = await self._listed_models(endpoint)
-            return SrtError(f"{endpoint.url}: does not know the model {self.parsed.name!r}{listed}")
-        return SrtError(f"{endpoint.url}: answers with status {status} ({message}).")
+        if refused.status == 404:
+            names = await endpoint.listed_models()
+            offer = (
+                f". It offers: {', '.join(names[:8])}."
+                if names
+                else (
+                    ", and lists none. Check the address and the name."
+                    if names is None
+                    else ", and its list of models is empty. Is a model loaded there?"
+                )
+            )
+            return SrtError(f"{endpoint.url}: does not know the model {self.parsed.name!r}{offer}")
+        return SrtError(f"{endpoint.url}: answers with status {refused.status} ({message}).")
 
-    async def _listed_models(self, endpoint: _Endpoint) -> str:
-        try:
-            page = await endpoint.client.models.list(timeout=10)
-        except openai.OpenAIError:
-            return ", and lists none. Check the address and the name."
-        names = sorted(model.id for model in page.data)
-        if not names:
-            return ", and its list of models is empty. Is a model loaded there?"
-        return f". It offers: {', '.join(names[:8])}."
-
-    def _give_up(self, error: SrtError) -> None:
+    def _give_up(self, error: SrtError, job: _Job | None = None) -> None:
         """A fault that no row can escape: nothing further is sent."""
         if self._fatal is None:
             self._fatal = error
-        for job in self._jobs:
-            self._fail(job, error)
+        for waiting in [*self._jobs, *([job] if job else [])]:
+            if not waiting.future.cancelled():
+                waiting.future.set_exception(error)
         self._jobs.clear()
 
     def _resolve(self, job: _Job, reply: Reply) -> None:
         if not job.future.cancelled():
             job.future.set_result(reply)
 
-    def _fail(self, job: _Job, error: SrtError) -> None:
-        if not job.future.cancelled():
-            job.future.set_exception(error)
 
+def address_of(spec: str, parsed: Spec) -> tuple[tuple[str, ...], str, str]:
+    """Where an API model is: its addresses, the key, and its identity in the journal.
 
-def _read_reply(choice: dict[str, Any], usage: dict[str, Any], job: _Job) -> Reply:
-    message = choice["message"]
-    text = message.get("content") or ""
-    refusal = message.get("refusal")
-    finish = choice.get("finish_reason")
-    stops = [place for stop in job.request.stop if (place := text.find(stop)) >= 0]
-    if stops:
-        # Some servers ignore stop texts, others keep them in the reply.
-        text, finish = text[: min(stops)], "stop"
-    reason: Any = {"length": "length", "content_filter": "refused"}.get(str(finish), "stop")
-    if refusal:
-        text, reason = refusal, "refused"
-    return Reply(
-        text=text,
-        finish_reason=reason,
-        usage=Usage(
-            prompt_tokens=usage.get("prompt_tokens") or 0,
-            completion_tokens=usage.get("completion_tokens") or 0,
-            cached_tokens=(usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0,
-            reasoning_tokens=(usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
-            or 0,
-        ),
-        logprobs=_read_logprobs(choice.get("logprobs")),
-        attempts=job.attempts + 1,
-    )
-
-
-def _read_logprobs(logprobs: dict[str, Any] | None) -> tuple[TokenLogprobs, ...]:
-    places = (logprobs or {}).get("content") or []
-    return tuple(
-        TokenLogprobs(
-            place["token"],
-            {other["token"]: other["logprob"] for other in place.get("top_logprobs") or []},
+    Raises `QuotaError` when the OpenAI API is asked for without a key.
+    """
+    key = os.environ.get("OPENAI_API_KEY")
+    if parsed.kind == "http":
+        urls = parsed.endpoints
+        return urls, key or NO_KEY, f"http:{','.join(sorted(urls))}#{parsed.name}"
+    base = os.environ.get("OPENAI_BASE_URL")
+    if not key:
+        raise QuotaError(
+            f"{spec}: no key for the OpenAI API. Set OPENAI_API_KEY, or name another "
+            "model (a directory, http://HOST/v1#NAME, python:FILE:CALLABLE)."
         )
-        for place in places
-    )
+    identity = f"openai:{parsed.name}" + (f"@{base}" if base else "")
+    return (base.rstrip("/") if base else OPENAI_URL,), key, identity
 
 
-def _error_body(error: openai.OpenAIError) -> dict[str, Any]:
-    body = error.body if isinstance(error, openai.APIError) else None
-    if isinstance(body, dict):
-        inner = body.get("error")
-        return inner if isinstance(inner, dict) else body
-    return {}
-
-
-def _error_code(error: openai.OpenAIError) -> str | None:
-    body = _error_body(error)
-    code = body.get("code") or body.get("type")
-    return str(code) if code else None
-
-
-def _error_param(error: openai.OpenAIError) -> str | None:
-    param = _error_body(error).get("param")
-    return str(param) if param else None
-
-
-def _message_of(error: openai.OpenAIError) -> str:
-    message = _error_body(error).get("message") or str(error)
-    return str(message).strip().rstrip(".")[:300]
-
-
-def _root_of(error: BaseException) -> BaseException:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _root_message(error: BaseException) -> str:
-    root = _root_of(error)
-    return str(root) or type(root).__name__
-
-
-def _retry_after_s(error: openai.OpenAIError) -> float | None:
-    if not isinstance(error, openai.APIStatusError):
-        return None
-    headers = error.response.headers
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(KeyError, ValueError):
-            return float(headers[name]) * unit
-    return None
-
-
-def _cause_of(error: openai.OpenAIError) -> str:
-    # The aiohttp transport reports a refused connection as a timeout; its cause tells them apart.
-    if isinstance(_root_of(error), ConnectionError):
-        return "no connection"
-    if isinstance(error, openai.APITimeoutError):
-        return "timeout"
-    if isinstance(error, openai.APIConnectionError):
-        return "no connection"
-    return "server error"
-
-
-def _why_unreachable(cause: str, error: openai.OpenAIError) -> str:
-    if cause == "timeout":
-        return "does not answer in time. Is the model loaded? Raise --timeout if it is slow."
-    if cause == "no connection":
-        return f"cannot be reached ({_root_message(error)}). Is the server running?"
-    return f"answers only with errors ({_message_of(error)}). Look at the server's log."
+def chat_body(model: str, request: Request, token_field: str) -> dict[str, Any]:
+    """A request as the chat completions endpoint wants it; only what was asked for is sent."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
+        token_field: request.max_tokens,
+        "temperature": request.temperature,
+    }
+    if request.top_p < 1:
+        body["top_p"] = request.top_p
+    if request.stop:
+        body["stop"] = list(request.stop)
+    if request.temperature > 0:
+        # Samples of one prompt must differ, and a re-run must repeat them where it can.
+        body["seed"] = request.seed + request.sample
+    if request.top_logprobs:
+        body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+    return body

@@ -1,7 +1,9 @@
-"""How many requests may be under way: found by trying, cut by the server's own word."""
+"""How fast requests may go: found by trying, cut by the server's own word, or told by the user."""
 
+import re
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,6 +13,8 @@ CUT: Final = 0.7
 USED_ENOUGH: Final = 0.8
 DEFAULT_PAUSE_S: Final = 2.0
 LONGEST_PAUSE_S: Final = 120.0
+
+Clock = Callable[[], float]
 
 
 @dataclass
@@ -22,14 +26,14 @@ class AdaptiveLimit:
     """
 
     fixed: int | None = None
-    clock: Callable[[], float] = time.monotonic
+    clock: Clock = time.monotonic
     in_flight: int = 0
     cuts: int = 0
     peak: int = 0
     _limit: float = field(init=False)
     _slow_start: bool = True
     _paused_until: float = 0.0
-    _cut_at: float = -1.0
+    _cut_at: float = float("-inf")
 
     def __post_init__(self) -> None:
         self._limit = float(self.fixed) if self.fixed else FIRST_LIMIT
@@ -60,21 +64,225 @@ class AdaptiveLimit:
             self._limit = min(HIGHEST_LIMIT, self._limit + step)
 
     def refused(self, started: float, retry_after_s: float | None) -> None:
-        """The server said too many: give the slot back, pause, and cut once for the whole burst."""
+        """The server said too many: give the slot back, and cut once for the whole burst.
+
+        When requests sent after a cut are soon refused again, slowing down was not enough, and
+        everything waits.
+        """
         self.in_flight -= 1
-        self._pause(retry_after_s if retry_after_s is not None else DEFAULT_PAUSE_S)
         # Requests sent before the last cut tell nothing new.
-        if self.fixed is None and started > self._cut_at:
+        if started <= self._cut_at:
+            return
+        wait = retry_after_s if retry_after_s is not None else DEFAULT_PAUSE_S
+        now = self.clock()
+        if now - self._cut_at < wait:
+            self._paused_until = now + min(wait, LONGEST_PAUSE_S)
+        self._cut_at = now
+        self._slow_start = False
+        self.cuts += 1
+        if self.fixed is None:
             self._limit = max(1.0, self._limit * CUT)
-            self._slow_start = False
-            self._cut_at = self.clock()
-            self.cuts += 1
+
+    def released(self) -> None:
+        """A request was refused for itself alone: give the slot back."""
+        self.in_flight -= 1
 
     def troubled(self) -> None:
         """A timeout, a 5xx or a broken connection: give the slot back, and stop growing fast."""
         self.in_flight -= 1
         self._slow_start = False
 
-    def _pause(self, seconds: float) -> None:
-        until = self.clock() + min(seconds, LONGEST_PAUSE_S)
-        self._paused_until = max(self._paused_until, until)
+
+@dataclass
+class Bucket:
+    """So many units a minute, smoothed: servers enforce their limits over short windows too.
+
+    What is taken may exceed what is there; the debt is waited for. `per_minute` None means no limit.
+    """
+
+    per_minute: float | None
+    clock: Clock = time.monotonic
+    burst_s: float = 1.0
+    _level: float = 0.0
+    _filled_at: float | None = None
+
+    def wait_s(self) -> float:
+        """Seconds until something may be taken."""
+        if self.per_minute is None:
+            return 0.0
+        self._fill(self.per_minute / 60)
+        return 0.0 if self._level > 0 else (1e-6 - self._level) * 60 / self.per_minute
+
+    def take(self, amount: float) -> None:
+        """Take units; a negative amount gives them back."""
+        if self.per_minute is not None:
+            self._level -= amount
+
+    def _fill(self, per_second: float) -> None:
+        now = self.clock()
+        most = max(1.0, per_second * self.burst_s)
+        if self._filled_at is None:
+            self._level, self._filled_at = most, now
+        self._level = min(most, self._level + (now - self._filled_at) * per_second)
+        self._filled_at = now
+
+
+MEASURED_OVER_S: Final = 3.0
+OUTCOMES_KEPT: Final = 100
+LEAST_REFUSALS: Final = 3
+REFUSED_SHARE_TO_CUT: Final = 0.15
+REFUSED_SHARE_TO_GROW: Final = 0.01
+REFUSED_SHARE_TO_SHRINK: Final = 0.025
+SHRINKAGE_A_SECOND: Final = 0.05
+LEAST_OF_MEASURED: Final = 0.8
+BELOW_MEASURED: Final = 0.95
+ENOUGH_TO_MEASURE: Final = 10
+FIRST_GROWTH_A_SECOND: Final = 1.0
+LEAST_GROWTH_A_SECOND: Final = 0.01
+LEAST_PER_S: Final = 0.2
+
+
+@dataclass
+class Pace:
+    """Requests a second that the server has shown to admit; unknown until it refuses in earnest.
+
+    A single refusal is that request's own affair. When more than 15 % of the last requests are
+    refused, the pace is set a little under the rate of the successes just measured, and creeps up
+    from there until refusals begin to show. So a server that limits by the minute is neither
+    stormed nor left idle, without sending a single header.
+    """
+
+    clock: Clock = time.monotonic
+    per_second: float | None = None
+    _started: float | None = None
+    _successes: deque[float] = field(default_factory=deque)
+    _outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=OUTCOMES_KEPT))
+    _bucket: Bucket = field(init=False)
+    _growth: float = FIRST_GROWTH_A_SECOND
+    _least: float = 0.0
+    _grown_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._bucket = Bucket(None, self.clock, burst_s=0.02)
+
+    def wait_s(self) -> float:
+        """Seconds until the next request is due."""
+        if self.per_second is None:
+            return 0.0
+        now = self.clock()
+        share = self._refused_share()
+        if share <= REFUSED_SHARE_TO_GROW:
+            self.per_second *= (1 + self._growth) ** (now - self._grown_at)
+        elif share > REFUSED_SHARE_TO_SHRINK:
+            shrunk = self.per_second * (1 - SHRINKAGE_A_SECOND) ** (now - self._grown_at)
+            self.per_second = max(min(self.per_second, self._least), shrunk)
+        self._grown_at = now
+        self._bucket.per_minute = 60 * self.per_second
+        return self._bucket.wait_s()
+
+    def start(self) -> None:
+        """A request goes out."""
+        if self._started is None:
+            self._started = self.clock()
+        self._bucket.take(1)
+
+    def succeeded(self) -> None:
+        """A reply came."""
+        now = self.clock()
+        self._outcomes.append(True)
+        self._successes.append(now)
+        while self._successes[0] < now - MEASURED_OVER_S:
+            self._successes.popleft()
+
+    def refused(self) -> bool:
+        """A request was refused; true when that makes too many, and the pace was cut."""
+        self._outcomes.append(False)
+        refusals = self._outcomes.count(False)
+        if refusals < LEAST_REFUSALS or self._refused_share() <= REFUSED_SHARE_TO_CUT:
+            return False
+        now = self.clock()
+        begun = self._started if self._started is not None else now
+        over = min(MEASURED_OVER_S, max(now - begun, 0.2))
+        recent = sum(at >= now - over for at in self._successes)
+        known = self.per_second
+        if recent >= ENOUGH_TO_MEASURE:
+            measured = BELOW_MEASURED * recent / over
+            self.per_second = measured if known is None else min(measured, BELOW_MEASURED * known)
+        elif known is not None:
+            self.per_second = max(LEAST_PER_S, CUT * known)
+        self._least = LEAST_OF_MEASURED * (self.per_second or 0.0)
+        if known is not None:
+            self._growth = max(LEAST_GROWTH_A_SECOND, self._growth / 2)
+        self._grown_at = now
+        # The next cut wants new evidence.
+        self._outcomes.clear()
+        return True
+
+    def _refused_share(self) -> float:
+        return self._outcomes.count(False) / max(1, len(self._outcomes))
+
+
+@dataclass
+class RateLimit:
+    """Requests and tokens a minute: the user's figures, else what the server's headers say."""
+
+    requests: Bucket
+    tokens: Bucket
+    told_requests: bool
+    told_tokens: bool
+    clock: Clock = time.monotonic
+    _paused_until: float = 0.0
+
+    @classmethod
+    def of(cls, rpm: float | None, tpm: float | None, clock: Clock = time.monotonic) -> "RateLimit":
+        """Limits as the user gives them; None leaves them to the headers."""
+        return cls(Bucket(rpm, clock), Bucket(tpm, clock), rpm is not None, tpm is not None, clock)
+
+    def wait_s(self) -> float:
+        """Seconds until a request may go."""
+        pause = max(0.0, self._paused_until - self.clock())
+        return max(pause, self.requests.wait_s(), self.tokens.wait_s())
+
+    def start(self, tokens: float) -> None:
+        """A request goes out that will take about so many tokens."""
+        self.requests.take(1)
+        self.tokens.take(tokens)
+
+    def settle(self, expected_tokens: float, tokens: float) -> None:
+        """A request took another number of tokens than was expected."""
+        self.tokens.take(tokens - expected_tokens)
+
+    def learn(self, headers: Mapping[str, str]) -> None:
+        """Take over limits from `x-ratelimit-*` headers, and wait when nothing remains."""
+        for kind, bucket, told in (
+            ("requests", self.requests, self.told_requests),
+            ("tokens", self.tokens, self.told_tokens),
+        ):
+            limit = _number(headers.get(f"x-ratelimit-limit-{kind}"))
+            if limit is not None and limit > 0 and not told:
+                bucket.per_minute = limit
+            if _number(headers.get(f"x-ratelimit-remaining-{kind}")) == 0:
+                reset = parse_duration_s(headers.get(f"x-ratelimit-reset-{kind}") or "")
+                if reset is not None:
+                    until = self.clock() + min(reset, LONGEST_PAUSE_S)
+                    self._paused_until = max(self._paused_until, until)
+
+    def describe(self) -> dict[str, float | None]:
+        """Limits a minute as they stood at the end."""
+        return {"rpm": self.requests.per_minute, "tpm": self.tokens.per_minute}
+
+
+def parse_duration_s(text: str) -> float | None:
+    """Seconds of a reset header: `1s`, `6m0s`, `12ms`, or a bare number; null for anything else."""
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text.strip():
+        return None
+    return sum(float(number) * units[unit or "s"] for number, unit in parts)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

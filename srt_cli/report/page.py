@@ -6,10 +6,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import srt_cli
-from srt_cli.artifacts import write_atomically
 from srt_cli.contest import Contest, Row, Table
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.report.plot import Interval, interval_plot
+from srt_cli.report.shell import html_table, write_page
 
 
 def write_report(
@@ -21,9 +21,7 @@ def write_report(
     examples: int,
 ) -> None:
     """Write the page: headline, plots, the whole table, then examples one by one."""
-    assets = files("srt_cli.report")
-    style = assets.joinpath("page.css").read_text(encoding="utf-8")
-    program = assets.joinpath("page.js").read_text(encoding="utf-8")
+    program = files("srt_cli.report").joinpath("page.js").read_text(encoding="utf-8")
     body = "".join(
         [
             _headline(contest),
@@ -35,17 +33,7 @@ def write_report(
             "every verdict in judgments.jsonl.</footer>",
         ]
     )
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        # Nothing may be loaded, whatever a model wrote.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:\">"
-        '<link rel="icon" href="data:,">'
-        f"<title>srt eval</title><style>{style}</style></head>"
-        f"<body><main>{body}</main><script>{program}</script></body></html>\n"
-    )
-    write_atomically(path, page.encode("utf-8", errors="replace"))
+    write_page(path, "srt eval", body, program)
 
 
 def _headline(contest: Contest) -> str:
@@ -129,7 +117,10 @@ def _figure(title: str, about: str, plot: str) -> str:
 
 
 def _table(contest: Contest) -> str:
-    tables = [_html_table(table) for table in [*contest.tables(), _lengths(contest)]]
+    tables = [
+        html_table(table.title, table.columns, table.cells)
+        for table in [*contest.tables(), _lengths(contest)]
+    ]
     notes = "".join(f"<p>{escape(note)}</p>" for note in contest.footnotes())
     return f"<section><h2>All figures</h2>{''.join(tables)}{notes}</section>"
 
@@ -147,18 +138,6 @@ def _lengths(contest: Contest) -> Table:
     ]
     columns = ["", "", "mean characters", "mean words", "length, reference = 1"]
     return Table("length", columns, cells)
-
-
-def _html_table(table: Table) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table.cells
-    )
-    return (
-        f'<h3>{escape(table.title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>"
-    )
 
 
 def _examples(

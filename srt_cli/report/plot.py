@@ -8,6 +8,7 @@ LABEL_WIDTH = 230
 PLOT_WIDTH = 420
 ROW_HEIGHT = 34
 TOP = 10
+BAR_HEIGHT = 130
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,25 @@ def interval_plot(rows: Sequence[Interval], *, middle: float | None, caption: st
         x = _x(middle)
         parts.append(f'<line class="middle" x1="{x}" x2="{x}" y1="{TOP}" y2="{bottom}"/>')
     parts += [_row(row, TOP + ROW_HEIGHT * (n + 0.5)) for n, row in enumerate(rows)]
+    return "".join([*parts, "</svg>"])
+
+
+def bar_plot(bars: Sequence[tuple[str, int]], *, caption: str) -> str:
+    """Counts as standing bars, each with its number above and its name below."""
+    highest = max(count for _, count in bars)
+    step = min(70.0, (LABEL_WIDTH + PLOT_WIDTH) / len(bars))
+    width, bottom = LABEL_WIDTH + PLOT_WIDTH + 80, BAR_HEIGHT + 26
+    parts = [f'<svg viewBox="0 0 {width} {bottom + 26}" role="img" aria-label="{escape(caption)}">']
+    for place, (name, count) in enumerate(bars):
+        height = round(BAR_HEIGHT * count / highest, 1)
+        left, middle = round(20 + step * place, 1), round(20 + step * (place + 0.4), 1)
+        parts.append(
+            f'<rect class="bar" x="{left}" y="{bottom - height}" width="{step * 0.8:.1f}" '
+            f'height="{height}" rx="3"/>'
+            f'<text class="value" x="{middle}" y="{bottom - height - 6}" text-anchor="middle">'
+            f'{count}</text><text class="tick" x="{middle}" y="{bottom + 18}" '
+            f'text-anchor="middle">{escape(name)}</text>'
+        )
     return "".join([*parts, "</svg>"])
 
 

@@ -5,17 +5,20 @@ from pathlib import Path
 
 from srt_cli import console
 from srt_cli.artifacts import open_run
-from srt_cli.critique import Critic, Sampling, run_critiques
+from srt_cli.call_options import CallOptions
+from srt_cli.critique import Critic, Sampling
+from srt_cli.critique_run import Work, run_critiques, show_critique_plan
 from srt_cli.errors import UsageError
-from srt_cli.models import ModelOptions, open_model
-from srt_cli.options import runtime, setting
+from srt_cli.models import open_model
+from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from
+from srt_cli.report.critic import write_critic_report
 
 COMMAND = "collect-feedback"
 
 
 @dataclass(frozen=True)
-class CollectFeedback:
+class CollectFeedback(CallOptions):
     """Let a policy answer prompts, and a critic write feedback and a refinement for each answer.
 
     The critic is asked twice a row: once for weaknesses, suggestions, a score and an improved
@@ -45,13 +48,12 @@ class CollectFeedback:
     max_new_tokens: int = setting(512, "Most tokens of a draft.")
     critic_temperature: float = setting(0.0, "Sampling temperature of the critic (paper: 0).")
     critic_max_tokens: int = setting(2048, "Most tokens of a critic's reply (paper: 2048).")
+    max_reasks: int = setting(
+        1, "How often a critic's reply that cannot be read is asked for again (paper: dropped)."
+    )
     seed: int = setting(42, "Seed of the drafts; the same seed draws the same drafts.")
     limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
-    max_failures: int | None = runtime(None, "Exit 3 when more rows than this failed.")
-    concurrency: int | None = runtime(None, "Requests in flight; default: finds its own level.")
-    batch_size: int | None = runtime(None, "Rows a batch, for models in process.")
-    timeout: float = runtime(600.0, "Seconds after which a request counts as hung.")
-    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
+    report: Path | None = runtime(None, "Write a page about the critic's quality.", metavar="FILE")
     overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
 
 
@@ -68,28 +70,34 @@ def run(options: CollectFeedback) -> None:
             f"{options.prompts}: {prompts.without_response} of {prompts.count} rows bring no "
             "response. Pass --model, the policy that answers them."
         )
-    door = ModelOptions(
-        options.concurrency, options.batch_size, options.timeout, options.trust_remote_code
-    )
+    door = options.door()
     critic_model = open_model(options.critic, door)
     policy_model = critic_model
     if options.model != options.critic and options.model is not None:
         policy_model = open_model(options.model, door)
     drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
     replies = Sampling(options.critic_max_tokens, options.critic_temperature, seed=options.seed)
-    critic = Critic(critic_model, replies, in_conversation=False)
+    # A program would only give the same reply again.
+    reasks = 0 if options.critic.startswith(RUNS_CODE_PREFIX) else options.max_reasks
+    critic = Critic(
+        critic_model, replies, in_conversation=False, max_reasks=reasks, longer_once=True
+    )
     policy = (policy_model, drafts) if options.model is not None else None
+    work = Work(prompts.read, prompts.count, policy, critic, door.budget)
 
     run = open_run(
         COMMAND, options, options.out, inputs=prompts.inputs, overwrite=options.overwrite
     )
+    if options.dry_run:
+        show_critique_plan(run, work, options)
+        return
     with run:
         if policy is not None and prompts.without_response < prompts.count:
             given = prompts.count - prompts.without_response
             console.say(
                 f"{given} of {prompts.count} rows bring their response; it is used as it is."
             )
-        summary = run_critiques(
-            run, prompts.read(), prompts.count, policy, critic, max_failures=options.max_failures
-        )
+        summary = run_critiques(run, work, options)
+    if options.report is not None:
+        write_critic_report(options.report, f"{options.critic} as a critic", summary)
     summary.close(f"{options.out}: {summary.rows} rows", f"srt sft --data {options.out}")

@@ -1,12 +1,15 @@
 """Are the stages better than the base? Outputs, checks, verdicts, and a report."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from srt_cli import console
 from srt_cli.artifacts import OrderedWriter, Run, inherited, open_run, read_manifest, write_json
+from srt_cli.call_options import ApiOptions
+from srt_cli.call_plan import Cost
 from srt_cli.calls import Script, Tally, conduct
 from srt_cli.critique import Sampling
 from srt_cli.errors import TooManyFailures, UsageError
@@ -20,7 +23,7 @@ from srt_cli.judging import (
     judge_pair,
     read_outputs,
 )
-from srt_cli.models import ModelOptions, open_model
+from srt_cli.models import Model, ModelOptions, open_model
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from
 from srt_cli.records import Judgment, Output, Prompt, Record
@@ -34,7 +37,7 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(ApiOptions):
     """Compare models with a reference on held-out prompts, and write a report.
 
     Every contestant answers every prompt (or brings a file of outputs); a judge compares each
@@ -79,10 +82,6 @@ class Evaluate:
     seed: int = setting(42, "Seed of sampled answers.")
     limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
     examples: int = runtime(100, "Prompts shown one by one in the report.")
-    concurrency: int | None = runtime(None, "Requests in flight; default: finds its own level.")
-    batch_size: int | None = runtime(None, "Rows a batch; default: what memory allows.")
-    timeout: float = runtime(600.0, "Seconds after which a request counts as hung.")
-    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
     overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
 
 
@@ -105,12 +104,15 @@ def run(options: Evaluate) -> None:
         resolved={"reference": reference, "judge": judge_spec},
     )
     with run:
-        journal = run.journal()
+        asking = _Asking.begin(run, options)
         contestants = list(dict.fromkeys(options.model))
-        outputs = _answers(options, reference, contestants, rows, run, journal)
-        if options.check is not None:
-            outputs = _checked(options.check, rows, outputs, journal)
-        judgments = _judgments(options, judge_spec, reference, rows, outputs, journal)
+        try:
+            outputs = _answers(options, reference, contestants, rows, asking)
+            if options.check is not None:
+                outputs = _checked(options.check, rows, outputs, asking)
+            judgments = _judgments(judge_spec, reference, rows, outputs, asking)
+        finally:
+            run.manifest.cost = asking.cost.describe()
         _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
         _write(judgments_path, judgments)
 
@@ -125,6 +127,7 @@ def run(options: Evaluate) -> None:
         run.manifest.progress = f"{len(rows)} of {len(rows)}"
         for warning in contest.warnings():
             run.warn(warning)
+    console.say(asking.cost.sentence())
     show(contest)
     console.finish(f"report: {report_path}", f"open {report_path}")
     if contest.coverage is not None and contest.coverage < options.min_coverage:
@@ -155,13 +158,47 @@ def critic_as_judge() -> str | None:
     return None if critic is None or critic.startswith(RUNS_CODE_PREFIX) else critic
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """What every question to a model needs: the journal, the door with its budget, the cost."""
+
+    run: Run
+    journal: Journal
+    door: ModelOptions
+    cost: Cost
+
+    @classmethod
+    def begin(cls, run: Run, options: Evaluate) -> "_Asking":
+        journal, door = run.journal(), options.door()
+        return cls(run, journal, door, Cost(journal, options, door.budget))
+
+    @contextmanager
+    def open(self, spec: str) -> Iterator[Model]:
+        """A model for as long as it is needed; its description goes into the manifest."""
+        model = open_model(spec, self.door)
+        self.cost.watch(model)
+        try:
+            yield model
+        finally:
+            self.run.manifest.models[spec] = model.describe()
+            model.close()
+
+    def ask(self, label: str, scripts: Iterable[Script[Result]], total: int) -> list[Result]:
+        """Run scripts and give their results in the order of the scripts."""
+        results: dict[int, Result] = {}
+        with console.progress(label, total) as progress:
+            for index, result in conduct(scripts, self.journal, window=512, tally=Tally()):
+                results[index] = result
+                progress.advance(note=self.cost.note())
+        return [results[index] for index in range(total)]
+
+
 def _answers(
     options: Evaluate,
     reference: str,
     contestants: Sequence[str],
     prompts: Sequence[Prompt],
-    run: Run,
-    journal: Journal,
+    asking: _Asking,
 ) -> list[Output]:
     """Everyone's outputs, the reference's direct answers first; one model in memory at a time."""
     outputs: list[Output] = []
@@ -175,22 +212,15 @@ def _answers(
         if spec.endswith((".jsonl", ".jsonl.gz")):
             outputs += read_outputs(Path(spec), prompts, uses)
             continue
-        door = ModelOptions(
-            options.concurrency, options.batch_size, options.timeout, options.trust_remote_code
-        )
-        model = open_model(spec, door)
-        contestant = Contestant(
-            spec,
-            model,
-            Sampling(options.max_new_tokens, options.temperature, seed=options.seed),
-            Sampling(options.critic_max_tokens, 0.0, seed=options.seed),
-        )
-        scripts = (answer(contestant, prompt, uses) for prompt in prompts)
-        try:
-            answered = _conducted(f"answers of {spec}", scripts, len(prompts), journal)
-        finally:
-            run.manifest.models[spec] = model.describe()
-            model.close()
+        with asking.open(spec) as model:
+            contestant = Contestant(
+                spec,
+                model,
+                Sampling(options.max_new_tokens, options.temperature, seed=options.seed),
+                Sampling(options.critic_max_tokens, 0.0, seed=options.seed),
+            )
+            scripts = (answer(contestant, prompt, uses) for prompt in prompts)
+            answered = asking.ask(f"answers of {spec}", scripts, len(prompts))
         outputs += [output for row in answered for output in row]
     return outputs
 
@@ -200,24 +230,20 @@ def _already(outputs: Iterable[Output]) -> set[tuple[str, str]]:
 
 
 def _checked(
-    check: str, prompts: Sequence[Prompt], outputs: list[Output], journal: Journal
+    check: str, prompts: Sequence[Prompt], outputs: list[Output], asking: _Asking
 ) -> list[Output]:
-    model = open_model(check)
     by_id = {prompt.id: prompt for prompt in prompts}
-    scripts = (check_output(model, by_id[output.id], output) for output in outputs)
-    try:
-        return _conducted("checking", scripts, len(outputs), journal)
-    finally:
-        model.close()
+    with asking.open(check) as model:
+        scripts = (check_output(model, by_id[output.id], output) for output in outputs)
+        return asking.ask("checking", scripts, len(outputs))
 
 
 def _judgments(
-    options: Evaluate,
     judge_spec: str | None,
     reference: str,
     prompts: Sequence[Prompt],
     outputs: list[Output],
-    journal: Journal,
+    asking: _Asking,
 ) -> list[Judgment]:
     """Each output against the reference's direct answer, in both orders."""
     if judge_spec is None:
@@ -229,29 +255,13 @@ def _judgments(
         if output.contestant == reference and output.use == "response"
     }
     pairs = [output for output in outputs if references[output.id] is not output]
-    judge = open_model(judge_spec, ModelOptions(options.concurrency, timeout_s=options.timeout))
-    scripts = (
-        judge_pair(judge, by_id[output.id], output, references[output.id], order)
-        for output in pairs
-        for order in ORDERS
-    )
-    try:
-        return _conducted("judging", scripts, len(pairs) * len(ORDERS), journal)
-    finally:
-        judge.close()
-
-
-def _conducted(
-    label: str, scripts: Iterable[Script[Result]], total: int, journal: Journal
-) -> list[Result]:
-    """Run scripts and give their results in the order of the scripts."""
-    results: dict[int, Result] = {}
-    tally = Tally()
-    with console.progress(label, total) as progress:
-        for index, result in conduct(scripts, journal, window=512, tally=tally):
-            results[index] = result
-            progress.advance()
-    return [results[index] for index in range(total)]
+    with asking.open(judge_spec) as judge:
+        scripts = (
+            judge_pair(judge, by_id[output.id], output, references[output.id], order)
+            for output in pairs
+            for order in ORDERS
+        )
+        return asking.ask("judging", scripts, len(pairs) * len(ORDERS))
 
 
 def _write(path: Path, records: Iterable[Record]) -> None:

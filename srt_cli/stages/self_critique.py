@@ -4,17 +4,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srt_cli.artifacts import open_run
-from srt_cli.critique import Check, Critic, Sampling, run_critiques
+from srt_cli.call_options import CallOptions
+from srt_cli.critique import Check, Critic, Sampling
+from srt_cli.critique_run import Work, run_critiques, show_critique_plan
 from srt_cli.errors import UsageError
-from srt_cli.models import ModelOptions, open_model
+from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
+from srt_cli.report.critic import write_critic_report
 
 COMMAND = "self-critique"
 
 
 @dataclass(frozen=True)
-class SelfCritique:
+class SelfCritique(CallOptions):
     """Let the tuned model answer new prompts, criticise its own answers and refine them.
 
     The model is asked in conversation, as it was trained: draft at a temperature, feedback and
@@ -46,11 +49,7 @@ class SelfCritique:
     good_score: float = setting(8.0, "From this score on, the model calls an answer good.")
     seed: int = setting(42, "Seed of the drafts; the same seed draws the same drafts.")
     limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
-    max_failures: int | None = runtime(None, "Exit 3 when more rows than this failed.")
-    concurrency: int | None = runtime(None, "Requests in flight, for models behind a server.")
-    batch_size: int | None = runtime(None, "Rows a batch; default: what memory allows.")
-    timeout: float = runtime(600.0, "Seconds after which a request counts as hung.")
-    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
+    report: Path | None = runtime(None, "Write a page about the critic's quality.", metavar="FILE")
     overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
 
 
@@ -59,9 +58,7 @@ def run(options: SelfCritique) -> None:
     if options.samples < 1 or options.rounds < 1:
         raise UsageError("--samples and --rounds start at 1.")
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
-    door = ModelOptions(
-        options.concurrency, options.batch_size, options.timeout, options.trust_remote_code
-    )
+    door = options.door()
     model = open_model(options.model, door)
     drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
     replies = Sampling(options.critic_max_tokens, temperature=0.0, seed=options.seed)
@@ -70,16 +67,21 @@ def run(options: SelfCritique) -> None:
     run = open_run(
         COMMAND, options, options.out, inputs=prompts.inputs, overwrite=options.overwrite
     )
+    work = Work(
+        prompts.read,
+        prompts.count,
+        policy=(model, drafts),
+        critic=Critic(model, replies, in_conversation=True),
+        budget=door.budget,
+        check=check,
+        samples=options.samples,
+        rounds=options.rounds,
+    )
+    if options.dry_run:
+        show_critique_plan(run, work, options)
+        return
     with run:
-        summary = run_critiques(
-            run,
-            prompts.read(),
-            prompts.count,
-            policy=(model, drafts),
-            critic=Critic(model, replies, in_conversation=True),
-            check=check,
-            samples=options.samples,
-            rounds=options.rounds,
-            max_failures=options.max_failures,
-        )
+        summary = run_critiques(run, work, options)
+    if options.report is not None:
+        write_critic_report(options.report, f"{options.model} as its own critic", summary)
     summary.close(f"{options.out}: {summary.rows} rows", f"srt build-prefs --data {options.out}")

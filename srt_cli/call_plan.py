@@ -1,0 +1,206 @@
+"""What calls will cost, and what they have cost: tokens, dollars, and time at the known limits."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from srt_cli import console
+from srt_cli.call_options import ApiOptions
+from srt_cli.journal import Journal
+from srt_cli.models import Model, parse_spec
+from srt_cli.models.budget import (
+    BYTES_A_TOKEN,
+    FREE,
+    Budget,
+    Price,
+    parse_prices,
+    price_of,
+    prices_published,
+)
+from srt_cli.records import Usage
+
+# Lengths of replies before any has been seen, in tokens; the run's own limits cap them.
+EXPECTED_TOKENS: Final = {"respond": 250, "critique": 450, "score": 180, "judge": 150}
+LOW_SHARE: Final = 0.5
+
+
+@dataclass
+class Cost:
+    """What the calls of an output have come to, over all its runs."""
+
+    journal: Journal
+    options: ApiOptions
+    budget: Budget
+    prices: dict[str, tuple[str, Price | None]] = field(default_factory=dict)
+    """Model identity -> (spec, price)."""
+    paid_before: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.paid_before = {name: Counter(spent) for name, spent in self.journal.spent.items()}
+
+    def watch(self, model: Model) -> None:
+        """Count a model's calls; what earlier runs of this output spent counts against the caps."""
+        if model.identity in self.prices:
+            return
+        self.prices |= prices_of([model], self.options)
+        _, price = self.prices[model.identity]
+        spent = self.journal.spent.get(model.identity, Counter())
+        self.budget.spent_before(price, usage_of(spent), spent["calls"])
+
+    def usage(self, identity: str) -> Usage:
+        """Tokens of one model, every run counted."""
+        return usage_of(self.journal.spent.get(identity, Counter()))
+
+    def dollars(self, *, this_run: bool = False) -> float | None:
+        """Dollars spent; None when a model's price is not known although it was asked."""
+        total = 0.0
+        for identity, (_, price) in self.prices.items():
+            spent = Counter(self.journal.spent.get(identity, {}))
+            if this_run:
+                spent.subtract(self.paid_before.get(identity, {}))
+            if price is None and spent["calls"]:
+                return None
+            total += price.cost(usage_of(spent)) if price is not None else 0.0
+        return total
+
+    @property
+    def _all_free(self) -> bool:
+        return all(price == FREE for _, price in self.prices.values())
+
+    def note(self) -> str:
+        """The short form for the progress line."""
+        dollars = self.dollars()
+        return "" if self._all_free or dollars is None else f"${dollars:.2f}"
+
+    def sentence(self) -> str:
+        """Tokens and dollars for the end of a run."""
+        usages = [self.usage(identity) for identity in self.prices]
+        total = sum(usages, Usage())
+        cached = total.cached_tokens / total.prompt_tokens if total.prompt_tokens else 0.0
+        text = f"tokens: {total.prompt_tokens} read"
+        text += f" ({cached:.0%} from the server's cache)" if total.cached_tokens else ""
+        text += f", {total.completion_tokens} written"
+        if total.reasoning_tokens:
+            text += f" ({total.reasoning_tokens} of them reasoning)"
+        if self._all_free:
+            return text
+        dollars, now = self.dollars(), self.dollars(this_run=True)
+        if dollars is None or now is None:
+            unknown = [spec for spec, price in self.prices.values() if price is None]
+            return f"{text}; cost: unknown (no price for {', '.join(unknown)}; give --price)"
+        return f"{text}; cost: ${dollars:.4f}, of which ${now:.4f} in this run"
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's form."""
+        models = {}
+        for identity, (spec, price) in self.prices.items():
+            usage = self.usage(identity)
+            models[spec] = {
+                "calls": self.journal.spent.get(identity, Counter())["calls"],
+                "usage": usage.model_dump(),
+                "dollars": None if price is None else price.cost(usage),
+            }
+        return {
+            "dollars": self.dollars(),
+            "dollars_this_run": self.dollars(this_run=True),
+            "prices": prices_published(),
+            "models": models,
+        }
+
+
+def usage_of(spent: Counter[str]) -> Usage:
+    """Counted tokens as a usage."""
+    return Usage(**{name: spent[name] for name in Usage.model_fields})
+
+
+def prices_of(models: Sequence[Model], options: ApiOptions) -> dict[str, tuple[str, Price | None]]:
+    """The price of each model, by its identity in the journal."""
+    given = parse_prices(options.price)
+    prices = {}
+    for model in models:
+        price = price_of(parse_spec(model.spec), given)
+        batched = options.batch and price is not None and price != FREE
+        prices[model.identity] = (model.spec, price.of_batch() if batched and price else price)
+    return prices
+
+
+@dataclass
+class Estimate:
+    """Calls that one model still owes, and the tokens they may take."""
+
+    calls: int = 0
+    read: float = 0.0
+    low: float = 0.0
+    expected: float = 0.0
+    high: float = 0.0
+
+    def add(self, kind: str, read: float, most: int) -> None:
+        """One more call: its prompt's tokens, and the most it may write."""
+        expected = min(most, EXPECTED_TOKENS.get(kind, most))
+        self.calls += 1
+        self.read += read
+        self.low += LOW_SHARE * expected
+        self.expected += expected
+        self.high += most
+
+    def dollars(self, price: Price | None, written: float) -> str:
+        """What that comes to, in words: an unknown price is unknown, not nothing."""
+        if price is None:
+            return "unknown"
+        if price == FREE:
+            return "free"
+        usage = Usage(prompt_tokens=round(self.read), completion_tokens=round(written))
+        return f"${price.cost(usage):.2f}"
+
+
+def look_up_in(journal_path: Path) -> Callable[[bytes], dict[str, Any] | None]:
+    """The journal's replies for a plan; a journal that is not there is not made."""
+    if not journal_path.exists():
+        return lambda key: None
+    with Journal(journal_path) as journal:
+        known = {key: journal.get(key) for key in journal}
+    return known.get
+
+
+def show_estimates(
+    estimates: Mapping[str, Estimate],
+    prices: Mapping[str, tuple[str, Price | None]],
+    options: ApiOptions,
+) -> None:
+    """Print what is owed, model by model, and the time it takes at the limits that are known."""
+    rows = []
+    for identity, estimate in estimates.items():
+        spec, price = prices[identity]
+        batch = price if options.batch or price in (None, FREE) else price and price.of_batch()
+        rows.append(
+            [
+                spec,
+                str(estimate.calls),
+                f"{estimate.read:.0f}",
+                f"{estimate.low:.0f} / {estimate.expected:.0f} / {estimate.high:.0f}",
+                estimate.dollars(price, estimate.low),
+                estimate.dollars(price, estimate.expected),
+                estimate.dollars(price, estimate.high),
+                estimate.dollars(batch, estimate.expected),
+            ]
+        )
+    columns = ("", "calls", "read", "written", "low", "expected", "high", "as a batch")
+    console.table("owed: calls, tokens (low / expected / high), dollars", columns, rows)
+    calls = sum(estimate.calls for estimate in estimates.values())
+    tokens = sum(estimate.read + estimate.expected for estimate in estimates.values())
+    times = []
+    if options.rpm:
+        times.append((calls / options.rpm, f"--rpm {options.rpm:g}"))
+    if options.tpm:
+        times.append((tokens / options.tpm, f"--tpm {options.tpm:g}"))
+    if times:
+        minutes, limit = max(times)
+        console.result(f"time: at least {minutes:.0f} min ({limit})")
+    else:
+        console.result("time: not known without --rpm or --tpm")
+    console.result(
+        f"Tokens are guessed at {BYTES_A_TOKEN:g} bytes each, replies from usual lengths. "
+        f"Prices: {prices_published()}. Nothing was sent or written."
+    )

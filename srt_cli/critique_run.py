@@ -1,0 +1,205 @@
+"""A whole run of critiques: journal, budget, retries, and the artifact in the order of the input.
+
+Both feedback stages hand their prompts and models in here; what happens to one row is in
+`critique.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from srt_cli import console
+from srt_cli.artifacts import OrderedWriter, Run
+from srt_cli.call_options import CallOptions
+from srt_cli.call_plan import (
+    EXPECTED_TOKENS,
+    Cost,
+    Estimate,
+    look_up_in,
+    prices_of,
+    show_estimates,
+)
+from srt_cli.calls import Script, conduct, replay
+from srt_cli.critique import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
+from srt_cli.critique_summary import CritiqueSummary
+from srt_cli.errors import SrtError, TooManyFailures
+from srt_cli.journal import Journal
+from srt_cli.models import Model
+from srt_cli.models.budget import Budget, likely_prompt_tokens
+from srt_cli.records import Prompt
+
+NEXT_STEPS: Final = {"respond": ("critique", "score"), "critique": ("score",)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a feedback stage wants done: which prompts, by whom, how often."""
+
+    prompts: Callable[[], Iterator[Prompt]]
+    """Reads the prompts from the beginning; called once a pass over them."""
+    count: int
+    policy: tuple[Model, Sampling] | None
+    critic: Critic
+    budget: Budget
+    check: Check | None = None
+    samples: int = 1
+    rounds: int = 1
+
+    @property
+    def models(self) -> list[Model]:
+        """Every model that may be asked, each once."""
+        named = [self.critic.model]
+        named += [self.policy[0]] if self.policy is not None else []
+        named += [self.check.model] if self.check is not None else []
+        return list({id(model): model for model in named}.values())
+
+    def scripts(self) -> Iterator[Script[CheckedRow]]:
+        """One script a row, in the order of the input."""
+        for prompt in self.prompts():
+            for sample in range(self.samples):
+                story = critique_row(
+                    prompt, self.policy, self.critic, sample=sample, rounds=self.rounds
+                )
+                yield checked_row(prompt, story, self.check)
+
+
+def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
+    """`--dry-run`: what the run would come to; sends and writes nothing."""
+    prices = prices_of(work.models, options)
+    estimates = {identity: Estimate() for identity in prices}
+    critic = work.critic
+    rows = owed = 0
+    for row in replay(work.scripts(), look_up_in(run.journal_path)):
+        rows += 1
+        if row.owed is None:
+            continue
+        owed += 1
+        task = row.owed.request.task
+        assert task is not None
+        read = likely_prompt_tokens(row.owed.request)
+        estimates[row.owed.model.identity].add(task.kind, read, row.owed.request.max_tokens)
+        if task.kind == "respond":
+            # The critique that follows reads the draft, which is not written yet.
+            request = critic.call("critique", task.prompt, "", "").request
+            read = likely_prompt_tokens(request) + EXPECTED_TOKENS["respond"]
+        for kind in NEXT_STEPS.get(task.kind, ()):
+            estimates[critic.model.identity].add(kind, read, critic.sampling.max_new_tokens)
+    console.result(f"rows: {rows}, of which {rows - owed} are answered in the journal")
+    show_estimates(estimates, prices, options)
+
+
+def run_critiques(run: Run, work: Work, options: CallOptions) -> CritiqueSummary:
+    """Write the feedback of every prompt to `run.out`, in the order of the input.
+
+    An interrupted run writes what is complete. Raises `TooManyFailures` at the end.
+    """
+    journal = run.journal()
+    if options.import_batch is not None:
+        _import(options, journal)
+    statuses = options.statuses_to_retry()
+    if statuses:
+        forgotten = forget_rows(work.scripts(), journal, statuses)
+        console.say(f"{forgotten} rows that ended {', '.join(sorted(statuses))} are owed again")
+    cost = Cost(journal, options, work.budget)
+    for model in work.models:
+        cost.watch(model)
+    summary = CritiqueSummary()
+    finished, expected = 0, work.count * work.samples
+    window = 2 * max(model.in_flight for model in work.models)
+    writer = OrderedWriter(run.out)
+    try:
+        if options.reparse:
+            rows = _rows_in_journal(work.scripts(), journal, summary)
+        else:
+            rows = conduct(work.scripts(), journal, window=window, tally=summary.calls)
+        with console.progress("criticising", expected) as progress:
+            for index, row in rows:
+                writer.add(index, row.records)
+                summary.add(row.records, row.verdicts)
+                finished += 1
+                progress.advance(note=" ".join(filter(None, [summary.note(), cost.note()])))
+        writer.commit()
+    except (SrtError, KeyboardInterrupt):
+        writer.commit()
+        raise
+    finally:
+        writer.discard()
+        run.manifest.progress = f"{finished} of {expected}"
+        run.manifest.tallies = summary.tallies()
+        run.manifest.usage = {"total": summary.usage}
+        run.manifest.cost = cost.describe()
+        run.manifest.models = {model.spec: model.describe() for model in work.models}
+        for model in work.models:
+            model.close()
+    _close(run, summary, options, finished, expected)
+    console.say(cost.sentence())
+    return summary
+
+
+def _close(
+    run: Run, summary: CritiqueSummary, options: CallOptions, finished: int, expected: int
+) -> None:
+    """Warn of what should be looked at before training; raise when too much went wrong."""
+    if finished < expected:
+        run.whole = False
+        run.warn(
+            f"{expected - finished} of {expected} rows are not in the journal. "
+            "Run the same line without --reparse to ask for them."
+        )
+    failed = summary.statuses["failed"]
+    if options.export_batch is not None:
+        run.whole = False
+        console.say(
+            f"{failed} requests are in {options.export_batch}. Have them answered (vllm run-batch "
+            f"-i {options.export_batch} -o REPLIES --model NAME), then run the same line with "
+            "--import-batch REPLIES instead."
+        )
+        return
+    for warning in summary.warnings():
+        run.warn(warning)
+    if options.max_failures is not None and failed > options.max_failures:
+        raise TooManyFailures(
+            f"{failed} rows failed, more than --max-failures {options.max_failures} "
+            f"({summary.first_failure}). Run the same line again: only those rows are owed."
+        )
+
+
+def _import(options: CallOptions, journal: Journal) -> None:
+    from srt_cli.models.batch import import_replies
+
+    assert options.import_batch is not None
+    taken, without = import_replies(options.import_batch, journal)
+    missing = f"; {without} came without a reply and are owed again" if without else ""
+    console.say(f"{options.import_batch}: {taken} replies taken into the journal{missing}")
+
+
+def _rows_in_journal(
+    scripts: Iterable[Script[CheckedRow]], journal: Journal, summary: CritiqueSummary
+) -> Iterator[tuple[int, CheckedRow]]:
+    for row in replay(scripts, journal.get):
+        summary.calls.from_journal += len(row.answered)
+        if row.result is not None:
+            yield row.index, row.result
+
+
+def forget_rows(
+    scripts: Iterable[Script[CheckedRow]], journal: Journal, statuses: frozenset[str]
+) -> int:
+    """Owe again the step at which rows came to one of these ends; returns how many rows."""
+    rows = 0
+    for row in replay(scripts, journal.get):
+        if row.result is None or row.result.records[-1].status not in statuses:
+            continue
+        rows += 1
+        # A row ends at the step that failed: the trailing calls of one kind, its repeats included.
+        steps = [
+            (call.request.task.kind, key)
+            for call, key in row.answered
+            if call.request.task is not None and call.request.task.kind != "check"
+        ]
+        while steps:
+            kind, key = steps.pop()
+            journal.forget(key)
+            if not steps or steps[-1][0] != kind:
+                break
+    return rows
