@@ -155,6 +155,14 @@ class Estimate:
         return f"${price.cost(usage):.2f}"
 
 
+def _short(tokens: float) -> str:
+    """A number of tokens in few characters."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{unit}"
+    return f"{tokens:.0f}"
+
+
 def look_up_in(journal_path: Path) -> Callable[[bytes], dict[str, Any] | None]:
     """The journal's replies for a plan; a journal that is not there is not made."""
     if not journal_path.exists():
@@ -173,21 +181,26 @@ def show_estimates(
     rows = []
     for identity, estimate in estimates.items():
         spec, price = prices[identity]
+        if not estimate.calls:
+            continue
         batch = price if options.batch or price in (None, FREE) else price and price.of_batch()
         rows.append(
             [
-                spec,
+                Path(parse_spec(spec).name).name,
                 str(estimate.calls),
-                f"{estimate.read:.0f}",
-                f"{estimate.low:.0f} / {estimate.expected:.0f} / {estimate.high:.0f}",
+                _short(estimate.read),
+                "/".join(map(_short, (estimate.low, estimate.expected, estimate.high))),
                 estimate.dollars(price, estimate.low),
                 estimate.dollars(price, estimate.expected),
                 estimate.dollars(price, estimate.high),
                 estimate.dollars(batch, estimate.expected),
             ]
         )
-    columns = ("", "calls", "read", "written", "low", "expected", "high", "as a batch")
-    console.table("owed: calls, tokens (low / expected / high), dollars", columns, rows)
+    if not rows:
+        console.result("nothing is owed")
+        return
+    columns = ("", "calls", "read", "written", "low", "expected", "high", "batch")
+    console.table("owed: calls, tokens (written: low/expected/high), dollars", columns, rows)
     calls = sum(estimate.calls for estimate in estimates.values())
     tokens = sum(estimate.read + estimate.expected for estimate in estimates.values())
     times = []

@@ -27,6 +27,7 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     refusal: str | None = None
+    completion_tokens: int = 7
 
 
 Behaviour = Callable[[dict[str, Any], int], Answer]
@@ -67,6 +68,8 @@ class LoopbackServer:
         return f"{self.url}#tester"
 
     def close(self) -> None:
+        if not self._thread.is_alive():
+            return
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
 
@@ -74,8 +77,7 @@ class LoopbackServer:
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         app = web.Application(client_max_size=1 << 26)
-        app.router.add_post("/v1/chat/completions", self._chat)
-        app.router.add_get("/v1/models", self._list)
+        self.routes(app)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -84,6 +86,11 @@ class LoopbackServer:
         self._ready.set()
         await self._stop.wait()
         await runner.cleanup()
+
+    def routes(self, app: web.Application) -> None:
+        """What the server serves."""
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_get("/v1/models", self._list)
 
     async def _list(self, request: web.Request) -> web.Response:
         rows = [
@@ -114,13 +121,18 @@ def _response(answer: Answer) -> web.Response:
         return web.json_response(
             {"error": answer.error}, status=answer.status, headers=answer.headers
         )
+    return web.json_response(response_body(answer), headers=answer.headers)
+
+
+def response_body(answer: Answer) -> dict[str, Any]:
+    """An answer as a chat completion."""
     message = {"role": "assistant", "content": answer.text, "refusal": answer.refusal}
     choice = {"index": 0, "finish_reason": answer.finish_reason, "message": message}
     usage = {
         "prompt_tokens": 11,
-        "completion_tokens": 7,
-        "total_tokens": 18,
+        "completion_tokens": answer.completion_tokens,
+        "total_tokens": 11 + answer.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 5},
     }
     plain = {"id": "x", "object": "chat.completion", "created": 0, "model": "tester"}
-    return web.json_response(plain | {"choices": [choice], "usage": usage}, headers=answer.headers)
+    return plain | {"choices": [choice], "usage": usage}

@@ -1,6 +1,11 @@
 """The client against a real server on loopback: each cause of trouble has its own answer."""
 
+import http.server
+import shutil
 import socket
+import ssl
+import subprocess
+import threading
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -8,7 +13,7 @@ from loopback_server import Answer, LoopbackServer, as_policy_and_critic
 
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, open_model
-from srt_cli.models.limits import AdaptiveLimit
+from srt_cli.models.limits import AdaptiveLimit, Pace, parse_duration_s
 from srt_cli.records import Message
 
 
@@ -260,6 +265,116 @@ def test_a_limit_whose_slots_are_not_used_does_not_grow():
         limit.start()
         limit.succeeded()
     assert limit.limit == 16
+
+
+def test_the_users_requests_a_minute_are_kept(serve):
+    server = serve(lambda body, number: Answer())
+    ask(server.spec, requests(16), rpm=600)
+    # Ten a second, of which one second's worth may burst: the last five take their time.
+    assert server.times[-1] - server.times[0] >= 0.4
+
+
+def test_the_users_tokens_a_minute_are_kept(serve):
+    server = serve(lambda body, number: Answer())
+    ask(server.spec, requests(60), tpm=60 * 600)
+    # 18 tokens a reply, 600 a second: sixty of them take the better part of a second more.
+    assert server.times[-1] - server.times[0] >= 0.5
+
+
+def test_limits_are_learnt_from_the_servers_headers(serve):
+    headers = {"x-ratelimit-limit-requests": "60000", "x-ratelimit-limit-tokens": "9000000"}
+    server = serve(lambda body, number: Answer(headers=headers))
+    model = open_model(server.spec, ModelOptions(tpm=5e6))
+    for future in model.submit(requests(3)):
+        future.result(20)
+    assert model.describe()["rate_limits"] == {"rpm": 60000, "tpm": 5e6}
+    model.close()
+
+
+def test_nothing_is_sent_while_the_server_says_that_nothing_remains(serve):
+    empty = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "400ms"}
+    server = serve(lambda body, number: Answer(headers=empty if number == 1 else {}))
+    ask(server.spec, requests(2), concurrency=1)
+    assert server.times[1] - server.times[0] >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("12ms", 0.012),
+        ("1s", 1.0),
+        ("6m0s", 360.0),
+        ("1h2m3.5s", 3723.5),
+        ("7", 7.0),
+        ("soon", None),
+    ],
+)
+def test_reset_headers_are_read(text, seconds):
+    assert parse_duration_s(text) == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_scattered_refusals_do_not_slow_the_others(serve):
+    seen = set()
+
+    def behaviour(body, number):
+        name = body["messages"][0]["content"]
+        first = name not in seen
+        seen.add(name)
+        if first and int(name.split()[-1]) % 20 == 0:
+            return Answer(status=429, error={"message": "x"}, headers={"retry-after": "0.2"})
+        return Answer(delay_s=0.01)
+
+    server = serve(behaviour)
+    model = open_model(server.spec, ModelOptions())
+    for future in model.submit(requests(200)):
+        assert future.result(20).finish_reason == "stop"
+    described = model.describe()
+    model.close()
+    assert described["causes_of_retries"] == {"throttled": 10}
+    assert described["requests_per_second_found"] is None
+
+
+def test_the_pace_settles_where_the_server_admits():
+    """A simulated server admits 50 a second; the client is told nothing but yes or no."""
+    now = 0.0
+    pace, level, admitted, refused = Pace(clock=lambda: now), 5.0, 0, 0
+    for _ in range(200_000):
+        now += 0.001
+        level = min(5.0, level + 0.05)
+        if pace.wait_s() > 0 or (pace.per_second is None and now * 1000 % 5 > 1):
+            continue
+        pace.start()
+        if level >= 1:
+            level -= 1
+            admitted += 1
+            pace.succeeded()
+        else:
+            refused += 1
+            pace.refused(now)
+    assert admitted / now > 0.9 * 50
+    assert refused / (admitted + refused) < 0.05
+
+
+def test_a_malformed_reply_is_asked_for_again_and_takes_no_endpoint_down(serve):
+    server = serve(lambda body, number: Answer(body=b'{"choi') if number == 2 else Answer())
+    replies = ask(server.spec, requests(4), concurrency=1)
+    assert [reply.finish_reason for reply in replies] == ["stop"] * 4
+    assert server.times[-1] - server.times[0] < 2
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_a_certificate_that_is_not_trusted_is_said(tmp_path):
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "key.pem",
+            "-out", "cert.pem", "-days", "1", "-subj", "/CN=localhost"]  # fmt: skip
+    subprocess.run(made, cwd=tmp_path, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(SrtError, match="its certificate is not trusted"):
+        ask(f"https://127.0.0.1:{server.server_address[1]}/v1#tester", requests())
+    server.shutdown()
 
 
 def test_without_a_key_gpt_4_says_so_before_any_work(srt, tmp_path):

@@ -197,7 +197,7 @@ class ApiModel:
                 if not self._budget.reserve(self.price, self._jobs[0].most):
                     wait = float("inf")
                     if self._budget.in_flight == 0:
-                        self._give_up(self._budget.error())
+                        self._give_up(self._budget.error(self.price, self._jobs[0].most))
                     break
                 job = self._jobs.popleft()
                 task = asyncio.create_task(self._serve(job, self._begin(job)))
@@ -302,14 +302,15 @@ class ApiModel:
     async def _throttle(self, refused: Refused, job: _Job, started: float) -> None:
         """Too fast: slow down for all, and let this job wait as long as the server asks."""
         self._causes["throttled"] += 1
-        if self._pace.refused():
+        if self._pace.refused(started):
             self._limit.refused(started, refused.retry_after_s)
         else:
             self._limit.released()
         self._rate.learn(refused.headers)
         self._notify()
         wait = refused.retry_after_s if refused.retry_after_s is not None else DEFAULT_PAUSE_S
-        await asyncio.sleep(min(wait, LONGEST_PAUSE_S))
+        # Not all at once again: those refused together come back spread out.
+        await asyncio.sleep(min(wait, LONGEST_PAUSE_S) * random.uniform(1.0, 1.2))
         self._jobs.appendleft(job)
 
     async def _try_later(self, cause: str, message: str, endpoint: Endpoint, job: _Job) -> None:

@@ -136,8 +136,9 @@ class BatchModel:
             console.say(f"{len(left)} requests expired; asking again, round {round_number + 1}")
         for ask in left.values():
             self._settle(ask, Reply("", "failed", error="expired in every batch"))
-        if any(not _settled(ask) for ask in asks.values()):
-            _fail(asks, self._budget.error())
+        unsent = [ask for ask in asks.values() if not _settled(ask)]
+        if unsent:
+            _fail(asks, self._budget.error(self.price, most_tokens(unsent[0].request)))
 
     def _reserved(self, asks: dict[str, _Ask]) -> dict[str, _Ask]:
         """The requests that the budget allows; those known already cost nothing again."""

@@ -182,8 +182,8 @@ class Budget:
         for listener in self._listeners:
             listener()
 
-    def error(self) -> BudgetReached:
-        """Why nothing more is sent, and how to go on."""
+    def error(self, price: Price | None, most: Usage) -> BudgetReached:
+        """Why a request that may use so much is not sent, and how to go on."""
         caps = []
         if self.max_cost is not None:
             caps.append(f"--max-cost {self.max_cost:g} (spent ${self.cost:.4f})")
@@ -191,9 +191,12 @@ class Budget:
             caps.append(f"--max-tokens-total {self.max_tokens} (used {self.tokens})")
         if self.max_requests is not None:
             caps.append(f"--max-requests {self.max_requests} (sent {self.requests})")
+        tokens = most.prompt_tokens + most.completion_tokens
+        dollars = f", ${price.cost(most):.4f}" if price is not None else ""
         return BudgetReached(
-            f"the budget does not allow another request: {', '.join(caps)}. What is answered is "
-            "kept; run the same line with a higher cap to go on."
+            f"the budget does not allow another request: {', '.join(caps)}; the next may take up to "
+            f"{tokens} tokens{dollars}. What is answered is kept; run the same line with a higher "
+            "cap to go on."
         )
 
 

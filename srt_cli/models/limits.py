@@ -10,6 +10,7 @@ from typing import Final
 FIRST_LIMIT: Final = 16.0
 HIGHEST_LIMIT: Final = 512
 CUT: Final = 0.7
+GROWTH: Final = 0.05
 USED_ENOUGH: Final = 0.8
 DEFAULT_PAUSE_S: Final = 2.0
 LONGEST_PAUSE_S: Final = 120.0
@@ -21,8 +22,9 @@ Clock = Callable[[], float]
 class AdaptiveLimit:
     """Additive increase, multiplicative decrease over the requests in flight.
 
-    Doubles each round trip until the first refusal, then grows by one a round trip, and only while
-    its slots are used. A burst of refusals is cut once. `fixed` holds it where the user wants it.
+    Doubles each round trip until a first burst of refusals, then grows by a twentieth (at least by
+    one) a round trip, and only while its slots are used. A burst is cut once. `fixed` holds it
+    where the user wants it.
     """
 
     fixed: int | None = None
@@ -32,6 +34,7 @@ class AdaptiveLimit:
     peak: int = 0
     _limit: float = field(init=False)
     _slow_start: bool = True
+    _succeeded: bool = False
     _paused_until: float = 0.0
     _cut_at: float = float("-inf")
 
@@ -57,10 +60,11 @@ class AdaptiveLimit:
 
     def succeeded(self) -> None:
         """A reply came: give the slot back, and grow if the slots were used."""
+        self._succeeded = True
         used = self.in_flight >= USED_ENOUGH * self._limit
         self.in_flight -= 1
         if self.fixed is None and used:
-            step = 1.0 if self._slow_start else 1.0 / self._limit
+            step = 1.0 if self._slow_start else max(GROWTH, 1.0 / self._limit)
             self._limit = min(HIGHEST_LIMIT, self._limit + step)
 
     def refused(self, started: float, retry_after_s: float | None) -> None:
@@ -78,7 +82,8 @@ class AdaptiveLimit:
         if now - self._cut_at < wait:
             self._paused_until = now + min(wait, LONGEST_PAUSE_S)
         self._cut_at = now
-        self._slow_start = False
+        # Before the first replies, a refusal tells of the burst at the start, not of the level.
+        self._slow_start = self._slow_start and not self._succeeded
         self.cuts += 1
         if self.fixed is None:
             self._limit = max(1.0, self._limit * CUT)
@@ -128,17 +133,17 @@ class Bucket:
 
 
 MEASURED_OVER_S: Final = 3.0
+LEAST_MEASURED_S: Final = 0.5
 OUTCOMES_KEPT: Final = 100
-LEAST_REFUSALS: Final = 3
+LEAST_REFUSALS: Final = 6
 REFUSED_SHARE_TO_CUT: Final = 0.15
-REFUSED_SHARE_TO_GROW: Final = 0.01
 REFUSED_SHARE_TO_SHRINK: Final = 0.025
-SHRINKAGE_A_SECOND: Final = 0.05
-LEAST_OF_MEASURED: Final = 0.8
+QUIET_TO_GROW_S: Final = 0.4
 BELOW_MEASURED: Final = 0.95
-ENOUGH_TO_MEASURE: Final = 10
+LEAST_OF_MEASURED: Final = 0.8
 FIRST_GROWTH_A_SECOND: Final = 1.0
 LEAST_GROWTH_A_SECOND: Final = 0.01
+SHRINKAGE_A_SECOND: Final = 0.05
 LEAST_PER_S: Final = 0.2
 
 
@@ -147,20 +152,23 @@ class Pace:
     """Requests a second that the server has shown to admit; unknown until it refuses in earnest.
 
     A single refusal is that request's own affair. When more than 15 % of the last requests are
-    refused, the pace is set a little under the rate of the successes just measured, and creeps up
-    from there until refusals begin to show. So a server that limits by the minute is neither
-    stormed nor left idle, without sending a single header.
+    refused, the pace is set a little under what was admitted lately; from there it grows while
+    nothing is refused, shrinks gently while a few are, and the growth halves at each turn. So a
+    server that limits by the minute is neither stormed nor left idle, without sending a header.
     """
 
     clock: Clock = time.monotonic
     per_second: float | None = None
-    _started: float | None = None
-    _successes: deque[float] = field(default_factory=deque)
+    _begun: float | None = None
+    _starts: deque[float] = field(default_factory=deque)
+    _refusals: deque[float] = field(default_factory=deque)
     _outcomes: deque[bool] = field(default_factory=lambda: deque(maxlen=OUTCOMES_KEPT))
     _bucket: Bucket = field(init=False)
+    _cut_at: float = float("-inf")
+    _changed_at: float = 0.0
     _growth: float = FIRST_GROWTH_A_SECOND
-    _least: float = 0.0
-    _grown_at: float = 0.0
+    _growing: bool = True
+    _least: float = LEAST_PER_S
 
     def __post_init__(self) -> None:
         self._bucket = Bucket(None, self.clock, burst_s=0.02)
@@ -170,56 +178,64 @@ class Pace:
         if self.per_second is None:
             return 0.0
         now = self.clock()
-        share = self._refused_share()
-        if share <= REFUSED_SHARE_TO_GROW:
-            self.per_second *= (1 + self._growth) ** (now - self._grown_at)
-        elif share > REFUSED_SHARE_TO_SHRINK:
-            shrunk = self.per_second * (1 - SHRINKAGE_A_SECOND) ** (now - self._grown_at)
+        passed, self._changed_at = now - self._changed_at, now
+        quiet_since = max(self._cut_at, self._refusals[-1] if self._refusals else self._cut_at)
+        if self._refused_share() > REFUSED_SHARE_TO_SHRINK:
+            if self._growing:
+                self._turn()
+            shrunk = self.per_second * (1 - SHRINKAGE_A_SECOND) ** passed
             self.per_second = max(min(self.per_second, self._least), shrunk)
-        self._grown_at = now
+        elif now - quiet_since > QUIET_TO_GROW_S:
+            self._growing = True
+            self.per_second *= (1 + self._growth) ** passed
         self._bucket.per_minute = 60 * self.per_second
         return self._bucket.wait_s()
 
     def start(self) -> None:
         """A request goes out."""
-        if self._started is None:
-            self._started = self.clock()
+        now = self.clock()
+        if self._begun is None:
+            self._begun = now
+        self._starts.append(now)
+        for times in (self._starts, self._refusals):
+            while times and times[0] < now - MEASURED_OVER_S:
+                times.popleft()
         self._bucket.take(1)
 
     def succeeded(self) -> None:
         """A reply came."""
-        now = self.clock()
         self._outcomes.append(True)
-        self._successes.append(now)
-        while self._successes[0] < now - MEASURED_OVER_S:
-            self._successes.popleft()
 
-    def refused(self) -> bool:
+    def refused(self, started: float) -> bool:
         """A request was refused; true when that makes too many, and the pace was cut."""
+        now = self.clock()
+        self._refusals.append(now)
+        # Requests sent before the last cut tell nothing new.
+        if started <= self._cut_at:
+            return False
         self._outcomes.append(False)
         refusals = self._outcomes.count(False)
         if refusals < LEAST_REFUSALS or self._refused_share() <= REFUSED_SHARE_TO_CUT:
             return False
-        now = self.clock()
-        begun = self._started if self._started is not None else now
-        over = min(MEASURED_OVER_S, max(now - begun, 0.2))
-        recent = sum(at >= now - over for at in self._successes)
-        known = self.per_second
-        if recent >= ENOUGH_TO_MEASURE:
-            measured = BELOW_MEASURED * recent / over
-            self.per_second = measured if known is None else min(measured, BELOW_MEASURED * known)
-        elif known is not None:
-            self.per_second = max(LEAST_PER_S, CUT * known)
-        self._least = LEAST_OF_MEASURED * (self.per_second or 0.0)
-        if known is not None:
-            self._growth = max(LEAST_GROWTH_A_SECOND, self._growth / 2)
-        self._grown_at = now
+        measured_over = min(MEASURED_OVER_S, now - (self._begun or 0.0))
+        if measured_over >= LEAST_MEASURED_S:
+            admitted = max(0, len(self._starts) - len(self._refusals)) / measured_over
+            known = self.per_second if self.per_second is not None else float("inf")
+            self.per_second = max(LEAST_PER_S, BELOW_MEASURED * min(admitted, known))
+            self._least = LEAST_OF_MEASURED * self.per_second
+            if self._growing and known != float("inf"):
+                self._turn()
+        self._cut_at = self._changed_at = now
         # The next cut wants new evidence.
         self._outcomes.clear()
         return True
 
+    def _turn(self) -> None:
+        self._growing = False
+        self._growth = max(LEAST_GROWTH_A_SECOND, self._growth / 2)
+
     def _refused_share(self) -> float:
-        return self._outcomes.count(False) / max(1, len(self._outcomes))
+        return self._outcomes.count(False) / max(20, len(self._outcomes))
 
 
 @dataclass

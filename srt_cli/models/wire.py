@@ -137,9 +137,11 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _cause_of(error: BaseException) -> str:
-    # The transport reports refused and broken connections as timeouts; their roots tell them apart.
+    # The transport calls refused, broken and untrusted connections timeouts; their roots do not.
+    root = _chain(error)[-1]
     names = " ".join(type(link).__name__ for link in _chain(error))
-    if isinstance(_chain(error)[-1], ConnectionError) or "Disconnected" in names:
+    broken = isinstance(root, OSError) and not isinstance(root, TimeoutError)
+    if broken or "Disconnected" in names:
         return "no connection"
     return "timeout" if "Timeout" in names else "no connection"
 

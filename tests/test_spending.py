@@ -1,0 +1,378 @@
+"""Nothing is paid twice, no cap is passed, and what a run will cost is said before it begins."""
+
+import json
+import re
+
+import pytest
+from batch_server import BatchServer
+from conftest import read_jsonl, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from loopback_server import CRITIQUE, Answer, LoopbackServer, as_policy_and_critic
+
+from srt_cli.models import parse_spec
+from srt_cli.models.budget import Budget, Price, parse_prices, price_of
+from srt_cli.records import Usage
+
+PRICE = ("--price", "tester=10/1000")
+GOOD = CRITIQUE.format(score=4)
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(behaviour, kind=LoopbackServer, **options):
+        servers.append(kind(behaviour, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    def write(count, response="A short draft."):
+        rows = [{"id": str(n), "prompt": f"q{n}", "response": response} for n in range(count)]
+        write_jsonl(tmp_path / "prompts.jsonl", rows)
+
+    return write
+
+
+def collect(srt, server, *extra):
+    return srt("collect-feedback", "--critic", server.spec, *extra)
+
+
+def of_any_length(body, number):
+    """Replies whose lengths differ a hundredfold."""
+    answer = as_policy_and_critic(body, number)
+    answer.completion_tokens = 1 + (number * 7919) % 150
+    answer.delay_s = 0.01 * (number % 3)
+    return answer
+
+
+def spent(server, answers):
+    return sum(11 * 10 + answer * 1000 for answer in answers) / 1_000_000
+
+
+def test_a_cost_cap_is_never_passed_and_a_higher_one_goes_on(srt, serve, prompts, tmp_path):
+    paid = []
+
+    def behaviour(body, number):
+        answer = of_any_length(body, number)
+        paid.append(answer.completion_tokens)
+        return answer
+
+    server = serve(behaviour)
+    prompts(60)
+    line = ("--critic-max-tokens", 150, "--concurrency", 64, *PRICE)
+    stopped = collect(srt, server, *line, "--max-cost", 4)
+    assert stopped.code == 4
+    assert "run the same line with a higher cap to go on" in stopped.stderr
+    assert 3 < spent(server, paid) <= 4
+    manifest = json.loads((tmp_path / "feedback.run.json").read_text())
+    assert manifest["status"] == "interrupted"
+    assert manifest["cost"]["dollars"] == pytest.approx(spent(server, paid))
+    finished = collect(srt, server, *line, "--max-cost", 20)
+    assert finished.code == 0
+    assert len(server.requests) == 120
+    assert len({json.dumps(request) for request in server.requests}) == 120
+    assert f"cost: ${spent(server, paid):.4f}" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("cap", "most"), [(("--max-requests", 7), 7), (("--max-tokens-total", 2500), 2500 // 18)]
+)
+def test_other_caps_hold_too(srt, serve, prompts, cap, most):
+    server = serve(as_policy_and_critic)
+    prompts(100)
+    stopped = collect(srt, server, "--critic-max-tokens", 50, *cap)
+    assert stopped.code == 4
+    assert 0 < len(server.requests) <= most
+
+
+def test_a_cap_on_an_unknown_price_is_refused(srt, serve, prompts):
+    server = serve(as_policy_and_critic)
+    prompts(1)
+    refused = collect(srt, server, "--max-cost", 1)
+    assert refused.code == 2
+    assert "the price of tester is not known" in refused.stderr
+    assert not server.requests
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400), st.floats(0, 1)), max_size=40),
+    st.integers(0, 5000),
+)
+def test_reservations_keep_the_sum_under_the_cap(calls, cap):
+    budget = Budget(max_tokens=cap)
+    waiting = []
+    for read, written, share in calls:
+        most = Usage(prompt_tokens=read, completion_tokens=written)
+        if budget.reserve(None, most):
+            waiting.append((most, Usage(prompt_tokens=round(share * read))))
+        if len(waiting) > 3:
+            budget.settle(None, *waiting.pop(0))
+        assert budget.tokens <= cap
+    for most, used in waiting:
+        budget.settle(None, most, used)
+    assert budget.tokens <= cap
+    assert budget.in_flight == 0
+
+
+def test_prices_are_listed_given_or_unknown_but_never_nothing():
+    assert price_of(parse_spec("gpt-4"), {}) == Price(30, 60)
+    assert price_of(parse_spec("gpt-4o-2024-08-06"), {}) == Price(2.5, 10, 1.25)
+    assert price_of(parse_spec("gpt-99"), {}) is None
+    assert price_of(parse_spec("http://h/v1#llama"), {}) is None
+    given = parse_prices(["llama=0.1/0.2/0.05"])
+    price = price_of(parse_spec("http://h/v1#llama"), given)
+    usage = Usage(prompt_tokens=1000, cached_tokens=600, completion_tokens=500)
+    assert price.cost(usage) == pytest.approx((400 * 0.1 + 600 * 0.05 + 500 * 0.2) / 1e6)
+
+
+@pytest.mark.parametrize("text", ["gpt-4", "gpt-4=", "gpt-4=a/b", "gpt-4=1", "=1/2", "x=-1/2"])
+def test_a_malformed_price_is_refused(srt, prompts, serve, text):
+    prompts(1)
+    finished = collect(srt, serve(as_policy_and_critic), "--price", text)
+    assert finished.code == 2
+    assert "write NAME=INPUT/OUTPUT" in finished.stderr
+
+
+def test_a_dry_run_sends_and_writes_nothing(srt, serve, prompts, tmp_path):
+    server = serve(as_policy_and_critic)
+    prompts(10)
+    planned = collect(srt, server, "--dry-run", *PRICE, "--rpm", 4)
+    assert planned.code == 0
+    assert "rows: 10, of which 0 are answered in the journal" in planned.stdout
+    assert "time: at least 5 min (--rpm 4)" in planned.stdout
+    # 10 x (450 + 180) expected tokens at $1000 a million are $6.30, and a few cents to read.
+    dollars = [float(found) for found in re.findall(r"\$(\d+\.\d\d)", planned.stdout)]
+    low, expected, high, batch = dollars
+    assert low < expected < high
+    assert expected == pytest.approx(6.32, abs=0.05)
+    assert batch == pytest.approx(expected / 2, abs=0.01)
+    assert not server.requests
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def test_a_dry_run_knows_what_the_journal_has(srt, serve, prompts):
+    server = serve(as_policy_and_critic)
+    prompts(10)
+    assert collect(srt, server, "--limit", 4).code == 0
+    planned = collect(srt, server, "--dry-run")
+    assert "rows: 10, of which 4 are answered in the journal" in planned.stdout
+    assert "unknown" in planned.stdout
+    assert "$0" not in planned.stdout
+
+
+def test_reparse_rebuilds_the_output_without_a_call(srt, serve, prompts, tmp_path):
+    server = serve(as_policy_and_critic)
+    prompts(5)
+    assert collect(srt, server).code == 0
+    before = (tmp_path / "feedback.jsonl").read_bytes()
+    (tmp_path / "feedback.jsonl").unlink()
+    server.close()
+    rebuilt = collect(srt, server, "--reparse")
+    assert rebuilt.code == 0
+    assert (tmp_path / "feedback.jsonl").read_bytes() == before
+    assert "0 made, 10 taken from the journal" in rebuilt.stderr
+    prompts(7)
+    partly = collect(srt, server, "--reparse", "--overwrite")
+    assert "2 of 7 rows are not in the journal" in partly.stderr
+    assert len(read_jsonl(tmp_path / "feedback.jsonl")) == 5
+
+
+def first_unread(body, number):
+    """A critic whose first reply to anything lacks a score."""
+    if len(body["messages"]) == 1 and not body.get("stop"):
+        return Answer(text="Weaknesses: Dull.\nSuggestions: Spirit.\n\n### Improved Response\nX")
+    return Answer(text=GOOD.replace("It is grand!", "It is grand, again!"))
+
+
+def test_an_unread_reply_is_asked_for_again_with_the_complaint(srt, serve, prompts, tmp_path):
+    server = serve(first_unread)
+    prompts(2)
+    finished = collect(srt, server)
+    assert finished.code == 0
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "ok"]
+    assert rows[0]["raw"]["critique unread 1"].startswith("Weaknesses: Dull.")
+    asked = next(r for r in server.requests if len(r["messages"]) == 3)
+    assert asked["messages"][1]["content"].startswith("Weaknesses: Dull.")
+    assert "cannot be used: no overall score" in asked["messages"][2]["content"]
+    assert "2 asked again" in finished.stderr
+    assert len(server.requests) == 6
+
+
+def test_without_reasks_the_row_is_kept_as_unparsed(srt, serve, prompts, tmp_path):
+    server = serve(first_unread)
+    prompts(2)
+    assert collect(srt, server, "--max-reasks", 0).code == 0
+    (row, _) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert (row["status"], row["reason"]) == ("unparsed", "critique: no overall score")
+    assert len(server.requests) == 2
+
+
+def test_a_reply_cut_off_gets_more_room_once(srt, serve, prompts, tmp_path):
+    def behaviour(body, number):
+        if body["max_tokens"] == 100 and not body.get("stop"):
+            return Answer(text="Weaknesses: Du", finish_reason="length")
+        return as_policy_and_critic(body, number)
+
+    server = serve(behaviour)
+    prompts(1)
+    assert collect(srt, server, "--critic-max-tokens", 100).code == 0
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert row["status"] == "ok"
+    assert [request["max_tokens"] for request in server.requests] == [100, 200, 100]
+
+
+def test_a_reply_that_stays_cut_off_is_truncated(srt, serve, prompts, tmp_path):
+    server = serve(lambda body, number: Answer(text="Weaknesses: Du", finish_reason="length"))
+    prompts(1)
+    assert collect(srt, server).code == 0
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert row["status"] == "truncated"
+    assert len(server.requests) == 2
+
+
+def test_retry_failed_owes_those_rows_alone(srt, serve, prompts, tmp_path):
+    mended = []
+
+    def behaviour(body, number):
+        if "q1" in body["messages"][0]["content"] and not mended:
+            return Answer(text="no critique at all")
+        return as_policy_and_critic(body, number)
+
+    server = serve(behaviour)
+    prompts(3)
+    collect(srt, server, "--max-reasks", 0)
+    assert [row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")].count("ok") == 2
+    made = len(server.requests)
+    mended.append(True)
+    assert collect(srt, server, "--max-reasks", 0).code == 0
+    assert len(server.requests) == made
+    again = collect(srt, server, "--max-reasks", 0, "--retry-failed", "unparsed")
+    assert "1 rows that ended unparsed are owed again" in again.stderr
+    assert len(server.requests) == made + 2
+    assert {row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")} == {"ok"}
+    assert collect(srt, server, "--max-reasks", 0).code == 0
+    assert len(server.requests) == made + 2
+
+
+def test_an_unknown_status_to_retry_is_refused(srt, serve, prompts):
+    prompts(1)
+    finished = collect(srt, serve(as_policy_and_critic), "--retry-failed", "ok")
+    assert finished.code == 2
+    assert "name some of unparsed, truncated, refused, failed, or all" in finished.stderr
+
+
+# --- The Batch API -----------------------------------------------------------------------------
+
+BATCH = ("--batch", "--batch-poll", 0.01)
+
+
+def test_a_batch_gives_what_single_calls_give(srt, serve, prompts, tmp_path):
+    prompts(9)
+    server = serve(as_policy_and_critic, BatchServer)
+    assert collect(srt, server, "--out", "single.jsonl").code == 0
+    batched = collect(srt, server, "--out", "batched.jsonl", *BATCH, *PRICE)
+    assert batched.code == 0, batched.stderr
+    same = [(tmp_path / name).read_bytes() for name in ("single.jsonl", "batched.jsonl")]
+    assert same[0] == same[1]
+    # All critiques in one batch, all blind scores in the next.
+    assert len(server.batches) == 2
+    cost = 18 * (11 * 10 + 7 * 1000) / 1_000_000 / 2
+    assert f"cost: ${cost:.4f}" in batched.stderr
+
+
+def test_expired_requests_alone_are_asked_again(srt, serve, prompts, tmp_path):
+    prompts(6)
+    late = set()
+
+    def fate(identifier, times):
+        if times == 1 and len(late) < 2:
+            late.add(identifier)
+            return "expired"
+        return "ok"
+
+    server = serve(as_policy_and_critic, BatchServer, fate=fate)
+    assert collect(srt, server, *BATCH).code == 0
+    assert {row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")} == {"ok"}
+    assert len(server.asked) == 12 + 2
+
+
+def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path, monkeypatch):
+    prompts(4)
+    server = serve(as_policy_and_critic, BatchServer, looks=3)
+
+    def killed(self, plan, batch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("srt_cli.models.batch.BatchModel._collect", killed)
+        assert collect(srt, server, *BATCH).code == 130
+    assert len(server.batches) == 1
+    again = collect(srt, server, *BATCH)
+    assert again.code == 0
+    assert "batch batch_0: found again" in again.stderr
+    assert len(server.batches) == 2
+    assert len(server.asked) == 8
+
+
+def test_an_exported_batch_is_answered_elsewhere_and_imported(srt, serve, prompts, tmp_path):
+    prompts(3)
+    server = serve(as_policy_and_critic)
+    assert collect(srt, server, "--out", "single.jsonl").code == 0
+    for step in (1, 2):
+        exported = collect(srt, server, "--export-batch", f"ask{step}.jsonl")
+        assert exported.code == 0, exported.stderr
+        assert f"3 requests are in ask{step}.jsonl" in exported.stderr
+        replies = []
+        for line in read_jsonl(tmp_path / f"ask{step}.jsonl"):
+            assert (line["method"], line["url"]) == ("POST", "/v1/chat/completions")
+            text = as_policy_and_critic(line["body"], 0).text
+            choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            usage = {"prompt_tokens": 11, "completion_tokens": 7,
+                     "prompt_tokens_details": {"cached_tokens": 5}}  # fmt: skip
+            body = {"choices": [choice], "usage": usage}
+            replies.append({"custom_id": line["custom_id"],
+                            "response": {"status_code": 200, "body": body}})  # fmt: skip
+        write_jsonl(tmp_path / f"replies{step}.jsonl", reversed(replies))
+        made = len(server.requests)
+        imported = collect(srt, server, "--import-batch", f"replies{step}.jsonl", "--reparse")
+        assert "3 replies taken into the journal" in imported.stderr
+        assert len(server.requests) == made
+    assert imported.code == 0
+    same = [(tmp_path / name).read_bytes() for name in ("single.jsonl", "feedback.jsonl")]
+    assert same[0] == same[1]
+
+
+def test_a_file_that_is_no_batch_output_is_refused(srt, serve, prompts, tmp_path):
+    prompts(1)
+    write_jsonl(tmp_path / "other.jsonl", [{"prompt": "x"}])
+    finished = collect(srt, serve(as_policy_and_critic), "--import-batch", "other.jsonl")
+    assert finished.code == 1
+    assert "other.jsonl:1: not a reply to an exported request" in finished.stderr
+
+
+def test_contradicting_options_are_refused(srt, serve, prompts):
+    prompts(1)
+    finished = collect(srt, serve(as_policy_and_critic), "--batch", "--dry-run")
+    assert finished.code == 2
+    assert "--dry-run and --batch: choose one of them." in finished.stderr
+
+
+def test_the_critics_page_shows_its_scores_and_doubts(srt, serve, prompts, tmp_path):
+    prompts(12)
+    assert collect(srt, serve(as_policy_and_critic), "--report", "critic.html").code == 0
+    page = (tmp_path / "critic.html").read_text()
+    assert "Read with care" in page
+    assert "gave every one of 12 drafts the score 4" in page
+    assert "entropy of the drafts&#x27; scores" in page
+    tallies = json.loads((tmp_path / "feedback.run.json").read_text())["tallies"]
+    assert tallies["score_entropy_bits"] == 0
+    assert tallies["repeated_weaknesses"] == 1
+    assert tallies["replies"] == {"as asked": 24}
