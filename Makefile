@@ -1,4 +1,5 @@
 # make demo: the whole method on a real model, without key or GPU.   make test: lint and every test.
+# make bench: how fast and how frugal calls to an API are, measured here.
 # Both make their own virtual environment from the pinned set; nothing need be installed before.
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DEMO ?= build/quickstart
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint bench clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,6 +37,10 @@ lint: $(INSTALLED)
 
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Times on a busy machine mean little; ratios in one run do. `make bench ONLY='kill quota'` runs a part.
+bench: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/collect.py $(ONLY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

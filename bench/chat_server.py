@@ -90,8 +90,9 @@ class Server:
         plan = self.behaviour
         if not self._admits():
             return refusal(429, "rate_limit_exceeded", plan.retry_after_s)
-        if plan.quota is not None and self.counts["200"] + self.in_flight > plan.quota:
+        if plan.quota is not None and self.counts["granted"] >= plan.quota:
             return refusal(429, "insufficient_quota", None)
+        self.counts["granted"] += 1
         await asyncio.sleep(plan.latency_s * (1 + plan.jitter * (2 * share_of(name, "l") - 1)))
         body = json.loads(text)
         for fault, share in plan.faults.items():

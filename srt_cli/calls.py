@@ -12,8 +12,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
+from srt_cli import console
 from srt_cli.journal import Journal, request_key
 from srt_cli.models import (
     Model,
@@ -23,6 +24,9 @@ from srt_cli.models import (
     reply_from_plain,
     reply_to_plain,
 )
+
+QUICK_FINISH_S: Final = 1.0
+LONG_FINISH_S: Final = 60.0
 
 Result = TypeVar("Result")
 
@@ -150,6 +154,16 @@ class _Conductor(Generic[Result]):
         """Wait for the next reply and keep it; a fatal error of its model is raised here."""
         return self._keep(*self.finished.get())
 
+    def finish(self) -> None:
+        """Wait a while for replies under way, which are paid for; a second Ctrl-C ends the wait."""
+        under_way = [self.models[name] for name, count in self.in_flight.items() if count]
+        # All are told to stop before any is waited for.
+        slow = [model for model in under_way if not model.finish(QUICK_FINISH_S)]
+        if slow:
+            console.say("waiting for the calls under way; Ctrl-C again leaves them")
+        for model in slow:
+            model.finish(LONG_FINISH_S)
+
     def keep_finished(self) -> None:
         """Journal replies that came in but were not looked at: an ending run has paid for them."""
         while not self.finished.empty():
@@ -179,7 +193,7 @@ def conduct(
     *,
     window: int,
     tally: Tally | None = None,
-) -> Iterator[tuple[int, Result]]:
+) -> Generator[tuple[int, Result], None, None]:
     """Run the scripts, at most `window` rows at a time; yields (row index, result) as rows finish.
 
     Failed calls are not journalled, so a later run owes them again. Raises what a model raises
@@ -189,7 +203,10 @@ def conduct(
     try:
         yield from _run(conductor, enumerate(scripts))
     finally:
-        conductor.keep_finished()
+        try:
+            conductor.finish()
+        finally:
+            conductor.keep_finished()
 
 
 def _run(

@@ -4,7 +4,8 @@ Both feedback stages hand their prompts and models in here; what happens to one 
 `critique.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
@@ -112,7 +113,7 @@ def run_critiques(run: Run, work: Work, options: CallOptions) -> CritiqueSummary
             rows = _rows_in_journal(work.scripts(), journal, summary)
         else:
             rows = conduct(work.scripts(), journal, window=window, tally=summary.calls)
-        with console.progress("criticising", expected) as progress:
+        with console.progress("criticising", expected) as progress, closing(rows):
             for index, row in rows:
                 writer.add(index, row.records)
                 summary.add(row.records, row.verdicts)
@@ -175,7 +176,7 @@ def _import(options: CallOptions, journal: Journal) -> None:
 
 def _rows_in_journal(
     scripts: Iterable[Script[CheckedRow]], journal: Journal, summary: CritiqueSummary
-) -> Iterator[tuple[int, CheckedRow]]:
+) -> Generator[tuple[int, CheckedRow], None, None]:
     for row in replay(scripts, journal.get):
         summary.calls.from_journal += len(row.answered)
         if row.result is not None:

@@ -38,6 +38,9 @@ class Echo:
                 futures[position].set_result(Reply(text=text.upper(), finish_reason="stop"))
         return futures
 
+    def finish(self, seconds):
+        return True
+
 
 def ask(model, text):
     return Call(model, Request((Message(role="user", content=text),), max_tokens=5), text)

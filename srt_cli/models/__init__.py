@@ -85,6 +85,13 @@ class Model(Protocol):
         """
         ...
 
+    def finish(self, seconds: float) -> bool:
+        """Send nothing further, and wait so long for replies that are under way and cost money.
+
+        True when none is under way any more.
+        """
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What the manifest should know: weights, device, dtype and why, endpoint quirks."""
         ...

@@ -34,6 +34,7 @@ MOST_ATTEMPTS: Final = 5
 ATTEMPTS_BEFORE_FIRST_SUCCESS: Final = 3
 FIRST_BACKOFF_S: Final = 0.5
 LONGEST_BACKOFF_S: Final = 30.0
+LOOK_EVERY_S: Final = 0.02
 DOWN_FOR_S: Final = 30.0
 DOWN_BEFORE_FIRST_SUCCESS_S: Final = 1.0
 NO_KEY: Final = "none"
@@ -126,6 +127,16 @@ class ApiModel:
             "requests_per_second_found": self._pace.per_second,
         }
 
+    def finish(self, seconds: float) -> bool:
+        if self._loop is None or self._thread is None or not self._thread.is_alive():
+            return True
+        home = asyncio.run_coroutine_threadsafe(self._bring_home(), self._loop)
+        try:
+            home.result(seconds)
+        except TimeoutError:
+            return False
+        return True
+
     def close(self) -> None:
         if self._loop is None or self._thread is None:
             return
@@ -180,10 +191,20 @@ class ApiModel:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._notify)
 
-    def _stop(self) -> None:
+    async def _bring_home(self) -> None:
+        self._fatal = self._fatal or SrtError("The run was stopped.")
+        self._drop_waiting()
+        while any(endpoint.in_flight for endpoint in self._endpoints):
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._drop_waiting()  # what was refused meanwhile
+
+    def _drop_waiting(self) -> None:
         for job in self._jobs:
             job.future.cancel()
         self._jobs.clear()
+
+    def _stop(self) -> None:
+        self._drop_waiting()
         self._notify()
 
     async def _dispatch(self) -> None:

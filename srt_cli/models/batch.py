@@ -101,6 +101,9 @@ class BatchModel:
         threading.Thread(target=self._work, args=(asks,), name="batch", daemon=True).start()
         return futures
 
+    def finish(self, seconds: float) -> bool:
+        return True  # Batches go on without us, and the next run finds them.
+
     def describe(self) -> dict[str, Any]:
         return {
             "spec": self.spec,
@@ -281,6 +284,9 @@ class ExportModel:
             futures.append(Future[Reply]())
             futures[-1].set_result(Reply("", "failed", error=f"written to {self.path}"))
         return futures
+
+    def finish(self, seconds: float) -> bool:
+        return True
 
     def describe(self) -> dict[str, Any]:
         return {"spec": self.spec, "identity": self.identity, "requests_exported": self.written}
