@@ -223,6 +223,7 @@ class Manifest(BaseModel):
     runtime: dict[str, Any]
     inputs: dict[str, InputFile] = {}
     outputs: dict[str, str] = {}
+    output_sha256: str | None = None
     models: dict[str, dict[str, Any]] = {}
     templates: dict[str, str] = Field(default_factory=template_digests)
     versions: dict[str, str] = {}
@@ -295,6 +296,8 @@ class Run:
         self._cleanup.close()
         if error is None:
             self.manifest.status = "complete" if self.whole else "interrupted"
+            if self.out.is_file():
+                self.manifest.output_sha256 = sha256_of(self.out)
         elif isinstance(error, KeyboardInterrupt | BudgetReached | QuotaError):
             self.manifest.status = "interrupted"
             self.manifest.error = str(error) or None
@@ -309,6 +312,23 @@ class Run:
     def complete(self) -> bool:
         """Whether an earlier run under these settings has finished."""
         return self.earlier is not None and self.earlier.status == "complete"
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether a complete output of these very inputs and templates stands there untouched."""
+        if self.earlier is None or not self.complete or not self.out.is_file():
+            return False
+        now, then = self.manifest, self.earlier
+        inputs = {name: file.sha256 for name, file in now.inputs.items()}
+        return (
+            bool(inputs)
+            and None not in inputs.values()
+            and inputs == {name: file.sha256 for name, file in then.inputs.items()}
+            and now.settings == then.settings
+            and now.templates == then.templates
+            and now.versions["srt"] == then.versions.get("srt")
+            and then.output_sha256 == sha256_of(self.out)
+        )
 
     @property
     def journal_path(self) -> Path:

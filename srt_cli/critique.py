@@ -74,7 +74,9 @@ class Critic:
 
         `messages` replaces the usual question, `room` multiplies the token limit.
         """
-        sampling = replace(self.sampling, max_new_tokens=room * self.sampling.max_new_tokens)
+        sampling = self.sampling
+        if room != 1:
+            sampling = replace(sampling, max_new_tokens=room * sampling.max_new_tokens)
         request = _request(
             messages if messages is not None else self.messages(prompt, response),
             sampling,
@@ -247,11 +249,13 @@ def _ask_critic(
     name = f"{story.prompt.id}/{story.sample} round {story.round} {CALL_NAMES[kind]}"
     messages = critic.messages(story.prompt, text)
     room = 1
-    reply = yield critic.call(kind, story.prompt, text, name)
+    reply = yield critic.call(kind, story.prompt, text, name, messages=messages)
     if reply.finish_reason == "length" and critic.longer_once:
         story.set_aside(f"{kind} cut off", reply)
         room = 2
-        reply = yield critic.call(kind, story.prompt, text, f"{name}, longer", room=room)
+        reply = yield critic.call(
+            kind, story.prompt, text, f"{name}, longer", messages=messages, room=room
+        )
     for attempt in range(critic.max_reasks + 1):
         usable = story.hear(kind, reply)
         parsed = parse_critique(reply.text, expect_refinement=whole)

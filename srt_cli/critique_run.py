@@ -7,7 +7,7 @@ Both feedback stages hand their prompts and models in here; what happens to one 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from srt_cli import console
 from srt_cli.artifacts import OrderedWriter, Run
@@ -62,6 +62,26 @@ class Work:
                     prompt, self.policy, self.critic, sample=sample, rounds=self.rounds
                 )
                 yield checked_row(prompt, story, self.check)
+
+
+def is_done(run: Run, work: Work, options: CallOptions) -> bool:
+    """Whether an earlier run left nothing to do; says so. What is asked for anew is not done."""
+    anew = options.reparse or options.retry_failed or options.import_batch or options.export_batch
+    if anew or not run.up_to_date or run.earlier is None:
+        return False
+    statuses = run.earlier.tallies.get("statuses", {})
+    models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
+    if statuses.get("failed") or models != {model.spec: model.identity for model in work.models}:
+        return False
+    console.result(
+        f"{run.out}: {sum(statuses.values())} rows, complete since {run.earlier.finished}; nothing "
+        "to do. --reparse reads the replies in the journal again."
+    )
+    return True
+
+
+def _describe_models(work: Work) -> dict[str, dict[str, Any]]:
+    return {model.spec: {"identity": model.identity, **model.describe()} for model in work.models}
 
 
 def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
@@ -129,7 +149,7 @@ def run_critiques(run: Run, work: Work, options: CallOptions) -> CritiqueSummary
         run.manifest.tallies = summary.tallies()
         run.manifest.usage = {"total": summary.usage}
         run.manifest.cost = cost.describe()
-        run.manifest.models = {model.spec: model.describe() for model in work.models}
+        run.manifest.models = _describe_models(work)
         for model in work.models:
             model.close()
     _close(run, summary, options, finished, expected)

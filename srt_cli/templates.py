@@ -237,18 +237,23 @@ _FENCED = re.compile(
 
 def _mask_fences(text: str) -> str:
     """The text with fenced blocks blanked, so that what they quote is never read as a verdict."""
+    if "```" not in text and "~~~" not in text:
+        return text
     return _FENCED.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
 
 
 def fence(text: str) -> str:
     """Put text between backtick fences longer than any run inside it, so that it cannot close them."""
-    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    runs = re.findall(r"`{3,}", text) if "```" in text else []
+    longest = max(map(len, runs), default=2)
     marks = "`" * (longest + 1)
     return f"{marks}\n{text}\n{marks}"
 
 
 def unfence(text: str) -> str:
     """Take off one bare fence around a whole text; a fence that names a language is content."""
+    if not text.startswith("```"):
+        return text
     whole = re.fullmatch(r"(`{3,})[ \t]*\n(.*)\n\1[ \t]*", text, re.DOTALL)
     return whole[2] if whole and whole[1] not in whole[2] else text
 

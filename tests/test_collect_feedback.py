@@ -79,10 +79,27 @@ def test_rows_without_a_response_need_a_model(srt):
 def test_the_same_line_again_calls_nothing_and_writes_the_same_bytes(srt, folder):
     collect(srt)
     first = (folder / "feedback.jsonl").read_bytes()
+    manifest = (folder / "feedback.run.json").read_bytes()
     finished = collect(srt)
     assert finished.code == 0
-    assert "0 made, 12 taken from the journal" in finished.stderr
+    assert "feedback.jsonl: 4 rows, complete since 20" in finished.stdout
+    assert "nothing to do" in finished.stdout
+    assert (folder / "feedback.run.json").read_bytes() == manifest
+    (folder / "feedback.jsonl").unlink()
+    rebuilt = collect(srt)
+    assert "0 made, 12 taken from the journal" in rebuilt.stderr
     assert (folder / "feedback.jsonl").read_bytes() == first
+
+
+def test_an_output_that_was_edited_or_whose_critic_was_is_made_again(srt, folder):
+    collect(srt)
+    first = (folder / "feedback.jsonl").read_bytes()
+    (folder / "feedback.jsonl").write_bytes(first[:-20])
+    assert "0 made, 12 taken from the journal" in collect(srt).stderr
+    assert (folder / "feedback.jsonl").read_bytes() == first
+    with open(folder / "critic.py", "a") as file:
+        file.write("# another critic\n")
+    assert "taken from the journal" not in collect(srt).stderr
 
 
 def test_rows_may_be_added_and_reordered_and_only_new_ones_are_paid(srt, folder):
@@ -157,7 +174,7 @@ def test_a_run_json_repeats_its_run(srt, folder):
     collect(srt, "--seed", "7")
     finished = srt("collect-feedback", "--config", "feedback.run.json")
     assert finished.code == 0
-    assert "0 made" in finished.stderr
+    assert "nothing to do" in finished.stdout
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(srt, folder):

@@ -64,7 +64,7 @@ def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
     first = (tmp_path / "feedback.jsonl").read_bytes()
     process.kill()
     process.wait()
-    again = srt(*line)
+    again = srt(*line, "--reparse")
     assert again.code == 0
     assert "0 made" in again.stderr
     assert (tmp_path / "feedback.jsonl").read_bytes() == first

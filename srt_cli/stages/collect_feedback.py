@@ -7,7 +7,7 @@ from srt_cli import console
 from srt_cli.artifacts import open_run
 from srt_cli.call_options import CallOptions
 from srt_cli.critique import Critic, Sampling
-from srt_cli.critique_run import Work, run_critiques, show_critique_plan
+from srt_cli.critique_run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.errors import UsageError
 from srt_cli.models import open_model
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
@@ -90,6 +90,8 @@ def run(options: CollectFeedback) -> None:
     )
     if options.dry_run:
         show_critique_plan(run, work, options)
+        return
+    if options.report is None and is_done(run, work, options):
         return
     with run:
         if policy is not None and prompts.without_response < prompts.count:

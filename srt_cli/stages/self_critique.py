@@ -6,7 +6,7 @@ from pathlib import Path
 from srt_cli.artifacts import open_run
 from srt_cli.call_options import CallOptions
 from srt_cli.critique import Check, Critic, Sampling
-from srt_cli.critique_run import Work, run_critiques, show_critique_plan
+from srt_cli.critique_run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.errors import UsageError
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
@@ -79,6 +79,8 @@ def run(options: SelfCritique) -> None:
     )
     if options.dry_run:
         show_critique_plan(run, work, options)
+        return
+    if options.report is None and is_done(run, work, options):
         return
     with run:
         summary = run_critiques(run, work, options)
