@@ -1,7 +1,8 @@
 """What calls will cost, and what they have cost: tokens, dollars, and time at the known limits."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -163,13 +164,14 @@ def _short(tokens: float) -> str:
     return f"{tokens:.0f}"
 
 
-def look_up_in(journal_path: Path) -> Callable[[bytes], dict[str, Any] | None]:
-    """The journal's replies for a plan; a journal that is not there is not made."""
+@contextmanager
+def open_replies(journal_path: Path) -> Iterator[Callable[[bytes], dict[str, Any] | None]]:
+    """Look up the journal's replies for a plan; a journal that is not there is not made."""
     if not journal_path.exists():
-        return lambda key: None
+        yield lambda key: None
+        return
     with Journal(journal_path) as journal:
-        known = {key: journal.get(key) for key in journal}
-    return known.get
+        yield journal.get
 
 
 def show_estimates(

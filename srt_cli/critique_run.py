@@ -16,7 +16,7 @@ from srt_cli.call_plan import (
     EXPECTED_TOKENS,
     Cost,
     Estimate,
-    look_up_in,
+    open_replies,
     prices_of,
     show_estimates,
 )
@@ -90,21 +90,22 @@ def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
     estimates = {identity: Estimate() for identity in prices}
     critic = work.critic
     rows = owed = 0
-    for row in replay(work.scripts(), look_up_in(run.journal_path)):
-        rows += 1
-        if row.owed is None:
-            continue
-        owed += 1
-        task = row.owed.request.task
-        assert task is not None
-        read = likely_prompt_tokens(row.owed.request)
-        estimates[row.owed.model.identity].add(task.kind, read, row.owed.request.max_tokens)
-        if task.kind == "respond":
-            # The critique that follows reads the draft, which is not written yet.
-            request = critic.call("critique", task.prompt, "", "").request
-            read = likely_prompt_tokens(request) + EXPECTED_TOKENS["respond"]
-        for kind in NEXT_STEPS.get(task.kind, ()):
-            estimates[critic.model.identity].add(kind, read, critic.sampling.max_new_tokens)
+    with open_replies(run.journal_path) as look_up:
+        for row in replay(work.scripts(), look_up):
+            rows += 1
+            if row.owed is None:
+                continue
+            owed += 1
+            task = row.owed.request.task
+            assert task is not None
+            read = likely_prompt_tokens(row.owed.request)
+            estimates[row.owed.model.identity].add(task.kind, read, row.owed.request.max_tokens)
+            if task.kind == "respond":
+                # The critique that follows reads the draft, which is not written yet.
+                request = critic.call("critique", task.prompt, "", "").request
+                read = likely_prompt_tokens(request) + EXPECTED_TOKENS["respond"]
+            for kind in NEXT_STEPS.get(task.kind, ()):
+                estimates[critic.model.identity].add(kind, read, critic.sampling.max_new_tokens)
     console.result(f"rows: {rows}, of which {rows - owed} are answered in the journal")
     show_estimates(estimates, prices, options)
 
