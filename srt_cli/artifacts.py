@@ -444,7 +444,12 @@ def describe_input(path: Path) -> InputFile:
     """A file's path, digest and maker, for the manifest."""
     manifest = read_manifest(path) if str(path) != "-" else None
     digest = sha256_of(path) if path.is_file() else None
-    return InputFile(path=str(path), sha256=digest, run=manifest.id if manifest else None)
+    rows = None
+    if digest is not None and path.suffix == ".jsonl":
+        with open(path, "rb") as lines:
+            rows = sum(not line.isspace() for line in lines)
+    run = manifest.id if manifest else None
+    return InputFile(path=str(path), sha256=digest, rows=rows, run=run)
 
 
 def template_input(chat_template: Path | None) -> dict[str, Path]:

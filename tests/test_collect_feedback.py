@@ -1,5 +1,7 @@
 """srt collect-feedback through the front door, with programs as policy and critic."""
 
+import json
+
 import pytest
 from conftest import read_jsonl, write_jsonl
 from loopback_server import Answer, LoopbackServer
@@ -102,6 +104,26 @@ def test_an_output_that_was_edited_or_whose_critic_was_is_made_again(srt, folder
     assert "taken from the journal" not in collect(srt).stderr
 
 
+def test_prompts_come_from_a_data_set_too(srt, folder):
+    collect(srt)
+    first = (folder / "feedback.jsonl").read_bytes()
+    data = folder / "dataset"
+    data.mkdir()
+    (folder / "prompts.jsonl").rename(data / "train.jsonl")
+    finished = collect(srt, "--prompts", "hf:./dataset:train", "--out", "of-a-set.jsonl")
+    assert finished.code == 0, finished.stderr
+    assert (folder / "of-a-set.jsonl").read_bytes() == first
+    missing = collect(srt, "--prompts", "hf:./dataset:test", "--out", "none.jsonl")
+    assert missing.code == 1
+    assert "hf:./dataset:test: cannot be read" in missing.stderr
+
+
+def test_the_manifest_knows_how_many_rows_its_inputs_have(srt, folder):
+    collect(srt)
+    inputs = json.loads((folder / "feedback.run.json").read_text())["inputs"]
+    assert inputs["prompts"]["rows"] == 4
+
+
 def test_rows_may_be_added_and_reordered_and_only_new_ones_are_paid(srt, folder):
     collect(srt)
     rows = [{"id": n, "prompt": f"task {n}"} for n in (5, 3, 2, 1, 0)]
@@ -162,8 +184,6 @@ def test_settings_come_from_srt_toml_config_and_flags_in_this_order(srt, folder)
     (folder / "srt.toml").write_text("seed = 1\n[collect-feedback]\nmax-new-tokens = 7\n")
     (folder / "mine.toml").write_text("seed = 2\ntemperature = 0.1\n")
     collect(srt, "--config", "mine.toml", "--temperature", "0.3")
-    import json
-
     settings = json.loads((folder / "feedback.run.json").read_text())["settings"]
     assert settings["seed"] == 2
     assert settings["max_new_tokens"] == 7
