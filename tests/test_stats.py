@@ -5,18 +5,23 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srt_cli.stats.agreement import agreement, cohen_kappa, krippendorff_alpha
 from srt_cli.stats.confusion import confusion
 from srt_cli.stats.hygiene import degenerate_outputs
+from srt_cli.stats.length_control import difficulties_of, length_controlled_win_rate
 from srt_cli.stats.rates import (
+    clustered_error,
     discrete_win_rate,
     mean_with_error,
     paired_difference,
     pass_rate,
     position_bias,
+    strict_win_rate,
     win_rate,
 )
 
@@ -160,3 +165,64 @@ def test_swapping_the_two_sides_turns_every_figure_round(pairs):
     assert there.difference.value == pytest.approx(-back.difference.value)
     assert there.p_value == pytest.approx(back.p_value)
     assert win_rate(a).value == pytest.approx(1 - win_rate([1 - x for x in a]).value)
+
+
+def test_clusters_of_one_have_the_ordinary_error_and_copies_add_nothing():
+    values = [0.0, 0.5, 1.0, 1.0, 0.25]
+    plain = mean_with_error(values).standard_error
+    assert clustered_error(values, list("abcde")) == pytest.approx(plain)
+    assert clustered_error(values * 2, list("abcde") * 2) == pytest.approx(plain)
+    assert clustered_error(values, list("aaaaa")) is None
+
+
+def test_a_strict_win_needs_both_orders():
+    found = strict_win_rate([1.0, 1.0, 0.2, 0.9], [0.9, 0.0, 0.1, 0.5])
+    assert found.value == pytest.approx((1 + 0 + 2 / 2) / 4)
+    assert found.n == 4
+
+
+def test_wilson_with_half_successes_is_scipys_for_whole_ones():
+    ours = discrete_win_rate([1.0] * 7 + [0.0] * 13)
+    theirs = pass_rate([True] * 7 + [False] * 13)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_length_control_takes_away_what_length_alone_wins():
+    random = np.random.default_rng(7)
+    model = random.integers(50, 2000, 400)
+    reference = random.integers(50, 2000, 400)
+    by_length = (model > reference).astype(float).tolist()
+    found = length_controlled_win_rate(by_length, model.tolist(), reference.tolist())
+    assert found.mode == "generic"
+    assert found.phi < -1
+    assert abs(found.rate.value - 0.5) < 0.06
+    longer = length_controlled_win_rate(by_length, (model + 700).tolist(), reference.tolist())
+    assert longer.rate.standard_error > 0
+
+
+@pytest.mark.parametrize("preferences", [[1.0] * 30, [0.0] * 30, [0.5] * 30])
+def test_length_control_stays_finite_where_one_side_wins_all(preferences):
+    lengths = list(range(100, 130))
+    found = length_controlled_win_rate(preferences, lengths, lengths[::-1])
+    assert 0 <= found.rate.low <= found.rate.value <= found.rate.high <= 1
+
+
+def test_equal_lengths_are_a_labelled_raw_rate():
+    found = length_controlled_win_rate([1.0, 0.0, 1.0, 1.0], [10] * 4, [10] * 4)
+    assert found.rate.value == 0.75
+    assert "nothing is controlled" in found.warnings[0]
+    assert length_controlled_win_rate([1.0], [3], [4]) is None
+
+
+def test_other_prompts_have_no_difficulty():
+    assert difficulties_of(["What is it?"] * 805) is None
+
+
+def test_agreement_counts_ties_apart_and_kappa_knows_chance():
+    found = agreement([1.0, 0.0, 0.5, 1.0], [1.0, 0.0, 1.0, 0.5])
+    assert found.accuracy.value == 0.5
+    assert found.without_ties.value == 1.0
+    assert found.without_ties.n == 2
+    assert cohen_kappa(["a", "b"], ["a", "b"]) == 1
+    assert cohen_kappa(["a", "a"], ["a", "a"]) is None
+    assert krippendorff_alpha([[1, 2, None], [1, 2, 1]]) == 1
