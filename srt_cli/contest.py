@@ -2,38 +2,23 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+from srt_cli.judging import Orders
 from srt_cli.records import Judgment, Output, Prompt
+from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
-from srt_cli.stats.rates import (
-    Estimate,
-    PairedDifference,
-    Position,
-    discrete_win_rate,
-    paired_difference,
-    pass_rate,
-    position_bias,
-    win_rate,
+from srt_cli.stats.rates import Estimate, PairedDifference, paired_difference, pass_rate
+from srt_cli.verdicts import (
+    Comparison,
+    Judged,
+    compare_all,
+    count_verdicts,
+    preferences_of,
 )
-
-SHAKY_CONSISTENCY = 0.75
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the judge said of one contestant against the reference."""
-
-    win_rate: Estimate | None
-    discrete_win_rate: float | None
-    ties: int
-    position: Position | None
-    statuses: dict[str, int]
-    pairs: int
-    valid_pairs: int
 
 
 @dataclass(frozen=True)
@@ -45,7 +30,8 @@ class Row:
     prompts: int
     pass_rate: Estimate | None
     difference: PairedDifference | None
-    judged: Judged | None
+    judged: tuple[Judged, ...]
+    """One a judge, in the order in which they were named; empty for the reference."""
     mean_characters: float
     mean_words: float
     length_ratio: float | None
@@ -82,19 +68,36 @@ class Table:
 
 
 @dataclass(frozen=True)
+class JudgesAgree:
+    """How often two judges said the same of the same pair."""
+
+    first: str
+    second: str
+    agreement: Agreement
+
+
+LC_NOTES: Final = {
+    "alpaca_eval": "LC: win rate at equal length, as AlpacaEval 2 controls it.",
+    "generic": "LC: win rate at equal length, with a generic prior; not comparable with AlpacaEval's.",
+}
+
+
+@dataclass(frozen=True)
 class Contest:
     """All rows, the reference first."""
 
     reference: str
-    judge: str | None
+    judges: tuple[str, ...]
     check: str | None
     prompts: int
     rows: list[Row]
+    comparisons: list[Comparison]
+    agreements: list[JudgesAgree]
 
     @property
     def coverage(self) -> float | None:
-        """Share of judged pairs with valid verdicts in both orders; null without a judge."""
-        judged = [row.judged for row in self.rows if row.judged is not None]
+        """Share of judged pairs with valid verdicts; null without a judge."""
+        judged = [each for row in self.rows for each in row.judged]
         pairs = sum(each.pairs for each in judged)
         return sum(each.valid_pairs for each in judged) / pairs if pairs else None
 
@@ -108,10 +111,30 @@ class Contest:
         if self.check:
             columns = ["", "", "passes [95 %]", "vs reference", "chars", "parses"]
             found.append(Table("passes the check", columns, [_check_cells(r) for r in self.rows]))
-        if self.judge:
-            columns = ["", "", "wins ± SE", "ties", "same in both orders", "degenerate"]
-            judged = [_judge_cells(row, row.judged) for row in self.rows if row.judged]
-            found.append(Table("wins against the reference", columns, judged))
+        for place, judge in enumerate(self.judges):
+            columns = [
+                "",
+                "",
+                "wins ± SE",
+                "LC wins ± SE",
+                "W/T/L",
+                "both orders agree",
+                "degenerate",
+            ]
+            cells = [_judge_cells(row, row.judged[place]) for row in self.rows if row.judged]
+            title = "wins against the reference"
+            found.append(Table(f"{title}, says {shorten(judge, 40)}", columns, cells))
+        if len(self.rows) > 2 and self.comparisons:
+            columns = ["", "", "by", "difference [95 %]", "p (Holm)", "detectable"]
+            found.append(
+                Table(
+                    "every two, paired", columns, [_comparison_cells(c) for c in self.comparisons]
+                )
+            )
+        if self.agreements:
+            columns = ["", "", "same verdict [95 %]", "without ties", "kappa"]
+            cells = [_agreement_cells(each) for each in self.agreements]
+            found.append(Table("judges against each other", columns, cells))
         return found
 
     def footnotes(self) -> list[str]:
@@ -120,6 +143,12 @@ class Contest:
             f"n = {self.prompts} prompts; reference: {self.rows[0].name}, direct; differences in "
             "points, paired over the same prompts."
         ]
+        first = next((row.judged[0] for row in self.rows if row.judged), None)
+        if first is not None:
+            if first.length_controlled is not None:
+                notes.append(LC_NOTES[first.length_controlled.mode])
+            if first.orders == "one":
+                notes.append("Each pair was judged in one order only: position bias is not seen.")
         if any(row.parsed and row.parsed.value < 1 for row in self.rows):
             notes.append("Where a critique does not parse, the draft stands for the refinement.")
         return notes
@@ -134,18 +163,8 @@ class Contest:
                     f"{row.label}: {row.degenerate.share:.0%} of its outputs are degenerate "
                     f"({reasons}); its other figures mean little."
                 )
-            judged = row.judged
-            if judged and judged.position and judged.position.consistency < SHAKY_CONSISTENCY:
-                found.append(
-                    f"{row.label}: the judge says the same in both orders in only "
-                    f"{judged.position.consistency:.0%} of the pairs; its verdicts are shaky."
-                )
-            if judged and judged.valid_pairs < judged.pairs:
-                bad = ", ".join(f"{n} {s}" for s, n in judged.statuses.items() if s != "ok")
-                found.append(
-                    f"{row.label}: {judged.pairs - judged.valid_pairs} of {judged.pairs} pairs have no "
-                    f"valid verdict in both orders ({bad}) and are not scored."
-                )
+            for judged in row.judged:
+                found += [f"{row.label}: {warning}." for warning in judged.warnings()]
             failed = row.statuses.get("failed", 0) + row.statuses.get("refused", 0)
             if failed:
                 found.append(f"{row.label}: {failed} answers failed or were refused.")
@@ -157,29 +176,105 @@ def count_contest(
     outputs: Sequence[Output],
     judgments: Sequence[Judgment],
     reference: str,
-    judge: str | None,
+    judges: Sequence[str],
     check: str | None,
+    orders: Orders = "both",
 ) -> Contest:
-    """Count everything; rows are aligned over the prompts, in their order."""
+    """Count everything; a row covers the prompts that its contestant answered, in their order."""
     groups: dict[tuple[str, str], dict[str, Output]] = {}
     for output in outputs:
         groups.setdefault((output.contestant, output.use), {})[output.id] = output
     base = groups[reference, "response"]
+    verdicts: dict[tuple[str, str], list[Judgment]] = {}
+    for judgment in judgments:
+        verdicts.setdefault((judgment.a, judgment.judge), []).append(judgment)
     rows = []
-    for (contestant, use), by_id in groups.items():
-        mine = [by_id[prompt.id] for prompt in prompts]
-        theirs = None if by_id is base else [base[prompt.id] for prompt in prompts]
-        verdicts = [j for j in judgments if j.a == f"{contestant} {use}"]
-        rows.append(_row(prompts, mine, theirs, verdicts if judge and theirs else None))
-    return Contest(reference, judge, check, len(prompts), rows)
+    for (contestant, use), mine in groups.items():
+        answered = [prompt for prompt in prompts if prompt.id in mine]
+        judged = [
+            count_verdicts(
+                judge,
+                orders,
+                answered,
+                mine,
+                base,
+                verdicts.get((f"{contestant} {use}", judge), []),
+            )
+            for judge in judges
+            if mine is not base
+        ]
+        rows.append(_row(answered, mine, None if mine is base else base, tuple(judged)))
+    return Contest(
+        reference,
+        tuple(judges),
+        check,
+        len(prompts),
+        rows,
+        _compare(rows, outputs, verdicts, orders),
+        _agreements(judges, judgments, orders),
+    )
+
+
+def _compare(
+    rows: Sequence[Row],
+    outputs: Sequence[Output],
+    verdicts: Mapping[tuple[str, str], Sequence[Judgment]],
+    orders: Orders,
+) -> list[Comparison]:
+    """Every two contestants by the check and by each judge; the reference wins half against itself."""
+    found = []
+    passed: dict[str, dict[str, float]] = {}
+    for output in outputs:
+        if output.passed is not None:
+            label = f"{output.contestant} {output.use}"
+            passed.setdefault(label, {})[output.id] = float(output.passed)
+    labels = {f"{row.contestant} {row.use}": row.label for row in rows}
+    named = {labels[key]: values for key, values in passed.items()}
+    found += compare_all("check", named)
+    for judge in dict.fromkeys(judge for _, judge in verdicts):
+        preferences = {
+            labels[label]: preferences_of(given, orders)
+            for (label, by), given in verdicts.items()
+            if by == judge and label in labels
+        }
+        found += compare_all(judge, preferences)
+    return found
+
+
+def _agreements(
+    judges: Sequence[str], judgments: Sequence[Judgment], orders: Orders
+) -> list[JudgesAgree]:
+    """The first judge against each other, over all pairs that both judged."""
+    found = []
+    values: dict[str, dict[str, float]] = {}
+    for judge in judges:
+        by_pair: dict[str, list[Judgment]] = {}
+        for judgment in judgments:
+            if judgment.judge == judge:
+                by_pair.setdefault(judgment.a, []).append(judgment)
+        values[judge] = {
+            f"{pair} {name}": value
+            for pair, given in by_pair.items()
+            for name, value in preferences_of(given, orders).items()
+        }
+    for other in judges[1:]:
+        common = [name for name in values[judges[0]] if name in values[other]]
+        agreed = agreement(
+            [values[judges[0]][name] for name in common], [values[other][name] for name in common]
+        )
+        if agreed is not None:
+            found.append(JudgesAgree(judges[0], other, agreed))
+    return found
 
 
 def _row(
     prompts: Sequence[Prompt],
-    mine: list[Output],
-    theirs: list[Output] | None,
-    verdicts: list[Judgment] | None,
+    by_id: Mapping[str, Output],
+    base: Mapping[str, Output] | None,
+    judged: tuple[Judged, ...],
 ) -> Row:
+    mine = [by_id[prompt.id] for prompt in prompts]
+    theirs = None if base is None else [base[prompt.id] for prompt in prompts]
     passed = [output.passed for output in mine if output.passed is not None]
     difference = None
     if theirs is not None and len(passed) == len(mine):
@@ -195,7 +290,7 @@ def _row(
         prompts=len(mine),
         pass_rate=pass_rate(passed),
         difference=difference,
-        judged=_judged(prompts, verdicts) if verdicts is not None else None,
+        judged=judged,
         mean_characters=sum(characters) / len(mine),
         mean_words=sum(len(output.response.split()) for output in mine) / len(mine),
         length_ratio=sum(characters) / reference_characters if reference_characters else None,
@@ -204,27 +299,6 @@ def _row(
             [prompt.text for prompt in prompts], [output.response for output in mine]
         ),
         statuses=dict(Counter(output.status for output in mine)),
-    )
-
-
-def _judged(prompts: Sequence[Prompt], verdicts: Sequence[Judgment]) -> Judged:
-    """A pair counts only with a valid verdict in both orders; its value is the mean of the two."""
-    by_order: dict[str, dict[str, float]] = {"ab": {}, "ba": {}}
-    for verdict in verdicts:
-        if verdict.preference is not None:
-            by_order[verdict.order][verdict.id] = verdict.preference
-    valid = [p.id for p in prompts if p.id in by_order["ab"] and p.id in by_order["ba"]]
-    first = [by_order["ab"][identifier] for identifier in valid]
-    second = [by_order["ba"][identifier] for identifier in valid]
-    means = [(a + b) / 2 for a, b in zip(first, second, strict=True)]
-    return Judged(
-        win_rate=win_rate(means),
-        discrete_win_rate=discrete_win_rate(means),
-        ties=sum(mean == 0.5 for mean in means),
-        position=position_bias(first, second),
-        statuses=dict(Counter(verdict.status for verdict in verdicts)),
-        pairs=len(prompts),
-        valid_pairs=len(valid),
     )
 
 
@@ -241,14 +315,38 @@ def _check_cells(row: Row) -> list[str]:
 
 
 def _judge_cells(row: Row, judged: Judged) -> list[str]:
-    position = judged.position
+    position, controlled = judged.position, judged.length_controlled
     return [
         shorten(row.name),
         row.kind,
         _with_error(judged.win_rate),
-        f"{judged.ties}/{judged.valid_pairs}",
+        _with_error(controlled.rate if controlled else None),
+        f"{judged.wins}/{judged.ties}/{judged.losses}",
         f"{position.consistency:.0%}" if position else "-",
         f"{row.degenerate.share:.0%}",
+    ]
+
+
+def _comparison_cells(comparison: Comparison) -> list[str]:
+    paired = comparison.paired
+    return [
+        shorten(comparison.a, 32),
+        f"against {shorten(comparison.b, 32)}",
+        shorten(comparison.by, 16),
+        _difference(paired),
+        f"{comparison.p_adjusted:.3f}" if comparison.p_adjusted >= 0.001 else "< 0.001",
+        f"{100 * paired.smallest_detectable:.0f}",
+    ]
+
+
+def _agreement_cells(judges: JudgesAgree) -> list[str]:
+    found = judges.agreement
+    return [
+        shorten(judges.first),
+        f"and {shorten(judges.second)}",
+        _interval(found.accuracy),
+        _interval(found.without_ties),
+        f"{found.kappa:.2f}" if found.kappa is not None else "-",
     ]
 
 

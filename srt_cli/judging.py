@@ -1,5 +1,6 @@
 """Contestants' outputs and judges' verdicts: what `srt eval` pays for."""
 
+import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from srt_cli.templates import judge_messages, parse_critique, parse_preference, 
 
 Use = Literal["response", "refinement"]
 Order = Literal["ab", "ba"]
+Orders = Literal["both", "one"]
 JUDGE_TOKENS = 1024
 
 
@@ -113,6 +115,14 @@ def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call
     if reply.finish_reason == "failed":
         raise SrtError(f"{reply.error} (prompt {prompt.id}). A check must decide every answer.")
     return output.model_copy(update={"passed": verdict == 1})
+
+
+def orders_of(prompt: Prompt, orders: Orders) -> tuple[Order, ...]:
+    """In which orders a pair is shown: both, or the one that a digest of the prompt picks."""
+    if orders == "both":
+        return ("ab", "ba")
+    coin = hashlib.sha256(prompt.text.encode()).digest()[0] % 2
+    return ("ba",) if coin else ("ab",)
 
 
 def judge_pair(

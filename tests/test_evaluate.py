@@ -54,9 +54,9 @@ def test_a_better_model_wins_and_the_paired_interval_excludes_0(srt, folder):
     assert (base["pass_rate"]["value"], better["pass_rate"]["value"]) == (0, 1)
     assert better["difference"]["difference"]["value"] == 1
     assert better["difference"]["only_a"] == 24
-    assert better["judged"]["win_rate"]["value"] == 1
-    assert better["judged"]["position"]["consistency"] == 1
-    assert better["judged"]["position"]["first_slot_rate"] == 0.5
+    assert better["judged"][0]["win_rate"]["value"] == 1
+    assert better["judged"][0]["position"]["consistency"] == 1
+    assert better["judged"][0]["position"]["first_slot_rate"] == 0.5
     assert "100% [86, 100]" in finished.stdout
     assert "+100 [+100, +100]" in finished.stdout
     assert finished.stdout.rstrip().endswith("report: report.html   next: open report.html")
@@ -72,23 +72,27 @@ def test_every_pair_is_judged_in_both_orders(srt, folder):
 
 def test_a_judge_that_follows_the_order_is_exposed(srt, folder):
     finished = evaluate(srt, judge="python:p.py:first_wins")
-    judged = figures(folder)[1]["judged"]
+    judged = figures(folder)[1]["judged"][0]
     assert judged["win_rate"]["value"] == 0.5
-    assert judged["position"] == {"consistency": 0.0, "first_slot_rate": 1.0, "n": 24}
-    assert "the judge says the same in both orders in only 0%" in finished.stderr
+    position = judged["position"]
+    assert (position["consistency"], position["first_slot_rate"], position["n"]) == (0, 1, 24)
+    assert position["gap"]["value"] == -1
+    assert judged["strict_win_rate"]["value"] == 0.5
+    assert "says the same in both orders in only 0%" in finished.stderr
+    assert "favours the answer shown first by 100 points" in finished.stderr
 
 
 def test_the_reference_against_itself_is_all_ties(srt, folder):
     assert evaluate(srt, model="python:p.py:base").code == 0
     (row,) = figures(folder)
-    assert row["judged"] is None
+    assert row["judged"] == []
 
 
 def test_verdicts_that_fail_are_counted_never_scored_and_exit_3(srt, folder):
     finished = evaluate(srt, judge="python:p.py:nonsense")
     assert finished.code == 3
     assert "only 0.0% of the pairs have valid verdicts" in finished.stderr
-    judged = figures(folder)[1]["judged"]
+    judged = figures(folder)[1]["judged"][0]
     assert judged["win_rate"] is None
     assert judged["statuses"] == {"failed": 48}
 
@@ -96,7 +100,7 @@ def test_verdicts_that_fail_are_counted_never_scored_and_exit_3(srt, folder):
 def test_a_constant_answer_gets_a_red_flag_although_it_wins(srt, folder):
     finished = evaluate(srt, model="python:p.py:constant")
     assert "100% of its outputs are degenerate (24 constant)" in finished.stderr
-    assert figures(folder)[1]["judged"]["win_rate"]["value"] == 1
+    assert figures(folder)[1]["judged"][0]["win_rate"]["value"] == 1
 
 
 def test_a_second_run_pays_nothing_and_writes_the_same_bytes(srt, folder):
@@ -117,6 +121,48 @@ def test_contestants_may_be_files_of_outputs(srt, folder, name):
     finished = evaluate(srt, "--check", "python:p.py:check", model="mine.jsonl")
     assert finished.code == 0, finished.stderr
     assert figures(folder)[1]["pass_rate"]["value"] == 1
+
+
+def test_two_judges_are_compared_and_share_the_outputs(srt, folder):
+    finished = evaluate(srt, "--judge", "python:p.py:first_wins")
+    assert finished.code == 0, finished.stderr
+    contest = json.loads((folder / "eval.json").read_text())
+    assert contest["judges"] == ["python:p.py:judge", "python:p.py:first_wins"]
+    one, other = contest["rows"][1]["judged"]
+    assert (one["win_rate"]["value"], other["win_rate"]["value"]) == (1, 0.5)
+    (agreed,) = contest["agreements"]
+    # One says win of every pair, the other, in the mean of both orders, a tie.
+    assert agreed["agreement"]["accuracy"]["value"] == 0
+    assert "judges against each other" in finished.stdout
+    calls = [row["call"] for row in read_jsonl(folder / "eval.journal.jsonl")]
+    assert sum("response" in call for call in calls) == 48
+
+
+def test_one_order_is_picked_by_the_prompt_and_labelled(srt, folder):
+    finished = evaluate(srt, "--orders", "one")
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(folder / "judgments.jsonl")
+    assert len(rows) == 24
+    assert {row["order"] for row in rows} == {"ab", "ba"}
+    judged = figures(folder)[1]["judged"][0]
+    assert judged["win_rate"]["value"] == 1
+    assert judged["strict_win_rate"] is None
+    assert "judged in one order only" in finished.stdout
+
+
+def test_every_two_contestants_are_compared_in_pairs(srt, folder):
+    finished = evaluate(srt, "--model", "python:p.py:constant", "--check", "python:p.py:check")
+    assert finished.code == 0, finished.stderr
+    found = json.loads((folder / "eval.json").read_text())["comparisons"]
+    by_judge = [c for c in found if c["by"] == "python:p.py:judge"]
+    assert [(c["a"], c["b"]) for c in by_judge] == [
+        ("python:p.py:constant, direct", "python:p.py:better, direct")
+    ]
+    by_check = [c for c in found if c["by"] == "check"]
+    assert len(by_check) == 3
+    sure = next(c for c in by_check if c["b"] == "python:p.py:base, direct")
+    assert sure["paired"]["p_value"] < sure["p_adjusted"] < 1e-5
+    assert "every two, paired" in finished.stdout
 
 
 def test_a_missing_output_is_said(srt, folder):
@@ -172,7 +218,7 @@ def test_the_report_is_one_file_and_model_text_is_only_text(srt, folder):
     assert parsed.outside == []
     assert parsed.tags.count("script") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert parsed.tags.count("svg") == 2
+    assert parsed.tags.count("svg") == 3
     assert parsed.tags.count("article") == 24
     assert "http" not in page.replace("http-equiv", "")
 

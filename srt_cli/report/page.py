@@ -38,8 +38,7 @@ def write_report(
 
 def _headline(contest: Contest) -> str:
     facts = [f"{contest.prompts} prompts", f"reference {contest.reference}"]
-    if contest.judge:
-        facts.append(f"judge {contest.judge}")
+    facts += [f"judge {judge}" for judge in contest.judges]
     if contest.check:
         facts.append(f"check {contest.check}")
     sentence = _best_sentence(contest)
@@ -61,19 +60,19 @@ def _best_sentence(contest: Contest) -> str:
         points = f"{abs(100 * found.value):.0f} points"
         side = "above" if found.value >= 0 else "below"
         return f"{best.label} passes {points} {side} the reference{sure}."
-    judged = [row for row in contest.rows if row.judged is not None and row.judged.win_rate]
+    judged = [row for row in contest.rows if row.judged and row.judged[0].win_rate]
     if judged:
         best = max(judged, key=_win_value)
-        assert best.judged is not None
-        assert best.judged.win_rate is not None
-        rate = best.judged.win_rate
+        rate = best.judged[0].win_rate
+        assert rate is not None
         sure = "" if rate.low > 0.5 or rate.high < 0.5 else ", which is within the noise"
         return f"{best.label} wins {rate.value:.0%} against the reference{sure}."
     return "Nothing could be compared."
 
 
 def _win_value(row: Row) -> float:
-    return row.judged.win_rate.value if row.judged and row.judged.win_rate else 0.0
+    rate = row.judged[0].win_rate if row.judged else None
+    return rate.value if rate else 0.0
 
 
 def _warnings(contest: Contest) -> str:
@@ -97,15 +96,26 @@ def _plots(contest: Contest) -> str:
         middle = base.value if base else None
         plot = interval_plot(passing, middle=middle, caption="Pass rates")
         sections.append(_figure("Pass rate", "Share of answers that pass the check.", plot))
-    winning = [
-        Interval(row.label, w.value, w.low, w.high)
-        for row in contest.rows
-        if row.judged is not None and (w := row.judged.win_rate) is not None
-    ]
-    if winning:
-        plot = interval_plot(winning, middle=0.5, caption="Win rates")
-        about = "Against the reference's direct answer, mean of both orders; ties count half."
-        sections.append(_figure("Win rate", about, plot))
+    for place, judge in enumerate(contest.judges):
+        judged = [(row.label, row.judged[place]) for row in contest.rows if row.judged]
+        winning = [
+            Interval(label, w.value, w.low, w.high)
+            for label, each in judged
+            if (w := each.win_rate)
+        ]
+        if winning:
+            plot = interval_plot(winning, middle=0.5, caption="Win rates")
+            about = f"Against the reference's direct answer, says {escape(judge)}; ties count half."
+            sections.append(_figure("Win rate", about, plot))
+        controlled = [
+            Interval(label, c.rate.value, c.rate.low, c.rate.high)
+            for label, each in judged
+            if (c := each.length_controlled)
+        ]
+        if controlled:
+            plot = interval_plot(controlled, middle=0.5, caption="Length-controlled win rates")
+            about = "What the win rate would be if both answers were equally long."
+            sections.append(_figure("Length-controlled win rate", about, plot))
     return "".join(sections)
 
 

@@ -16,11 +16,12 @@ from srt_cli.errors import TooManyFailures, UsageError
 from srt_cli.journal import Journal
 from srt_cli.judging import (
     Contestant,
-    Order,
+    Orders,
     Use,
     answer,
     check_output,
     judge_pair,
+    orders_of,
     read_outputs,
 )
 from srt_cli.models import Model, ModelOptions, open_model
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from srt_cli.contest import Contest
 
 COMMAND = "eval"
-ORDERS: tuple[Order, ...] = ("ab", "ba")
 Result = TypeVar("Result")
 
 
@@ -61,10 +61,13 @@ class Evaluate(ApiOptions):
     reference: str | None = setting(
         None, "What they are compared with; default: the base of the first model.", metavar="SPEC"
     )
-    judge: str | None = setting(
-        None, "The judge: gpt-4, http://HOST/v1#NAME, python:FILE:CALLABLE. Default: the critic.",
-        metavar="SPEC",
+    judge: tuple[str, ...] = setting(
+        (), "A judge: gpt-4, http://HOST/v1#NAME, python:FILE:CALLABLE. Several times; default: "
+        "the critic.", metavar="SPEC",
     )  # fmt: skip
+    orders: Orders = setting(
+        "both", "Judge each pair in both orders, or in one that its prompt decides (AlpacaEval)."
+    )
     check: str | None = setting(
         None, "A program that says whether an answer passes: python:FILE:CALLABLE.", metavar="SPEC"
     )
@@ -88,8 +91,8 @@ class Evaluate(ApiOptions):
 def run(options: Evaluate) -> None:
     """Answer, check, judge, count, report."""
     reference = options.reference or base_of(options.model[0])
-    judge_spec = options.judge or critic_as_judge()
-    if judge_spec is None and options.check is None:
+    judges = options.judge or critic_as_judge()
+    if not judges and options.check is None:
         raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
     rows = list(prompts.read())
@@ -101,7 +104,7 @@ def run(options: Evaluate) -> None:
         options.out,
         inputs=prompts.inputs,
         overwrite=options.overwrite,
-        resolved={"reference": reference, "judge": judge_spec},
+        resolved={"reference": reference, "judge": list(judges)},
     )
     with run:
         asking = _Asking.begin(run, options)
@@ -110,7 +113,11 @@ def run(options: Evaluate) -> None:
             outputs = _answers(options, reference, contestants, rows, asking)
             if options.check is not None:
                 outputs = _checked(options.check, rows, outputs, asking)
-            judgments = _judgments(judge_spec, reference, rows, outputs, asking)
+            judgments = [
+                judgment
+                for judge in dict.fromkeys(judges)
+                for judgment in _judgments(judge, reference, options.orders, rows, outputs, asking)
+            ]
         finally:
             run.manifest.cost = asking.cost.describe()
         _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
@@ -119,7 +126,9 @@ def run(options: Evaluate) -> None:
         from srt_cli.contest import count_contest
         from srt_cli.report.page import write_report
 
-        contest = count_contest(rows, outputs, judgments, reference, judge_spec, options.check)
+        contest = count_contest(
+            rows, outputs, judgments, reference, judges, options.check, options.orders
+        )
         write_json(options.out, contest.as_plain())
         write_report(report_path, contest, rows, outputs, judgments, options.examples)
         run.manifest.outputs |= {"judgments": str(judgments_path), "report": str(report_path)}
@@ -152,10 +161,10 @@ def base_of(model: str) -> str:
     return current
 
 
-def critic_as_judge() -> str | None:
+def critic_as_judge() -> tuple[str, ...]:
     """The critic of `feedback.jsonl` in this folder, unless it is a program: those run code."""
     critic = inherited(Path("feedback.jsonl"), "critic")
-    return None if critic is None or critic.startswith(RUNS_CODE_PREFIX) else critic
+    return () if critic is None or critic.startswith(RUNS_CODE_PREFIX) else (critic,)
 
 
 @dataclass(frozen=True)
@@ -239,15 +248,14 @@ def _checked(
 
 
 def _judgments(
-    judge_spec: str | None,
+    judge_spec: str,
     reference: str,
+    orders: Orders,
     prompts: Sequence[Prompt],
     outputs: list[Output],
     asking: _Asking,
 ) -> list[Judgment]:
-    """Each output against the reference's direct answer, in both orders."""
-    if judge_spec is None:
-        return []
+    """Each output against the reference's direct answer, in both orders or in one."""
     by_id = {prompt.id: prompt for prompt in prompts}
     references = {
         output.id: output
@@ -259,9 +267,10 @@ def _judgments(
         scripts = (
             judge_pair(judge, by_id[output.id], output, references[output.id], order)
             for output in pairs
-            for order in ORDERS
+            for order in orders_of(by_id[output.id], orders)
         )
-        return asking.ask("judging", scripts, len(pairs) * len(ORDERS))
+        count = len(pairs) * (2 if orders == "both" else 1)
+        return asking.ask(f"judging by {judge_spec}", scripts, count)
 
 
 def _write(path: Path, records: Iterable[Record]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from srt_cli.stats.rates import Estimate, normal_estimate
+from srt_cli.stats.rates import Estimate, bounded
 
 Values = npt.NDArray[np.float64]
 Mode = Literal["alpaca_eval", "generic"]
@@ -102,7 +102,7 @@ def length_controlled_win_rate(
     spread = float(longer.std(ddof=1))
     mode: Mode = "generic" if difficulties is None else "alpaca_eval"
     if spread == 0:
-        raw = normal_estimate(float(y.mean()), float(y.std(ddof=1) / np.sqrt(n)), n)
+        raw = bounded(float(y.mean()), float(y.std(ddof=1) / np.sqrt(n)), n)
         why = "all length differences are equal, so nothing is controlled: this is the raw rate"
         return LengthControlled(raw, mode, 0.0, (why,))
     z = longer / spread
@@ -118,7 +118,7 @@ def length_controlled_win_rate(
     lever[free] = np.linalg.solve(hessian[np.ix_(free, free)], slope.mean(axis=0)[free])
     influence = (q - q.mean()) + n * scores @ lever  # (n,)
     error = float(influence.std(ddof=1) / np.sqrt(n))
-    rate = normal_estimate(float(q.mean()), error, n)
+    rate = bounded(float(q.mean()), error, n)
     warnings = _doubts(100 * rate.value, 100 * float(y.mean()), z)
     return LengthControlled(rate, mode, float(beta[0]), warnings)
 

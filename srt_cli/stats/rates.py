@@ -67,7 +67,7 @@ def mean_with_error(values: Sequence[float]) -> Estimate | None:
     return Estimate(mean, mean - reach, mean + reach, n, error)
 
 
-def normal_estimate(value: float, error: float, n: int) -> Estimate:
+def bounded(value: float, error: float, n: int) -> Estimate:
     """A share with a standard error of its own: value ± 1.96 SE, within 0 and 1."""
     reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
     return Estimate(value, max(0.0, value - reach), min(1.0, value + reach), n, error)

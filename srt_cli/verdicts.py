@@ -1,0 +1,202 @@
+"""What a judge's verdicts on one contestant come to: rates, length control, position, comparisons."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Final
+
+from srt_cli.judging import Orders
+from srt_cli.records import Judgment, Output, Prompt
+from srt_cli.stats.length_control import (
+    LengthControlled,
+    difficulties_of,
+    length_controlled_win_rate,
+)
+from srt_cli.stats.rates import (
+    Estimate,
+    PairedDifference,
+    Position,
+    bounded,
+    clustered_error,
+    discrete_win_rate,
+    holm,
+    paired_difference,
+    position_bias,
+    strict_win_rate,
+    win_rate,
+)
+
+LONGER_BY_CHARACTERS: Final = 30
+LENGTH_BINS: Final = (0.1, 0.25)
+SHAKY_CONSISTENCY: Final = 0.75
+MOST_GAP: Final = 0.05
+
+
+@dataclass(frozen=True)
+class LengthBin:
+    """Win rate over the pairs whose lengths differ by at most this share of the reference's."""
+
+    at_most: float
+    win_rate: Estimate | None
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one judge said of one contestant against the reference."""
+
+    judge: str
+    orders: Orders
+    win_rate: Estimate | None
+    discrete_win_rate: Estimate | None
+    strict_win_rate: Estimate | None
+    length_controlled: LengthControlled | None
+    wins: int
+    ties: int
+    losses: int
+    position: Position | None
+    prefers_longer: Estimate | None
+    """Over pairs that differ by more than 30 characters: how often the longer answer won."""
+    by_length: tuple[LengthBin, ...]
+    statuses: dict[str, int]
+    statuses_by_order: dict[str, dict[str, int]]
+    pairs: int
+    valid_pairs: int
+
+    def warnings(self) -> list[str]:
+        """What should make a reader doubt these verdicts."""
+        found = list(self.length_controlled.warnings) if self.length_controlled else []
+        if self.position is not None:
+            if self.position.consistency < SHAKY_CONSISTENCY:
+                found.append(
+                    f"{self.judge} says the same in both orders in only "
+                    f"{self.position.consistency:.0%} of the pairs; its verdicts are shaky"
+                )
+            gap = self.position.gap
+            if gap and gap.standard_error is not None:
+                beyond_noise = abs(gap.value) > 3 * gap.standard_error
+                if beyond_noise and abs(gap.value) > MOST_GAP:
+                    slot = "second" if gap.value > 0 else "first"
+                    found.append(
+                        f"{self.judge} favours the answer shown {slot} by "
+                        f"{100 * abs(gap.value):.0f} points"
+                    )
+        if self.valid_pairs < self.pairs:
+            bad = ", ".join(f"{n} {s}" for s, n in self.statuses.items() if s != "ok")
+            wanted = "in both orders " if self.orders == "both" else ""
+            found.append(
+                f"{self.pairs - self.valid_pairs} of {self.pairs} pairs have no valid verdict "
+                f"{wanted}of {self.judge} ({bad or 'missing'}) and are not scored"
+            )
+        return found
+
+
+def preferences_of(verdicts: Sequence[Judgment], orders: Orders) -> dict[str, float]:
+    """Each prompt's preference for `a`: the mean of its orders; prompts without all fall out."""
+    by_order: dict[str, dict[str, float]] = {"ab": {}, "ba": {}}
+    for verdict in verdicts:
+        if verdict.preference is not None:
+            by_order[verdict.order][verdict.id] = verdict.preference
+    if orders == "one":
+        return by_order["ba"] | by_order["ab"]
+    return {
+        name: (value + by_order["ba"][name]) / 2
+        for name, value in by_order["ab"].items()
+        if name in by_order["ba"]
+    }
+
+
+def count_verdicts(
+    judge: str,
+    orders: Orders,
+    prompts: Sequence[Prompt],
+    mine: Mapping[str, Output],
+    theirs: Mapping[str, Output],
+    verdicts: Sequence[Judgment],
+) -> Judged:
+    """Count one judge's verdicts; with `both` orders a pair counts only with valid verdicts in both."""
+    preferences = preferences_of(verdicts, orders)
+    valid = [prompt for prompt in prompts if prompt.id in preferences]
+    y = [preferences[prompt.id] for prompt in valid]
+    lengths = [len(mine[prompt.id].response) for prompt in valid]
+    reference = [len(theirs[prompt.id].response) for prompt in valid]
+    texts = [prompt.text for prompt in valid]
+    first, second = _by_slot(verdicts, preferences if orders == "both" else {})
+    rate = win_rate(y)
+    if rate is not None and len(set(texts)) < len(texts):
+        error = clustered_error(y, texts)
+        rate = bounded(rate.value, error, rate.n) if error is not None else rate
+    longer = [
+        value if a > b else 1 - value
+        for value, a, b in zip(y, lengths, reference, strict=True)
+        if abs(a - b) > LONGER_BY_CHARACTERS
+    ]
+    by_order: dict[str, Counter[str]] = {}
+    for verdict in verdicts:
+        by_order.setdefault(verdict.order, Counter())[verdict.status] += 1
+    return Judged(
+        judge=judge,
+        orders=orders,
+        win_rate=rate,
+        discrete_win_rate=discrete_win_rate(y),
+        strict_win_rate=strict_win_rate(first, second) if orders == "both" else None,
+        length_controlled=length_controlled_win_rate(
+            y, lengths, reference, difficulties_of(texts) if texts else None
+        ),
+        wins=sum(value > 0.5 for value in y),
+        ties=sum(value == 0.5 for value in y),
+        losses=sum(value < 0.5 for value in y),
+        position=position_bias(first, second),
+        prefers_longer=discrete_win_rate(longer),
+        by_length=tuple(_bin(share, y, lengths, reference) for share in LENGTH_BINS),
+        statuses=dict(Counter(verdict.status for verdict in verdicts)),
+        statuses_by_order={order: dict(counts) for order, counts in sorted(by_order.items())},
+        pairs=len(prompts),
+        valid_pairs=len(valid),
+    )
+
+
+def _by_slot(
+    verdicts: Sequence[Judgment], valid: Mapping[str, float]
+) -> tuple[list[float], list[float]]:
+    """Preferences for `a` when it was shown first, and second, over the valid pairs in one order."""
+    by_order: dict[str, dict[str, float]] = {"ab": {}, "ba": {}}
+    for verdict in verdicts:
+        if verdict.preference is not None:
+            by_order[verdict.order][verdict.id] = verdict.preference
+    return [by_order["ab"][name] for name in valid], [by_order["ba"][name] for name in valid]
+
+
+def _bin(share: float, y: Sequence[float], mine: Sequence[int], theirs: Sequence[int]) -> LengthBin:
+    near = [
+        value
+        for value, a, b in zip(y, mine, theirs, strict=True)
+        if abs(a - b) <= share * max(1, b)
+    ]
+    return LengthBin(share, win_rate(near))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two contestants over the prompts that both have, by one yardstick."""
+
+    a: str
+    b: str
+    by: str
+    paired: PairedDifference
+    p_adjusted: float
+    """McNemar's p after Holm's correction over all comparisons by the same yardstick."""
+
+
+def compare_all(by: str, values: Mapping[str, Mapping[str, float]]) -> list[Comparison]:
+    """Every two contestants, paired over their common prompts; `values` are per name and prompt."""
+    found = []
+    for b, a in combinations(values, 2):
+        common = [name for name in values[a] if name in values[b]]
+        paired = paired_difference(
+            [values[a][name] for name in common], [values[b][name] for name in common]
+        )
+        if paired is not None:
+            found.append((a, b, paired))
+    adjusted = holm([paired.p_value for *_, paired in found])
+    return [Comparison(a, b, by, d, p) for (a, b, d), p in zip(found, adjusted, strict=True)]
