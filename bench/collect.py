@@ -292,7 +292,7 @@ class Table:
 
     def line(self, name: str, figures: str, bar: str, met: bool) -> None:
         self.failed |= not met
-        print(f"{name:<34} {figures:<62} {bar:<34} {'yes' if met else 'NO'}", flush=True)
+        print(f"{name:<36} {figures:<70} {bar:<30} {'yes' if met else 'NO'}", flush=True)
 
 
 def bench_throughput(table: Table, repeats: int) -> None:
@@ -410,7 +410,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     table = Table()
-    print(f"{'measured':<34} {'figures':<62} {'bar':<34} met")
+    print(f"{'measured':<36} {'figures':<70} {'bar':<30} met")
     for name, bench in BENCHES.items():
         if not asked.only or name in asked.only:
             bench(table, asked.repeats)

@@ -77,8 +77,8 @@ class JudgesAgree:
 
 
 LC_NOTES: Final = {
-    "alpaca_eval": "LC: win rate at equal length, as AlpacaEval 2 controls it.",
-    "generic": "LC: win rate at equal length, with a generic prior; not comparable with AlpacaEval's.",
+    "alpaca_eval": "Equal length: the length-controlled win rate of AlpacaEval 2.",
+    "generic": "Equal length: length-controlled with a generic prior; not comparable with AlpacaEval's.",
 }
 
 
@@ -101,6 +101,11 @@ class Contest:
         pairs = sum(each.pairs for each in judged)
         return sum(each.valid_pairs for each in judged) / pairs if pairs else None
 
+    @property
+    def direct_only(self) -> bool:
+        """Whether everyone answers directly, so that saying so of each tells nothing."""
+        return all(row.use == "response" for row in self.rows)
+
     def as_plain(self) -> dict[str, Any]:
         """For `eval.json`."""
         return dataclasses.asdict(self) | {"coverage": self.coverage}
@@ -112,25 +117,22 @@ class Contest:
             columns = ["", "", "passes [95 %]", "vs reference", "chars", "parses"]
             found.append(Table("passes the check", columns, [_check_cells(r) for r in self.rows]))
         for place, judge in enumerate(self.judges):
-            columns = [
-                "",
-                "",
-                "wins ± SE",
-                "LC wins ± SE",
-                "W/T/L",
-                "both orders agree",
-                "degenerate",
+            cells = [
+                [
+                    shorten(row.name) if self.direct_only else f"{shorten(row.name)} {row.kind}",
+                    *_judge_cells(row, row.judged[place]),
+                ]
+                for row in self.rows
+                if row.judged
             ]
-            cells = [_judge_cells(row, row.judged[place]) for row in self.rows if row.judged]
+            columns = ["", "wins, %", "equal length", "W/T/L", "same twice", "degenerate"]
             title = "wins against the reference"
             found.append(Table(f"{title}, says {shorten(judge, 40)}", columns, cells))
         if len(self.rows) > 2 and self.comparisons:
-            columns = ["", "", "by", "difference [95 %]", "p (Holm)", "detectable"]
-            found.append(
-                Table(
-                    "every two, paired", columns, [_comparison_cells(c) for c in self.comparisons]
-                )
-            )
+            columns = ["", "difference [95 %]", "p (Holm)", "detectable"]
+            for by in dict.fromkeys(each.by for each in self.comparisons):
+                cells = [_comparison_cells(each) for each in self.comparisons if each.by == by]
+                found.append(Table(f"every two, paired, by {shorten(by, 40)}", columns, cells))
         if self.agreements:
             columns = ["", "", "same verdict [95 %]", "without ties", "kappa"]
             cells = [_agreement_cells(each) for each in self.agreements]
@@ -228,7 +230,8 @@ def _compare(
         if output.passed is not None:
             label = f"{output.contestant} {output.use}"
             passed.setdefault(label, {})[output.id] = float(output.passed)
-    labels = {f"{row.contestant} {row.use}": row.label for row in rows}
+    plain = all(row.use == "response" for row in rows)
+    labels = {f"{row.contestant} {row.use}": row.name if plain else row.label for row in rows}
     named = {labels[key]: values for key, values in passed.items()}
     found += compare_all("check", named)
     for judge in dict.fromkeys(judge for _, judge in verdicts):
@@ -317,8 +320,6 @@ def _check_cells(row: Row) -> list[str]:
 def _judge_cells(row: Row, judged: Judged) -> list[str]:
     position, controlled = judged.position, judged.length_controlled
     return [
-        shorten(row.name),
-        row.kind,
         _with_error(judged.win_rate),
         _with_error(controlled.rate if controlled else None),
         f"{judged.wins}/{judged.ties}/{judged.losses}",
@@ -330,9 +331,7 @@ def _judge_cells(row: Row, judged: Judged) -> list[str]:
 def _comparison_cells(comparison: Comparison) -> list[str]:
     paired = comparison.paired
     return [
-        shorten(comparison.a, 32),
-        f"against {shorten(comparison.b, 32)}",
-        shorten(comparison.by, 16),
+        f"{shorten(comparison.a)} against {shorten(comparison.b)}",
         _difference(paired),
         f"{comparison.p_adjusted:.3f}" if comparison.p_adjusted >= 0.001 else "< 0.001",
         f"{100 * paired.smallest_detectable:.0f}",
@@ -374,5 +373,5 @@ def _difference(paired: PairedDifference | None) -> str:
 def _with_error(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
-    error = f" ± {100 * estimate.standard_error:.0f}" if estimate.standard_error is not None else ""
-    return f"{100 * estimate.value:.0f}{error} %"
+    error = f" ± {100 * estimate.standard_error:.1f}" if estimate.standard_error is not None else ""
+    return f"{100 * estimate.value:.1f}{error}"

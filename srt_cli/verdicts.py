@@ -106,6 +106,16 @@ def preferences_of(verdicts: Sequence[Judgment], orders: Orders) -> dict[str, fl
     }
 
 
+def preferences_by_pair(
+    judgments: Sequence[Judgment], orders: Orders
+) -> dict[tuple[str, str], dict[str, float]]:
+    """The preferences of each (contestant and use, judge), by prompt."""
+    groups: dict[tuple[str, str], list[Judgment]] = {}
+    for judgment in judgments:
+        groups.setdefault((judgment.a, judgment.judge), []).append(judgment)
+    return {pair: preferences_of(given, orders) for pair, given in groups.items()}
+
+
 def count_verdicts(
     judge: str,
     orders: Orders,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from srt_cli import console
 from srt_cli.artifacts import OrderedWriter, Run, inherited, open_run, read_manifest, write_json
@@ -74,6 +74,13 @@ class Evaluate(ApiOptions):
     use: tuple[Use, ...] = setting(
         ("response",), "Which answer counts: response or refinement. Twice for both."
     )
+    annotations: tuple[Path, ...] = setting(
+        (), "Count saved judgments instead: AlpacaEval's annotations.json, or judgments.jsonl. "
+        "Several times.", metavar="FILE",
+    )  # fmt: skip
+    export: Literal["alpaca_eval"] | None = runtime(
+        None, "Write outputs and judgments in another tool's form too."
+    )
     out: Path = runtime(Path("eval.json"), "Where the figures go.", metavar="FILE")
     prompt_field: str | None = setting(None, "The field that holds the prompt.", metavar="NAME")
     temperature: float = setting(0.0, "Sampling temperature of the answers (paper: greedy).")
@@ -89,15 +96,16 @@ class Evaluate(ApiOptions):
 
 
 def run(options: Evaluate) -> None:
-    """Answer, check, judge, count, report."""
+    """Answer, check, judge, count, report; or count what was judged before."""
+    if options.annotations:
+        _count_annotations(options)
+        return
     reference = options.reference or base_of(options.model[0])
     judges = options.judge or critic_as_judge()
     if not judges and options.check is None:
         raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
     rows = list(prompts.read())
-    judgments_path = options.out.with_name("judgments.jsonl")
-    report_path = options.out.with_name("report.html")
     run = open_run(
         COMMAND,
         options,
@@ -121,28 +129,79 @@ def run(options: Evaluate) -> None:
         finally:
             run.manifest.cost = asking.cost.describe()
         _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
-        _write(judgments_path, judgments)
-
-        from srt_cli.contest import count_contest
-        from srt_cli.report.page import write_report
-
-        contest = count_contest(
-            rows, outputs, judgments, reference, judges, options.check, options.orders
-        )
-        write_json(options.out, contest.as_plain())
-        write_report(report_path, contest, rows, outputs, judgments, options.examples)
-        run.manifest.outputs |= {"judgments": str(judgments_path), "report": str(report_path)}
-        run.manifest.tallies = {"prompts": len(rows), "judgments": len(judgments)}
-        run.manifest.progress = f"{len(rows)} of {len(rows)}"
-        for warning in contest.warnings():
-            run.warn(warning)
+        _write(options.out.with_name("judgments.jsonl"), judgments)
+        contest = _report(run, options, rows, outputs, judgments, reference, judges, options.orders)
     console.say(asking.cost.sentence())
+    _close(options, contest)
+
+
+def _count_annotations(options: Evaluate) -> None:
+    """`--annotations`: count saved judgments, with no model and no network."""
+    if options.judge or options.check or options.reference:
+        raise UsageError("--annotations are counted as they are: no --judge, --check, --reference.")
+    from srt_cli.annotations import read_annotations
+
+    found = read_annotations(options.annotations)
+    assert found.reference is not None
+    inputs = {f"annotations {n}": path for n, path in enumerate(options.annotations, start=1)}
+    run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    with run:
+        prompts, outputs = list(found.prompts.values()), list(found.outputs.values())
+        contest = _report(
+            run, options, prompts, outputs, found.judgments, found.reference, found.judges,
+            found.orders,
+        )  # fmt: skip
+    _close(options, contest)
+
+
+def _report(
+    run: Run,
+    options: Evaluate,
+    prompts: Sequence[Prompt],
+    outputs: Sequence[Output],
+    judgments: Sequence[Judgment],
+    reference: str,
+    judges: Sequence[str],
+    orders: Orders,
+) -> "Contest":
+    """Count, and write `eval.json`, the page and what is to be exported."""
+    from srt_cli.contest import count_contest
+    from srt_cli.report.page import write_report
+
+    contest = count_contest(prompts, outputs, judgments, reference, judges, options.check, orders)
+    write_json(options.out, contest.as_plain())
+    page = _page_path(options)
+    write_report(page, contest, prompts, outputs, judgments, options.examples)
+    run.manifest.outputs |= {"report": str(page)}
+    run.manifest.tallies = {"prompts": len(prompts), "judgments": len(judgments)}
+    run.manifest.progress = f"{len(prompts)} of {len(prompts)}"
+    for warning in contest.warnings():
+        run.warn(warning)
+    if options.export is not None:
+        from srt_cli.annotations import export_alpaca_eval
+        from srt_cli.verdicts import preferences_by_pair
+
+        folder = options.out.with_name(f"{options.out.stem}-{options.export}")
+        preferences = preferences_by_pair(judgments, orders)
+        files = export_alpaca_eval(folder, prompts, outputs, preferences, reference)
+        console.say(f"{len(files)} files in AlpacaEval's form: {folder}")
+    return contest
+
+
+def _page_path(options: Evaluate) -> Path:
+    name = "report.html" if options.out.stem == "eval" else f"{options.out.stem}.report.html"
+    return options.out.with_name(name)
+
+
+def _close(options: Evaluate, contest: "Contest") -> None:
+    """The tables, where the report is, and exit 3 when too few pairs were judged."""
     show(contest)
-    console.finish(f"report: {report_path}", f"open {report_path}")
+    page = _page_path(options)
+    console.finish(f"report: {page}", f"open {page}")
     if contest.coverage is not None and contest.coverage < options.min_coverage:
         raise TooManyFailures(
-            f"only {contest.coverage:.1%} of the pairs have valid verdicts in both orders, less than "
-            f"--min-coverage {options.min_coverage:g}. Look at the raw verdicts in {judgments_path}."
+            f"only {contest.coverage:.1%} of the pairs have valid verdicts, less than "
+            f"--min-coverage {options.min_coverage:g}. Look at the raw verdicts."
         )
 
 

@@ -1,0 +1,147 @@
+"""srt eval --annotations: saved judgments are counted without a model, AlpacaEval's and our own."""
+
+import json
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from test_evaluate import PROGRAMS
+from test_published_figures import ALPACA, DATA, annotations, rows_of
+
+
+def native(folder, model="mine", count=30, preference=1.75, **changes):
+    rows = [
+        {
+            "instruction": f"question {n}", "output_1": "a reference " * 5, "generator_1": "ref",
+            "output_2": f"the answer {n} " * (1 + n % 7), "generator_2": model,
+            "annotator": "gpt", "preference": preference, **changes,
+        }
+        for n in range(count)
+    ]  # fmt: skip
+    (folder / f"{model}.json").write_text(json.dumps(rows))
+    return rows
+
+
+def figures(folder):
+    return json.loads((folder / "eval.json").read_text())
+
+
+def test_native_annotations_are_counted_and_reported(srt, tmp_path):
+    native(tmp_path)
+    finished = srt("eval", "--annotations", "mine.json")
+    assert finished.code == 0, finished.stderr
+    found = figures(tmp_path)
+    assert found["judges"] == ["gpt"]
+    (judged,) = found["rows"][1]["judged"]
+    assert judged["win_rate"]["value"] == 0.75
+    assert judged["orders"] == "one"
+    assert judged["length_controlled"]["mode"] == "generic"
+    assert "not comparable with AlpacaEval's" in finished.stdout
+    assert "question 3" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1}', "not a list of annotations"),
+        ("[]", "not a list of annotations"),
+        ("[{", "not valid JSON"),
+        ('[{"instruction": "q"}]', "row 1: no output_1, output_2, preference"),
+        (
+            '[{"instruction": "q", "output_1": "a", "output_2": "b", "preference": 7}]',
+            "preference 7 is not from 1 to 2",
+        ),
+    ],
+)
+def test_another_format_is_said_in_a_sentence(srt, tmp_path, content, message):
+    (tmp_path / "x.json").write_text(content)
+    finished = srt("eval", "--annotations", "x.json")
+    assert finished.code == 1
+    assert message in finished.stderr
+    assert "Expected AlpacaEval's annotations.json" in finished.stderr
+
+
+def test_files_with_two_references_are_refused(srt, tmp_path):
+    native(tmp_path, "mine")
+    native(tmp_path, "other", generator_1="another")
+    finished = srt("eval", "--annotations", "mine.json", "--annotations", "other.json")
+    assert finished.code == 1
+    assert "compares with another, the files before it with ref" in finished.stderr
+
+
+def test_missing_verdicts_are_counted_and_a_low_coverage_exits_3(srt, tmp_path):
+    rows = native(tmp_path)
+    for row in rows[:6]:
+        row["preference"] = None
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    finished = srt("eval", "--annotations", "mine.json")
+    assert finished.code == 3
+    assert "6 of 30 pairs have no valid verdict of gpt (6 unparsed)" in finished.stderr
+    assert srt("eval", "--annotations", "mine.json", "--min-coverage", 0.5, "--overwrite").code == 0
+
+
+def test_one_row_and_equal_lengths_are_labelled_never_nan(srt, tmp_path):
+    native(tmp_path, count=1)
+    finished = srt("eval", "--annotations", "mine.json")
+    assert finished.code == 0, finished.stderr
+    text = (tmp_path / "eval.json").read_text()
+    assert "NaN" not in text
+    native(tmp_path, "same", output_2="just as long", output_1="just as long")
+    finished = srt("eval", "--annotations", "same.json", "--out", "same-eval.json")
+    assert "nothing is controlled: this is the raw rate" in finished.stderr
+    assert "nan" not in finished.stdout.lower()
+
+
+def test_a_model_that_lacks_an_instruction_is_compared_on_the_common_ones(srt, tmp_path):
+    native(tmp_path, "mine", 30)
+    native(tmp_path, "other", 20, preference=1.25)
+    finished = srt("eval", "--annotations", "mine.json", "--annotations", "other.json")
+    assert finished.code == 0, finished.stderr
+    found = figures(tmp_path)
+    assert [row["prompts"] for row in found["rows"]] == [30, 30, 20]
+    (comparison,) = found["comparisons"]
+    assert comparison["paired"]["difference"]["n"] == 20
+    assert comparison["paired"]["difference"]["value"] == -0.5
+
+
+def test_our_own_judgments_and_an_export_give_the_same_figures_again(srt, tmp_path):
+    (tmp_path / "p.py").write_text(PROGRAMS)
+    write_jsonl(
+        tmp_path / "prompts.jsonl", [{"id": f"q{n}", "prompt": f"number {n}"} for n in range(24)]
+    )
+    line = ["eval", "--model", "python:p.py:better", "--reference", "python:p.py:base",
+            "--judge", "python:p.py:judge", "--export", "alpaca_eval"]  # fmt: skip
+    assert srt(*line).code == 0
+    first = figures(tmp_path)["rows"][1]["judged"][0]
+    assert srt("eval", "--annotations", "judgments.jsonl", "--out", "again.json").code == 0
+    again = json.loads((tmp_path / "again.json").read_text())["rows"][1]["judged"][0]
+    assert again == first
+    (exported,) = (tmp_path / "eval-alpaca_eval").glob("*/annotations.json")
+    assert srt("eval", "--annotations", exported, "--out", "native.json").code == 0
+    native = json.loads((tmp_path / "native.json").read_text())["rows"][1]["judged"][0]
+    assert native["win_rate"]["value"] == first["win_rate"]["value"]
+    assert len(read_jsonl(tmp_path / "judgments.jsonl")) == 48
+
+
+def test_a_judge_beside_annotations_is_a_usage_error(srt, tmp_path):
+    native(tmp_path)
+    finished = srt("eval", "--annotations", "mine.json", "--judge", "gpt-4")
+    assert finished.code == 2
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the verification data")
+def test_a_board_model_comes_out_as_published_through_the_front_door(srt, tmp_path):
+    preferences, lengths, reference, places = annotations("claude-2")
+    text = [row["instruction"] for row in rows_of(ALPACA / "instruction_text.csv")]
+    rows = [
+        {
+            "instruction": text[place], "output_1": "r" * theirs, "output_2": "m" * mine,
+            "generator_1": "gpt4_1106_preview", "generator_2": "claude-2", "preference": 1 + y,
+        }
+        for y, mine, theirs, place in zip(preferences, lengths, reference, places, strict=True)
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert srt("eval", "--annotations", "a.json").code == 0
+    (judged,) = figures(tmp_path)["rows"][1]["judged"]
+    assert 100 * judged["win_rate"]["value"] == pytest.approx(17.188, abs=0.001)
+    assert 100 * judged["length_controlled"]["rate"]["value"] == pytest.approx(28.16, abs=0.11)
+    assert judged["length_controlled"]["mode"] == "alpaca_eval"
