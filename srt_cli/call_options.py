@@ -73,7 +73,8 @@ class CallOptions(ApiOptions):
             raise UsageError(f"{' and '.join(chosen)}: choose one of them.")
         if self.export_batch is not None and self.export_batch.exists():
             raise UsageError(f"--export-batch {self.export_batch}: exists. Choose another name.")
-        return replace(super().door(), export_to=self.export_batch)
+        offline = self.dry_run or self.reparse
+        return replace(super().door(), export_to=self.export_batch, offline=offline)
 
     def statuses_to_retry(self) -> frozenset[str]:
         """`--retry-failed` as statuses; raises `UsageError` for an unknown one."""

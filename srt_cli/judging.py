@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from srt_cli.artifacts import read_rows
 from srt_cli.calls import Call
@@ -12,12 +12,22 @@ from srt_cli.critique import Critic, Sampling, respond_call
 from srt_cli.errors import SrtError
 from srt_cli.models import Model, Reply, Request, Task
 from srt_cli.options import RUNS_CODE_PREFIX
-from srt_cli.records import Judgment, Output, Prompt, Status, Usage
-from srt_cli.templates import judge_messages, parse_critique, parse_preference, parse_verdict
+from srt_cli.records import Judgment, Output, Prompt, Status
+from srt_cli.templates import (
+    LETTER_REQUIREMENTS,
+    fill_judge_template,
+    judge_messages,
+    parse_critique,
+    parse_letter_odds,
+    parse_preference,
+    parse_verdict,
+)
 
 Use = Literal["response", "refinement"]
 Order = Literal["ab", "ba"]
 Orders = Literal["both", "one"]
+Verdicts = Literal["auto", "weighted", "reasoned"]
+TOP_LOGPROBS: Final = 5
 JUDGE_TOKENS = 1024
 
 
@@ -125,20 +135,63 @@ def orders_of(prompt: Prompt, orders: Orders) -> tuple[Order, ...]:
     return ("ba",) if coin else ("ab",)
 
 
+@dataclass
+class Judge:
+    """A judge and its way of being asked."""
+
+    model: Model
+    verdicts: Verdicts = "auto"
+    template: str | None = None
+    without_logprobs: bool = False
+    """Found out by asking: this judge's replies come without log-probabilities."""
+
+    @property
+    def is_program(self) -> bool:
+        """Whether the judge is code of the user's, which is handed the texts themselves."""
+        return self.model.spec.startswith(RUNS_CODE_PREFIX)
+
+    @property
+    def asks_for_letter(self) -> bool:
+        """Whether the next pair is judged by the odds of one letter."""
+        if self.is_program or self.template is not None or self.verdicts == "reasoned":
+            return False
+        return self.verdicts == "weighted" or not self.without_logprobs
+
+
 def judge_pair(
-    judge: Model, prompt: Prompt, a: Output, b: Output, order: Order
+    judge: Judge, prompt: Prompt, a: Output, b: Output, order: Order
 ) -> Generator[Call, Reply, Judgment]:
-    """One verdict on two outputs in one order of presentation; a bad one is kept with its status."""
+    """One verdict on two outputs in one order of presentation; a bad one is kept with its status.
+
+    The verdict is the odds of one letter where the judge gives log-probabilities, else a line behind
+    its reasons.
+    """
     first, second = (a, b) if order == "ab" else (b, a)
-    request = Request(
-        messages=tuple(judge_messages(prompt, first.response, second.response)),
-        max_tokens=JUDGE_TOKENS,
-        task=Task("judge", prompt, (first.response, second.response)),
+    task = Task("judge", prompt, (first.response, second.response))
+    name = f"{prompt.id} verdict {order}"
+    if judge.asks_for_letter:
+        messages = judge_messages(prompt, first.response, second.response, LETTER_REQUIREMENTS)
+        request = Request(tuple(messages), max_tokens=1, top_logprobs=TOP_LOGPROBS, task=task)
+        reply = yield Call(judge.model, request, f"{name}, by a letter")
+        odds = parse_letter_odds(reply.logprobs[0].top) if reply.logprobs else None
+        judge.without_logprobs |= not reply.logprobs and reply.finish_reason != "failed"
+        if odds is not None or judge.verdicts == "weighted" or reply.finish_reason == "failed":
+            # One token is all there is to be: its end at the limit is no truncation.
+            status = _status_of(reply) if reply.finish_reason != "length" else "ok"
+            if status == "ok" and odds is None:
+                status = "unparsed"
+            verdict = "none" if odds is None else f"P(first) = {odds:.4f}"
+            return _judgment(judge, prompt, a, b, order, odds, verdict, status, reply)
+    if judge.template is not None:
+        messages = fill_judge_template(judge.template, prompt, first.response, second.response)
+    else:
+        messages = judge_messages(prompt, first.response, second.response)
+    reply = yield Call(
+        judge.model, Request(tuple(messages), max_tokens=JUDGE_TOKENS, task=task), name
     )
-    reply = yield Call(judge, request, f"{prompt.id} verdict {order}")
     status = _status_of(reply)
     verdict, for_first = "none", None
-    if status == "ok" and judge.spec.startswith(RUNS_CODE_PREFIX):
+    if status == "ok" and judge.is_program:
         for_first = parse_preference(reply.text)
         verdict = reply.text
     elif status == "ok":
@@ -147,6 +200,21 @@ def judge_pair(
         for_first = {"first": 1.0, "second": 0.0, "tie": 0.5}[named] if named else None
     if status == "ok" and for_first is None:
         status = "unparsed"
+    return _judgment(judge, prompt, a, b, order, for_first, verdict, status, reply)
+
+
+def _judgment(
+    judge: Judge,
+    prompt: Prompt,
+    a: Output,
+    b: Output,
+    order: Order,
+    for_first: float | None,
+    verdict: str,
+    status: Status,
+    reply: Reply,
+) -> Judgment:
+    """The record of a verdict, un-swapped."""
     preference = for_first if for_first is None or order == "ab" else 1 - for_first
     return Judgment(
         id=prompt.id,
@@ -157,6 +225,6 @@ def judge_pair(
         verdict=verdict,
         status=status,
         raw=reply.text if reply.finish_reason != "failed" else str(reply.error),
-        judge=judge.spec,
-        usage=reply.usage if reply.usage else Usage(),
+        judge=judge.model.spec,
+        usage=reply.usage,
     )

@@ -28,6 +28,7 @@ class Answer:
     delay_s: float = 0.0
     refusal: str | None = None
     completion_tokens: int = 7
+    top_logprobs: dict[str, float] | None = None
 
 
 Behaviour = Callable[[dict[str, Any], int], Answer]
@@ -128,6 +129,9 @@ def response_body(answer: Answer) -> dict[str, Any]:
     """An answer as a chat completion."""
     message = {"role": "assistant", "content": answer.text, "refusal": answer.refusal}
     choice = {"index": 0, "finish_reason": answer.finish_reason, "message": message}
+    if answer.top_logprobs is not None:
+        top = [{"token": t, "logprob": p, "bytes": None} for t, p in answer.top_logprobs.items()]
+        choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
     usage = {
         "prompt_tokens": 11,
         "completion_tokens": answer.completion_tokens,

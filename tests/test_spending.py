@@ -358,6 +358,19 @@ def test_a_file_that_is_no_batch_output_is_refused(srt, serve, prompts, tmp_path
     assert "other.jsonl:1: not a reply to an exported request" in finished.stderr
 
 
+def test_a_plan_an_export_and_a_reparse_need_no_key(srt, prompts, tmp_path, monkeypatch):
+    prompts(3)
+    line = ("collect-feedback", "--critic", "gpt-4")
+    assert srt(*line).code == 5
+    planned = srt(*line, "--dry-run")
+    assert planned.code == 0, planned.stderr
+    assert "rows: 3" in planned.stdout
+    exported = srt(*line, "--export-batch", "batch.jsonl")
+    assert exported.code == 0, exported.stderr
+    assert len(read_jsonl(tmp_path / "batch.jsonl")) == 3
+    assert srt(*line, "--reparse").code == 0
+
+
 def test_contradicting_options_are_refused(srt, serve, prompts):
     prompts(1)
     finished = collect(srt, serve(as_policy_and_critic), "--batch", "--dry-run")

@@ -122,6 +122,8 @@ class ModelOptions:
     tpm: float | None = None
     prices: "Mapping[str, Price]" = field(default_factory=dict)
     budget: "Budget" = field(default_factory=_unlimited)
+    offline: bool = False
+    """Nothing will be sent: an API model then needs no key."""
     batch_poll_s: float | None = None
     """Seconds between looks at a batch; None sends requests one by one."""
     export_to: Path | None = None

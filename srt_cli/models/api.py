@@ -90,7 +90,9 @@ class ApiModel:
         self.in_flight = self.options.concurrency or HIGHEST_LIMIT
         self._limit = AdaptiveLimit(fixed=self.options.concurrency)
         self._rate = RateLimit.of(self.options.rpm, self.options.tpm)
-        self._urls, self._key, self.identity = address_of(self.spec, self.parsed)
+        self._urls, self._key, self.identity = address_of(
+            self.spec, self.parsed, needs_key=not self.options.offline
+        )
         if self.parsed.kind == "http":
             self._token_field = "max_tokens"
         self.price = price_of(self.parsed, self.options.prices)
@@ -109,6 +111,8 @@ class ApiModel:
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
     ) -> list[Future[Reply]]:
         jobs = [_Job(request, Future(), most_tokens(request)) for request in requests]
+        if self.options.offline:
+            raise SrtError(f"{self.spec}: a call is owed, and nothing may be sent.")
         self._start()
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._accept, jobs)
@@ -429,23 +433,25 @@ class ApiModel:
             job.future.set_result(reply)
 
 
-def address_of(spec: str, parsed: Spec) -> tuple[tuple[str, ...], str, str]:
+def address_of(
+    spec: str, parsed: Spec, *, needs_key: bool = True
+) -> tuple[tuple[str, ...], str, str]:
     """Where an API model is: its addresses, the key, and its identity in the journal.
 
-    Raises `QuotaError` when the OpenAI API is asked for without a key.
+    Raises `QuotaError` when the OpenAI API is to be asked without a key.
     """
     key = os.environ.get("OPENAI_API_KEY")
     if parsed.kind == "http":
         urls = parsed.endpoints
         return urls, key or NO_KEY, f"http:{','.join(sorted(urls))}#{parsed.name}"
     base = os.environ.get("OPENAI_BASE_URL")
-    if not key:
+    if not key and needs_key:
         raise QuotaError(
             f"{spec}: no key for the OpenAI API. Set OPENAI_API_KEY, or name another "
             "model (a directory, http://HOST/v1#NAME, python:FILE:CALLABLE)."
         )
     identity = f"openai:{parsed.name}" + (f"@{base}" if base else "")
-    return (base.rstrip("/") if base else OPENAI_URL,), key, identity
+    return (base.rstrip("/") if base else OPENAI_URL,), key or NO_KEY, identity
 
 
 def chat_body(model: str, request: Request, token_field: str) -> dict[str, Any]:

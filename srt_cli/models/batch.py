@@ -267,7 +267,7 @@ class ExportModel:
     _file: IO[bytes] | None = None
 
     def __post_init__(self) -> None:
-        _, _, self.identity = address_of(self.spec, self.parsed)
+        _, _, self.identity = address_of(self.spec, self.parsed, needs_key=False)
         self._token_field = TOKEN_FIELDS[self.parsed.kind == "http"]
 
     def submit(

@@ -2,22 +2,25 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar, cast
 
 from srt_cli import console
 from srt_cli.artifacts import OrderedWriter, Run, inherited, open_run, read_manifest, write_json
 from srt_cli.call_options import ApiOptions
 from srt_cli.call_plan import Cost
-from srt_cli.calls import Script, Tally, conduct
+from srt_cli.calls import Script, Tally, conduct, replay
 from srt_cli.critique import Sampling
-from srt_cli.errors import TooManyFailures, UsageError
+from srt_cli.errors import SrtError, TooManyFailures, UsageError
 from srt_cli.journal import Journal
 from srt_cli.judging import (
     Contestant,
+    Judge,
+    Order,
     Orders,
     Use,
+    Verdicts,
     answer,
     check_output,
     judge_pair,
@@ -28,6 +31,7 @@ from srt_cli.models import Model, ModelOptions, open_model
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from
 from srt_cli.records import Judgment, Output, Prompt, Record
+from srt_cli.templates import read_judge_template
 
 if TYPE_CHECKING:
     from srt_cli.contest import Contest
@@ -68,6 +72,13 @@ class Evaluate(ApiOptions):
     orders: Orders = setting(
         "both", "Judge each pair in both orders, or in one that its prompt decides (AlpacaEval)."
     )
+    verdicts: Verdicts = setting(
+        "auto", "By the odds of one letter (weighted), or by a line behind reasons; auto: weighted "
+        "where the judge gives log-probabilities.",
+    )  # fmt: skip
+    judge_template: Path | None = setting(
+        None, "The judge's prompt, with {instruction}, {answer_M}, {answer_m}.", metavar="FILE"
+    )
     check: str | None = setting(
         None, "A program that says whether an answer passes: python:FILE:CALLABLE.", metavar="SPEC"
     )
@@ -91,6 +102,7 @@ class Evaluate(ApiOptions):
     )
     seed: int = setting(42, "Seed of sampled answers.")
     limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
+    offline: bool = runtime(False, "Only replay the journal; send nothing.")
     examples: int = runtime(100, "Prompts shown one by one in the report.")
     overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
 
@@ -110,7 +122,7 @@ def run(options: Evaluate) -> None:
         COMMAND,
         options,
         options.out,
-        inputs=prompts.inputs,
+        inputs={**prompts.inputs, **template_inputs(options.judge_template)},
         overwrite=options.overwrite,
         resolved={"reference": reference, "judge": list(judges)},
     )
@@ -124,7 +136,7 @@ def run(options: Evaluate) -> None:
             judgments = [
                 judgment
                 for judge in dict.fromkeys(judges)
-                for judgment in _judgments(judge, reference, options.orders, rows, outputs, asking)
+                for judgment in _judgments(judge, reference, options, rows, outputs, asking)
             ]
         finally:
             run.manifest.cost = asking.cost.describe()
@@ -205,6 +217,11 @@ def _close(options: Evaluate, contest: "Contest") -> None:
         )
 
 
+def template_inputs(judge_template: Path | None) -> dict[str, Path]:
+    """A judge's template given as a file, as an input of the run."""
+    return {} if judge_template is None else {"judge_template": judge_template}
+
+
 def base_of(model: str) -> str:
     """The model a stage-1 or stage-2 model was first trained from, by the manifests on the way."""
     seen = {model}
@@ -234,11 +251,12 @@ class _Asking:
     journal: Journal
     door: ModelOptions
     cost: Cost
+    offline: bool
 
     @classmethod
     def begin(cls, run: Run, options: Evaluate) -> "_Asking":
-        journal, door = run.journal(), options.door()
-        return cls(run, journal, door, Cost(journal, options, door.budget))
+        journal, door = run.journal(), replace(options.door(), offline=options.offline)
+        return cls(run, journal, door, Cost(journal, options, door.budget), options.offline)
 
     @contextmanager
     def open(self, spec: str) -> Iterator[Model]:
@@ -254,11 +272,29 @@ class _Asking:
     def ask(self, label: str, scripts: Iterable[Script[Result]], total: int) -> list[Result]:
         """Run scripts and give their results in the order of the scripts."""
         results: dict[int, Result] = {}
+        if self.offline:
+            return self._replay(label, scripts)
         with console.progress(label, total) as progress:
             for index, result in conduct(scripts, self.journal, window=512, tally=Tally()):
                 results[index] = result
                 progress.advance(note=self.cost.note())
         return [results[index] for index in range(total)]
+
+    def _replay(self, label: str, scripts: Iterable[Script[Result]]) -> list[Result]:
+        """`--offline`: what the journal holds, all of it or an error."""
+        results = []
+        owed = 0
+        for row in replay(scripts, self.journal.get):
+            if row.owed is not None:
+                owed += 1
+            else:
+                results.append(cast(Result, row.result))
+        if owed:
+            raise SrtError(
+                f"--offline: {label}: {owed} of {owed + len(results)} are not whole in the journal. "
+                "Run the same line without --offline to have them made."
+            )
+        return results
 
 
 def _answers(
@@ -309,12 +345,14 @@ def _checked(
 def _judgments(
     judge_spec: str,
     reference: str,
-    orders: Orders,
+    options: Evaluate,
     prompts: Sequence[Prompt],
     outputs: list[Output],
     asking: _Asking,
 ) -> list[Judgment]:
     """Each output against the reference's direct answer, in both orders or in one."""
+    orders = options.orders
+    template = read_judge_template(options.judge_template) if options.judge_template else None
     by_id = {prompt.id: prompt for prompt in prompts}
     references = {
         output.id: output
@@ -322,14 +360,22 @@ def _judgments(
         if output.contestant == reference and output.use == "response"
     }
     pairs = [output for output in outputs if references[output.id] is not output]
-    with asking.open(judge_spec) as judge:
-        scripts = (
-            judge_pair(judge, by_id[output.id], output, references[output.id], order)
-            for output in pairs
-            for order in orders_of(by_id[output.id], orders)
-        )
-        count = len(pairs) * (2 if orders == "both" else 1)
-        return asking.ask(f"judging by {judge_spec}", scripts, count)
+    with asking.open(judge_spec) as model:
+        judge = Judge(model, options.verdicts, template)
+        shown = [
+            (output, order) for output in pairs for order in orders_of(by_id[output.id], orders)
+        ]
+
+        def ask(part: Sequence[tuple[Output, Order]]) -> list[Judgment]:
+            scripts = (
+                judge_pair(judge, by_id[output.id], output, references[output.id], order)
+                for output, order in part
+            )
+            return asking.ask(f"judging by {judge_spec}", scripts, len(part))
+
+        # The first pair alone tells whether this judge gives log-probabilities.
+        alone = 1 if judge.asks_for_letter and options.verdicts == "auto" else 0
+        return [*ask(shown[:alone]), *ask(shown[alone:])] if alone else ask(shown)
 
 
 def _write(path: Path, records: Iterable[Record]) -> None:

@@ -1,0 +1,166 @@
+"""How a judge is asked: by the odds of one letter, by a line behind reasons, in the user's words."""
+
+import json
+import math
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from loopback_server import Answer, LoopbackServer
+
+from srt_cli.records import Prompt
+from srt_cli.templates import fill_judge_template, parse_letter_odds
+
+PROGRAMS = """
+def base(prompt):
+    return "plain " + prompt.id
+
+def better(prompt):
+    return "good " + prompt.id
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    (tmp_path / "p.py").write_text(PROGRAMS)
+    rows = [{"id": f"q{n}", "prompt": f"question {n}"} for n in range(6)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    return tmp_path
+
+
+@pytest.fixture
+def serve():
+    running = []
+
+    def start(behaviour):
+        running.append(LoopbackServer(behaviour))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
+def evaluate(srt, judge, *extra):
+    line = ["eval", "--model", "python:p.py:better", "--reference", "python:p.py:base"]
+    return srt(*line, "--judge", judge, *extra)
+
+
+def good_is_first(body):
+    text = body["messages"][-1]["content"]
+    return text.index("good ") < text.index("plain ")
+
+
+def with_odds(body, number):
+    """Says with 90 % that the good answer is better."""
+    if body["max_tokens"] > 1:
+        return Answer(text="Reasons.\nVerdict: [[tie]]")
+    best = ("M", "m") if good_is_first(body) else ("m", "M")
+    odds = {f" {best[0]}": math.log(0.63), best[1]: math.log(0.07), "The": math.log(0.3)}
+    return Answer(text=best[0], finish_reason="length", completion_tokens=1, top_logprobs=odds)
+
+
+def without_odds(body, number):
+    letter = "M" if good_is_first(body) else "m"
+    return Answer(text=f"It is better.\nVerdict: [[{letter}]]")
+
+
+def judged(folder):
+    return json.loads((folder / "eval.json").read_text())["rows"][1]["judged"][0]
+
+
+def test_the_odds_of_a_letter_are_the_preference(srt, serve, folder):
+    server = serve(with_odds)
+    finished = evaluate(srt, server.spec)
+    assert finished.code == 0, finished.stderr
+    assert judged(folder)["win_rate"]["value"] == pytest.approx(0.9)
+    assert judged(folder)["statuses"] == {"ok": 12}
+    assert {(r["max_tokens"], r["top_logprobs"]) for r in server.requests} == {(1, 5)}
+    assert {row["verdict"] for row in read_jsonl(folder / "judgments.jsonl")} == {
+        "P(first) = 0.9000", "P(first) = 0.1000",
+    }  # fmt: skip
+
+
+def test_a_judge_without_log_probabilities_is_asked_for_reasons(srt, serve, folder):
+    server = serve(without_odds)
+    finished = evaluate(srt, server.spec)
+    assert finished.code == 0, finished.stderr
+    assert judged(folder)["win_rate"]["value"] == 1
+    # Found out once, not for every pair.
+    letters = [body for body in server.requests if body["max_tokens"] == 1]
+    assert len(letters) == 1
+    assert '"unparsed"' not in (folder / "judgments.jsonl").read_text()
+
+
+def test_reasons_may_be_asked_for_although_there_are_odds(srt, serve, folder):
+    server = serve(with_odds)
+    evaluate(srt, server.spec, "--verdicts", "reasoned")
+    assert judged(folder)["ties"] == 6
+    assert all("top_logprobs" not in body for body in server.requests)
+
+
+def test_odds_may_be_insisted_on(srt, serve, folder):
+    finished = evaluate(srt, serve(without_odds).spec, "--verdicts", "weighted")
+    assert finished.code == 3
+    assert judged(folder)["statuses"] == {"unparsed": 12}
+
+
+def test_a_template_of_the_users_own_is_filled_and_kept_apart_from_the_texts(srt, serve, folder):
+    (folder / "judge.txt").write_text(
+        "Q:\n{instruction}\nM:\n{answer_M}\nm:\n{answer_m}\nSay Verdict."
+    )
+    server = serve(without_odds)
+    finished = evaluate(srt, server.spec, "--judge-template", "judge.txt")
+    assert finished.code == 0, finished.stderr
+    assert server.requests[0]["messages"][-1]["content"].startswith("Q:\n```\nquestion")
+    assert judged(folder)["win_rate"]["value"] == 1
+    inputs = json.loads((folder / "eval.run.json").read_text())["inputs"]
+    assert inputs["judge_template"]["sha256"]
+
+
+def test_a_template_without_its_places_is_refused(srt, serve, folder):
+    (folder / "judge.txt").write_text("Which is better?")
+    finished = evaluate(srt, serve(without_odds).spec, "--judge-template", "judge.txt")
+    assert finished.code == 1
+    assert "judge.txt: has no {instruction}, {answer_M}, {answer_m}" in finished.stderr
+
+
+def test_what_a_text_holds_is_never_a_place():
+    prompt = Prompt(id="a", prompt="what is {answer_m}?")
+    template = "{instruction} {answer_M} {answer_m}"
+    (message,) = fill_judge_template(template, prompt, "{answer_m}", "second")
+    assert message.content.count("second") == 1
+
+
+def test_letter_odds_by_hand():
+    assert parse_letter_odds({"M": math.log(0.3), " M": math.log(0.1), "m": math.log(0.4)}) == (
+        pytest.approx(0.5)
+    )
+    assert parse_letter_odds({"M": -1.0}) == 1
+    assert parse_letter_odds({"Mm": -0.1}) is None
+
+
+def test_offline_replays_all_or_says_what_is_missing(srt, serve, folder):
+    server = serve(with_odds)
+    assert evaluate(srt, server.spec, "--limit", 4).code == 0
+    first = (folder / "eval.json").read_bytes()
+    server.close()
+    asked = len(server.requests)
+    again = evaluate(srt, server.spec, "--limit", 4, "--offline")
+    assert again.code == 0, again.stderr
+    assert (folder / "eval.json").read_bytes() == first
+    more = evaluate(srt, server.spec, "--offline")
+    assert more.code == 1
+    assert (
+        "--offline: answers of python:p.py:base: 2 of 6 are not whole in the journal" in more.stderr
+    )
+    assert len(server.requests) == asked
+
+
+def test_a_local_model_judges_by_its_odds(srt, folder, tiny_model):
+    finished = evaluate(srt, str(tiny_model), "--limit", 2, "--verdicts", "weighted")
+    statuses = judged(folder)["statuses"]
+    # A random model's first token is hardly a letter; what counts is that odds were asked for.
+    assert set(statuses) <= {"ok", "unparsed"}
+    assert finished.code in (0, 3)
+    raw = [row for row in read_jsonl(folder / "eval.journal.jsonl") if "letter" in row["call"]]
+    assert all(len(row["logprobs"][0]["top"]) >= 1 for row in raw)
