@@ -3,15 +3,17 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from srt_cli.drift import Stage, drift_table
 from srt_cli.judging import Orders
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
 from srt_cli.stats.rates import Estimate, PairedDifference, paired_difference, pass_rate
+from srt_cli.tables import Table, shorten
 from srt_cli.verdicts import (
     Comparison,
     Judged,
@@ -59,15 +61,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table for the terminal and the report."""
-
-    title: str
-    columns: list[str]
-    cells: list[list[str]]
-
-
-@dataclass(frozen=True)
 class JudgesAgree:
     """How often two judges said the same of the same pair."""
 
@@ -93,6 +86,8 @@ class Contest:
     rows: list[Row]
     comparisons: list[Comparison]
     agreements: list[JudgesAgree]
+    stages: list[Stage] = field(default_factory=list)
+    """The drift table, when scores were asked for or objective results given."""
 
     @property
     def coverage(self) -> float | None:
@@ -110,8 +105,12 @@ class Contest:
         """For `eval.json`."""
         return dataclasses.asdict(self) | {"coverage": self.coverage}
 
-    def tables(self) -> list[Table]:
-        """What the check found, and what the judge found; each when there was one."""
+    def tables(self, *, brief: bool = False) -> list[Table]:
+        """What the check found, and what the judges found; each when there was one.
+
+        `brief` leaves out comparisons with the reference, which other columns show, and those of
+        refined answers.
+        """
         found = []
         if self.check:
             columns = ["", "", "passes [95 %]", "vs reference", "chars", "parses"]
@@ -130,14 +129,22 @@ class Contest:
             found.append(Table(f"{title}, says {shorten(judge, 40)}", columns, cells))
         if len(self.rows) > 2 and self.comparisons:
             columns = ["", "difference [95 %]", "p (Holm)", "detectable"]
-            for by in dict.fromkeys(each.by for each in self.comparisons):
-                cells = [_comparison_cells(each) for each in self.comparisons if each.by == by]
+            shown = [each for each in self.comparisons if not brief or self._is_brief(each)]
+            for by in dict.fromkeys(each.by for each in shown):
+                cells = [_comparison_cells(each) for each in shown if each.by == by]
                 found.append(Table(f"every two, paired, by {shorten(by, 40)}", columns, cells))
+        if self.stages:
+            found.append(drift_table(self.stages))
         if self.agreements:
             columns = ["", "", "same verdict [95 %]", "without ties", "kappa"]
             cells = [_agreement_cells(each) for each in self.agreements]
             found.append(Table("judges against each other", columns, cells))
         return found
+
+    def _is_brief(self, comparison: Comparison) -> bool:
+        rows = [row for row in self.rows[1:] if row.use == "response"]
+        labels = {label for row in rows for label in (row.name, row.label)}
+        return {comparison.a, comparison.b} <= labels
 
     def footnotes(self) -> list[str]:
         """What a reader needs to know to read the table rightly."""
@@ -170,6 +177,11 @@ class Contest:
             failed = row.statuses.get("failed", 0) + row.statuses.get("refused", 0)
             if failed:
                 found.append(f"{row.label}: {failed} answers failed or were refused.")
+        found += [
+            f"{stage.name}: {stage.echo.colour} alarm: {stage.echo.reason}."
+            for stage in self.stages
+            if stage.echo is not None and stage.echo.colour in ("red", "amber")
+        ]
         return found
 
 
@@ -347,14 +359,6 @@ def _agreement_cells(judges: JudgesAgree) -> list[str]:
         _interval(found.without_ties),
         f"{found.kappa:.2f}" if found.kappa is not None else "-",
     ]
-
-
-def shorten(name: str, longest: int = 22) -> str:
-    """A name cut in its middle, where the least is told."""
-    if len(name) <= longest:
-        return name
-    kept = longest - 1
-    return name[: kept - kept // 3] + "…" + name[-(kept // 3) :]
 
 
 def _interval(estimate: Estimate | None) -> str:

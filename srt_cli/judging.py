@@ -12,7 +12,7 @@ from srt_cli.critique import Critic, Sampling, respond_call
 from srt_cli.errors import SrtError
 from srt_cli.models import Model, Reply, Request, Task
 from srt_cli.options import RUNS_CODE_PREFIX
-from srt_cli.records import Judgment, Output, Prompt, Status
+from srt_cli.records import Judgment, Output, Prompt, Scored, Status
 from srt_cli.templates import (
     LETTER_REQUIREMENTS,
     fill_judge_template,
@@ -125,6 +125,22 @@ def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call
     if reply.finish_reason == "failed":
         raise SrtError(f"{reply.error} (prompt {prompt.id}). A check must decide every answer.")
     return output.model_copy(update={"passed": verdict == 1})
+
+
+def score_output(
+    critic: Critic, by: str, prompt: Prompt, output: Output
+) -> Generator[Call, Reply, Scored]:
+    """A blind score of one output: by its own writer in conversation, or by an outside critic."""
+    name = f"{prompt.id} score of {output.contestant}"
+    reply = yield critic.call("score", prompt, output.response, name)
+    status = _status_of(reply)
+    score = parse_critique(reply.text, expect_refinement=False).score if status == "ok" else None
+    if status == "ok" and score is None:
+        status = "unparsed"
+    raw = reply.text if reply.finish_reason != "failed" else str(reply.error)
+    return Scored(
+        id=prompt.id, contestant=output.contestant, by=by, score=score, status=status, raw=raw
+    )
 
 
 def orders_of(prompt: Prompt, orders: Orders) -> tuple[Order, ...]:

@@ -209,6 +209,17 @@ class Judgment(Record):
     usage: Usage
 
 
+class Scored(Record):
+    """What somebody who did not write it, or the writer itself, scored one output, blind."""
+
+    id: str
+    contestant: str
+    by: str
+    score: float | None
+    status: Status
+    raw: str
+
+
 class Output(Record):
     """What a contestant of `srt eval` answered to one prompt.
 

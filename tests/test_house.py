@@ -2,10 +2,10 @@
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -103,13 +103,17 @@ def test_help_imports_nothing_heavy_and_is_quick():
     )
     took = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-c", program], capture_output=True, text=True, check=True
         )
-        took.append(time.perf_counter() - started)
+        after = os.times()
+        took.append(
+            after.children_user + after.children_system
+            - before.children_user - before.children_system
+        )  # fmt: skip
         assert done.stderr.strip() == "[]"
-    # The quickest of five: other tests share the two cores.
+    # Seconds of processor, and the quickest of five: other tests share the two cores.
     assert min(took) < 0.3
 
 

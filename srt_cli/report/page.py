@@ -6,10 +6,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import srt_cli
-from srt_cli.contest import Contest, Row, Table
+from srt_cli.contest import Contest, Row
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.report.plot import Interval, interval_plot
 from srt_cli.report.shell import html_table, write_page
+from srt_cli.tables import Table
 
 
 def write_report(

@@ -1,19 +1,16 @@
 """Are the stages better than the base? Outputs, checks, verdicts, and a report."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Literal
 
 from srt_cli import console
 from srt_cli.artifacts import OrderedWriter, Run, inherited, open_run, read_manifest, write_json
+from srt_cli.asking import Asking
 from srt_cli.call_options import ApiOptions
-from srt_cli.call_plan import Cost
-from srt_cli.calls import Script, Tally, conduct, replay
-from srt_cli.critique import Sampling
-from srt_cli.errors import SrtError, TooManyFailures, UsageError
-from srt_cli.journal import Journal
+from srt_cli.critique import Critic, Sampling
+from srt_cli.errors import TooManyFailures, UsageError
 from srt_cli.judging import (
     Contestant,
     Judge,
@@ -26,18 +23,17 @@ from srt_cli.judging import (
     judge_pair,
     orders_of,
     read_outputs,
+    score_output,
 )
-from srt_cli.models import Model, ModelOptions, open_model
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from
-from srt_cli.records import Judgment, Output, Prompt, Record
+from srt_cli.records import Judgment, Output, Prompt, Record, Scored
 from srt_cli.templates import read_judge_template
 
 if TYPE_CHECKING:
     from srt_cli.contest import Contest
 
 COMMAND = "eval"
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -82,6 +78,14 @@ class Evaluate(ApiOptions):
     check: str | None = setting(
         None, "A program that says whether an answer passes: python:FILE:CALLABLE.", metavar="SPEC"
     )
+    scorer: str | None = setting(
+        None, "Who scores every direct answer blind, as its own model does too: shows drift. A "
+        "model, or python:FILE:critique.", metavar="SPEC",
+    )  # fmt: skip
+    objective: tuple[str, ...] = setting(
+        (), "Results of lm-evaluation-harness for the drift table. Several times.",
+        metavar="MODEL=FILE",
+    )  # fmt: skip
     use: tuple[Use, ...] = setting(
         ("response",), "Which answer counts: response or refinement. Twice for both."
     )
@@ -114,8 +118,12 @@ def run(options: Evaluate) -> None:
         return
     reference = options.reference or base_of(options.model[0])
     judges = options.judge or critic_as_judge()
-    if not judges and options.check is None:
+    if not judges and options.check is None and options.scorer is None:
         raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
+    if options.objective:
+        from srt_cli.drift import read_objective
+
+        read_objective(options.objective)  # a wrong file is said before any work is done
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
     rows = list(prompts.read())
     run = open_run(
@@ -127,7 +135,7 @@ def run(options: Evaluate) -> None:
         resolved={"reference": reference, "judge": list(judges)},
     )
     with run:
-        asking = _Asking.begin(run, options)
+        asking = Asking.begin(run, options, offline=options.offline)
         contestants = list(dict.fromkeys(options.model))
         try:
             outputs = _answers(options, reference, contestants, rows, asking)
@@ -138,11 +146,16 @@ def run(options: Evaluate) -> None:
                 for judge in dict.fromkeys(judges)
                 for judgment in _judgments(judge, reference, options, rows, outputs, asking)
             ]
+            scores = _scores(options, reference, rows, outputs, asking)
         finally:
             run.manifest.cost = asking.cost.describe()
         _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
         _write(options.out.with_name("judgments.jsonl"), judgments)
-        contest = _report(run, options, rows, outputs, judgments, reference, judges, options.orders)
+        if scores:
+            _write(options.out.with_name(options.out.stem + ".scores.jsonl"), scores)
+        contest = _report(
+            run, options, rows, outputs, judgments, reference, judges, options.orders, scores
+        )
     console.say(asking.cost.sentence())
     _close(options, contest)
 
@@ -175,12 +188,17 @@ def _report(
     reference: str,
     judges: Sequence[str],
     orders: Orders,
+    scores: Sequence[Scored] = (),
 ) -> "Contest":
     """Count, and write `eval.json`, the page and what is to be exported."""
     from srt_cli.contest import count_contest
+    from srt_cli.drift import drift_of, read_objective
     from srt_cli.report.page import write_report
 
     contest = count_contest(prompts, outputs, judgments, reference, judges, options.check, orders)
+    if scores or options.objective:
+        objective = read_objective(options.objective)
+        contest.stages.extend(drift_of(contest, outputs, scores, objective))
     write_json(options.out, contest.as_plain())
     page = _page_path(options)
     write_report(page, contest, prompts, outputs, judgments, options.examples)
@@ -243,66 +261,12 @@ def critic_as_judge() -> tuple[str, ...]:
     return () if critic is None or critic.startswith(RUNS_CODE_PREFIX) else (critic,)
 
 
-@dataclass(frozen=True)
-class _Asking:
-    """What every question to a model needs: the journal, the door with its budget, the cost."""
-
-    run: Run
-    journal: Journal
-    door: ModelOptions
-    cost: Cost
-    offline: bool
-
-    @classmethod
-    def begin(cls, run: Run, options: Evaluate) -> "_Asking":
-        journal, door = run.journal(), replace(options.door(), offline=options.offline)
-        return cls(run, journal, door, Cost(journal, options, door.budget), options.offline)
-
-    @contextmanager
-    def open(self, spec: str) -> Iterator[Model]:
-        """A model for as long as it is needed; its description goes into the manifest."""
-        model = open_model(spec, self.door)
-        self.cost.watch(model)
-        try:
-            yield model
-        finally:
-            self.run.manifest.models[spec] = model.describe()
-            model.close()
-
-    def ask(self, label: str, scripts: Iterable[Script[Result]], total: int) -> list[Result]:
-        """Run scripts and give their results in the order of the scripts."""
-        results: dict[int, Result] = {}
-        if self.offline:
-            return self._replay(label, scripts)
-        with console.progress(label, total) as progress:
-            for index, result in conduct(scripts, self.journal, window=512, tally=Tally()):
-                results[index] = result
-                progress.advance(note=self.cost.note())
-        return [results[index] for index in range(total)]
-
-    def _replay(self, label: str, scripts: Iterable[Script[Result]]) -> list[Result]:
-        """`--offline`: what the journal holds, all of it or an error."""
-        results = []
-        owed = 0
-        for row in replay(scripts, self.journal.get):
-            if row.owed is not None:
-                owed += 1
-            else:
-                results.append(cast(Result, row.result))
-        if owed:
-            raise SrtError(
-                f"--offline: {label}: {owed} of {owed + len(results)} are not whole in the journal. "
-                "Run the same line without --offline to have them made."
-            )
-        return results
-
-
 def _answers(
     options: Evaluate,
     reference: str,
     contestants: Sequence[str],
     prompts: Sequence[Prompt],
-    asking: _Asking,
+    asking: Asking,
 ) -> list[Output]:
     """Everyone's outputs, the reference's direct answers first; one model in memory at a time."""
     outputs: list[Output] = []
@@ -334,7 +298,7 @@ def _already(outputs: Iterable[Output]) -> set[tuple[str, str]]:
 
 
 def _checked(
-    check: str, prompts: Sequence[Prompt], outputs: list[Output], asking: _Asking
+    check: str, prompts: Sequence[Prompt], outputs: list[Output], asking: Asking
 ) -> list[Output]:
     by_id = {prompt.id: prompt for prompt in prompts}
     with asking.open(check) as model:
@@ -348,7 +312,7 @@ def _judgments(
     options: Evaluate,
     prompts: Sequence[Prompt],
     outputs: list[Output],
-    asking: _Asking,
+    asking: Asking,
 ) -> list[Judgment]:
     """Each output against the reference's direct answer, in both orders or in one."""
     orders = options.orders
@@ -378,6 +342,33 @@ def _judgments(
         return [*ask(shown[:alone]), *ask(shown[alone:])] if alone else ask(shown)
 
 
+def _scores(
+    options: Evaluate,
+    reference: str,
+    prompts: Sequence[Prompt],
+    outputs: Sequence[Output],
+    asking: Asking,
+) -> list[Scored]:
+    """`--scorer`: each direct answer scored blind, by its own model and by somebody outside."""
+    if options.scorer is None:
+        return []
+    by_id = {prompt.id: prompt for prompt in prompts}
+    direct = [output for output in outputs if output.use == "response"]
+    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
+    scores: list[Scored] = []
+
+    def score(spec: str, answers: Sequence[Output], in_conversation: bool) -> list[Scored]:
+        with asking.open(spec) as model:
+            critic = Critic(model, sampling, in_conversation=in_conversation)
+            scripts = (score_output(critic, spec, by_id[o.id], o) for o in answers)
+            return asking.ask(f"scores by {spec}", scripts, len(answers))
+
+    for spec in dict.fromkeys(output.contestant for output in direct):
+        if not spec.endswith((".jsonl", ".jsonl.gz")) and not spec.startswith(RUNS_CODE_PREFIX):
+            scores += score(spec, [o for o in direct if o.contestant == spec], True)
+    return scores + score(options.scorer, direct, False)
+
+
 def _write(path: Path, records: Iterable[Record]) -> None:
     writer = OrderedWriter(path)
     try:
@@ -389,7 +380,7 @@ def _write(path: Path, records: Iterable[Record]) -> None:
 
 def show(contest: "Contest") -> None:
     """The tables of the contest on stdout."""
-    for table in contest.tables():
+    for table in contest.tables(brief=True):
         console.table(table.title, table.columns, table.cells)
     for note in contest.footnotes():
         console.result(note)
