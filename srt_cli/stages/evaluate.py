@@ -1,7 +1,7 @@
 """Are the stages better than the base? Outputs, checks, verdicts, and a report."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +25,7 @@ from srt_cli.judging import (
     read_outputs,
     score_output,
 )
+from srt_cli.models import parse_spec
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from
 from srt_cli.records import Judgment, Output, Prompt, Record, Scored
@@ -93,6 +94,14 @@ class Evaluate(ApiOptions):
         (), "Count saved judgments instead: AlpacaEval's annotations.json, or judgments.jsonl. "
         "Several times.", metavar="FILE",
     )  # fmt: skip
+    pairs: Path | None = setting(
+        None, "Instead: how often --model scores the chosen answer above the rejected (paper, Table "
+        "5).", metavar="FILE",
+    )  # fmt: skip
+    critique_style: Literal["auto", "conversation", "message"] = setting(
+        "auto", "How a critic is asked: in conversation, as srt trains it, or by one message (Table "
+        "1). auto: models in process in conversation.",
+    )  # fmt: skip
     export: Literal["alpaca_eval"] | None = runtime(
         None, "Write outputs and judgments in another tool's form too."
     )
@@ -115,6 +124,9 @@ def run(options: Evaluate) -> None:
     """Answer, check, judge, count, report; or count what was judged before."""
     if options.annotations:
         _count_annotations(options)
+        return
+    if options.pairs is not None:
+        _score_pairs(options, options.pairs)
         return
     reference = options.reference or base_of(options.model[0])
     judges = options.judge or critic_as_judge()
@@ -177,6 +189,44 @@ def _count_annotations(options: Evaluate) -> None:
             found.orders,
         )  # fmt: skip
     _close(options, contest)
+
+
+def _score_pairs(options: Evaluate, path: Path) -> None:
+    """`--pairs`: each model scores both sides of labelled pairs."""
+    from srt_cli.labelled_pairs import count_pairs, pairs_table, read_pairs, score_pair
+
+    pairs = list(read_pairs(path, options.limit))
+    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
+    run = open_run(
+        COMMAND, options, options.out, inputs={"pairs": path}, overwrite=options.overwrite
+    )
+    found = []
+    with run:
+        asking = Asking.begin(run, options, offline=options.offline)
+        for spec in dict.fromkeys(options.model):
+            in_conversation = options.critique_style == "conversation" or (
+                options.critique_style == "auto" and parse_spec(spec).kind == "local"
+            )
+            with asking.open(spec) as model:
+                critic = Critic(model, sampling, in_conversation=in_conversation)
+                scripts = (score_pair(critic, pair) for pair in pairs)
+                scored = asking.ask(f"scores by {spec}", scripts, len(pairs))
+            found.append(count_pairs(spec, pairs, scored))
+        run.manifest.cost = asking.cost.describe()
+        run.manifest.tallies = {"pairs": len(pairs)}
+        write_json(options.out, {"pairs": [asdict(each) for each in found]})
+    table = pairs_table(found)
+    console.table(table.title, table.columns, table.cells)
+    console.result(
+        f"n = {len(pairs)} pairs; a tie is not right; ties out: among the pairs with different scores."
+    )
+    console.finish(f"{options.out}: {len(pairs)} pairs", f"less {options.out}")
+    covered = min((each.pairs - each.unread) / each.pairs for each in found)
+    if covered < options.min_coverage:
+        raise TooManyFailures(
+            f"only {covered:.1%} of the pairs have two scores, less than --min-coverage "
+            f"{options.min_coverage:g}."
+        )
 
 
 def _report(

@@ -88,8 +88,9 @@ def agreement(judge: Sequence[float], labels: Sequence[float], seed: int = 0) ->
     return Agreement(bootstrap_mean(same, seed), without, kappa, len(said))
 
 
-def bootstrap_mean(values: Values, seed: int = 0) -> Estimate:
+def bootstrap_mean(items: npt.ArrayLike, seed: int = 0) -> Estimate:
     """A mean with the 2.5 % and 97.5 % percentiles of 2,000 seeded draws over its items (n,)."""
+    values: Values = np.asarray(items, dtype=np.float64)
     low, high = bootstrap_interval(len(values), lambda draw: float(values[draw].mean()), seed)
     return Estimate(float(values.mean()), low, high, len(values))
 
