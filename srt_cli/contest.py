@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from srt_cli.drift import Stage, drift_table
 from srt_cli.judging import Orders
+from srt_cli.labels import AgreesWithPeople, people_table
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
@@ -86,6 +87,8 @@ class Contest:
     rows: list[Row]
     comparisons: list[Comparison]
     agreements: list[JudgesAgree]
+    people: list[AgreesWithPeople] = field(default_factory=list)
+    """How far judges and cheap rules agree with human labels, when there are labels."""
     stages: list[Stage] = field(default_factory=list)
     """The drift table, when scores were asked for or objective results given."""
 
@@ -133,6 +136,8 @@ class Contest:
             for by in dict.fromkeys(each.by for each in shown):
                 cells = [_comparison_cells(each) for each in shown if each.by == by]
                 found.append(Table(f"every two, paired, by {shorten(by, 40)}", columns, cells))
+        if self.people:
+            found.append(people_table(self.people))
         if self.stages:
             found.append(drift_table(self.stages))
         if self.agreements:

@@ -28,7 +28,6 @@ Order = Literal["ab", "ba"]
 Orders = Literal["both", "one"]
 Verdicts = Literal["auto", "weighted", "reasoned"]
 TOP_LOGPROBS: Final = 5
-JUDGE_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -158,6 +157,7 @@ class Judge:
     model: Model
     verdicts: Verdicts = "auto"
     template: str | None = None
+    max_tokens: int = 1024
     without_logprobs: bool = False
     """Found out by asking: this judge's replies come without log-probabilities."""
 
@@ -203,7 +203,7 @@ def judge_pair(
     else:
         messages = judge_messages(prompt, first.response, second.response)
     reply = yield Call(
-        judge.model, Request(tuple(messages), max_tokens=JUDGE_TOKENS, task=task), name
+        judge.model, Request(tuple(messages), max_tokens=judge.max_tokens, task=task), name
     )
     status = _status_of(reply)
     verdict, for_first = "none", None

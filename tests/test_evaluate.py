@@ -163,6 +163,36 @@ def test_every_two_contestants_are_compared_in_pairs(srt, folder):
     assert "every two, paired" in finished.stdout
 
 
+def test_judges_and_cheap_rules_are_held_against_people(srt, folder):
+    rows = [{"id": f"q{n}", "label": "model" if n < 18 else "tie"} for n in range(24)]
+    write_jsonl(folder / "labels.jsonl", rows)
+    finished = evaluate(srt, "--labels", "labels.jsonl")
+    assert finished.code == 0, finished.stderr
+    found = json.loads((folder / "eval.json").read_text())["people"]
+    by_who = {each["who"]: each["agreement"] for each in found}
+    assert by_who["python:p.py:judge"]["accuracy"]["value"] == 0.75
+    assert by_who["python:p.py:judge"]["without_ties"]["value"] == 1
+    assert by_who["the longer answer"]["accuracy"]["value"] == 0.75
+    assert by_who["the usual label"]["accuracy"]["value"] == 0.75
+    assert "agreement with people" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "q0"}, 'needs "id" and "label"'),
+        ({"id": "q0", "label": "good"}, "label 'good' is none of model"),
+        ({"id": "q0", "label": 1, "a": "nobody"}, "which contestant?"),
+    ],
+)
+def test_bad_labels_are_named_by_line(srt, folder, row, message):
+    write_jsonl(folder / "labels.jsonl", [row])
+    finished = evaluate(srt, "--labels", "labels.jsonl")
+    assert finished.code == 1
+    assert "labels.jsonl:1: " in finished.stderr
+    assert message in finished.stderr
+
+
 def test_a_missing_output_is_said(srt, folder):
     write_jsonl(folder / "mine.jsonl", [{"id": "q0", "response": "r"}])
     finished = evaluate(srt, model="mine.jsonl")

@@ -73,6 +73,7 @@ class Evaluate(ApiOptions):
         "auto", "By the odds of one letter (weighted), or by a line behind reasons; auto: weighted "
         "where the judge gives log-probabilities.",
     )  # fmt: skip
+    judge_max_tokens: int = setting(1024, "Most tokens of a judge's reasons and verdict.")
     judge_template: Path | None = setting(
         None, "The judge's prompt, with {instruction}, {answer_M}, {answer_m}.", metavar="FILE"
     )
@@ -83,6 +84,9 @@ class Evaluate(ApiOptions):
         None, "Who scores every direct answer blind, as its own model does too: shows drift. A "
         "model, or python:FILE:critique.", metavar="SPEC",
     )  # fmt: skip
+    labels: Path | None = setting(
+        None, "What people said of the pairs: id, label (model, reference, tie), a.", metavar="FILE"
+    )
     objective: tuple[str, ...] = setting(
         (), "Results of lm-evaluation-harness for the drift table. Several times.",
         metavar="MODEL=FILE",
@@ -249,6 +253,14 @@ def _report(
     if scores or options.objective:
         objective = read_objective(options.objective)
         contest.stages.extend(drift_of(contest, outputs, scores, objective))
+    if options.labels is not None:
+        from srt_cli.labels import agree_with_people, read_labels
+        from srt_cli.verdicts import preferences_by_pair
+
+        named = [f"{row.contestant} {row.use}" for row in contest.rows[1:]]
+        labels = read_labels(options.labels, named)
+        by_pair = preferences_by_pair(judgments, orders)
+        contest.people.extend(agree_with_people(labels, by_pair, outputs, reference))
     write_json(options.out, contest.as_plain())
     page = _page_path(options)
     write_report(page, contest, prompts, outputs, judgments, options.examples)
@@ -375,7 +387,7 @@ def _judgments(
     }
     pairs = [output for output in outputs if references[output.id] is not output]
     with asking.open(judge_spec) as model:
-        judge = Judge(model, options.verdicts, template)
+        judge = Judge(model, options.verdicts, template, options.judge_max_tokens)
         shown = [
             (output, order) for output in pairs for order in orders_of(by_id[output.id], orders)
         ]
