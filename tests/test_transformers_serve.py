@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read_jsonl, write_jsonl
+from test_kill import kill_when, lines_in, run
 
 pytestmark = pytest.mark.smollm2
 
@@ -68,3 +69,27 @@ def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
     assert again.code == 0
     assert "0 made" in again.stderr
     assert (tmp_path / "feedback.jsonl").read_bytes() == first
+
+
+def test_a_judged_evaluation_killed_half_way_ends_as_an_uninterrupted_one(tmp_path, server):
+    spec, _ = server
+    line = ("eval", "--model", "mine.jsonl", "--reference", "base.jsonl", "--judge", spec,
+            "--verdicts", "reasoned", "--judge-max-tokens", 4, "--min-coverage", 0,
+            "--concurrency", 2)  # fmt: skip
+    for name in ("straight", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        prompts = [{"id": str(n), "prompt": f"Name {n} fruits."} for n in range(20)]
+        write_jsonl(folder / "prompts.jsonl", prompts)
+        for file, text in (("mine", "an apple and {n} pears"), ("base", "{n}")):
+            rows = [{"id": str(n), "response": text.format(n=n)} for n in range(20)]
+            write_jsonl(folder / f"{file}.jsonl", rows)
+    run(tmp_path / "straight", *line)
+    journal = tmp_path / "killed" / "eval.journal.jsonl"
+    kill_when(tmp_path / "killed", lambda: lines_in(journal) >= 18, *line)
+    assert lines_in(journal) < 40
+    run(tmp_path / "killed", *line)
+    for name in ("eval.json", "judgments.jsonl", "report.html"):
+        straight = (tmp_path / "straight" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == straight, name
+    assert len(read_jsonl(journal)) == 40
