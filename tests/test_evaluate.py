@@ -193,6 +193,18 @@ def test_bad_labels_are_named_by_line(srt, folder, row, message):
     assert message in finished.stderr
 
 
+def test_the_page_marks_what_a_refinement_changed(srt, folder):
+    rows = [
+        {"id": f"q{n}", "response": "a good answer to <it>", "refinement": "a better answer to <it>"}
+        for n in range(24)
+    ]
+    write_jsonl(folder / "mine.jsonl", rows)
+    finished = evaluate(srt, "--use", "response", "--use", "refinement", model="mine.jsonl")
+    assert finished.code == 0, finished.stderr
+    page = (folder / "report.html").read_text()
+    assert page.count("a <mark>better</mark> answer to &lt;it&gt;") == 24
+
+
 def test_a_missing_output_is_said(srt, folder):
     write_jsonl(folder / "mine.jsonl", [{"id": "q0", "response": "r"}])
     finished = evaluate(srt, model="mine.jsonl")

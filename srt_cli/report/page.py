@@ -1,9 +1,12 @@
 """The report of an evaluation: one HTML file, no network, every model text escaped."""
 
+import re
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Final
 
 import srt_cli
 from srt_cli.contest import Contest, Row
@@ -11,6 +14,9 @@ from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.report.plot import Interval, interval_plot
 from srt_cli.report.shell import html_table, write_page
 from srt_cli.tables import Table
+
+LEAST_ALIKE: Final = 0.3
+LONGEST_COMPARED: Final = 1_000_000
 
 
 def write_report(
@@ -23,13 +29,18 @@ def write_report(
 ) -> None:
     """Write the page: headline, plots, the whole table, then examples one by one."""
     program = files("srt_cli.report").joinpath("page.js").read_text(encoding="utf-8")
+    rest = path.with_name(f"{path.stem}.more{path.suffix}") if len(prompts) > examples else None
+    if rest is not None:
+        more = prompts[examples:]
+        found = _examples(contest, more, outputs, judgments, of=len(prompts), rest=None)
+        write_page(rest, "srt eval: further examples", found, program)
     body = "".join(
         [
             _headline(contest),
             _warnings(contest),
             _plots(contest),
             _table(contest),
-            _examples(contest, prompts, outputs, judgments, examples),
+            _examples(contest, prompts[:examples], outputs, judgments, of=len(prompts), rest=rest),
             f"<footer>Made by srt {escape(srt_cli.__version__)}. The figures are in eval.json, "
             "every verdict in judgments.jsonl.</footer>",
         ]
@@ -156,7 +167,9 @@ def _examples(
     prompts: Sequence[Prompt],
     outputs: Sequence[Output],
     judgments: Sequence[Judgment],
-    count: int,
+    *,
+    of: int,
+    rest: Path | None,
 ) -> str:
     by_prompt: dict[str, list[Output]] = {}
     for output in outputs:
@@ -166,29 +179,39 @@ def _examples(
         verdicts.setdefault((judgment.id, judgment.a), []).append(judgment)
     labels = {(row.contestant, row.use): row.label for row in contest.rows}
     cards = []
-    for prompt in prompts[:count]:
+    for prompt in prompts:
+        mine = by_prompt.get(prompt.id, [])
+        drafts = {output.contestant: output.response for output in mine if output.use == "response"}
         answers = "".join(
             _answer(
-                output, labels, verdicts.get((prompt.id, f"{output.contestant} {output.use}"), [])
+                output,
+                labels,
+                verdicts.get((prompt.id, f"{output.contestant} {output.use}"), []),
+                drafts.get(output.contestant) if output.use == "refinement" else None,
             )
-            for output in by_prompt.get(prompt.id, [])
+            for output in mine
         )
         cards.append(
             f'<article><p class="prompt">{escape(prompt.text)}</p>'
             f'<div class="answers">{answers}</div></article>'
         )
-    shown = f"{len(cards)} of {len(prompts)} prompts"
+    shown = f"{len(cards)} of {of} prompts"
+    link = f'<p><a href="{escape(rest.name)}">The other {of - len(cards)}</a></p>' if rest else ""
     return (
         f'<section id="examples"><h2>Examples</h2><p class="tools">'
         '<input id="search" type="search" placeholder="Filter by text" aria-label="Filter by text"> '
         '<label><input id="changed" type="checkbox"> only where answers differ in verdict</label> '
-        f'<span id="count">{shown}</span></p>{"".join(cards)}</section>'
+        f'<span id="count">{shown}</span></p>{"".join(cards)}{link}</section>'
     )
 
 
 def _answer(
-    output: Output, labels: dict[tuple[str, str], str], verdicts: Sequence[Judgment]
+    output: Output,
+    labels: dict[tuple[str, str], str],
+    verdicts: Sequence[Judgment],
+    draft: str | None,
 ) -> str:
+    """One answer as a card; a refinement has the words marked that its draft does not have."""
     marks = []
     if output.passed is not None:
         marks.append("passes" if output.passed else "fails")
@@ -199,9 +222,24 @@ def _answer(
     label = labels[output.contestant, output.use]
     return (
         f'<div class="answer{state}"><h3>{escape(label)}</h3>'
-        f"<pre>{escape(output.response) or '<i>empty</i>'}</pre>"
+        f"<pre>{_marked(output.response, draft) or '<i>empty</i>'}</pre>"
         f'<p class="marks">{escape(" · ".join(marks))}</p></div>'
     )
+
+
+def _marked(text: str, draft: str | None) -> str:
+    """The text, escaped, with what is new against the draft marked; nothing when all is new."""
+    if draft is None or text == draft:
+        return escape(text)
+    old, new = re.split(r"(\s+)", draft), re.split(r"(\s+)", text)
+    matcher = SequenceMatcher(None, old, new, autojunk=False)
+    if len(old) * len(new) > LONGEST_COMPARED or matcher.ratio() < LEAST_ALIKE:
+        return escape(text)
+    parts = []
+    for kind, _, _, start, end in matcher.get_opcodes():
+        piece = escape("".join(new[start:end]))
+        parts.append(f"<mark>{piece}</mark>" if kind in ("replace", "insert") and piece else piece)
+    return "".join(parts)
 
 
 def _verdict_word(verdict: Judgment) -> str:

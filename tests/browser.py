@@ -1,0 +1,108 @@
+"""A headless Chromium for tests of pages, spoken to over its own debugging protocol."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+
+
+@dataclass
+class Page:
+    """What became of a page: the values of expressions, what it asked for, its complaints."""
+
+    values: list[Any] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+
+def visit(path: Path, *expressions: str, width: int = 1000, scheme: str = "light") -> Page:
+    """Open a file and evaluate expressions one after the other."""
+    return asyncio.run(_visit(path, expressions, width, scheme))
+
+
+async def _visit(path: Path, expressions: tuple[str, ...], width: int, scheme: str) -> Page:
+    assert CHROMIUM
+    profile = path.parent / "chromium-profile"
+    process = subprocess.Popen(
+        [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
+         "--no-first-run", f"--user-data-dir={profile}", "about:blank"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stderr
+        address = next(
+            found[0] for line in process.stderr if (found := re.findall(r"ws://\S+", line))
+        )
+        port = address.split(":")[2].split("/")[0]
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"http://127.0.0.1:{port}/json/list") as reply:
+                (tab,) = [each for each in await reply.json() if each["type"] == "page"]
+            async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                return await _drive(socket, path, expressions, width, scheme)
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(profile, ignore_errors=True)
+
+
+async def _drive(
+    socket: aiohttp.ClientWebSocketResponse,
+    path: Path,
+    expressions: tuple[str, ...],
+    width: int,
+    scheme: str,
+) -> Page:
+    page = Page()
+    loaded = False
+    count = 0
+
+    async def read() -> dict[str, Any]:
+        nonlocal loaded
+        message = json.loads((await socket.receive(timeout=30)).data)
+        given = message.get("params", {})
+        match message.get("method"):
+            case "Network.requestWillBeSent":
+                page.requests.append(given["request"]["url"])
+            case "Runtime.exceptionThrown":
+                page.complaints.append(given["exceptionDetails"]["text"])
+            case "Log.entryAdded":
+                page.complaints.append(given["entry"]["text"])
+            case "Page.loadEventFired":
+                loaded = True
+        return message
+
+    async def call(method: str, **parameters: Any) -> Any:
+        nonlocal count
+        count += 1
+        await socket.send_json({"id": count, "method": method, "params": parameters})
+        while True:
+            message = await read()
+            if message.get("id") == count:
+                assert "error" not in message, message
+                return message["result"]
+
+    for domain in ("Page", "Runtime", "Network", "Log"):
+        await call(f"{domain}.enable")
+    await call(
+        "Emulation.setDeviceMetricsOverride",
+        width=width, height=900, deviceScaleFactor=1, mobile=False,
+    )  # fmt: skip
+    await call(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+    )
+    await call("Page.navigate", url=path.resolve().as_uri())
+    while not loaded:
+        await read()
+    for expression in expressions:
+        found = await call("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        page.values.append(found["result"].get("value"))
+    return page
