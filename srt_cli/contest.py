@@ -52,8 +52,10 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """`direct` for the first answer, `refined` for the one behind the model's own critique."""
-        return "direct" if self.use == "response" else "refined"
+        """`direct` for the first answer, `refined` behind the model's own critique, or more often."""
+        if self.use == "response":
+            return "direct"
+        return "refined" + self.use.removeprefix("refinement").replace("-", " x")
 
     @property
     def label(self) -> str:
@@ -103,6 +105,10 @@ class Contest:
     def direct_only(self) -> bool:
         """Whether everyone answers directly, so that saying so of each tells nothing."""
         return all(row.use == "response" for row in self.rows)
+
+    def label_of(self, row: Row) -> str:
+        """A row's name, with what kind of answer it is where there are several kinds."""
+        return row.name if self.direct_only else row.label
 
     def as_plain(self) -> dict[str, Any]:
         """For `eval.json`."""
@@ -174,14 +180,14 @@ class Contest:
             if row.degenerate.red_flag:
                 reasons = ", ".join(f"{n} {why}" for why, n in row.degenerate.reasons.items())
                 found.append(
-                    f"{row.label}: {row.degenerate.share:.0%} of its outputs are degenerate "
+                    f"{self.label_of(row)}: {row.degenerate.share:.0%} of its outputs are degenerate "
                     f"({reasons}); its other figures mean little."
                 )
             for judged in row.judged:
-                found += [f"{row.label}: {warning}." for warning in judged.warnings()]
+                found += [f"{self.label_of(row)}: {warning}." for warning in judged.warnings()]
             failed = row.statuses.get("failed", 0) + row.statuses.get("refused", 0)
             if failed:
-                found.append(f"{row.label}: {failed} answers failed or were refused.")
+                found.append(f"{self.label_of(row)}: {failed} answers failed or were refused.")
         found += [
             f"{stage.name}: {stage.echo.colour} alarm: {stage.echo.reason}."
             for stage in self.stages

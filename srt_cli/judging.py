@@ -41,25 +41,33 @@ class Contestant:
 
 
 def answer(
-    contestant: Contestant, prompt: Prompt, uses: Sequence[Use]
+    contestant: Contestant, prompt: Prompt, uses: Sequence[Use], rounds: int = 1
 ) -> Generator[Call, Reply, list[Output]]:
-    """One prompt: the direct response and, if asked for, its refinement by the model itself."""
+    """One prompt: the direct response and, if asked for, its refinements by the model itself.
+
+    Each round refines what the round before left; where a critique cannot be read, that stands.
+    """
     reply = yield respond_call(contestant.model, contestant.drafts, prompt, sample=0)
     status = _status_of(reply)
-    draft = reply.text.strip()
+    text = reply.text.strip()
     outputs = []
     if "response" in uses:
-        outputs.append(_output(prompt, contestant.name, "response", draft, None, status))
-    if "refinement" in uses:
-        refined, parsed = draft, False
-        if draft:
-            critic = Critic(contestant.model, contestant.critiques, in_conversation=True)
-            reply = yield critic.call("critique", prompt, draft, f"{prompt.id} critique")
+        outputs.append(_output(prompt, contestant.name, "response", text, None, status))
+    critic = Critic(contestant.model, contestant.critiques, in_conversation=True)
+    for use in refinement_uses(rounds) if "refinement" in uses else ():
+        parsed = False
+        if text:
+            reply = yield critic.call("critique", prompt, text, f"{prompt.id} critique, {use}")
             critique = parse_critique(reply.text)
             if critique.refinement is not None and not critique.problems:
-                refined, parsed = critique.refinement, True
-        outputs.append(_output(prompt, contestant.name, "refinement", refined, parsed, status))
+                text, parsed = critique.refinement, True
+        outputs.append(_output(prompt, contestant.name, use, text, parsed, status))
     return outputs
+
+
+def refinement_uses(rounds: int) -> list[str]:
+    """The names of each round's answer: refinement, refinement-2, refinement-3 ..."""
+    return ["refinement", *(f"refinement-{number}" for number in range(2, rounds + 1))]
 
 
 def _status_of(reply: Reply) -> Status:
@@ -71,7 +79,7 @@ def _status_of(reply: Reply) -> Status:
 
 
 def _output(
-    prompt: Prompt, name: str, use: Use, text: str, parsed: bool | None, status: Status
+    prompt: Prompt, name: str, use: str, text: str, parsed: bool | None, status: Status
 ) -> Output:
     return Output(
         id=prompt.id,

@@ -223,13 +223,13 @@ class Scored(Record):
 class Output(Record):
     """What a contestant of `srt eval` answered to one prompt.
 
-    `use` says which of its texts this is. `parsed` says whether the critique behind a refinement
-    could be read; where it could not, the output is the draft.
+    `use` says which of its texts this is; refinement-2 refines the refinement. `parsed` says whether
+    the critique behind a refinement could be read; where it could not, the output is the draft.
     """
 
     id: str
     contestant: str
-    use: Literal["response", "refinement"]
+    use: str = Field(pattern=r"^(response|refinement(-\d+)?)$")
     response: str
     parsed: bool | None
     status: Status

@@ -100,6 +100,7 @@ def test_verdicts_that_fail_are_counted_never_scored_and_exit_3(srt, folder):
 def test_a_constant_answer_gets_a_red_flag_although_it_wins(srt, folder):
     finished = evaluate(srt, model="python:p.py:constant")
     assert "100% of its outputs are degenerate (24 constant)" in finished.stderr
+    assert "Nothing can be said: the answers are degenerate" in (folder / "report.html").read_text()
     assert figures(folder)[1]["judged"][0]["win_rate"]["value"] == 1
 
 
@@ -195,7 +196,11 @@ def test_bad_labels_are_named_by_line(srt, folder, row, message):
 
 def test_the_page_marks_what_a_refinement_changed(srt, folder):
     rows = [
-        {"id": f"q{n}", "response": "a good answer to <it>", "refinement": "a better answer to <it>"}
+        {
+            "id": f"q{n}",
+            "response": "a good answer to <it>",
+            "refinement": "a better answer to <it>",
+        }
         for n in range(24)
     ]
     write_jsonl(folder / "mine.jsonl", rows)

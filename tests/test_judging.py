@@ -16,6 +16,9 @@ def base(prompt):
 
 def better(prompt):
     return "good " + prompt.id
+
+def judge_exclamations(prompt, a, b):
+    return (1 + (a.count("!") > b.count("!")) - (a.count("!") < b.count("!"))) / 2
 """
 
 
@@ -164,3 +167,33 @@ def test_a_local_model_judges_by_its_odds(srt, folder, tiny_model):
     assert finished.code in (0, 3)
     raw = [row for row in read_jsonl(folder / "eval.journal.jsonl") if "letter" in row["call"]]
     assert all(len(row["logprobs"][0]["top"]) >= 1 for row in raw)
+
+
+def test_each_round_refines_the_last_and_is_reported(srt, serve, folder):
+    def behaviour(body, number):
+        last = body["messages"][-1]["content"]
+        if not last.startswith("Review your response"):
+            return Answer(text="good")
+        response = body["messages"][-2]["content"]
+        return Answer(text=f"Weaknesses: w\nSuggestions: s\nOverall Score: [[5]]\n\n"
+                           f"### Improved Response\n{response}!")  # fmt: skip
+
+    finished = srt(
+        "eval", "--reference", "python:p.py:base", "--model", serve(behaviour).spec,
+        "--judge", "python:p.py:judge_exclamations", "--use", "response", "--use", "refinement",
+        "--rounds", 3, "--markdown", "tables.md",
+    )  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    rows = json.loads((folder / "eval.json").read_text())["rows"]
+    assert [row["use"] for row in rows[1:]] == [
+        "response", "refinement", "refinement-2", "refinement-3",
+    ]  # fmt: skip
+    outputs = read_jsonl(folder / "eval.outputs.jsonl")
+    assert [o["response"] for o in outputs if o["id"] == "q0"][1:] == [
+        "good",
+        "good!",
+        "good!!",
+        "good!!!",
+    ]
+    assert "refined x3" in finished.stdout
+    assert "| --- |" in (folder / "tables.md").read_text()

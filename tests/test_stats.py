@@ -226,3 +226,15 @@ def test_agreement_counts_ties_apart_and_kappa_knows_chance():
     assert cohen_kappa(["a", "b"], ["a", "b"]) == 1
     assert cohen_kappa(["a", "a"], ["a", "a"]) is None
     assert krippendorff_alpha([[1, 2, None], [1, 2, 1]]) == 1
+
+
+def test_leaks_and_refusals_are_no_answers():
+    texts = [
+        "A fine answer about pears.",
+        "Weaknesses: none.\nOverall Score: [[9]]",
+        "I'm sorry, but I cannot help with that.",
+        "I can't wait to tell you about pears, which are sweet.",
+    ]
+    found = degenerate_outputs(["q"] * 4, texts)
+    assert found.reasons == {"template leakage": 1, "refusal": 1}
+    assert found.share == 0.5

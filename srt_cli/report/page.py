@@ -61,7 +61,9 @@ def _headline(contest: Contest) -> str:
 
 
 def _best_sentence(contest: Contest) -> str:
-    compared = [row for row in contest.rows if row.difference is not None]
+    # A contestant whose outputs are no answers is no headline, whatever it wins.
+    sound = [row for row in contest.rows if not row.degenerate.red_flag]
+    compared = [row for row in sound if row.difference is not None]
     if compared:
         best = max(
             compared, key=lambda row: row.difference.difference.value if row.difference else 0
@@ -71,14 +73,16 @@ def _best_sentence(contest: Contest) -> str:
         sure = "" if found.low > 0 or found.high < 0 else ", which is within the noise"
         points = f"{abs(100 * found.value):.0f} points"
         side = "above" if found.value >= 0 else "below"
-        return f"{best.label} passes {points} {side} the reference{sure}."
-    judged = [row for row in contest.rows if row.judged and row.judged[0].win_rate]
+        return f"{contest.label_of(best)} passes {points} {side} the reference{sure}."
+    judged = [row for row in sound if row.judged and row.judged[0].win_rate]
     if judged:
         best = max(judged, key=_win_value)
         rate = best.judged[0].win_rate
         assert rate is not None
         sure = "" if rate.low > 0.5 or rate.high < 0.5 else ", which is within the noise"
-        return f"{best.label} wins {rate.value:.0%} against the reference{sure}."
+        return f"{contest.label_of(best)} wins {rate.value:.0%} against the reference{sure}."
+    if len(sound) < len(contest.rows):
+        return "Nothing can be said: the answers are degenerate."
     return "Nothing could be compared."
 
 
@@ -99,7 +103,13 @@ def _warnings(contest: Contest) -> str:
 def _plots(contest: Contest) -> str:
     sections = []
     passing = [
-        Interval(row.label, r.value, r.low, r.high, emphasised=row.contestant != contest.reference)
+        Interval(
+            contest.label_of(row),
+            r.value,
+            r.low,
+            r.high,
+            emphasised=row.contestant != contest.reference,
+        )
         for row in contest.rows
         if (r := row.pass_rate) is not None
     ]
@@ -109,7 +119,7 @@ def _plots(contest: Contest) -> str:
         plot = interval_plot(passing, middle=middle, caption="Pass rates")
         sections.append(_figure("Pass rate", "Share of answers that pass the check.", plot))
     for place, judge in enumerate(contest.judges):
-        judged = [(row.label, row.judged[place]) for row in contest.rows if row.judged]
+        judged = [(contest.label_of(row), row.judged[place]) for row in contest.rows if row.judged]
         winning = [
             Interval(label, w.value, w.low, w.high)
             for label, each in judged
@@ -177,7 +187,7 @@ def _examples(
     verdicts: dict[tuple[str, str], list[Judgment]] = {}
     for judgment in judgments:
         verdicts.setdefault((judgment.id, judgment.a), []).append(judgment)
-    labels = {(row.contestant, row.use): row.label for row in contest.rows}
+    labels = {(row.contestant, row.use): contest.label_of(row) for row in contest.rows}
     cards = []
     for prompt in prompts:
         mine = by_prompt.get(prompt.id, [])
@@ -187,7 +197,7 @@ def _examples(
                 output,
                 labels,
                 verdicts.get((prompt.id, f"{output.contestant} {output.use}"), []),
-                drafts.get(output.contestant) if output.use == "refinement" else None,
+                drafts.get(output.contestant) if output.use != "response" else None,
             )
             for output in mine
         )

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from srt_cli.artifacts import write_atomically
+from srt_cli.tables import Table
 
 
 def write_page(path: Path, title: str, body: str, program: str = "") -> None:
@@ -27,11 +28,31 @@ def write_page(path: Path, title: str, body: str, program: str = "") -> None:
 
 def html_table(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """A table with its title; every cell is escaped."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells
-    )
+    # Columns without a head hold names, the others figures.
+    names = sum(not column for column in columns) or 1
+
+    def cells_of(tag: str, row: Sequence[str]) -> str:
+        return "".join(
+            f"<{tag}{' class=name' if place < names else ''}>{escape(cell)}</{tag}>"
+            for place, cell in enumerate(row)
+        )
+
+    head = cells_of("th", columns)
+    lines = "".join(f"<tr>{cells_of('td', row)}</tr>" for row in cells)
     return (
         f'<h3>{escape(title)}</h3><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div>"
     )
+
+
+def write_markdown(path: Path, tables: Sequence[Table], notes: Sequence[str]) -> None:
+    """The tables as Markdown, for a pull request or a model card."""
+    parts = []
+    for table in tables:
+        lines = [table.columns, ["---"] * len(table.columns), *table.cells]
+        rows = (
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+        parts.append(f"### {table.title}\n\n" + "\n".join(rows))
+    text = "\n\n".join([*parts, *notes]) + "\n"
+    write_atomically(path, text.encode("utf-8", errors="replace"))

@@ -109,6 +109,7 @@ class Evaluate(ApiOptions):
     export: Literal["alpaca_eval"] | None = runtime(
         None, "Write outputs and judgments in another tool's form too."
     )
+    rounds: int = setting(1, "Refinements in a row of --use refinement; each is reported.")
     out: Path = runtime(Path("eval.json"), "Where the figures go.", metavar="FILE")
     prompt_field: str | None = setting(None, "The field that holds the prompt.", metavar="NAME")
     temperature: float = setting(0.0, "Sampling temperature of the answers (paper: greedy).")
@@ -119,6 +120,7 @@ class Evaluate(ApiOptions):
     )
     seed: int = setting(42, "Seed of sampled answers.")
     limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
+    markdown: Path | None = runtime(None, "Write the tables as Markdown too.", metavar="FILE")
     offline: bool = runtime(False, "Only replay the journal; send nothing.")
     examples: int = runtime(100, "Prompts shown one by one in the report.")
     overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
@@ -132,6 +134,8 @@ def run(options: Evaluate) -> None:
     if options.pairs is not None:
         _score_pairs(options, options.pairs)
         return
+    if options.rounds < 1:
+        raise UsageError("--rounds starts at 1.")
     reference = options.reference or base_of(options.model[0])
     judges = options.judge or critic_as_judge()
     if not judges and options.check is None and options.scorer is None:
@@ -248,6 +252,7 @@ def _report(
     from srt_cli.contest import count_contest
     from srt_cli.drift import drift_of, read_objective
     from srt_cli.report.page import write_report
+    from srt_cli.report.shell import write_markdown
 
     contest = count_contest(prompts, outputs, judgments, reference, judges, options.check, orders)
     if scores or options.objective:
@@ -263,6 +268,8 @@ def _report(
         contest.people.extend(agree_with_people(labels, by_pair, outputs, reference))
     write_json(options.out, contest.as_plain())
     page = _page_path(options)
+    if options.markdown is not None:
+        write_markdown(options.markdown, contest.tables(), contest.footnotes())
     write_report(page, contest, prompts, outputs, judgments, options.examples)
     run.manifest.outputs |= {"report": str(page)}
     run.manifest.tallies = {"prompts": len(prompts), "judgments": len(judgments)}
@@ -349,7 +356,7 @@ def _answers(
                 Sampling(options.max_new_tokens, options.temperature, seed=options.seed),
                 Sampling(options.critic_max_tokens, 0.0, seed=options.seed),
             )
-            scripts = (answer(contestant, prompt, uses) for prompt in prompts)
+            scripts = (answer(contestant, prompt, uses, options.rounds) for prompt in prompts)
             answered = asking.ask(f"answers of {spec}", scripts, len(prompts))
         outputs += [output for row in answered for output in row]
     return outputs

@@ -12,6 +12,15 @@ MOST_COPIED: Final = 0.8
 CONSTANT_SHARE: Final = 0.01
 FEWEST_FOR_CONSTANT: Final = 20
 RED_FLAG: Final = 0.05
+# Parts of a critique, or a judge's or template's own marks, have no place in a final answer.
+LEAKED: Final = (
+    "overall score: [[", "### improved response", "<|im_start|>", "<|im_end|>", "model_identifier",
+    "verdict: [[",
+)  # fmt: skip
+_REFUSAL: Final = re.compile(
+    r"(?:i'?m sorry,? but|i am sorry,? but|i cannot|i can'?t|as an ai(?: language model)?,? i"
+    r"|i'?m unable to|i am unable to)\b.{0,40}\b(?:assist|help|provide|fulfil|comply|answer|do that)"
+)
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,12 @@ class Degenerate:
 
 
 def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degenerate:
-    """Count empty, constant, copied and repeating outputs.
+    """Count empty, constant, copied, repeating, leaking and refusing outputs.
 
     Constant: the same normalised text in more than 1 % of the outputs (and at least twice, of 20 or
     more). Copied: over 80 % of the output's 4-grams stand in the prompt. Repeating: fewer than half
-    of its 4-grams are different ones.
+    of its 4-grams are different ones. Leaking: marks of a critique, a verdict or a chat template.
+    Refusing: it begins by saying that it cannot help.
     """
     normalised = [" ".join(output.lower().split()) for output in outputs]
     counts = Counter(normalised)
@@ -52,6 +62,10 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
         asked = set(_ngrams(prompt.lower()))
         if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
             found.append("copy of the prompt")
+        if any(mark in text for mark in LEAKED):
+            found.append("template leakage")
+        if _REFUSAL.match(text):
+            found.append("refusal")
         reasons.update(found)
         bad += bool(found)
     return Degenerate(bad / len(outputs) if outputs else 0.0, dict(reasons), len(outputs))
