@@ -29,6 +29,8 @@ class Row:
     """One contestant and use: every figure with its n."""
 
     contestant: str
+    name: str
+    """The contestant, short, and different from every other's."""
     use: str
     prompts: int
     pass_rate: Estimate | None
@@ -41,14 +43,6 @@ class Row:
     parsed: Estimate | None
     degenerate: Degenerate
     statuses: dict[str, int]
-
-    @property
-    def name(self) -> str:
-        """The contestant, short enough for a table."""
-        path = Path(self.contestant)
-        if not path.exists():
-            return self.contestant
-        return path.stem if path.suffix else "/".join(path.parts[-2:])
 
     @property
     def kind(self) -> str:
@@ -210,6 +204,7 @@ def count_contest(
     for output in outputs:
         groups.setdefault((output.contestant, output.use), {})[output.id] = output
     base = groups[reference, "response"]
+    names = _short_names([contestant for contestant, _ in groups])
     verdicts: dict[tuple[str, str], list[Judgment]] = {}
     for judgment in judgments:
         verdicts.setdefault((judgment.a, judgment.judge), []).append(judgment)
@@ -228,7 +223,8 @@ def count_contest(
             for judge in judges
             if mine is not base
         ]
-        rows.append(_row(answered, mine, None if mine is base else base, tuple(judged)))
+        theirs = None if mine is base else base
+        rows.append(_row(answered, names[contestant], mine, theirs, tuple(judged)))
     return Contest(
         reference,
         tuple(judges),
@@ -238,6 +234,22 @@ def count_contest(
         _compare(rows, outputs, verdicts, orders),
         _agreements(judges, judgments, orders),
     )
+
+
+def _short_names(contestants: Sequence[str]) -> dict[str, str]:
+    """A file's stem, a directory's last two parts, a server's model; whole where two would agree."""
+
+    def short(contestant: str) -> str:
+        if contestant.startswith(("http://", "https://")):
+            return contestant.rpartition("#")[2]
+        path = Path(contestant)
+        if not path.exists():
+            return contestant
+        return path.stem if path.suffix else "/".join(path.parts[-2:])
+
+    names = {contestant: short(contestant) for contestant in contestants}
+    often = Counter(names.values())
+    return {full: name if often[name] == 1 else full for full, name in names.items()}
 
 
 def _compare(
@@ -295,6 +307,7 @@ def _agreements(
 
 def _row(
     prompts: Sequence[Prompt],
+    name: str,
     by_id: Mapping[str, Output],
     base: Mapping[str, Output] | None,
     judged: tuple[Judged, ...],
@@ -312,6 +325,7 @@ def _row(
     reference_characters = sum(len(output.response) for output in theirs or [])
     return Row(
         contestant=mine[0].contestant,
+        name=name,
         use=mine[0].use,
         prompts=len(mine),
         pass_rate=pass_rate(passed),

@@ -1,6 +1,7 @@
 """The drift table: one row a stage, and whether its critic still tells what an outside judge sees."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.records import MAX_SCORE, Output, Scored
+from srt_cli.records import MAX_SCORE, MIN_SCORE, Output, Scored
 from srt_cli.stats.drift import Echo, SelfBias, distinct_pairs, echo_alarm, self_bias
 from srt_cli.stats.rates import Estimate, mean_with_error
 from srt_cli.tables import Table, shorten
@@ -28,6 +29,9 @@ class Stage:
     own_score: Estimate | None
     outside_score: Estimate | None
     bias: SelfBias | None
+    own_histogram: dict[str, int]
+    """How many answers got each score from their own model."""
+    outside_histogram: dict[str, int]
     top_share: float | None
     """Share of its own scores that are the highest possible."""
     distinct_pairs: float | None
@@ -89,6 +93,8 @@ def drift_of(
                 own_score=mean_with_error(list(mine.values())),
                 outside_score=mean_with_error(list(theirs.values())),
                 bias=self_bias([mine[name] for name in both], [theirs[name] for name in both]),
+                own_histogram=_histogram(mine.values()),
+                outside_histogram=_histogram(theirs.values()),
                 top_share=_share_at_top(list(mine.values())),
                 distinct_pairs=diversity,
                 degenerate=row.degenerate.share,
@@ -108,6 +114,13 @@ def _equal_length(row: "Row") -> float:
 
 def _share_at_top(scores: Sequence[float]) -> float | None:
     return sum(score == MAX_SCORE for score in scores) / len(scores) if scores else None
+
+
+def _histogram(scores: Iterable[float]) -> dict[str, int]:
+    """Counts by score, every whole score from 1 to 10 among them."""
+    counts = Counter({f"{score:g}": 0 for score in range(MIN_SCORE, MAX_SCORE + 1)})
+    counts.update(f"{score:g}" for score in scores)
+    return dict(counts) if counts.total() else {}
 
 
 def drift_table(stages: Sequence[Stage]) -> Table:

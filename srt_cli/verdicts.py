@@ -35,9 +35,9 @@ MOST_GAP: Final = 0.05
 
 @dataclass(frozen=True)
 class LengthBin:
-    """Win rate over the pairs whose lengths differ by at most this share of the reference's."""
+    """Win rate over the pairs whose lengths stand so to each other."""
 
-    at_most: float
+    name: str
     win_rate: Estimate | None
 
 
@@ -158,7 +158,7 @@ def count_verdicts(
         losses=sum(value < 0.5 for value in y),
         position=position_bias(first, second),
         prefers_longer=discrete_win_rate(longer),
-        by_length=tuple(_bin(share, y, lengths, reference) for share in LENGTH_BINS),
+        by_length=_by_length(y, lengths, reference),
         statuses=dict(Counter(verdict.status for verdict in verdicts)),
         statuses_by_order={order: dict(counts) for order, counts in sorted(by_order.items())},
         pairs=len(prompts),
@@ -177,13 +177,23 @@ def _by_slot(
     return [by_order["ab"][name] for name in valid], [by_order["ba"][name] for name in valid]
 
 
-def _bin(share: float, y: Sequence[float], mine: Sequence[int], theirs: Sequence[int]) -> LengthBin:
-    near = [
-        value
-        for value, a, b in zip(y, mine, theirs, strict=True)
-        if abs(a - b) <= share * max(1, b)
-    ]
-    return LengthBin(share, win_rate(near))
+def _by_length(
+    y: Sequence[float], mine: Sequence[int], theirs: Sequence[int]
+) -> tuple[LengthBin, ...]:
+    """Win rates where the answer is shorter, longer, or within a share of the reference's length."""
+    shares = [(a - b) / max(1, b) for a, b in zip(mine, theirs, strict=True)]
+    near = LENGTH_BINS[0]
+    groups = {
+        f"shorter by more than {near:.0%}": [
+            v for v, s in zip(y, shares, strict=True) if s < -near
+        ],
+        **{
+            f"within {most:.0%}": [v for v, s in zip(y, shares, strict=True) if abs(s) <= most]
+            for most in LENGTH_BINS
+        },
+        f"longer by more than {near:.0%}": [v for v, s in zip(y, shares, strict=True) if s > near],
+    }
+    return tuple(LengthBin(name, win_rate(values)) for name, values in groups.items())
 
 
 @dataclass(frozen=True)

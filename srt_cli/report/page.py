@@ -11,10 +11,15 @@ from typing import Final
 import srt_cli
 from srt_cli.contest import Contest, Row
 from srt_cli.records import Judgment, Output, Prompt
-from srt_cli.report.plot import Interval, interval_plot
+from srt_cli.report.plot import Interval, bar_plot, interval_plot
 from srt_cli.report.shell import html_table, write_page
 from srt_cli.tables import Table
 
+SHOWN_LENGTHS: Final = {
+    "shorter by more than 10%": "shorter",
+    "within 10%": "as long",
+    "longer by more than 10%": "longer",
+}
 LEAST_ALIKE: Final = 0.3
 LONGEST_COMPARED: Final = 1_000_000
 
@@ -138,7 +143,46 @@ def _plots(contest: Contest) -> str:
             plot = interval_plot(controlled, middle=0.5, caption="Length-controlled win rates")
             about = "What the win rate would be if both answers were equally long."
             sections.append(_figure("Length-controlled win rate", about, plot))
+        sections += _judge_plots(contest, place)
+    for stage in contest.stages:
+        for whose, counts in (
+            ("its own model", stage.own_histogram), ("outside", stage.outside_histogram)
+        ):  # fmt: skip
+            if counts:
+                plot = bar_plot(list(counts.items()), caption=f"Scores of {stage.name}, {whose}")
+                title = f"Scores of {escape(stage.name)}, given by {whose}"
+                sections.append(
+                    f'<section><h2>{title}</h2><div class="plot">{plot}</div></section>'
+                )
     return "".join(sections)
+
+
+def _judge_plots(contest: Contest, place: int) -> list[str]:
+    """What the order of presentation and the length of an answer do to one judge's verdicts."""
+    rows = [(contest.label_of(row), row.judged[place]) for row in contest.rows if row.judged]
+    by_position, by_length = [], []
+    for label, judged in rows:
+        if judged.position is not None:
+            for name, rate in (
+                ("first", judged.position.shown_first), ("second", judged.position.shown_second)
+            ):  # fmt: skip
+                if rate is not None:
+                    text = f"{label}, shown {name}"
+                    by_position.append(Interval(text, rate.value, rate.low, rate.high))
+        for each in judged.by_length:
+            if (rate := each.win_rate) is not None and each.name in SHOWN_LENGTHS:
+                text = f"{label}, {SHOWN_LENGTHS[each.name]}"
+                by_length.append(Interval(text, rate.value, rate.low, rate.high))
+    sections = []
+    if by_position:
+        plot = interval_plot(by_position, middle=0.5, caption="Win rates by position")
+        about = "The same pairs in both orders; a judge without position bias has equal pairs."
+        sections.append(_figure("Position", about, plot))
+    if by_length:
+        plot = interval_plot(by_length, middle=0.5, caption="Win rates by length")
+        about = "Win rates where the answer is more than 10 % shorter, about as long, or longer."
+        sections.append(_figure("Length against preference", about, plot))
+    return sections
 
 
 def _figure(title: str, about: str, plot: str) -> str:

@@ -80,4 +80,4 @@ def _row(row: Interval, y: float) -> str:
 
 
 def _shorten(label: str) -> str:
-    return label if len(label) <= 30 else "…" + label[-29:]
+    return label if len(label) <= 32 else "…" + label[-31:]

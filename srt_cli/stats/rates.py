@@ -168,6 +168,9 @@ class Position:
     """Share of items with the same verdict in both orders."""
     first_slot_rate: float
     """Share of calls that the answer shown first wins; ties count 1/2. 0.5 is unbiased."""
+    shown_first: Estimate | None
+    """Win rate of the model when its answer was shown first."""
+    shown_second: Estimate | None
     gap: Estimate | None
     """Mean of p(shown second) - p(shown first), paired; above 0 the second slot is favoured."""
     n: int
@@ -184,5 +187,11 @@ def position_bias(shown_first: Sequence[float], shown_second: Sequence[float]) -
         return None
     signs = np.sign(first - 0.5), np.sign(second - 0.5)
     wins = np.concatenate([(signs[0] + 1) / 2, (1 - signs[1]) / 2])  # (2n,)
-    gap = mean_with_error((second - first).tolist()) if len(first) > 1 else None
-    return Position(float((signs[0] == signs[1]).mean()), float(wins.mean()), gap, len(first))
+    return Position(
+        consistency=float((signs[0] == signs[1]).mean()),
+        first_slot_rate=float(wins.mean()),
+        shown_first=win_rate(first.tolist()),
+        shown_second=win_rate(second.tolist()),
+        gap=mean_with_error((second - first).tolist()) if len(first) > 1 else None,
+        n=len(first),
+    )

@@ -1,0 +1,105 @@
+"""What `srt eval` does on saved files alone: judgments, labelled pairs, feedback."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from srt_cli import console
+from srt_cli.annotations import read_annotations
+from srt_cli.artifacts import open_run, read_records, write_json
+from srt_cli.asking import Asking
+from srt_cli.critic_quality import (
+    OutsideScores,
+    critic_quality,
+    plain_of,
+    quality_tables,
+    score_record,
+    warnings_of,
+)
+from srt_cli.critique import Critic, Sampling
+from srt_cli.errors import TooManyFailures, UsageError
+from srt_cli.eval_figures import close_contest, write_figures
+from srt_cli.eval_options import Evaluate
+from srt_cli.labelled_pairs import count_pairs, pairs_table, read_pairs, score_pair
+from srt_cli.models import parse_spec
+from srt_cli.records import FeedbackRecord
+
+
+def count_annotations(options: Evaluate, command: str) -> None:
+    """`--annotations`: count saved judgments, with no model and no network."""
+    if options.judge or options.check or options.reference:
+        raise UsageError("--annotations are counted as they are: no --judge, --check, --reference.")
+    found = read_annotations(options.annotations)
+    assert found.reference is not None
+    inputs = {f"annotations {n}": path for n, path in enumerate(options.annotations, start=1)}
+    run = open_run(command, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    with run:
+        prompts, outputs = list(found.prompts.values()), list(found.outputs.values())
+        contest = write_figures(
+            run, options, prompts, outputs, found.judgments, found.reference, found.judges,
+            found.orders,
+        )  # fmt: skip
+    close_contest(options, contest)
+
+
+def score_pairs(options: Evaluate, command: str, path: Path) -> None:
+    """`--pairs`: each model scores both sides of labelled pairs."""
+    pairs = list(read_pairs(path, options.limit))
+    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
+    run = open_run(
+        command, options, options.out, inputs={"pairs": path}, overwrite=options.overwrite
+    )
+    found = []
+    with run:
+        asking = Asking.begin(run, options, offline=options.offline)
+        for spec in dict.fromkeys(options.model):
+            in_conversation = options.critique_style == "conversation" or (
+                options.critique_style == "auto" and parse_spec(spec).kind == "local"
+            )
+            with asking.open(spec) as model:
+                critic = Critic(model, sampling, in_conversation=in_conversation)
+                scripts = (score_pair(critic, pair) for pair in pairs)
+                scored = asking.ask(f"scores by {spec}", scripts, len(pairs))
+            found.append(count_pairs(spec, pairs, scored))
+        run.manifest.cost = asking.cost.describe()
+        run.manifest.tallies = {"pairs": len(pairs)}
+        write_json(options.out, {"pairs": [asdict(each) for each in found]})
+    table = pairs_table(found)
+    console.table(table.title, table.columns, table.cells)
+    console.result(
+        f"n = {len(pairs)} pairs; a tie is not right; ties out: among the pairs with different scores."
+    )
+    console.finish(f"{options.out}: {len(pairs)} pairs", f"less {options.out}")
+    covered = min((each.pairs - each.unread) / each.pairs for each in found)
+    if covered < options.min_coverage:
+        raise TooManyFailures(
+            f"only {covered:.1%} of the pairs have two scores, less than --min-coverage "
+            f"{options.min_coverage:g}."
+        )
+
+
+def judge_feedback(options: Evaluate, command: str) -> None:
+    """`--feedback`: what critiques are like, and what a scorer from outside makes of their scores."""
+    inputs = {f"feedback {n}": path for n, path in enumerate(options.feedback, start=1)}
+    run = open_run(command, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
+    found = []
+    with run:
+        asking = Asking.begin(run, options, offline=options.offline)
+        for path in options.feedback:
+            parse = FeedbackRecord.model_validate
+            records = list(read_records(path, parse, limit=options.limit))
+            outside: Sequence[OutsideScores] = ()
+            if options.scorer is not None:
+                with asking.open(options.scorer) as model:
+                    critic = Critic(model, sampling, in_conversation=False)
+                    scripts = (score_record(critic, n, row) for n, row in enumerate(records))
+                    outside = asking.ask(f"scores by {options.scorer}", scripts, len(records))
+            found.append(critic_quality(str(path), records, options.scorer, outside))
+        run.manifest.cost = asking.cost.describe()
+        write_json(options.out, plain_of(found))
+        for warning in warnings_of(found):
+            run.warn(f"{warning}.")
+    for table in quality_tables(found):
+        console.table(table.title, table.columns, table.cells)
+    console.finish(f"{options.out}: {len(found)} files", f"less {options.out}")

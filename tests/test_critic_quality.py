@@ -1,0 +1,92 @@
+"""srt eval --feedback: critiques as texts, and their scores against an outside scorer."""
+
+import json
+
+import pytest
+from conftest import write_jsonl
+from test_sft import feedback_rows
+
+from srt_cli.stats.critiques import generic_share, is_grounded
+
+SCORER = """
+from srt_cli.records import Feedback
+
+def strict(prompt, response):
+    score = 3 if "better" in response else 5
+    return Feedback(weaknesses="w", suggestions="s", score=score), response
+
+def constant(prompt, response):
+    return Feedback(weaknesses="w", suggestions="s", score=5), response
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path):
+    (tmp_path / "s.py").write_text(SCORER)
+    rows = feedback_rows(12)
+    for number, row in enumerate(rows):
+        row["response"] = f"the answer is number {number} and nothing else at all"
+        row["refinement"] = f"better: {number}"
+        row["feedback"] = {
+            "weaknesses": f'It says "number {number} and nothing else" only.' if number % 2
+            else "It is too short and could be more detailed and engaging overall.",
+            "suggestions": "Say more.", "score": 4.0 + number % 3,
+        }  # fmt: skip
+        row["refinement_score"] = 9.0
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    return tmp_path
+
+
+def quality(folder):
+    return json.loads((folder / "eval.json").read_text())["feedback"]
+
+
+def test_critiques_are_described_without_any_model(srt, folder):
+    finished = srt("eval", "--feedback", "feedback.jsonl")
+    assert finished.code == 0, finished.stderr
+    (found,) = quality(folder)
+    assert found["grounded"]["value"] == 0.5
+    assert found["generic"] == 0.5
+    assert found["valid"]["value"] == 1
+    assert found["outside"] is None
+    assert "about the answer" in finished.stdout
+
+
+def test_an_outside_scorer_shows_inflation_and_false_accepts(srt, folder):
+    finished = srt("eval", "--feedback", "feedback.jsonl", "--scorer", "python:s.py:strict")
+    assert finished.code == 0, finished.stderr
+    outside = quality(folder)[0]["outside"]
+    assert outside["own_gain"]["value"] == pytest.approx(4)
+    assert outside["outside_gain"]["value"] == -2
+    assert outside["inflation"]["value"] == pytest.approx(6)
+    assert outside["false_accepts"]["value"] == 1
+    assert outside["bias"]["bias"]["value"] == pytest.approx(0)
+    assert set(outside["calibration"]) == {"4", "5", "6"}
+    assert "the critic sees 6.0 points more gain than python:s.py:strict does" in finished.stderr
+
+
+def test_a_scorer_that_never_varies_has_no_rank_correlation(srt, folder):
+    finished = srt("eval", "--feedback", "feedback.jsonl", "--scorer", "python:s.py:constant")
+    assert quality(folder)[0]["outside"]["rank_correlation"] is None
+    assert "gives every draft the same score" in finished.stderr
+    assert "nan" not in finished.stdout.lower()
+
+
+def test_two_ways_at_once_are_a_usage_error(srt, folder):
+    finished = srt("eval", "--feedback", "feedback.jsonl", "--pairs", "feedback.jsonl")
+    assert finished.code == 2
+    assert "choose one of them" in finished.stderr
+
+
+def test_grounded_is_a_quotation_or_four_words_in_a_row():
+    answer = "Pears are green and they grow on trees."
+    assert is_grounded('It claims "they grow on trees" without proof.', answer)
+    assert is_grounded("That pears are green and sweet is left open.", answer)
+    assert not is_grounded("It is too short and not engaging.", answer)
+
+
+def test_generic_critiques_are_those_that_resemble_another():
+    same = "it is too short and could be more detailed and engaging overall"
+    other = "the second sentence confuses pears with apples which grow elsewhere entirely"
+    assert generic_share([same, same + " really", other]) == pytest.approx(2 / 3)
+    assert generic_share([same]) is None
