@@ -11,6 +11,7 @@ from loopback_server import Answer, LoopbackServer, as_policy_and_critic
 
 from srt_cli.options import flag_of
 from srt_cli.stages.collect_feedback import CollectFeedback
+from srt_cli.stages.evaluate import Evaluate
 from srt_cli.stages.self_critique import SelfCritique
 
 TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("*.py"))
@@ -153,7 +154,7 @@ def test_samples_and_rounds_make_rows_and_a_good_score_draws_the_line(srt, own_c
     assert judged(6) != judged(9)
 
 
-@pytest.mark.parametrize("options_class", [CollectFeedback, SelfCritique])
+@pytest.mark.parametrize("options_class", [CollectFeedback, SelfCritique, Evaluate])
 def test_every_option_is_named_by_a_test(options_class):
     flags = {flag_of(field) for field in dataclasses.fields(options_class)}
     # Its effect is what the house's security test is about; running remote code is not.

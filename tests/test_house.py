@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from srt_cli import cli
+from srt_cli.options import flag_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "srt_cli"
@@ -144,3 +146,25 @@ def test_importing_a_stage_needs_no_heavy_package(command):
 
 def test_the_version_is_printed(srt):
     assert srt("--version").stdout == "srt 0.1.0\n"
+
+
+def test_every_test_that_the_documents_name_exists():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for name in re.findall(r"`(test_\w+)`", document.read_text()):
+            assert f"def {name}(" in tests, f"{document.name}: {name}"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/collect.md", "docs/eval.md"])
+def test_every_option_that_the_documents_name_exists(document):
+    known = {
+        flag
+        for command in cli.STAGES
+        for field in fields(cli._load(command)[0])
+        for flag in [flag_of(field)]
+    }
+    # Of srt itself, of other tools.
+    known |= {"--config", "--version", "--help", "--output_path"}
+    lines = [line for line in (ROOT / document).read_text().splitlines() if "vllm " not in line]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-_]*[a-z]", "\n".join(lines)))
+    assert not named - known
