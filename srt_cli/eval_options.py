@@ -64,7 +64,9 @@ class Evaluate(ApiOptions):
         metavar="MODEL=FILE",
     )  # fmt: skip
     use: tuple[Use, ...] = setting(
-        ("response",), "Which answer counts: response or refinement. Twice for both."
+        ("response",),
+        "Which answer counts: response or refinement. Twice for both.",
+        metavar="response|refinement",
     )
     annotations: tuple[Path, ...] = setting(
         (), "Count saved judgments instead: AlpacaEval's annotations.json, or judgments.jsonl. "

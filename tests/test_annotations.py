@@ -1,6 +1,9 @@
 """srt eval --annotations: saved judgments are counted without a model, AlpacaEval's and our own."""
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -120,6 +123,19 @@ def test_our_own_judgments_and_an_export_give_the_same_figures_again(srt, tmp_pa
     native = json.loads((tmp_path / "native.json").read_text())["rows"][1]["judged"][0]
     assert native["win_rate"]["value"] == first["win_rate"]["value"]
     assert len(read_jsonl(tmp_path / "judgments.jsonl")) == 48
+
+
+def test_eight_hundred_rows_of_five_models_take_seconds(tmp_path):
+    names = [f"m{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        native(tmp_path, name, count=805, preference=1.1 + number / 10)
+    line = [sys.executable, "-m", "srt_cli", "eval"]
+    line += [part for name in names for part in ("--annotations", f"{name}.json")]
+    began = time.monotonic()
+    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True)
+    # 1.5 s on an idle core; other tests share it.
+    assert time.monotonic() - began < 10
+    assert len(figures(tmp_path)["comparisons"]) == 10
 
 
 def test_a_judge_beside_annotations_is_a_usage_error(srt, tmp_path):

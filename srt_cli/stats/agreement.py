@@ -69,6 +69,8 @@ class Agreement:
     without_ties: Estimate | None
     """Over the items where both sides prefer something."""
     kappa: float | None
+    alpha: float | None
+    """Krippendorff's, nominal over win, tie and loss."""
     n: int
 
 
@@ -85,7 +87,8 @@ def agreement(judge: Sequence[float], labels: Sequence[float], seed: int = 0) ->
     same = (said == truth).astype(np.float64)
     without = bootstrap_mean(same[decided], seed) if decided.any() else None
     kappa = cohen_kappa(said.tolist(), truth.tolist())
-    return Agreement(bootstrap_mean(same, seed), without, kappa, len(said))
+    alpha = krippendorff_alpha([said.tolist(), truth.tolist()])
+    return Agreement(bootstrap_mean(same, seed), without, kappa, alpha, len(said))
 
 
 def bootstrap_mean(items: npt.ArrayLike, seed: int = 0) -> Estimate:
