@@ -141,7 +141,14 @@ class OrderedWriter:
 
     def add(self, index: int, records: Iterable[Record]) -> None:
         """Take the records that input row `index` became (none is allowed)."""
-        lines = [to_line(record) for record in records]
+        self._add_lines(index, [to_line(record) for record in records])
+
+    def add_plain(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows in another tool's form."""
+        option = orjson.OPT_APPEND_NEWLINE
+        self._add_lines(index, [orjson.dumps(dict(row), option=option) for row in rows])
+
+    def _add_lines(self, index: int, lines: list[bytes]) -> None:
         self.rows += len(lines)
         self._waiting[index] = b"".join(lines)
         while self._next in self._waiting:

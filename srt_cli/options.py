@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
+import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -175,6 +176,8 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     typed = {}
     for name, value in values.items():
         declared: Any = fields[name].type
+        if typing.get_origin(declared) is tuple and isinstance(value, str):
+            value = [value]  # one where several may be given
         try:
             typed[name] = TypeAdapter(declared).validate_python(value)
         except ValidationError as error:

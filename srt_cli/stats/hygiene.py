@@ -56,19 +56,28 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
             found.append("empty")
         elif len(outputs) >= FEWEST_FOR_CONSTANT and counts[text] > limit:
             found.append("constant")
+        found += faults_of(text)
         grams = _ngrams(text)
-        if grams and len(set(grams)) / len(grams) < MOST_REPEATED:
-            found.append("repeating")
         asked = set(_ngrams(prompt.lower()))
         if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
             found.append("copy of the prompt")
-        if any(mark in text for mark in LEAKED):
-            found.append("template leakage")
-        if _REFUSAL.match(text):
-            found.append("refusal")
         reasons.update(found)
         bad += bool(found)
     return Degenerate(bad / len(outputs) if outputs else 0.0, dict(reasons), len(outputs))
+
+
+def faults_of(text: str) -> list[str]:
+    """What makes one text no answer by itself: repeating, leaking a template, refusing."""
+    plain = " ".join(text.lower().split())
+    found = []
+    grams = _ngrams(plain)
+    if grams and len(set(grams)) / len(grams) < MOST_REPEATED:
+        found.append("repeating")
+    if any(mark in plain for mark in LEAKED):
+        found.append("template leakage")
+    if _REFUSAL.match(plain):
+        found.append("refusal")
+    return found
 
 
 def _ngrams(text: str) -> list[tuple[str, ...]]:
