@@ -4,12 +4,14 @@ Every strategy sees the records of one prompt (all samples, rounds and files) an
 candidates: texts with a score, each a draft or a refinement.
 """
 
+import hashlib
+import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from srt_cli.records import FeedbackRecord
+from srt_cli.records import FeedbackRecord, Preference
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
 
@@ -107,3 +109,26 @@ def grouped(records: Iterator[FeedbackRecord]) -> Iterator[list[FeedbackRecord]]
     for record in records:
         groups.setdefault(record.id, []).append(record)
     yield from groups.values()
+
+
+class Sample:
+    """A fixed number of pairs, the same ones whatever the order in which they come."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size = size
+        self._seed = seed
+        self._heap: list[tuple[int, str, Preference]] = []
+
+    def offer(self, fingerprint: bytes, pair: Preference) -> None:
+        """Consider a pair; `fingerprint` are uniform bytes that stand for it."""
+        digest = hashlib.blake2b(fingerprint, digest_size=8, salt=self._seed.to_bytes(8)).digest()
+        # A heap keeps its smallest on top; those with the smallest digests are wanted.
+        entry = (-int.from_bytes(digest), pair.id, pair)
+        if len(self._heap) < self._size:
+            heapq.heappush(self._heap, entry)
+        elif entry[:2] > self._heap[0][:2]:
+            heapq.heapreplace(self._heap, entry)
+
+    def pairs(self) -> list[Preference]:
+        """The sample, in an order of its own."""
+        return [pair for *_, pair in sorted(self._heap, key=lambda entry: entry[:2])]

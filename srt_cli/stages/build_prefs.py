@@ -2,15 +2,23 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from srt_cli import console
-from srt_cli.artifacts import DroppedRows, OrderedWriter, open_run, read_records, read_rows
+from srt_cli.artifacts import (
+    DroppedRows,
+    OrderedWriter,
+    Run,
+    open_run,
+    read_records,
+    read_rows,
+)
+from srt_cli.call_options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import runtime, setting
-from srt_cli.pairing import GROUPING, Candidate, Strategy, grouped
+from srt_cli.pairing import GROUPING, Candidate, Sample, Strategy, grouped
 from srt_cli.prompts import read_prompts
 from srt_cli.records import FeedbackRecord, Message, Preference, as_messages
 from srt_cli.stats.hygiene import faults_of
@@ -20,7 +28,7 @@ Format = Literal["axolotl", "llamafactory", "kto"]
 
 
 @dataclass(frozen=True)
-class BuildPrefs:
+class BuildPrefs(ApiOptions):
     """Turn feedback into preference pairs: the refinement is chosen, the draft rejected.
 
     A pair is kept only where the blind score of the refinement exceeds the score of the draft by
@@ -62,7 +70,12 @@ class BuildPrefs:
         (), "Write the pairs in another tool's form too. Several times.",
         metavar="axolotl|llamafactory|kto",
     )  # fmt: skip
-    seed: int = setting(42, "Recorded for the chain; building pairs draws nothing.")
+    audit: int = runtime(0, "Have so many kept pairs, drawn at random, judged from outside.")
+    audit_judge: str | None = runtime(
+        None, "The judge of the audit: any model but the one that wrote the pairs.", metavar="SPEC"
+    )
+    min_precision: float = runtime(0.8, "Share of right labels that the audit looks for.")
+    seed: int = setting(42, "Seed of the audit's sample; building pairs draws nothing.")
     limit: int | None = setting(None, "Use only the first N rows.", extends=True)
     overwrite: bool = runtime(False, "Replace an output of other settings.")
 
@@ -87,10 +100,13 @@ def run(options: BuildPrefs) -> None:
     """Read feedback, keep the pairs that teach, write `prefs.jsonl`."""
     if not 0 <= options.rho < 0.5:
         raise UsageError("--rho lies between 0 and 0.5: half the range is no tier any more.")
+    if bool(options.audit) != (options.audit_judge is not None):
+        raise UsageError("--audit and --audit-judge go together: how many pairs, and who judges.")
     inputs = {f"data {n}" if n > 1 else "data": path for n, path in enumerate(options.data, 1)}
     inputs |= {f"exclude {n}": path for n, path in enumerate(options.exclude, 1)}
     run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
     tally = PairTally(excluded=frozenset(_digests_in(options.exclude)))
+    sample = Sample(options.audit, options.seed)
     with run:
         records = _records_in(options.data, options.limit)
         dropped = DroppedRows(options.out)
@@ -99,6 +115,8 @@ def run(options: BuildPrefs) -> None:
         try:
             for number, pair in enumerate(keep_pairs(records, options, dropped, tally)):
                 writer.add(number, [pair])
+                if options.audit:
+                    sample.offer(_fingerprint(pair), pair)
                 for name, export in exports.items():
                     export.add_plain(number, EXPORTS[name](pair))
             dropped.commit()
@@ -113,10 +131,34 @@ def run(options: BuildPrefs) -> None:
         run.manifest.tallies = tallies_of(tally, dropped)
         if not tally.kept:
             raise SrtError(_all_dropped(options.data, dropped))
+        if options.audit_judge is not None:
+            _audit(options, options.audit_judge, sample.pairs(), run)
     show(tally, dropped)
     for name in exports:
         console.say(f"the same pairs for {name}: {_export_path(options.out, name)}")
     console.finish(f"{options.out}: {tally.kept} pairs", f"srt dpo --prefs {options.out}")
+
+
+def _audit(options: BuildPrefs, judge: str, pairs: list[Preference], run: Run) -> None:
+    """Have a sample judged from outside; the pairs are written already and stay as they are."""
+    from srt_cli.asking import Asking
+    from srt_cli.audit import audit_pairs, audit_table, sentence_of
+
+    asking = Asking.begin(run, options, offline=False)
+    try:
+        audit = audit_pairs(asking, judge, pairs, options.min_precision)
+    finally:
+        run.manifest.cost = asking.cost.describe()
+    run.manifest.tallies["audit"] = asdict(audit)
+    table = audit_table(audit)
+    if table.cells:
+        console.talk_table(table.title, table.columns, table.cells)
+    console.say(sentence_of(audit))
+    if audit.precision is not None and audit.precision.value < options.min_precision:
+        run.warn(
+            f"only {audit.precision.value:.0%} of the labels are right: raise --min-gain, or train "
+            "with srt dpo --loss-type robust --label-smoothing auto."
+        )
 
 
 def _records_in(paths: Sequence[Path], limit: int | None) -> Iterator[FeedbackRecord]:

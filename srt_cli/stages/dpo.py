@@ -50,9 +50,14 @@ class Dpo:
     out: Path = runtime(Path("models/dpo"), "Where the trained model goes.", metavar="DIRECTORY")
     method: Literal["full", "lora"] = setting("full", "Train all weights (paper), or adapters.")
     beta: float = setting(0.01, "Strength of the pull to the reference (paper: 0.01).")
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero"] = setting(
-        "sigmoid", "The loss, as TRL names it (paper: sigmoid); sigmoid_norm divides by length."
-    )
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"] = setting(
+        "sigmoid", "The loss, as TRL names it (paper: sigmoid); sigmoid_norm divides by length, "
+        "robust allows for wrong labels.",
+    )  # fmt: skip
+    label_smoothing: str | None = setting(
+        None, "Share of wrong labels, below 0.5, for --loss-type robust; auto: what the audit of the "
+        "preferences found.", metavar="SHARE|auto",
+    )  # fmt: skip
     epochs: float = setting(1.0, "Passes over the data (paper: 1).")
     learning_rate: float = setting(
         5e-7, "Peak learning rate (paper: 5e-7; LoRA wants 10 times it)."
@@ -89,6 +94,7 @@ def run(options: Dpo) -> None:
         raise UsageError(
             f"{options.prefs} does not tell which model wrote its drafts. Pass --model."
         )
+    smoothing = label_smoothing_of(options)
     if options.overwrite:
         clear_directory(options.out)
     run = open_run(
@@ -98,7 +104,8 @@ def run(options: Dpo) -> None:
         inputs={"prefs": options.prefs} | template_input(options.chat_template),
         overwrite=options.overwrite,
         directory=True,
-        resolved={"model": model_name},
+        resolved={"model": model_name}
+        | ({"label_smoothing": repr(smoothing)} if smoothing else {}),
     )
     pairs = list(read_records(options.prefs, Preference.model_validate, limit=options.limit))
     from srt_cli.training.loop import clear_checkpoints, refuse_changed_inputs
@@ -108,7 +115,7 @@ def run(options: Dpo) -> None:
         console.say("trained already under these settings; nothing to do")
     else:
         with run:
-            trained = _train(options, model_name, pairs, run)
+            trained = _train(options, model_name, pairs, smoothing, run)
             if not options.keep_checkpoints:
                 clear_checkpoints(options.out)
         console.say(
@@ -129,7 +136,41 @@ def model_that_wrote(prefs: Path) -> str | None:
     return inherited(data, "model")
 
 
-def _train(options: Dpo, model_name: str, pairs: list[Preference], run: Run) -> "Trained":
+def label_smoothing_of(options: Dpo) -> float:
+    """The share of wrong labels that the loss allows for; raises when it would do nothing."""
+    given = options.label_smoothing
+    if given is None:
+        return 0.0
+    if options.loss_type != "robust":
+        raise UsageError(
+            f"--label-smoothing does nothing under --loss-type {options.loss_type}. "
+            "Pass --loss-type robust."
+        )
+    if given == "auto":
+        manifest = read_manifest(options.prefs)
+        audit = manifest.tallies.get("audit") if manifest is not None else None
+        if not audit or audit.get("noise") is None:
+            raise SrtError(
+                f"{options.prefs}: was never audited, so --label-smoothing auto knows nothing. Run srt "
+                "build-prefs with --audit N --audit-judge SPEC, or give a share."
+            )
+        share = float(audit["noise"])
+    else:
+        try:
+            share = float(given)
+        except ValueError:
+            raise UsageError(f"--label-smoothing {given!r}: give a share, or auto.") from None
+    if not 0 <= share < 0.5:
+        raise UsageError(
+            f"--label-smoothing {share:g}: with half of the labels wrong nothing can be learnt. "
+            "It lies between 0 and 0.5."
+        )
+    return share
+
+
+def _train(
+    options: Dpo, model_name: str, pairs: list[Preference], smoothing: float, run: Run
+) -> "Trained":
     from srt_cli.models.weights import fingerprint_of, load_tokenizer, load_weights
     from srt_cli.training.dpo import Objective, train_dpo
     from srt_cli.training.loop import Schedule
@@ -157,7 +198,7 @@ def _train(options: Dpo, model_name: str, pairs: list[Preference], run: Run) -> 
     lora = None
     if options.method == "lora":
         lora = Lora(options.lora_r, options.lora_alpha, options.lora_dropout)
-    objective = Objective(options.loss_type, options.beta)
+    objective = Objective(options.loss_type, options.beta, smoothing)
     model, trained = train_dpo(
         model, tokenizer, encoded, objective, schedule, place, run,
         lora=lora, save_every=options.save_every,

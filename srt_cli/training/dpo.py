@@ -15,7 +15,7 @@ from srt_cli.training.place import TrainingPlace
 from srt_cli.training.sequences import PairIds
 
 # Losses that are -log sigmoid(0) = ln 2 when policy and reference agree.
-STARTS_AT_LN_2 = ("sigmoid", "sigmoid_norm")
+STARTS_AT_LN_2 = ("sigmoid", "sigmoid_norm", "robust")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Objective:
 
     loss_type: str
     beta: float
+    label_smoothing: float = 0.0
 
 
 class _TokenisedDPOTrainer(DPOTrainer):
@@ -55,6 +56,7 @@ def train_dpo(
         **arguments,
         beta=objective.beta,
         loss_type=[objective.loss_type],
+        label_smoothing=objective.label_smoothing,
         # Computed from the very weights that training starts from; TRL would reload them from disk.
         precompute_ref_log_probs=True,
         precompute_ref_batch_size=schedule.micro_batch,
