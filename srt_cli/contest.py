@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from srt_cli.drift import Stage, drift_table
 from srt_cli.judging import Orders
-from srt_cli.labels import AgreesWithPeople, people_table
+from srt_cli.labels import AgreesWithPeople, kappa_with_interval, people_table
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
@@ -141,7 +141,7 @@ class Contest:
         if self.stages:
             found.append(drift_table(self.stages))
         if self.agreements:
-            columns = ["", "", "same verdict [95 %]", "without ties", "kappa"]
+            columns = ["", "", "same verdict [95 %]", "without ties", "kappa [95 %]"]
             cells = [_agreement_cells(each) for each in self.agreements]
             found.append(Table("judges against each other", columns, cells))
         return found
@@ -382,7 +382,7 @@ def _agreement_cells(judges: JudgesAgree) -> list[str]:
         f"and {shorten(judges.second)}",
         _interval(found.accuracy),
         _interval(found.without_ties),
-        f"{found.kappa:.2f}" if found.kappa is not None else "-",
+        kappa_with_interval(found),
     ]
 
 

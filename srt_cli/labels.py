@@ -90,9 +90,17 @@ def _longer(mine: int, theirs: int) -> float:
     return 1.0 if mine > theirs else 0.0 if mine < theirs else 0.5
 
 
+def kappa_with_interval(found: Agreement) -> str:
+    """Cohen's kappa for a table."""
+    if found.kappa is None or found.kappa_interval is None:
+        return "-"
+    low, high = found.kappa_interval
+    return f"{found.kappa:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def people_table(found: Sequence[AgreesWithPeople]) -> Table:
     """One row a judge or rule."""
-    columns = ["", "agrees [95 %]", "without ties", "kappa", "n"]
+    columns = ["", "agrees [95 %]", "without ties", "kappa [95 %]", "n"]
     cells = []
     for each in found:
         accuracy, without = each.agreement.accuracy, each.agreement.without_ties
@@ -101,7 +109,7 @@ def people_table(found: Sequence[AgreesWithPeople]) -> Table:
                 shorten(each.who, 30),
                 f"{accuracy.value:.0%} [{100 * accuracy.low:.0f}, {100 * accuracy.high:.0f}]",
                 f"{without.value:.0%}" if without else "-",
-                f"{each.agreement.kappa:.2f}" if each.agreement.kappa is not None else "-",
+                kappa_with_interval(each.agreement),
                 str(each.agreement.n),
             ]
         )

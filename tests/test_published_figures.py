@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srt_cli.stats.agreement import cohen_kappa, distance_skewness, krippendorff_alpha
+from srt_cli.stats.agreement import agreement, cohen_kappa, distance_skewness, krippendorff_alpha
 from srt_cli.stats.length_control import difficulties_of, length_controlled_win_rate
 from srt_cli.stats.rates import (
     discrete_win_rate,
@@ -110,6 +110,14 @@ def test_kappa_and_alpha_on_pandalm(golden):
     for pair, expected in golden["pandalm"]["cohen_kappa"].items():
         left, right = (people[int(n) - 1] for n in pair.split("-"))
         assert cohen_kappa(left, right) == pytest.approx(expected, abs=1e-6)
+    as_preferences = [[{"0": 0.5, "1": 1.0, "2": 0.0}[label] for label in each] for each in people]
+    found = agreement(as_preferences[0], as_preferences[1])
+    assert found.kappa == pytest.approx(golden["pandalm"]["cohen_kappa"]["1-2"], abs=1e-6)
+    assert found.accuracy.value == pytest.approx(
+        golden["pandalm"]["raw_agreement"]["1-2"], abs=1e-6
+    )
+    low, high = found.kappa_interval
+    assert low < found.kappa < high < low + 0.1
     expected = golden["pandalm"]["krippendorff_alpha_nominal"]
     assert krippendorff_alpha(people) == pytest.approx(expected, abs=1e-6)
 

@@ -223,6 +223,8 @@ def test_agreement_counts_ties_apart_and_kappa_knows_chance():
     assert found.accuracy.value == 0.5
     assert found.without_ties.value == 1.0
     assert found.without_ties.n == 2
+    low, high = found.kappa_interval
+    assert low <= found.kappa <= high
     # By hand: 4 wins, 2 losses and 2 ties in 8 words; 4 coincidences disagree.
     assert found.alpha == pytest.approx(1 - 7 * 4 / (64 - (16 + 4 + 4)))
     assert cohen_kappa(["a", "b"], ["a", "b"]) == 1

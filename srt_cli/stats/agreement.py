@@ -69,6 +69,7 @@ class Agreement:
     without_ties: Estimate | None
     """Over the items where both sides prefer something."""
     kappa: float | None
+    kappa_interval: tuple[float, float] | None
     alpha: float | None
     """Krippendorff's, nominal over win, tie and loss."""
     n: int
@@ -87,8 +88,19 @@ def agreement(judge: Sequence[float], labels: Sequence[float], seed: int = 0) ->
     same = (said == truth).astype(np.float64)
     without = bootstrap_mean(same[decided], seed) if decided.any() else None
     kappa = cohen_kappa(said.tolist(), truth.tolist())
+    interval = None
+    if kappa is not None:
+        codes = (3 * (said + 1) + truth + 1).astype(np.int64)  # (n,)
+        interval = bootstrap_interval(len(codes), lambda draw: _kappa_of(codes[draw]), seed)
     alpha = krippendorff_alpha([said.tolist(), truth.tolist()])
-    return Agreement(bootstrap_mean(same, seed), without, kappa, alpha, len(said))
+    return Agreement(bootstrap_mean(same, seed), without, kappa, interval, alpha, len(said))
+
+
+def _kappa_of(codes: npt.NDArray[np.int64]) -> float:
+    """Cohen's κ of pairs of three categories, coded 3·a + b; 1 where a draw holds one category."""
+    table = np.bincount(codes, minlength=9).reshape(3, 3) / len(codes)
+    expected = float(table.sum(axis=0) @ table.sum(axis=1))
+    return 1.0 if expected == 1 else (float(np.trace(table)) - expected) / (1 - expected)
 
 
 def bootstrap_mean(items: npt.ArrayLike, seed: int = 0) -> Estimate:
