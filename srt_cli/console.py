@@ -151,7 +151,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Training would otherwise report its start to the hub.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for name in ("httpx2", "httpcore2", "openai", "transformers", "trl", "datasets", "accelerate"):
+    talkative = "httpx2 httpcore2 openai transformers trl datasets accelerate huggingface_hub"
+    for name in talkative.split():
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

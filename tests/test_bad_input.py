@@ -171,3 +171,15 @@ def test_a_traceback_comes_back_on_request(srt, folder, monkeypatch):
     monkeypatch.setenv("SRT_TRACEBACK", "1")
     with pytest.raises(SrtError):
         collect(srt)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [("self-critique",), ("eval", "--pairs", "prompts.jsonl")],
+    ids=["self-critique", "eval"],
+)
+def test_a_model_that_was_never_made_is_not_sought_on_the_hub(srt, tmp_path, line):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    finished = srt(*line)
+    assert finished.code == 2
+    assert "no such directory here. srt sft and srt dpo make models there" in finished.stderr

@@ -139,6 +139,8 @@ class Spec:
     endpoints: tuple[str, ...] = field(default=())
 
 
+OUR_MODELS = "models/"
+"""Where the trainings' own defaults lie; no owner on the hub has this name."""
 _BARE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -170,6 +172,11 @@ def parse_spec(spec: str) -> Spec:
         return Spec("local", spec)
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise UsageError(f"{spec}: no such file or directory.")
+    if spec.startswith(OUR_MODELS):
+        raise UsageError(
+            f"{spec}: no such directory here. srt sft and srt dpo make models there; make it first, or "
+            "name another model."
+        )
     if _HUB_NAME.fullmatch(spec):
         return Spec("local", spec)
     if _BARE_NAME.fullmatch(spec):
