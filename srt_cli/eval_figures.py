@@ -9,7 +9,7 @@ from srt_cli.artifacts import Run, write_json
 from srt_cli.contest import Contest, count_contest
 from srt_cli.drift import drift_of, read_objective
 from srt_cli.errors import TooManyFailures
-from srt_cli.eval_options import Evaluate
+from srt_cli.eval_options import Evaluate, beside
 from srt_cli.judging import Orders
 from srt_cli.labels import agree_with_people, read_labels
 from srt_cli.records import Judgment, Output, Prompt, Scored
@@ -58,8 +58,7 @@ def write_figures(
 
 
 def _page_path(options: Evaluate) -> Path:
-    name = "report.html" if options.out.stem == "eval" else f"{options.out.stem}.report.html"
-    return options.out.with_name(name)
+    return beside(options.out, "report.html")
 
 
 def close_contest(options: Evaluate, contest: Contest) -> None:

@@ -165,6 +165,15 @@ def test_every_two_contestants_are_compared_in_pairs(srt, folder):
     assert "every two, paired" in finished.stdout
 
 
+def test_two_evaluations_in_one_folder_leave_each_other_alone(srt, folder):
+    evaluate(srt)
+    first = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    finished = evaluate(srt, "--out", "second.json", judge="python:p.py:first_wins")
+    assert finished.code == 0, finished.stderr
+    assert {name: (folder / name).read_bytes() for name in first} == first
+    assert len(read_jsonl(folder / "second.judgments.jsonl")) == 48
+
+
 def test_judges_and_cheap_rules_are_held_against_people(srt, folder):
     rows = [{"id": f"q{n}", "label": "model" if n < 18 else "tie"} for n in range(24)]
     write_jsonl(folder / "labels.jsonl", rows)

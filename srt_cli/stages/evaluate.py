@@ -8,7 +8,7 @@ from srt_cli.artifacts import OrderedWriter, inherited, open_run, read_manifest
 from srt_cli.asking import Asking
 from srt_cli.critique import Critic, Sampling
 from srt_cli.errors import UsageError
-from srt_cli.eval_options import Evaluate
+from srt_cli.eval_options import Evaluate, beside
 from srt_cli.judging import (
     Contestant,
     Judge,
@@ -72,7 +72,7 @@ def run(options: Evaluate) -> None:
         finally:
             run.manifest.cost = asking.cost.describe()
         _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
-        _write(options.out.with_name("judgments.jsonl"), judgments)
+        _write(beside(options.out, "judgments.jsonl"), judgments)
         if scores:
             _write(options.out.with_name(options.out.stem + ".scores.jsonl"), scores)
         from srt_cli.eval_figures import close_contest, write_figures
