@@ -1,7 +1,7 @@
 """Judgments made elsewhere or earlier, read back so that they can be counted without any model."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -9,9 +9,9 @@ from typing import Final
 import orjson
 from pydantic import ValidationError
 
-from srt_cli.artifacts import describe_invalid, read_rows, write_json
+from srt_cli.artifacts import describe_invalid, read_records, read_rows, write_json
 from srt_cli.errors import SrtError
-from srt_cli.judging import Orders
+from srt_cli.judging import Orders, output_of
 from srt_cli.records import Judgment, Output, Prompt, Usage, content_id
 
 NEEDED: Final = ("instruction", "output_1", "output_2", "preference")
@@ -126,17 +126,9 @@ def _read_ours(path: Path, found: Annotations) -> None:
 def _outputs_beside(path: Path) -> Mapping[tuple[str, str, str], Output]:
     beside: dict[tuple[str, str, str], Output] = {}
     for file in sorted(path.parent.glob("*.outputs.jsonl")):
-        for output in _outputs_in(file):
+        for output in read_records(file, Output.model_validate):
             beside[output.contestant, output.use, output.id] = output
     return beside
-
-
-def _outputs_in(path: Path) -> Iterator[Output]:
-    for number, row in read_rows(path):
-        try:
-            yield Output.model_validate(row)
-        except ValidationError as error:
-            raise SrtError(f"{path}:{number}: {describe_invalid(error)}") from None
 
 
 def _add_output(found: Annotations, name: str, contestant: str, text: str) -> None:
@@ -147,10 +139,7 @@ def _add_output(found: Annotations, name: str, contestant: str, text: str) -> No
             f"{contestant} has two different outputs for one instruction ({text[:40]!r}...). Are "
             "these files of different runs under one name?"
         )
-    found.outputs[key] = Output(
-        id=name, contestant=contestant, use="response", response=text, parsed=None, status="ok",
-        passed=None,
-    )  # fmt: skip
+    found.outputs[key] = output_of(name, contestant, "response", text)
 
 
 def _set_reference(found: Annotations, reference: str, path: Path) -> None:

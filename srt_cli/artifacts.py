@@ -459,9 +459,9 @@ def describe_input(path: Path) -> InputFile:
     return InputFile(path=str(path), sha256=digest, rows=rows, run=run)
 
 
-def template_input(chat_template: Path | None) -> dict[str, Path]:
-    """A chat template given as a file, as an input: another content is another training."""
-    return {} if chat_template is None else {"chat_template": chat_template}
+def template_input(template: Path | None, name: str = "chat_template") -> dict[str, Path]:
+    """A template given as a file, as an input: another content is another run."""
+    return {} if template is None else {name: template}
 
 
 def _versions() -> dict[str, str]:

@@ -4,14 +4,14 @@ Preferences that a model writes about itself carry its errors. The audit estimat
 a robust loss can then take into account (`srt dpo --loss-type robust --label-smoothing auto`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srt_cli.asking import Asking
-from srt_cli.judging import Judge, judge_pair
+from srt_cli.judging import Judge, Order, judge_pairs, output_of
 from srt_cli.records import Output, Preference, Prompt
 from srt_cli.stats.rates import Estimate, pass_rate
-from srt_cli.tables import Table
+from srt_cli.tables import Table, share_with_interval
 
 FEWEST_FOR_A_BAND = 10
 
@@ -49,22 +49,14 @@ def audit_pairs(
 ) -> Audit:
     """Have each pair judged in both orders, without a word of which one was chosen."""
     with asking.open(judge_spec) as model:
-        judge = Judge(model)
-        shown = [(pair, order) for pair in pairs for order in ("ab", "ba")]
-        alone = 1 if judge.asks_for_letter else 0
-
-        def ask(part: Iterable[tuple[Preference, str]]) -> list[float | None]:
-            part = list(part)
-            scripts = (
-                judge_pair(
-                    judge, _prompt_of(pair), _output(pair, "chosen"), _output(pair, "rejected"),
-                    "ab" if order == "ab" else "ba",
-                )
-                for pair, order in part
-            )  # fmt: skip
-            return [j.preference for j in asking.ask("auditing", scripts, len(part))]
-
-        found = [*ask(shown[:alone]), *ask(shown[alone:])] if alone else ask(shown)
+        orders: tuple[Order, ...] = ("ab", "ba")
+        shown = [
+            (_prompt_of(pair), _output(pair, "chosen"), _output(pair, "rejected"), order)
+            for pair in pairs
+            for order in orders
+        ]
+        judgments = judge_pairs(asking, "auditing", Judge(model), shown)
+    found = [judgment.preference for judgment in judgments]
     return count_audit(judge_spec, pairs, found, min_precision)
 
 
@@ -112,8 +104,7 @@ def audit_table(audit: Audit) -> Table:
     cells = [
         [
             f"{band.gain:g}",
-            f"{band.precision.value:.0%} [{100 * band.precision.low:.0f}, "
-            f"{100 * band.precision.high:.0f}]",
+            share_with_interval(band.precision),
             str(band.precision.n),
         ]
         for band in audit.from_gain
@@ -134,10 +125,8 @@ def sentence_of(audit: Audit) -> str:
             if audit.gain_to_ask_for is not None
             else f"; no --min-gain reaches {audit.min_precision:.0%}"
         )
-    return (
-        f"audit by {audit.judge}: {found.value:.0%} [{100 * found.low:.0f}, {100 * found.high:.0f}] of "
-        f"the labels are right ({counted}){advice}"
-    )
+    right = f"{share_with_interval(found)} of the labels are right"
+    return f"audit by {audit.judge}: {right} ({counted}){advice}"
 
 
 def _prompt_of(pair: Preference) -> Prompt:
@@ -147,7 +136,4 @@ def _prompt_of(pair: Preference) -> Prompt:
 
 def _output(pair: Preference, side: str) -> Output:
     text = (pair.chosen if side == "chosen" else pair.rejected)[-1].content
-    return Output(
-        id=pair.id, contestant=side, use="response", response=text, parsed=None, status="ok",
-        passed=None,
-    )  # fmt: skip
+    return output_of(pair.id, side, "response", text)

@@ -14,13 +14,13 @@ from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
 from srt_cli.stats.rates import Estimate, PairedDifference, paired_difference, pass_rate
-from srt_cli.tables import Table, shorten
+from srt_cli.tables import Table, share_with_interval, shorten
 from srt_cli.verdicts import (
     Comparison,
     Judged,
     compare_all,
     count_verdicts,
-    preferences_of,
+    preferences_by_pair,
 )
 
 
@@ -208,6 +208,7 @@ def count_contest(
     verdicts: dict[tuple[str, str], list[Judgment]] = {}
     for judgment in judgments:
         verdicts.setdefault((judgment.a, judgment.judge), []).append(judgment)
+    preferences = preferences_by_pair(judgments, orders)
     rows = []
     for (contestant, use), mine in groups.items():
         answered = [prompt for prompt in prompts if prompt.id in mine]
@@ -231,8 +232,8 @@ def count_contest(
         check,
         len(prompts),
         rows,
-        _compare(rows, outputs, verdicts, orders),
-        _agreements(judges, judgments, orders),
+        _compare(rows, outputs, preferences),
+        _agreements(judges, preferences),
     )
 
 
@@ -255,8 +256,7 @@ def _short_names(contestants: Sequence[str]) -> dict[str, str]:
 def _compare(
     rows: Sequence[Row],
     outputs: Sequence[Output],
-    verdicts: Mapping[tuple[str, str], Sequence[Judgment]],
-    orders: Orders,
+    preferences: Mapping[tuple[str, str], Mapping[str, float]],
 ) -> list[Comparison]:
     """Every two contestants by the check and by each judge; the reference wins half against itself."""
     found = []
@@ -269,36 +269,28 @@ def _compare(
     labels = {f"{row.contestant} {row.use}": row.name if plain else row.label for row in rows}
     named = {labels[key]: values for key, values in passed.items()}
     found += compare_all("check", named)
-    for judge in dict.fromkeys(judge for _, judge in verdicts):
-        preferences = {
-            labels[label]: preferences_of(given, orders)
-            for (label, by), given in verdicts.items()
+    for judge in dict.fromkeys(judge for _, judge in preferences):
+        judged = {
+            labels[label]: by_prompt
+            for (label, by), by_prompt in preferences.items()
             if by == judge and label in labels
         }
-        found += compare_all(judge, preferences)
+        found += compare_all(judge, judged)
     return found
 
 
 def _agreements(
-    judges: Sequence[str], judgments: Sequence[Judgment], orders: Orders
+    judges: Sequence[str], preferences: Mapping[tuple[str, str], Mapping[str, float]]
 ) -> list[JudgesAgree]:
     """The first judge against each other, over all pairs that both judged."""
+    values: dict[str, dict[tuple[str, str], float]] = {judge: {} for judge in judges}
+    for (label, judge), by_prompt in preferences.items():
+        values[judge] |= {(label, name): value for name, value in by_prompt.items()}
     found = []
-    values: dict[str, dict[str, float]] = {}
-    for judge in judges:
-        by_pair: dict[str, list[Judgment]] = {}
-        for judgment in judgments:
-            if judgment.judge == judge:
-                by_pair.setdefault(judgment.a, []).append(judgment)
-        values[judge] = {
-            f"{pair} {name}": value
-            for pair, given in by_pair.items()
-            for name, value in preferences_of(given, orders).items()
-        }
     for other in judges[1:]:
-        common = [name for name in values[judges[0]] if name in values[other]]
+        common = [pair for pair in values[judges[0]] if pair in values[other]]
         agreed = agreement(
-            [values[judges[0]][name] for name in common], [values[other][name] for name in common]
+            [values[judges[0]][pair] for pair in common], [values[other][pair] for pair in common]
         )
         if agreed is not None:
             found.append(JudgesAgree(judges[0], other, agreed))
@@ -347,7 +339,7 @@ def _check_cells(row: Row) -> list[str]:
     return [
         shorten(row.name),
         row.kind,
-        _interval(row.pass_rate),
+        share_with_interval(row.pass_rate),
         _difference(row.difference),
         f"{row.mean_characters:.0f}",
         parsed,
@@ -380,16 +372,10 @@ def _agreement_cells(judges: JudgesAgree) -> list[str]:
     return [
         shorten(judges.first),
         f"and {shorten(judges.second)}",
-        _interval(found.accuracy),
-        _interval(found.without_ties),
+        share_with_interval(found.accuracy),
+        share_with_interval(found.without_ties),
         kappa_with_interval(found),
     ]
-
-
-def _interval(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "-"
-    return f"{estimate.value:.0%} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
 
 
 def _difference(paired: PairedDifference | None) -> str:

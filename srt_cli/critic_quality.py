@@ -1,20 +1,19 @@
 """How good the critiques of feedback files are: by themselves, and against an outside scorer."""
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from scipy import stats as scipy_stats
 
 from srt_cli.calls import Call
-from srt_cli.critique import Critic
+from srt_cli.critique import Critic, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.stats.critiques import generic_share, is_grounded
 from srt_cli.stats.drift import SelfBias, distinct_pairs, self_bias
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
-from srt_cli.tables import Table, shorten
-from srt_cli.templates import parse_critique
+from srt_cli.tables import Table, share, shorten
 
 ACCEPTED_GAIN: Final = 1.0
 
@@ -75,9 +74,7 @@ def score_record(
         if not text:
             scores.append(None)
             continue
-        reply = yield critic.call("score", prompt, text, f"{record.id} outside score")
-        known = parse_critique(reply.text, expect_refinement=False).score
-        scores.append(known if reply.finish_reason == "stop" else None)
+        scores.append((yield from blind_score(critic, prompt, text, f"{record.id} outside score")))
     return OutsideScores(number, *scores)
 
 
@@ -153,8 +150,8 @@ def quality_tables(found: Sequence[CriticQuality]) -> list[Table]:
             [
                 shorten(each.file),
                 str(each.rows),
-                _share(each.valid),
-                _share(each.grounded),
+                share(each.valid),
+                share(each.grounded),
                 f"{each.generic:.0%}" if each.generic is not None else "-",
                 f"{each.mean_words:.0f}" if each.mean_words is not None else "-",
             ]
@@ -171,7 +168,7 @@ def quality_tables(found: Sequence[CriticQuality]) -> list[Table]:
             _signed(each.outside.own_gain),
             _signed(each.outside.outside_gain),
             _signed(each.outside.inflation),
-            _share(each.outside.false_accepts),
+            share(each.outside.false_accepts),
         ]
         for each in found
         if each.outside is not None
@@ -198,19 +195,8 @@ def warnings_of(found: Sequence[CriticQuality]) -> list[str]:
     return warnings
 
 
-def _share(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{estimate.value:.0%}"
-
-
 def _signed(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
     error = f" ± {estimate.standard_error:.2f}" if estimate.standard_error is not None else ""
     return f"{estimate.value:+.2f}{error}"
-
-
-def plain_of(found: Sequence[CriticQuality]) -> Mapping[str, object]:
-    """For `eval.json`."""
-    from dataclasses import asdict
-
-    return {"feedback": [asdict(each) for each in found]}

@@ -273,6 +273,15 @@ def _ask_critic(
     return parsed if usable else None
 
 
+def blind_score(
+    critic: Critic, prompt: Prompt, text: str, name: str
+) -> Generator[Call, Reply, float | None]:
+    """One score of one text, asked once; null when no whole reply came or it holds no score."""
+    reply = yield critic.call("score", prompt, text, name)
+    parsed = parse_critique(reply.text, expect_refinement=False)
+    return parsed.score if reply.finish_reason == "stop" else None
+
+
 @dataclass(frozen=True)
 class Check:
     """A program that knows good answers, and the score from which the critic calls one good."""

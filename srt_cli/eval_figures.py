@@ -34,10 +34,10 @@ def write_figures(
     if scores or options.objective:
         objective = read_objective(options.objective)
         contest.stages.extend(drift_of(contest, outputs, scores, objective))
+    by_pair = preferences_by_pair(judgments, orders) if options.labels or options.export else {}
     if options.labels is not None:
         named = [f"{row.contestant} {row.use}" for row in contest.rows[1:]]
         labels = read_labels(options.labels, named)
-        by_pair = preferences_by_pair(judgments, orders)
         contest.people.extend(agree_with_people(labels, by_pair, outputs, reference))
     write_json(options.out, contest.as_plain())
     page = _page_path(options)
@@ -51,8 +51,7 @@ def write_figures(
         run.warn(warning)
     if options.export is not None:
         folder = options.out.with_name(f"{options.out.stem}-{options.export}")
-        preferences = preferences_by_pair(judgments, orders)
-        files = export_alpaca_eval(folder, prompts, outputs, preferences, reference)
+        files = export_alpaca_eval(folder, prompts, outputs, by_pair, reference)
         console.say(f"{len(files)} files in AlpacaEval's form: {folder}")
     return contest
 

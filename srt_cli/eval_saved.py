@@ -11,7 +11,6 @@ from srt_cli.asking import Asking
 from srt_cli.critic_quality import (
     OutsideScores,
     critic_quality,
-    plain_of,
     quality_tables,
     score_record,
     warnings_of,
@@ -97,7 +96,7 @@ def judge_feedback(options: Evaluate, command: str) -> None:
                     outside = asking.ask(f"scores by {options.scorer}", scripts, len(records))
             found.append(critic_quality(str(path), records, options.scorer, outside))
         run.manifest.cost = asking.cost.describe()
-        write_json(options.out, plain_of(found))
+        write_json(options.out, {"feedback": [asdict(each) for each in found]})
         for warning in warnings_of(found):
             run.warn(f"{warning}.")
     for table in quality_tables(found):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from srt_cli.artifacts import read_rows
+from srt_cli.asking import Asking
 from srt_cli.calls import Call
 from srt_cli.critique import Critic, Sampling, respond_call
 from srt_cli.errors import SrtError
@@ -52,7 +53,7 @@ def answer(
     text = reply.text.strip()
     outputs = []
     if "response" in uses:
-        outputs.append(_output(prompt, contestant.name, "response", text, None, status))
+        outputs.append(output_of(prompt.id, contestant.name, "response", text, None, status))
     critic = Critic(contestant.model, contestant.critiques, in_conversation=True)
     for use in refinement_uses(rounds) if "refinement" in uses else ():
         parsed = False
@@ -61,7 +62,7 @@ def answer(
             critique = parse_critique(reply.text)
             if critique.refinement is not None and not critique.problems:
                 text, parsed = critique.refinement, True
-        outputs.append(_output(prompt, contestant.name, use, text, parsed, status))
+        outputs.append(output_of(prompt.id, contestant.name, use, text, parsed, status))
     return outputs
 
 
@@ -78,12 +79,18 @@ def _status_of(reply: Reply) -> Status:
     return "ok"
 
 
-def _output(
-    prompt: Prompt, name: str, use: str, text: str, parsed: bool | None, status: Status
+def output_of(
+    identifier: str,
+    contestant: str,
+    use: str,
+    text: str,
+    parsed: bool | None = None,
+    status: Status = "ok",
 ) -> Output:
+    """An output that nobody has checked yet; by default one that came from a file, whole."""
     return Output(
-        id=prompt.id,
-        contestant=name,
+        id=identifier,
+        contestant=contestant,
         use=use,
         response=text,
         parsed=parsed,
@@ -119,9 +126,8 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
                 raise SrtError(f"{path}: has no refinements. Leave out --use refinement for it.")
             parsed = None if use == "response" else text is not None
             fallback = found.get("response") or ""
-            yield _output(
-                prompt, str(path), use, str(text if text is not None else fallback), parsed, "ok"
-            )
+            answered = str(text if text is not None else fallback)
+            yield output_of(prompt.id, str(path), use, answered, parsed)
 
 
 def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call, Reply, Output]:
@@ -252,3 +258,15 @@ def _judgment(
         judge=judge.model.spec,
         usage=reply.usage,
     )
+
+
+def judge_pairs(
+    asking: Asking, label: str, judge: Judge, shown: Sequence[tuple[Prompt, Output, Output, Order]]
+) -> list[Judgment]:
+    """Have pairs judged, in the order given; the first alone tells whether the judge gives odds."""
+
+    def ask(part: Sequence[tuple[Prompt, Output, Output, Order]]) -> list[Judgment]:
+        return asking.ask(label, (judge_pair(judge, *pair) for pair in part), len(part))
+
+    alone = 1 if judge.asks_for_letter and judge.verdicts == "auto" else 0
+    return [*ask(shown[:alone]), *ask(shown[alone:])] if alone else ask(shown)

@@ -11,14 +11,13 @@ from typing import Any
 
 from srt_cli.artifacts import read_rows
 from srt_cli.calls import Call
-from srt_cli.critique import Critic
+from srt_cli.critique import Critic, blind_score
 from srt_cli.errors import SrtError
 from srt_cli.models import Reply
 from srt_cli.records import Prompt
 from srt_cli.stats.agreement import bootstrap_mean
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
-from srt_cli.tables import Table, shorten
-from srt_cli.templates import parse_critique
+from srt_cli.tables import Table, share, share_with_interval, shorten
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,8 @@ def score_pair(critic: Critic, pair: Pair) -> Generator[Call, Reply, ScoredPair]
     """Score both answers independently, blind."""
     scores = []
     for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        reply = yield critic.call("score", pair.prompt, text, f"{pair.prompt.id} {side}")
-        known = parse_critique(reply.text, expect_refinement=False).score
-        scores.append(known if reply.finish_reason == "stop" else None)
+        name = f"{pair.prompt.id} {side}"
+        scores.append((yield from blind_score(critic, pair.prompt, text, name)))
     return ScoredPair(pair.prompt.id, *scores)
 
 
@@ -123,20 +121,13 @@ def pairs_table(found: list[PairAccuracy]) -> Table:
     cells = [
         [
             shorten(each.critic),
-            _share(each.accuracy),
-            _share(each.without_ties, interval=False),
+            share_with_interval(each.accuracy),
+            share(each.without_ties),
             str(each.ties),
             str(each.unread),
             f"{each.gap.value:+.2f}" if each.gap else "-",
-            _share(each.longer_wins, interval=False),
+            share(each.longer_wins),
         ]
         for each in found
     ]
     return Table("scores chosen above rejected", columns, cells)
-
-
-def _share(estimate: Estimate | None, *, interval: bool = True) -> str:
-    if estimate is None:
-        return "-"
-    reach = f" [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]" if interval else ""
-    return f"{estimate.value:.0%}{reach}"

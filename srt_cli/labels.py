@@ -10,7 +10,7 @@ from srt_cli.artifacts import read_rows
 from srt_cli.errors import SrtError
 from srt_cli.records import Output
 from srt_cli.stats.agreement import Agreement, agreement
-from srt_cli.tables import Table, shorten
+from srt_cli.tables import Table, share, share_with_interval, shorten
 
 WORDS: Final = {"model": 1.0, "a": 1.0, "reference": 0.0, "b": 0.0, "tie": 0.5}
 Labels = Mapping[tuple[str, str], float]
@@ -103,12 +103,11 @@ def people_table(found: Sequence[AgreesWithPeople]) -> Table:
     columns = ["", "agrees [95 %]", "without ties", "kappa [95 %]", "n"]
     cells = []
     for each in found:
-        accuracy, without = each.agreement.accuracy, each.agreement.without_ties
         cells.append(
             [
                 shorten(each.who, 30),
-                f"{accuracy.value:.0%} [{100 * accuracy.low:.0f}, {100 * accuracy.high:.0f}]",
-                f"{without.value:.0%}" if without else "-",
+                share_with_interval(each.agreement.accuracy),
+                share(each.agreement.without_ties),
                 kappa_with_interval(each.agreement),
                 str(each.agreement.n),
             ]

@@ -91,12 +91,18 @@ class Judged:
         return found
 
 
-def preferences_of(verdicts: Sequence[Judgment], orders: Orders) -> dict[str, float]:
-    """Each prompt's preference for `a`: the mean of its orders; prompts without all fall out."""
+def _by_order(verdicts: Sequence[Judgment]) -> dict[str, dict[str, float]]:
+    """Valid preferences for `a` by order of presentation and prompt."""
     by_order: dict[str, dict[str, float]] = {"ab": {}, "ba": {}}
     for verdict in verdicts:
         if verdict.preference is not None:
             by_order[verdict.order][verdict.id] = verdict.preference
+    return by_order
+
+
+def preferences_of(verdicts: Sequence[Judgment], orders: Orders) -> dict[str, float]:
+    """Each prompt's preference for `a`: the mean of its orders; prompts without all fall out."""
+    by_order = _by_order(verdicts)
     if orders == "one":
         return by_order["ba"] | by_order["ab"]
     return {
@@ -170,10 +176,7 @@ def _by_slot(
     verdicts: Sequence[Judgment], valid: Mapping[str, float]
 ) -> tuple[list[float], list[float]]:
     """Preferences for `a` when it was shown first, and second, over the valid pairs in one order."""
-    by_order: dict[str, dict[str, float]] = {"ab": {}, "ba": {}}
-    for verdict in verdicts:
-        if verdict.preference is not None:
-            by_order[verdict.order][verdict.id] = verdict.preference
+    by_order = _by_order(verdicts)
     return [by_order["ab"][name] for name in valid], [by_order["ba"][name] for name in valid]
 
 

@@ -4,7 +4,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from srt_cli import console
-from srt_cli.artifacts import OrderedWriter, inherited, open_run, read_manifest
+from srt_cli.artifacts import (
+    OrderedWriter,
+    inherited,
+    open_run,
+    read_manifest,
+    template_input,
+)
 from srt_cli.asking import Asking
 from srt_cli.critique import Critic, Sampling
 from srt_cli.errors import UsageError
@@ -12,11 +18,10 @@ from srt_cli.eval_options import Evaluate, beside
 from srt_cli.judging import (
     Contestant,
     Judge,
-    Order,
     Use,
     answer,
     check_output,
-    judge_pair,
+    judge_pairs,
     orders_of,
     read_outputs,
     score_output,
@@ -39,7 +44,7 @@ def run(options: Evaluate) -> None:
     if options.rounds < 1:
         raise UsageError("--rounds starts at 1.")
     reference = options.reference or base_of(options.model[0])
-    judges = options.judge or critic_as_judge()
+    judges = tuple(dict.fromkeys(options.judge)) or critic_as_judge()
     if not judges and options.check is None and options.scorer is None:
         raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
     if options.objective:
@@ -52,7 +57,7 @@ def run(options: Evaluate) -> None:
         COMMAND,
         options,
         options.out,
-        inputs={**prompts.inputs, **template_inputs(options.judge_template)},
+        inputs={**prompts.inputs, **template_input(options.judge_template, "judge_template")},
         overwrite=options.overwrite,
         resolved={"reference": reference, "judge": list(judges)},
     )
@@ -65,10 +70,10 @@ def run(options: Evaluate) -> None:
                 outputs = _checked(options.check, rows, outputs, asking)
             judgments = [
                 judgment
-                for judge in dict.fromkeys(judges)
+                for judge in judges
                 for judgment in _judgments(judge, reference, options, rows, outputs, asking)
             ]
-            scores = _scores(options, reference, rows, outputs, asking)
+            scores = _scores(options, rows, outputs, asking)
         finally:
             run.manifest.cost = asking.cost.describe()
         _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
@@ -100,11 +105,6 @@ def _count_saved(options: Evaluate) -> bool:
     else:
         judge_feedback(options, COMMAND)
     return True
-
-
-def template_inputs(judge_template: Path | None) -> dict[str, Path]:
-    """A judge's template given as a file, as an input of the run."""
-    return {} if judge_template is None else {"judge_template": judge_template}
 
 
 def base_of(model: str) -> str:
@@ -182,7 +182,6 @@ def _judgments(
     asking: Asking,
 ) -> list[Judgment]:
     """Each output against the reference's direct answer, in both orders or in one."""
-    orders = options.orders
     template = read_judge_template(options.judge_template) if options.judge_template else None
     by_id = {prompt.id: prompt for prompt in prompts}
     references = {
@@ -191,27 +190,18 @@ def _judgments(
         if output.contestant == reference and output.use == "response"
     }
     pairs = [output for output in outputs if references[output.id] is not output]
+    shown = [
+        (by_id[output.id], output, references[output.id], order)
+        for output in pairs
+        for order in orders_of(by_id[output.id], options.orders)
+    ]
     with asking.open(judge_spec) as model:
         judge = Judge(model, options.verdicts, template, options.judge_max_tokens)
-        shown = [
-            (output, order) for output in pairs for order in orders_of(by_id[output.id], orders)
-        ]
-
-        def ask(part: Sequence[tuple[Output, Order]]) -> list[Judgment]:
-            scripts = (
-                judge_pair(judge, by_id[output.id], output, references[output.id], order)
-                for output, order in part
-            )
-            return asking.ask(f"judging by {judge_spec}", scripts, len(part))
-
-        # The first pair alone tells whether this judge gives log-probabilities.
-        alone = 1 if judge.asks_for_letter and options.verdicts == "auto" else 0
-        return [*ask(shown[:alone]), *ask(shown[alone:])] if alone else ask(shown)
+        return judge_pairs(asking, f"judging by {judge_spec}", judge, shown)
 
 
 def _scores(
     options: Evaluate,
-    reference: str,
     prompts: Sequence[Prompt],
     outputs: Sequence[Output],
     asking: Asking,

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Final
 
+from srt_cli.stats.hygiene import ngrams
+
 GROUNDING_NGRAM: Final = 4
 SHORTEST_QUOTE: Final = 8
 GENERIC_NGRAM: Final = 5
@@ -49,5 +51,4 @@ def generic_share(critiques: Sequence[str], seed: int = 0) -> float | None:
 
 
 def _ngrams(text: str, size: int) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[place : place + size]) for place in range(len(words) - size + 1)}
+    return set(ngrams(text.lower(), size))

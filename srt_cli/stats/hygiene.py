@@ -56,9 +56,9 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
             found.append("empty")
         elif len(outputs) >= FEWEST_FOR_CONSTANT and counts[text] > limit:
             found.append("constant")
-        found += faults_of(text)
-        grams = _ngrams(text)
-        asked = set(_ngrams(prompt.lower()))
+        grams = ngrams(text, NGRAM)
+        found += _faults(text, grams)
+        asked = set(ngrams(prompt.lower(), NGRAM))
         if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
             found.append("copy of the prompt")
         reasons.update(found)
@@ -69,8 +69,11 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
 def faults_of(text: str) -> list[str]:
     """What makes one text no answer by itself: repeating, leaking a template, refusing."""
     plain = " ".join(text.lower().split())
+    return _faults(plain, ngrams(plain, NGRAM))
+
+
+def _faults(plain: str, grams: Sequence[tuple[str, ...]]) -> list[str]:
     found = []
-    grams = _ngrams(plain)
     if grams and len(set(grams)) / len(grams) < MOST_REPEATED:
         found.append("repeating")
     if any(mark in plain for mark in LEAKED):
@@ -80,6 +83,7 @@ def faults_of(text: str) -> list[str]:
     return found
 
 
-def _ngrams(text: str) -> list[tuple[str, ...]]:
+def ngrams(text: str, size: int) -> list[tuple[str, ...]]:
+    """Runs of so many words, in their order."""
     words = re.findall(r"\w+", text)
-    return [tuple(words[place : place + NGRAM]) for place in range(len(words) - NGRAM + 1)]
+    return [tuple(words[place : place + size]) for place in range(len(words) - size + 1)]
