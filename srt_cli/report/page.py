@@ -13,6 +13,7 @@ from srt_cli.contest import Contest, Row
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.report.plot import Interval, bar_plot, interval_plot
 from srt_cli.report.shell import html_table, write_page
+from srt_cli.stats.rates import Estimate
 from srt_cli.tables import Table
 
 SHOWN_LENGTHS: Final = {
@@ -108,13 +109,7 @@ def _warnings(contest: Contest) -> str:
 def _plots(contest: Contest) -> str:
     sections = []
     passing = [
-        Interval(
-            contest.label_of(row),
-            r.value,
-            r.low,
-            r.high,
-            emphasised=row.contestant != contest.reference,
-        )
+        _interval(contest.label_of(row), r, emphasised=row.contestant != contest.reference)
         for row in contest.rows
         if (r := row.pass_rate) is not None
     ]
@@ -125,19 +120,13 @@ def _plots(contest: Contest) -> str:
         sections.append(_figure("Pass rate", "Share of answers that pass the check.", plot))
     for place, judge in enumerate(contest.judges):
         judged = [(contest.label_of(row), row.judged[place]) for row in contest.rows if row.judged]
-        winning = [
-            Interval(label, w.value, w.low, w.high)
-            for label, each in judged
-            if (w := each.win_rate)
-        ]
+        winning = [_interval(label, w) for label, each in judged if (w := each.win_rate)]
         if winning:
             plot = interval_plot(winning, middle=0.5, caption="Win rates")
             about = f"Against the reference's direct answer, says {escape(judge)}; ties count half."
             sections.append(_figure("Win rate", about, plot))
         controlled = [
-            Interval(label, c.rate.value, c.rate.low, c.rate.high)
-            for label, each in judged
-            if (c := each.length_controlled)
+            _interval(label, c.rate) for label, each in judged if (c := each.length_controlled)
         ]
         if controlled:
             plot = interval_plot(controlled, middle=0.5, caption="Length-controlled win rates")
@@ -168,11 +157,11 @@ def _judge_plots(contest: Contest, place: int) -> list[str]:
             ):  # fmt: skip
                 if rate is not None:
                     text = f"{label}, shown {name}"
-                    by_position.append(Interval(text, rate.value, rate.low, rate.high))
+                    by_position.append(_interval(text, rate))
         for each in judged.by_length:
             if (rate := each.win_rate) is not None and each.name in SHOWN_LENGTHS:
                 text = f"{label}, {SHOWN_LENGTHS[each.name]}"
-                by_length.append(Interval(text, rate.value, rate.low, rate.high))
+                by_length.append(_interval(text, rate))
     sections = []
     if by_position:
         plot = interval_plot(by_position, middle=0.5, caption="Win rates by position")
@@ -183,6 +172,10 @@ def _judge_plots(contest: Contest, place: int) -> list[str]:
         about = "Win rates where the answer is more than 10 % shorter, about as long, or longer."
         sections.append(_figure("Length against preference", about, plot))
     return sections
+
+
+def _interval(label: str, estimate: Estimate, *, emphasised: bool = True) -> Interval:
+    return Interval(label, estimate.value, estimate.low, estimate.high, emphasised)
 
 
 def _figure(title: str, about: str, plot: str) -> str:
