@@ -145,7 +145,7 @@ def _shown_default(default: Any) -> str:
 
 
 def _without_none(annotation: Any) -> Any:
-    if isinstance(annotation, types.UnionType):
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         (kept,) = [part for part in typing.get_args(annotation) if part is not type(None)]
         return kept
     return annotation

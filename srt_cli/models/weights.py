@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from srt_cli.errors import SrtError
 
@@ -70,7 +71,12 @@ def load_tokenizer(name: str, *, chat_template: Path | None = None) -> PreTraine
 
 
 def load_weights(
-    name: str, *, placement: Placement | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    placement: Placement | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    quantization: QuantizationConfigMixin | None = None,
 ) -> PreTrainedModel:
     """The model of a directory, hub name or GGUF file, on its device, in eval mode.
 
@@ -89,6 +95,8 @@ def load_weights(
         dtype=placement.dtype,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
+        attn_implementation=attention,
+        quantization_config=quantization,
         output_loading_info=True,
     )
     # transformers fills what is missing with random numbers, and says so only in its log.
@@ -96,6 +104,8 @@ def load_weights(
         named = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise SrtError(f"{name}: the checkpoint lacks {len(missing)} of its tensors ({named}).")
     assert isinstance(model, PreTrainedModel)
+    if quantization is not None:
+        return model  # placed while it was loaded, and not to be moved
     moved: PreTrainedModel = model.to(placement.device).eval()  # type: ignore[arg-type]
     return moved
 

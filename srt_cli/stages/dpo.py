@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from srt_cli import console
 from srt_cli.artifacts import (
@@ -16,7 +16,9 @@ from srt_cli.artifacts import (
 )
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.recipes import Chosen, advise_on_size, choose_hyperparameters
 from srt_cli.records import Preference
+from srt_cli.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,12 +26,12 @@ if TYPE_CHECKING:
     from srt_cli.training.loop import Trained
     from srt_cli.training.sequences import PairIds
 
-COMMAND = "dpo"
+COMMAND: Final = "dpo"
 LENGTH_RATIO_TO_WARN_AT = 1.3
 
 
 @dataclass(frozen=True)
-class Dpo:
+class Dpo(TrainingOptions):
     """Teach the tuned model to prefer its refinements over its drafts.
 
     The reference is the model that training starts from; its log-probs are computed beforehand,
@@ -48,43 +50,17 @@ class Dpo:
         None, "The tuned model; default: the one that wrote the preferences.", metavar="SPEC"
     )
     out: Path = runtime(Path("models/dpo"), "Where the trained model goes.", metavar="DIRECTORY")
-    method: Literal["full", "lora"] = setting("full", "Train all weights (paper), or adapters.")
-    beta: float = setting(0.01, "Strength of the pull to the reference (paper: 0.01).")
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"] = setting(
-        "sigmoid", "The loss, as TRL names it (paper: sigmoid); sigmoid_norm divides by length, "
-        "robust allows for wrong labels.",
+    beta: float | None = setting(
+        None, "Strength of the pull to the reference; default: the recipe's (paper: 0.01)."
+    )
+    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"] | None = setting(
+        None, "The loss, as TRL names it; default: the recipe's (paper: sigmoid). sigmoid_norm "
+        "divides by length, robust allows for wrong labels.",
     )  # fmt: skip
     label_smoothing: str | None = setting(
         None, "Share of wrong labels, below 0.5, for --loss-type robust; auto: what the audit of the "
         "preferences found.", metavar="SHARE|auto",
     )  # fmt: skip
-    epochs: float = setting(1.0, "Passes over the data (paper: 1).")
-    learning_rate: float = setting(
-        5e-7, "Peak learning rate (paper: 5e-7; LoRA wants 10 times it)."
-    )
-    global_batch: int = setting(32, "Pairs a step (paper: not stated for stage 2).")
-    micro_batch: int | None = setting(
-        None, "Pairs a forward pass; default: 2 on a CPU, 8 on a GPU."
-    )
-    warmup: float = setting(0.1, "Share of the steps that warm up (paper: 0.1, then cosine).")
-    weight_decay: float = setting(0.0, "Weight decay (paper: not stated).")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped at this norm (paper: not stated).")
-    max_length: int = setting(8192, "Most tokens of prompt and answer (paper: 8192 in stage 1).")
-    truncation: Literal["refuse", "drop"] = setting(
-        "refuse", "What happens to pairs that do not fit: refuse the run, or drop them."
-    )
-    lora_r: int = setting(64, "Rank of the adapters.")
-    lora_alpha: int = setting(32, "Scale of the adapters.")
-    lora_dropout: float = setting(0.0, "Dropout of the adapters.")
-    chat_template: Path | None = setting(None, "A .jinja file, if the model has none.")
-    seed: int = setting(42, "Seed of the data order.")
-    limit: int | None = setting(None, "Use only the first N pairs.")
-    save_every: int | None = runtime(
-        None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
-    )
-    keep_checkpoints: bool = runtime(False, "Keep the checkpoints of a finished training.")
-    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
-    overwrite: bool = runtime(False, "Delete the directory and start anew.")
 
 
 def run(options: Dpo) -> None:
@@ -94,7 +70,12 @@ def run(options: Dpo) -> None:
         raise UsageError(
             f"{options.prefs} does not tell which model wrote its drafts. Pass --model."
         )
-    smoothing = label_smoothing_of(options)
+    from srt_cli.training.checkpoints import clear_checkpoints, refuse_changed_inputs
+    from srt_cli.training.policy import count_parameters
+
+    parameters = count_parameters(model_name)
+    chosen = choose_hyperparameters(options, COMMAND, parameters)
+    smoothing = label_smoothing_of(options, chosen.loss_type)
     if options.overwrite:
         clear_directory(options.out)
     run = open_run(
@@ -105,17 +86,18 @@ def run(options: Dpo) -> None:
         overwrite=options.overwrite,
         directory=True,
         resolved={"model": model_name}
+        | chosen.settings(COMMAND)
         | ({"label_smoothing": repr(smoothing)} if smoothing else {}),
     )
     pairs = list(read_records(options.prefs, Preference.model_validate, limit=options.limit))
-    from srt_cli.training.loop import clear_checkpoints, refuse_changed_inputs
-
     refuse_changed_inputs(run)
     if run.complete:
         console.say("trained already under these settings; nothing to do")
     else:
         with run:
-            trained = _train(options, model_name, pairs, smoothing, run)
+            if advice := advise_on_size(options, COMMAND, parameters):
+                run.warn(advice)
+            trained = _train(options, chosen, model_name, pairs, smoothing, run)
             if not options.keep_checkpoints:
                 clear_checkpoints(options.out)
         console.say(
@@ -136,14 +118,14 @@ def model_that_wrote(prefs: Path) -> str | None:
     return inherited(data, "model")
 
 
-def label_smoothing_of(options: Dpo) -> float:
+def label_smoothing_of(options: Dpo, loss_type: str) -> float:
     """The share of wrong labels that the loss allows for; raises when it would do nothing."""
     given = options.label_smoothing
     if given is None:
         return 0.0
-    if options.loss_type != "robust":
+    if loss_type != "robust":
         raise UsageError(
-            f"--label-smoothing does nothing under --loss-type {options.loss_type}. "
+            f"--label-smoothing does nothing under --loss-type {loss_type}. "
             "Pass --loss-type robust."
         )
     if given == "auto":
@@ -169,47 +151,37 @@ def label_smoothing_of(options: Dpo) -> float:
 
 
 def _train(
-    options: Dpo, model_name: str, pairs: list[Preference], smoothing: float, run: Run
+    options: Dpo,
+    chosen: Chosen,
+    model_name: str,
+    pairs: list[Preference],
+    smoothing: float,
+    run: Run,
 ) -> "Trained":
-    from srt_cli.models.weights import fingerprint_of, load_tokenizer, load_weights
+    from srt_cli.models.weights import fingerprint_of, load_tokenizer
     from srt_cli.training.dpo import Objective, train_dpo
-    from srt_cli.training.loop import Schedule
-    from srt_cli.training.lora import Lora
-    from srt_cli.training.place import decide_training_place
+    from srt_cli.training.policy import load_policy
     from srt_cli.training.saving import model_card, save_model
+    from srt_cli.training.setup import set_up
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
-    encoded = encode_pairs(tokenizer, pairs, options, run)
-    place = decide_training_place()
+    encoded = encode_pairs(tokenizer, pairs, options, chosen, run)
+    setup = set_up(options, chosen.values)
     run.manifest.models = {
-        "policy": {"spec": model_name, **place.describe()},
+        "policy": {"spec": model_name, **setup.place.describe()},
         "reference": {"spec": model_name, "weights": fingerprint_of(model_name)},
     }
-    console.say(f"training on {place.placement.device}, float32 weights: {place.placement.reason}")
-    model = load_weights(
-        model_name, placement=place.placement, trust_remote_code=options.trust_remote_code
-    )
-    micro = options.micro_batch or (8 if place.placement.device == "cuda" else 2)
-    schedule = Schedule(
-        options.epochs, options.learning_rate, options.warmup, options.weight_decay,
-        options.max_grad_norm, options.global_batch, min(micro, options.global_batch),
-        options.seed,
-    )  # fmt: skip
-    lora = None
-    if options.method == "lora":
-        lora = Lora(options.lora_r, options.lora_alpha, options.lora_dropout)
-    objective = Objective(options.loss_type, options.beta, smoothing)
-    model, trained = train_dpo(
-        model, tokenizer, encoded, objective, schedule, place, run,
-        lora=lora, save_every=options.save_every,
-    )  # fmt: skip
+    console.say(setup.place.sentence())
+    model = load_policy(model_name, setup.place, options)
+    objective = Objective(chosen.loss_type, chosen.beta, smoothing)
+    model, trained = train_dpo(model, tokenizer, encoded, objective, setup, run)
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base and reference": model_name,
         "data": f"{options.prefs}, {len(encoded)} pairs",
-        "method": f"DPO ({options.method}), loss {options.loss_type}, beta {options.beta:g}",
-        "epochs": options.epochs,
-        "learning rate": options.learning_rate,
+        "method": f"DPO ({options.method}), loss {chosen.loss_type}, beta {chosen.beta:g}",
+        "epochs": chosen.values.epochs,
+        "learning rate": chosen.values.learning_rate,
         "final loss": trained.final_loss,
     }
     save_model(model, tokenizer, options.out, model_card("A model tuned by stage 2 of SRT", facts))
@@ -217,39 +189,42 @@ def _train(
 
 
 def encode_pairs(
-    tokenizer: "PreTrainedTokenizerBase", pairs: list[Preference], options: Dpo, run: Run
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: list[Preference],
+    options: Dpo,
+    chosen: Chosen,
+    run: Run,
 ) -> "list[PairIds]":
     """Token ids of every pair; refuses, or drops, what does not fit; warns of a length bias."""
     from srt_cli.training.sequences import preference_ids
 
+    max_length = chosen.values.max_length
     encoded = [preference_ids(tokenizer, pair) for pair in pairs]
     lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in encoded]
-    long = sum(length > options.max_length for length in lengths)
+    long = sum(length > max_length for length in lengths)
     if long and options.truncation == "refuse":
         raise SrtError(
-            f"{long} of {len(pairs)} pairs exceed --max-length {options.max_length} "
+            f"{long} of {len(pairs)} pairs exceed --max-length {max_length} "
             f"(the longest has {max(lengths)} tokens). "
             "Raise --max-length, or leave them out with --truncation drop."
         )
-    encoded = [
-        p for p, length in zip(encoded, lengths, strict=True) if length <= options.max_length
-    ]
+    encoded = [p for p, length in zip(encoded, lengths, strict=True) if length <= max_length]
     if not encoded:
-        raise SrtError(f"{options.prefs}: no pair fits --max-length {options.max_length}.")
+        raise SrtError(f"{options.prefs}: no pair fits --max-length {max_length}.")
     if long:
-        run.warn(f"{long} pairs over --max-length {options.max_length} were left out.")
-    chosen = sum(len(p.chosen_ids) for p in encoded)
-    rejected = sum(len(p.rejected_ids) for p in encoded)
-    ratio = chosen / rejected
+        run.warn(f"{long} pairs over --max-length {max_length} were left out.")
+    chosen_tokens = sum(len(p.chosen_ids) for p in encoded)
+    rejected_tokens = sum(len(p.rejected_ids) for p in encoded)
+    ratio = chosen_tokens / rejected_tokens
     run.manifest.tallies = {
         "pairs": len(encoded),
         "pairs_too_long": long,
-        "chosen_tokens": chosen,
-        "rejected_tokens": rejected,
+        "chosen_tokens": chosen_tokens,
+        "rejected_tokens": rejected_tokens,
         "length_ratio": ratio,
     }
     console.say(f"{len(encoded)} pairs; chosen {ratio:.2f} times as long as rejected, in tokens")
-    if ratio > LENGTH_RATIO_TO_WARN_AT and options.loss_type == "sigmoid":
+    if ratio > LENGTH_RATIO_TO_WARN_AT and chosen.loss_type == "sigmoid":
         run.warn(
             f"chosen answers are {ratio:.2f} times as long as rejected ones, and DPO learns length "
             "too. Consider --loss-type sigmoid_norm, or build-prefs --max-length-ratio."

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from srt_cli import console
 from srt_cli.artifacts import (
@@ -18,7 +18,9 @@ from srt_cli.artifacts import (
 from srt_cli.critic_check import check_critic
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.recipes import Hyperparameters, advise_on_size, choose_hyperparameters
 from srt_cli.records import FeedbackRecord
+from srt_cli.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,11 +28,11 @@ if TYPE_CHECKING:
     from srt_cli.training.loop import Trained
     from srt_cli.training.sequences import Part, Sequence
 
-COMMAND = "sft"
+COMMAND: Final = "sft"
 
 
 @dataclass(frozen=True)
-class Sft:
+class Sft(TrainingOptions):
     """Fine-tune the policy on response, feedback and refinement.
 
     Kept are rows that pass the paper's two rules: feedback in the complete format, and a
@@ -49,20 +51,6 @@ class Sft:
         None, "The policy; default: the one that wrote the drafts.", metavar="SPEC"
     )
     out: Path = runtime(Path("models/sft"), "Where the tuned model goes.", metavar="DIRECTORY")
-    method: Literal["full", "lora"] = setting("full", "Train all weights (paper), or adapters.")
-    epochs: float = setting(5.0, "Passes over the data (paper: 5).")
-    learning_rate: float = setting(
-        1e-5, "Peak learning rate (paper: 1e-5; LoRA wants 10 times it)."
-    )
-    global_batch: int = setting(32, "Rows a step (paper: 32).")
-    micro_batch: int | None = setting(None, "Rows a forward pass; default: 2 on a CPU, 8 on a GPU.")
-    warmup: float = setting(0.1, "Share of the steps that warm up (paper: 0.1, then cosine).")
-    weight_decay: float = setting(0.0, "Weight decay (paper: not stated).")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped at this norm (paper: not stated).")
-    max_length: int = setting(8192, "Most tokens a sequence may have (paper: 8192).")
-    truncation: Literal["refuse", "drop"] = setting(
-        "refuse", "What happens to rows that do not fit: refuse the run, or drop them."
-    )
     loss_on: str = setting(
         "response,feedback,refinement", "Parts that carry loss (paper: all three).", metavar="PARTS"
     )
@@ -70,21 +58,9 @@ class Sft:
         False, "Train also on good refinements with their own blind feedback (paper: no)."
     )
     good_score: float = setting(8.0, "From this score on, an answer counts as good.")
-    lora_r: int = setting(64, "Rank of the adapters.")
-    lora_alpha: int = setting(32, "Scale of the adapters.")
-    lora_dropout: float = setting(0.0, "Dropout of the adapters.")
-    chat_template: Path | None = setting(None, "A .jinja file, if the model has none.")
-    seed: int = setting(42, "Seed of the data order and of dropout.")
-    limit: int | None = setting(None, "Use only the first N rows.")
     critic_check: int = runtime(
         16, "Let the tuned model score N of the answers, and show whether it knows good from bad."
     )
-    save_every: int | None = runtime(
-        None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
-    )
-    keep_checkpoints: bool = runtime(False, "Keep the checkpoints of a finished training.")
-    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
-    overwrite: bool = runtime(False, "Delete the directory and start anew.")
 
 
 def run(options: Sft) -> None:
@@ -93,6 +69,11 @@ def run(options: Sft) -> None:
     model_name = options.model or inherited(options.data, "model")
     if model_name is None or model_name.startswith(RUNS_CODE_PREFIX):
         raise UsageError(f"{options.data} names no policy to train. Pass --model.")
+    from srt_cli.training.checkpoints import clear_checkpoints, refuse_changed_inputs
+    from srt_cli.training.policy import count_parameters
+
+    parameters = count_parameters(model_name)
+    chosen = choose_hyperparameters(options, COMMAND, parameters)
     if options.overwrite:
         clear_directory(options.out)
     run = open_run(
@@ -102,19 +83,21 @@ def run(options: Sft) -> None:
         inputs={"data": options.data} | template_input(options.chat_template),
         overwrite=options.overwrite,
         directory=True,
-        resolved={"model": model_name},
+        resolved={"model": model_name} | chosen.settings(COMMAND),
     )
     records = list(read_records(options.data, FeedbackRecord.model_validate, limit=options.limit))
-    from srt_cli.training.loop import clear_checkpoints, refuse_changed_inputs
-
     refuse_changed_inputs(run)
     if run.complete:
         console.say("trained already under these settings; nothing to do")
         console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
         return
     with run:
+        if advice := advise_on_size(options, COMMAND, parameters):
+            run.warn(advice)
         kept = keep_teaching_rows(records, run)
-        trained = _trained_before(run) or _train(options, parts, model_name, kept, run)
+        trained = _trained_before(run) or _train(
+            options, chosen.values, parts, model_name, kept, run
+        )
         if options.critic_check:
             check_critic(run, kept, options.critic_check, options.good_score, options.seed)
         if not options.keep_checkpoints:
@@ -183,45 +166,32 @@ def keep_teaching_rows(records: Iterable[FeedbackRecord], run: Run) -> list[Feed
 
 def _train(
     options: Sft,
+    values: Hyperparameters,
     parts: "tuple[Part, ...]",
     model_name: str,
     records: list[FeedbackRecord],
     run: Run,
 ) -> "Trained":
-    from srt_cli.models.weights import load_tokenizer, load_weights
-    from srt_cli.training.loop import Schedule
-    from srt_cli.training.lora import Lora
-    from srt_cli.training.place import decide_training_place
+    from srt_cli.models.weights import load_tokenizer
+    from srt_cli.training.policy import load_policy
     from srt_cli.training.saving import model_card, save_model
+    from srt_cli.training.setup import set_up
     from srt_cli.training.sft import train_sft
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
-    sequences = build_sequences(tokenizer, records, parts, options, run)
-    place = decide_training_place()
-    run.manifest.models = {model_name: place.describe()}
-    console.say(f"training on {place.placement.device}, float32 weights: {place.placement.reason}")
-    model = load_weights(
-        model_name, placement=place.placement, trust_remote_code=options.trust_remote_code
-    )
-    micro = options.micro_batch or (8 if place.placement.device == "cuda" else 2)
-    schedule = Schedule(
-        options.epochs, options.learning_rate, options.warmup, options.weight_decay,
-        options.max_grad_norm, options.global_batch, min(micro, options.global_batch),
-        options.seed,
-    )  # fmt: skip
-    lora = None
-    if options.method == "lora":
-        lora = Lora(options.lora_r, options.lora_alpha, options.lora_dropout)
-    model, trained = train_sft(
-        model, tokenizer, sequences, schedule, place, run, lora=lora, save_every=options.save_every
-    )
+    sequences = build_sequences(tokenizer, records, parts, options, values.max_length, run)
+    setup = set_up(options, values)
+    run.manifest.models = {model_name: setup.place.describe()}
+    console.say(setup.place.sentence())
+    model = load_policy(model_name, setup.place, options)
+    model, trained = train_sft(model, tokenizer, sequences, setup, run)
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base": model_name,
         "data": f"{options.data}, {len(records)} rows",
         "method": f"supervised fine-tuning ({options.method}), loss on {', '.join(parts)}",
-        "epochs": options.epochs,
-        "learning rate": options.learning_rate,
+        "epochs": values.epochs,
+        "learning rate": values.learning_rate,
         "final loss": trained.final_loss,
     }
     save_model(model, tokenizer, options.out, model_card("A model tuned by stage 1 of SRT", facts))
@@ -234,6 +204,7 @@ def build_sequences(
     records: list[FeedbackRecord],
     parts: "tuple[Part, ...]",
     options: Sft,
+    max_length: int,
     run: Run,
 ) -> "list[Sequence]":
     """Token ids and masks of every kept row; refuses, or drops, what does not fit."""
@@ -247,15 +218,15 @@ def build_sequences(
             if record.refinement_feedback is not None
             and record.refinement_feedback.score >= options.good_score
         ]
-    long = [s for s in sequences if len(s.input_ids) > options.max_length]
+    long = [s for s in sequences if len(s.input_ids) > max_length]
     if long and options.truncation == "refuse":
         worst = max(long, key=lambda s: len(s.input_ids))
         raise SrtError(
-            f"{len(long)} of {len(sequences)} sequences exceed --max-length {options.max_length} "
+            f"{len(long)} of {len(sequences)} sequences exceed --max-length {max_length} "
             f"(the longest, {worst.id}: {len(worst.input_ids)} tokens). "
             "Raise --max-length, or leave them out with --truncation drop."
         )
-    sequences = [s for s in sequences if len(s.input_ids) <= options.max_length]
+    sequences = [s for s in sequences if len(s.input_ids) <= max_length]
     untrained = [s.id for s in sequences if not sum(s.trained.values())]
     if untrained or not sequences:
         raise SrtError(f"no token would be trained in {', '.join(untrained[:3]) or 'any row'}.")
@@ -270,5 +241,5 @@ def build_sequences(
     named = ", ".join(f"{count} of {part}" for part, count in tokens.items() if count)
     console.say(f"{len(sequences)} sequences, {total} tokens, trained: {named}")
     if long:
-        run.warn(f"{len(long)} sequences over --max-length {options.max_length} were left out.")
+        run.warn(f"{len(long)} sequences over --max-length {max_length} were left out.")
     return sequences

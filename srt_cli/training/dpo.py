@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from srt_cli.artifacts import Run
-from srt_cli.training.loop import Schedule, Trained, train, training_arguments
-from srt_cli.training.lora import Lora, lora_config, merge_and_keep_adapter
-from srt_cli.training.place import TrainingPlace
+from srt_cli.training.arguments import parse_fields, training_arguments
+from srt_cli.training.loop import Trained, train
+from srt_cli.training.lora import lora_config, merge_and_keep_adapter
 from srt_cli.training.sequences import PairIds
+from srt_cli.training.setup import Setup
 
 # Losses that are -log sigmoid(0) = ln 2 when policy and reference agree.
 STARTS_AT_LN_2 = ("sigmoid", "sigmoid_norm", "robust")
@@ -39,45 +40,39 @@ def train_dpo(
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[PairIds],
     objective: Objective,
-    schedule: Schedule,
-    place: TrainingPlace,
+    setup: Setup,
     run: Run,
-    *,
-    lora: Lora | None,
-    save_every: int | None,
 ) -> tuple[PreTrainedModel, Trained]:
     """Prefer chosen over rejected; returns the model (adapters merged) and the figures.
 
     The reference is the model as it comes in: its log-probs are computed before the first step.
     Raises `SrtError` when the first loss says otherwise.
     """
-    arguments = training_arguments(schedule, run.out, place.placement.device, place.bf16)
-    config = DPOConfig(
-        **arguments,
-        beta=objective.beta,
-        loss_type=[objective.loss_type],
-        label_smoothing=objective.label_smoothing,
+    arguments = training_arguments(setup, run.out) | {
+        "beta": objective.beta,
+        "loss_type": [objective.loss_type],
+        "label_smoothing": objective.label_smoothing,
         # Computed from the very weights that training starts from; TRL would reload them from disk.
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=schedule.micro_batch,
-    )
+        "precompute_ref_log_probs": True,
+        "precompute_ref_batch_size": setup.micro_batch,
+    }
     rows = [
         {"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids}
         for p in pairs
     ]
     trainer: Trainer = _TokenisedDPOTrainer(
-        model=model.train(),
-        args=config,
+        model=model,
+        args=DPOConfig(**arguments | parse_fields(setup.fields, DPOConfig)),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(lora) if lora is not None else None,
+        peft_config=lora_config(setup.adapters),
     )
     tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     trained = train(
         trainer,
         run,
-        save_every=save_every,
+        save_every=setup.save_every,
         tokens_an_epoch=tokens,
         first_loss=math.log(2) if objective.loss_type in STARTS_AT_LN_2 else None,
     )
-    return merge_and_keep_adapter(trainer, run.out, lora), trained
+    return merge_and_keep_adapter(trainer, run.out, setup.adapters), trained

@@ -1,7 +1,6 @@
 """Run a TRL trainer so that it can be watched, stopped, killed and resumed bit for bit."""
 
 import math
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,66 +22,12 @@ from transformers import (
 )
 
 from srt_cli import console
-from srt_cli.artifacts import InputFile, Manifest, Run
+from srt_cli.artifacts import Run
 from srt_cli.errors import SrtError
+from srt_cli.training.checkpoints import mark_whole, newest_checkpoint
 
-CHECKPOINTS: Final = "checkpoints"
-WHOLE_MARKER: Final = "whole"
 SAVE_EVERY_SECONDS: Final = 600.0
 LN_2_TOLERANCE: Final = 5e-3
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What both trainers are told alike; names as in `transformers.TrainingArguments`."""
-
-    epochs: float
-    learning_rate: float
-    warmup: float
-    weight_decay: float
-    max_grad_norm: float
-    global_batch: int
-    micro_batch: int
-    seed: int
-
-    @property
-    def accumulation(self) -> int:
-        """Forward passes a step on one device."""
-        return max(1, self.global_batch // self.micro_batch)
-
-
-def training_arguments(schedule: Schedule, out: Path, device: str, bf16: bool) -> dict[str, Any]:
-    """Arguments for `SFTConfig` and `DPOConfig` that leave none of their traps open.
-
-    TRL's own defaults would take bf16 on a CPU, checkpoint activations and cut at 1024 tokens.
-    """
-    return {
-        "output_dir": str(out / CHECKPOINTS),
-        "num_train_epochs": schedule.epochs,
-        "learning_rate": schedule.learning_rate,
-        "lr_scheduler_type": "cosine",
-        # A float below 1 is a share of the steps.
-        "warmup_steps": schedule.warmup,
-        "weight_decay": schedule.weight_decay,
-        "max_grad_norm": schedule.max_grad_norm,
-        "per_device_train_batch_size": schedule.micro_batch,
-        "gradient_accumulation_steps": schedule.accumulation,
-        "seed": schedule.seed,
-        "data_seed": schedule.seed,
-        "use_cpu": device == "cpu",
-        "bf16": bf16,
-        "fp16": False,
-        "activation_checkpointing": device == "cuda",
-        "max_length": None,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "save_total_limit": 2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": device == "cuda",
-        "remove_unused_columns": True,
-    }
 
 
 @dataclass
@@ -116,8 +61,7 @@ class _Watch(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Written last: a checkpoint without it was cut off and is never resumed from.
-        (self.out / CHECKPOINTS / f"checkpoint-{state.global_step}" / WHOLE_MARKER).touch()
+        mark_whole(self.out, state.global_step)
         self._saved_at = time.monotonic()
 
     def on_log(
@@ -185,8 +129,7 @@ def train(
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
     `SrtError` on a loss that is not finite, or a first DPO loss that is not ln 2.
     """
-    checkpoint = _newest_checkpoint(run.out)
-    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    checkpoint, done = newest_checkpoint(run.out)
     if checkpoint is not None:
         console.say(f"going on from step {done} ({checkpoint})")
     _keep_metrics_until(run.out / "metrics.jsonl", done)
@@ -243,11 +186,6 @@ def _stop_after_the_step(watch: _Watch) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _newest_checkpoint(out: Path) -> Path | None:
-    whole = [marker.parent for marker in (out / CHECKPOINTS).glob(f"checkpoint-*/{WHOLE_MARKER}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 def _keep_metrics_until(path: Path, step: int) -> None:
     """Steps behind the checkpoint are trained again, and must not stand there twice."""
     if not path.exists():
@@ -261,31 +199,3 @@ def _keep_metrics_until(path: Path, step: int) -> None:
         except (orjson.JSONDecodeError, KeyError):
             continue
     path.write_bytes(b"".join(kept))
-
-
-def clear_checkpoints(out: Path) -> None:
-    """Take the checkpoints of a finished training away."""
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-
-
-def refuse_changed_inputs(run: Run) -> None:
-    """A model half or wholly trained on other data or templates is not continued on these."""
-    if run.earlier is None:
-        return
-    changed = _changed_inputs(run.earlier, run.manifest)
-    if changed:
-        raise SrtError(
-            f"{run.out}: was trained on another {' and '.join(changed)}. "
-            "Choose another --out, or start anew with --overwrite."
-        )
-
-
-def _changed_inputs(earlier: Manifest, now: Manifest) -> list[str]:
-    changed = []
-    for name, file in now.inputs.items():
-        before = earlier.inputs.get(name, InputFile(path=file.path))
-        if before.sha256 is not None and before.sha256 != file.sha256:
-            changed.append(f"{file.path} (its content has changed)")
-    if earlier.templates != now.templates:
-        changed.append("set of templates")
-    return changed

@@ -1,37 +1,68 @@
-"""LoRA: adapters on all linear layers while training, merged into the weights that are saved."""
+"""Adapters on all linear layers while training, merged into the weights that are saved."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, Trainer
+from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
+
+from srt_cli.recipes import Hyperparameters
+from srt_cli.training_options import TrainingOptions
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Rank, scale and dropout, as peft's `LoraConfig` names them."""
+class Adapters:
+    """Rank, scale, dropout and kind, as peft's `LoraConfig` names them."""
 
     r: int
     alpha: int
     dropout: float
+    dora: bool
+    rslora: bool
 
 
-def lora_config(lora: Lora) -> LoraConfig:
+def adapters_of(options: TrainingOptions, values: Hyperparameters) -> Adapters | None:
+    """The adapters that a training uses; null when it trains all weights."""
+    if options.method == "full":
+        return None
+    return Adapters(
+        values.lora_r, values.lora_alpha, values.lora_dropout, options.dora, options.rslora
+    )
+
+
+def lora_config(adapters: Adapters | None) -> LoraConfig | None:
     """All linear layers but the head: attention-only adapters lose at equal size."""
+    if adapters is None:
+        return None
     return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
+        r=adapters.r,
+        lora_alpha=adapters.alpha,
+        lora_dropout=adapters.dropout,
+        use_dora=adapters.dora,
+        use_rslora=adapters.rslora,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
 
 
-def merge_and_keep_adapter(trainer: Trainer, out: Path, lora: Lora | None) -> PreTrainedModel:
+def quantization() -> BitsAndBytesConfig:
+    """Four bits as in QLoRA (arXiv 2305.14314): NF4, double quantization."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
+
+
+def merge_and_keep_adapter(
+    trainer: Trainer, out: Path, adapters: Adapters | None
+) -> PreTrainedModel:
     """The trained model; an adapter is saved under `adapter/`, then merged."""
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
-    if lora is not None:
+    if adapters is not None:
         assert isinstance(model, PeftModel)
         model.save_pretrained(str(out / "adapter"))
         model = model.merge_and_unload()

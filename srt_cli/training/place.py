@@ -1,11 +1,15 @@
 """Where a training computes, and in which number formats, with the reason."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils.import_utils import is_flash_attn_2_available
 
+from srt_cli.errors import SrtError
 from srt_cli.models.weights import Placement, decide_placement
+from srt_cli.training_options import Method
 
 
 @dataclass(frozen=True)
@@ -14,15 +18,45 @@ class TrainingPlace:
 
     placement: Placement
     bf16: bool
+    """Whether matrix products are computed in bfloat16 (autocast)."""
+    attention: str
+    """As transformers' `attn_implementation` names it."""
+    checkpointing: bool
+    """Whether activations are computed again in the backward pass instead of kept."""
 
     def describe(self) -> dict[str, Any]:
-        """Device, weights' dtype, autocast, and why."""
-        return self.placement.describe() | {"bf16_autocast": self.bf16}
+        """Device, weights' dtype, autocast, attention, and why."""
+        return self.placement.describe() | {
+            "bf16_autocast": self.bf16,
+            "attention": self.attention,
+            "activation_checkpointing": self.checkpointing,
+        }
+
+    def sentence(self) -> str:
+        """For the terminal."""
+        dtype = str(self.placement.dtype).removeprefix("torch.")
+        return f"training on {self.placement.device}, {dtype} weights: {self.placement.reason}"
 
 
-def decide_training_place() -> TrainingPlace:
-    """Full precision master weights everywhere; bfloat16 autocast where the device computes it."""
+def decide_training_place(method: Method) -> TrainingPlace:
+    """Device and formats for this machine.
+
+    Weights that are trained stay float32, with bfloat16 products where the device computes them;
+    weights that only carry adapters are bfloat16 there. Raises `SrtError` for qlora without
+    bitsandbytes.
+    """
     found = decide_placement()
     bf16 = found.dtype == torch.bfloat16
-    reason = f"{found.reason}; weights stay float32 while they are trained"
-    return TrainingPlace(Placement(found.device, torch.float32, reason), bf16)
+    if method == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+        raise SrtError(
+            "--method qlora needs the package bitsandbytes: pip install 'srt-cli[quant]'."
+        )
+    if method == "full" or not bf16:
+        reason = f"{found.reason}; weights stay float32 while they are trained"
+        placement = Placement(found.device, torch.float32, reason)
+    else:
+        reason = f"{found.reason}; only the adapters are trained, in float32"
+        placement = Placement(found.device, found.dtype, reason)
+    on_gpu = found.device == "cuda"
+    attention = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
+    return TrainingPlace(placement, bf16, attention, checkpointing=on_gpu)

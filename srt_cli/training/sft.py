@@ -7,11 +7,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from srt_cli.artifacts import Run
-from srt_cli.training.loop import Schedule, Trained, train, training_arguments
-from srt_cli.training.lora import Lora, lora_config, merge_and_keep_adapter
+from srt_cli.training.arguments import parse_fields, training_arguments
+from srt_cli.training.loop import Trained, train
+from srt_cli.training.lora import lora_config, merge_and_keep_adapter
 from srt_cli.training.order import LengthGroupedOrder
-from srt_cli.training.place import TrainingPlace
 from srt_cli.training.sequences import Sequence
+from srt_cli.training.setup import Setup
 
 
 class _OrderedSFTTrainer(SFTTrainer):
@@ -29,33 +30,27 @@ def train_sft(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     sequences: list[Sequence],
-    schedule: Schedule,
-    place: TrainingPlace,
+    setup: Setup,
     run: Run,
-    *,
-    lora: Lora | None,
-    save_every: int | None,
 ) -> tuple[PreTrainedModel, Trained]:
     """Fine-tune on the sequences' labels; returns the model (adapters merged) and the figures."""
-    arguments = training_arguments(schedule, run.out, place.placement.device, place.bf16)
-    config = SFTConfig(
-        **arguments,
+    arguments = training_arguments(setup, run.out) | {
         # Our labels say what is trained; TRL is to change neither ids nor masks.
-        dataset_kwargs={"skip_prepare_dataset": True},
-        packing=False,
-    )
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "packing": False,
+    }
     rows = [{"input_ids": s.input_ids, "labels": s.labels} for s in sequences]
     order = LengthGroupedOrder(
-        [len(sequence.input_ids) for sequence in sequences], schedule.micro_batch, schedule.seed
+        [len(sequence.input_ids) for sequence in sequences], setup.micro_batch, setup.seed
     )
     trainer: Trainer = _OrderedSFTTrainer(
         order=order,
-        model=model.train(),
-        args=config,
+        model=model,
+        args=SFTConfig(**arguments | parse_fields(setup.fields, SFTConfig)),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(lora) if lora is not None else None,
+        peft_config=lora_config(setup.adapters),
     )
     tokens = sum(len(sequence.input_ids) for sequence in sequences)
-    trained = train(trainer, run, save_every=save_every, tokens_an_epoch=tokens)
-    return merge_and_keep_adapter(trainer, run.out, lora), trained
+    trained = train(trainer, run, save_every=setup.save_every, tokens_an_epoch=tokens)
+    return merge_and_keep_adapter(trainer, run.out, setup.adapters), trained

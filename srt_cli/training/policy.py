@@ -1,0 +1,32 @@
+"""The model that is trained: its size beforehand, and its weights where they are trained."""
+
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from srt_cli.models.weights import load_weights, resolve_source
+from srt_cli.training.lora import quantization
+from srt_cli.training.place import TrainingPlace
+from srt_cli.training_options import TrainingOptions
+
+
+def count_parameters(name: str) -> int | None:
+    """How many parameters a model has, from its configuration alone; null when that is not local."""
+    try:
+        config = AutoConfig.from_pretrained(str(resolve_source(name)), local_files_only=True)
+        with init_empty_weights():
+            return int(AutoModelForCausalLM.from_config(config).num_parameters())
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def load_policy(name: str, place: TrainingPlace, options: TrainingOptions) -> PreTrainedModel:
+    """The weights on their device, in train mode; of 4 bits for qlora."""
+    model = load_weights(
+        name,
+        placement=place.placement,
+        trust_remote_code=options.trust_remote_code,
+        attention=place.attention,
+        quantization=quantization() if options.method == "qlora" else None,
+    )
+    model.train()
+    return model

@@ -1,0 +1,73 @@
+"""The knobs that `sft` and `dpo` share; each is declared here once.
+
+Where the default is None, the recipe decides (`recipes.py`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from srt_cli.options import runtime, setting
+
+Method = Literal["full", "lora", "qlora"]
+LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
+RecipeName = Literal["srt", "tulu2", "tulu3", "zephyr", "smol", "apo"]
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How weights are trained; names as in TRL and peft where they have one."""
+
+    recipe: RecipeName = setting(
+        "srt", "Where values that are not given come from: srt is the paper, the others are "
+        "published recipes.",
+    )  # fmt: skip
+    method: Method = setting(
+        "full", "Train all weights (paper), adapters on all linear layers (lora), or adapters on "
+        "a base of 4 bits (qlora)."
+    )  # fmt: skip
+    learning_rate: float | None = setting(
+        None, "Peak learning rate; default: the recipe's for method and size of the model."
+    )
+    epochs: float | None = setting(None, "Passes over the data; default: the recipe's.")
+    global_batch: int | None = setting(
+        None, "Rows a step over all processes; default: the recipe's (paper: 32)."
+    )
+    micro_batch: int | None = setting(None, "Rows a forward pass; default: 2 on a CPU, 8 on a GPU.")
+    lr_schedule: LearningRateSchedule | None = setting(
+        None, "Course of the learning rate; default: the recipe's (paper: cosine)."
+    )
+    warmup: float | None = setting(
+        None, "Share of the steps that warm up; default: the recipe's (paper: 0.1)."
+    )
+    weight_decay: float | None = setting(
+        None, "Weight decay; default: the recipe's (paper: not stated, 0)."
+    )
+    max_grad_norm: float | None = setting(
+        None, "Gradients are clipped at this norm; default: the recipe's (paper: not stated, 1)."
+    )
+    max_length: int | None = setting(
+        None, "Most tokens a row may have; default: the recipe's (paper: 8192)."
+    )
+    truncation: Literal["refuse", "drop"] = setting(
+        "refuse", "What happens to rows that do not fit: refuse the run, or drop them."
+    )
+    lora_r: int | None = setting(None, "Rank of the adapters; default: the recipe's.")
+    lora_alpha: int | None = setting(None, "Scale of the adapters; default: the recipe's.")
+    lora_dropout: float | None = setting(None, "Dropout of the adapters; default: the recipe's.")
+    dora: bool = setting(False, "Adapters learn direction and size apart (DoRA).")
+    rslora: bool = setting(False, "Scale adapters by alpha over the root of the rank (rsLoRA).")
+    set: tuple[str, ...] = setting(
+        (), "Any other field of TRL's SFTConfig or DPOConfig. Several times.", metavar="KEY=VALUE"
+    )
+    chat_template: Path | None = setting(
+        None, "A .jinja file, if the model has none.", metavar="FILE"
+    )
+    seed: int = setting(42, "Seed of the data order and of dropout.")
+    limit: int | None = setting(None, "Use only the first N rows.")
+    save_every: int | None = runtime(
+        None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
+    )
+    keep_checkpoints: bool = runtime(False, "Keep the checkpoints of a finished training.")
+    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
+    overwrite: bool = runtime(False, "Delete the directory and start anew.")
