@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 from srt_cli.errors import UsageError
-from srt_cli.training_options import LearningRateSchedule, RecipeName, TrainingOptions
+from srt_cli.training_options import LearningRateSchedule, LossType, RecipeName, TrainingOptions
 
 StageName = Literal["sft", "dpo"]
 
@@ -36,7 +36,7 @@ class Recipe:
     lora_alpha: int = 32
     lora_dropout: float = 0.0
     beta: float = 0.0
-    loss_type: str = "sigmoid"
+    loss_type: LossType = "sigmoid"
 
 
 SFT: Final[Mapping[RecipeName, Recipe]] = {
@@ -109,7 +109,7 @@ class Chosen:
 
     values: Hyperparameters
     beta: float
-    loss_type: str
+    loss_type: LossType
     sources: Mapping[str, str]
 
     def settings(self, stage: StageName) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def choose_hyperparameters(
         sources[name] = "given" if given is not None else recipe.source
     if options.learning_rate is None:
         sources["learning_rate"] = rate_source
-    beta, loss_type = values.pop("beta", 0.0), values.pop("loss_type", "")
+    beta, loss_type = values.pop("beta", 0.0), values.pop("loss_type", "sigmoid")
     return Chosen(Hyperparameters(**values), beta, loss_type, sources)
 
 

@@ -11,6 +11,11 @@ from srt_cli.options import runtime, setting
 
 Method = Literal["full", "lora", "qlora"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
+LossType = Literal[
+    "sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair",
+    "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop",
+]  # fmt: skip
+"""The preference losses as TRL's `DPOConfig.loss_type` names them."""
 RecipeName = Literal["srt", "tulu2", "tulu3", "zephyr", "smol", "apo"]
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from srt_cli import console
 from srt_cli.artifacts import (
@@ -18,13 +18,14 @@ from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.recipes import Chosen, advise_on_size, choose_hyperparameters
 from srt_cli.records import Preference
-from srt_cli.training_options import TrainingOptions
+from srt_cli.training_options import LossType, TrainingOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from srt_cli.training.loop import Trained
     from srt_cli.training.sequences import PairIds
+    from srt_cli.training.setup import Setup
 
 COMMAND: Final = "dpo"
 LENGTH_RATIO_TO_WARN_AT = 1.3
@@ -53,14 +54,20 @@ class Dpo(TrainingOptions):
     beta: float | None = setting(
         None, "Strength of the pull to the reference; default: the recipe's (paper: 0.01)."
     )
-    loss_type: Literal["sigmoid", "sigmoid_norm", "ipo", "apo_zero", "robust"] | None = setting(
+    loss_type: LossType | None = setting(
         None, "The loss, as TRL names it; default: the recipe's (paper: sigmoid). sigmoid_norm "
-        "divides by length, robust allows for wrong labels.",
+        "divides by length, robust allows for wrong labels, apo_zero raises the chosen answer.",
     )  # fmt: skip
     label_smoothing: str | None = setting(
-        None, "Share of wrong labels, below 0.5, for --loss-type robust; auto: what the audit of the "
-        "preferences found.", metavar="SHARE|auto",
+        None, "Share of wrong labels, below 0.5, for --loss-type robust (or exo_pair, aot); auto: "
+        "what the audit of the preferences found.", metavar="SHARE|auto",
     )  # fmt: skip
+    nll_weight: float = setting(
+        0.0, "Weight of the chosen answers' own negative log-likelihood in the loss (paper: none)."
+    )
+    ld_alpha: float | None = setting(
+        None, "Weight, 0 to 1, of what an answer has beyond the shorter one's length (LD-DPO: 0.5)."
+    )
 
 
 def run(options: Dpo) -> None:
@@ -71,11 +78,16 @@ def run(options: Dpo) -> None:
             f"{options.prefs} does not tell which model wrote its drafts. Pass --model."
         )
     from srt_cli.training.checkpoints import clear_checkpoints, refuse_changed_inputs
+    from srt_cli.training.objective import refuse_idle_smoothing
     from srt_cli.training.policy import count_parameters
+    from srt_cli.training.setup import set_up
 
     parameters = count_parameters(model_name)
     chosen = choose_hyperparameters(options, COMMAND, parameters)
-    smoothing = label_smoothing_of(options, chosen.loss_type)
+    smoothing = label_smoothing_of(options)
+    refuse_idle_smoothing(chosen.loss_type, options.label_smoothing is not None, smoothing)
+    refuse_odd_weights(options)
+    setup = set_up(options, chosen.values, COMMAND)
     if options.overwrite:
         clear_directory(options.out)
     run = open_run(
@@ -97,7 +109,7 @@ def run(options: Dpo) -> None:
         with run:
             if advice := advise_on_size(options, COMMAND, parameters):
                 run.warn(advice)
-            trained = _train(options, chosen, model_name, pairs, smoothing, run)
+            trained = _train(options, chosen, setup, model_name, pairs, smoothing, run)
             if not options.keep_checkpoints:
                 clear_checkpoints(options.out)
         console.say(
@@ -118,16 +130,11 @@ def model_that_wrote(prefs: Path) -> str | None:
     return inherited(data, "model")
 
 
-def label_smoothing_of(options: Dpo, loss_type: str) -> float:
-    """The share of wrong labels that the loss allows for; raises when it would do nothing."""
+def label_smoothing_of(options: Dpo) -> float:
+    """The share of wrong labels that the loss allows for."""
     given = options.label_smoothing
     if given is None:
         return 0.0
-    if loss_type != "robust":
-        raise UsageError(
-            f"--label-smoothing does nothing under --loss-type {loss_type}. "
-            "Pass --loss-type robust."
-        )
     if given == "auto":
         manifest = read_manifest(options.prefs)
         audit = manifest.tallies.get("audit") if manifest is not None else None
@@ -150,30 +157,42 @@ def label_smoothing_of(options: Dpo, loss_type: str) -> float:
     return share
 
 
+def refuse_odd_weights(options: Dpo) -> None:
+    """Raise `UsageError` for weights outside their range."""
+    if options.nll_weight < 0:
+        raise UsageError("--nll-weight: is a weight, 0 or more.")
+    if options.ld_alpha is not None and not 0 <= options.ld_alpha <= 1:
+        raise UsageError(
+            "--ld-alpha: lies between 0 (cut at the shorter length) and 1 (plain DPO)."
+        )
+
+
 def _train(
     options: Dpo,
     chosen: Chosen,
+    setup: "Setup",
     model_name: str,
     pairs: list[Preference],
     smoothing: float,
     run: Run,
 ) -> "Trained":
     from srt_cli.models.weights import fingerprint_of, load_tokenizer
-    from srt_cli.training.dpo import Objective, train_dpo
+    from srt_cli.training.dpo import train_dpo
+    from srt_cli.training.objective import Objective
     from srt_cli.training.policy import load_policy
     from srt_cli.training.saving import model_card, save_model
-    from srt_cli.training.setup import set_up
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
     encoded = encode_pairs(tokenizer, pairs, options, chosen, run)
-    setup = set_up(options, chosen.values)
     run.manifest.models = {
         "policy": {"spec": model_name, **setup.place.describe()},
         "reference": {"spec": model_name, "weights": fingerprint_of(model_name)},
     }
     console.say(setup.place.sentence())
     model = load_policy(model_name, setup.place, options)
-    objective = Objective(chosen.loss_type, chosen.beta, smoothing)
+    objective = Objective(
+        chosen.loss_type, chosen.beta, smoothing, options.nll_weight, options.ld_alpha
+    )
     model, trained = train_dpo(model, tokenizer, encoded, objective, setup, run)
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {

@@ -18,7 +18,7 @@ from srt_cli.artifacts import (
 from srt_cli.critic_check import check_critic
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
-from srt_cli.recipes import Hyperparameters, advise_on_size, choose_hyperparameters
+from srt_cli.recipes import advise_on_size, choose_hyperparameters
 from srt_cli.records import FeedbackRecord
 from srt_cli.training_options import TrainingOptions
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from srt_cli.training.loop import Trained
     from srt_cli.training.sequences import Part, Sequence
+    from srt_cli.training.setup import Setup
 
 COMMAND: Final = "sft"
 
@@ -71,9 +72,11 @@ def run(options: Sft) -> None:
         raise UsageError(f"{options.data} names no policy to train. Pass --model.")
     from srt_cli.training.checkpoints import clear_checkpoints, refuse_changed_inputs
     from srt_cli.training.policy import count_parameters
+    from srt_cli.training.setup import set_up
 
     parameters = count_parameters(model_name)
     chosen = choose_hyperparameters(options, COMMAND, parameters)
+    setup = set_up(options, chosen.values, COMMAND)
     if options.overwrite:
         clear_directory(options.out)
     run = open_run(
@@ -95,9 +98,7 @@ def run(options: Sft) -> None:
         if advice := advise_on_size(options, COMMAND, parameters):
             run.warn(advice)
         kept = keep_teaching_rows(records, run)
-        trained = _trained_before(run) or _train(
-            options, chosen.values, parts, model_name, kept, run
-        )
+        trained = _trained_before(run) or _train(options, setup, parts, model_name, kept, run)
         if options.critic_check:
             check_critic(run, kept, options.critic_check, options.good_score, options.seed)
         if not options.keep_checkpoints:
@@ -166,7 +167,7 @@ def keep_teaching_rows(records: Iterable[FeedbackRecord], run: Run) -> list[Feed
 
 def _train(
     options: Sft,
-    values: Hyperparameters,
+    setup: "Setup",
     parts: "tuple[Part, ...]",
     model_name: str,
     records: list[FeedbackRecord],
@@ -175,12 +176,10 @@ def _train(
     from srt_cli.models.weights import load_tokenizer
     from srt_cli.training.policy import load_policy
     from srt_cli.training.saving import model_card, save_model
-    from srt_cli.training.setup import set_up
     from srt_cli.training.sft import train_sft
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
-    sequences = build_sequences(tokenizer, records, parts, options, values.max_length, run)
-    setup = set_up(options, values)
+    sequences = build_sequences(tokenizer, records, parts, options, setup.values.max_length, run)
     run.manifest.models = {model_name: setup.place.describe()}
     console.say(setup.place.sentence())
     model = load_policy(model_name, setup.place, options)
@@ -190,8 +189,8 @@ def _train(
         "base": model_name,
         "data": f"{options.data}, {len(records)} rows",
         "method": f"supervised fine-tuning ({options.method}), loss on {', '.join(parts)}",
-        "epochs": values.epochs,
-        "learning rate": values.learning_rate,
+        "epochs": setup.values.epochs,
+        "learning rate": setup.values.learning_rate,
         "final loss": trained.final_loss,
     }
     save_model(model, tokenizer, options.out, model_card("A model tuned by stage 1 of SRT", facts))

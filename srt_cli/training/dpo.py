@@ -1,7 +1,5 @@
 """Stage 2's training: TRL's DPOTrainer on our own token ids."""
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -9,23 +7,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, DPOTrainer
 
 from srt_cli.artifacts import Run
-from srt_cli.training.arguments import parse_fields, training_arguments
+from srt_cli.training.arguments import training_arguments
 from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config, merge_and_keep_adapter
+from srt_cli.training.objective import Objective
 from srt_cli.training.sequences import PairIds
 from srt_cli.training.setup import Setup
-
-# Losses that are -log sigmoid(0) = ln 2 when policy and reference agree.
-STARTS_AT_LN_2 = ("sigmoid", "sigmoid_norm", "robust")
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What DPO optimises; names as in TRL's `DPOConfig`."""
-
-    loss_type: str
-    beta: float
-    label_smoothing: float = 0.0
 
 
 class _TokenisedDPOTrainer(DPOTrainer):
@@ -49,9 +36,7 @@ def train_dpo(
     Raises `SrtError` when the first loss says otherwise.
     """
     arguments = training_arguments(setup, run.out) | {
-        "beta": objective.beta,
-        "loss_type": [objective.loss_type],
-        "label_smoothing": objective.label_smoothing,
+        **objective.arguments(),
         # Computed from the very weights that training starts from; TRL would reload them from disk.
         "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": setup.micro_batch,
@@ -62,7 +47,7 @@ def train_dpo(
     ]
     trainer: Trainer = _TokenisedDPOTrainer(
         model=model,
-        args=DPOConfig(**arguments | parse_fields(setup.fields, DPOConfig)),
+        args=DPOConfig(**arguments | setup.fields),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(setup.adapters),
@@ -73,6 +58,6 @@ def train_dpo(
         run,
         save_every=setup.save_every,
         tokens_an_epoch=tokens,
-        first_loss=math.log(2) if objective.loss_type in STARTS_AT_LN_2 else None,
+        first_loss=objective.first_loss(),
     )
     return merge_and_keep_adapter(trainer, run.out, setup.adapters), trained

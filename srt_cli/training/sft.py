@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
 from srt_cli.artifacts import Run
-from srt_cli.training.arguments import parse_fields, training_arguments
+from srt_cli.training.arguments import training_arguments
 from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config, merge_and_keep_adapter
 from srt_cli.training.order import LengthGroupedOrder
@@ -46,7 +46,7 @@ def train_sft(
     trainer: Trainer = _OrderedSFTTrainer(
         order=order,
         model=model,
-        args=SFTConfig(**arguments | parse_fields(setup.fields, SFTConfig)),
+        args=SFTConfig(**arguments | setup.fields),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(setup.adapters),
