@@ -22,6 +22,9 @@ settings.register_profile("srt", deadline=None)
 settings.load_profile("srt")
 
 
+ROOT = Path(__file__).parents[1]
+
+
 class Finished(NamedTuple):
     """What a command left on the terminal."""
 
@@ -97,7 +100,10 @@ def smollm2(smollm2_gguf: Path, cache: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(smollm2: Path, cache: Path) -> Path:
-    """A two-layer Llama of random weights with SmolLM2's tokenizer and chat template."""
+    """A two-layer Llama of random weights, with SmolLM2's chat template and control tokens.
+
+    Its vocabulary is small: with SmolLM2's own, the head alone would be most of a test's time.
+    """
     from filelock import FileLock
 
     folder = cache / "tiny-model"
@@ -113,7 +119,9 @@ def _make_tiny_model(tokenizer_from: Path, folder: Path) -> None:
 
     from srt_cli.models.weights import load_tokenizer
 
-    tokenizer = load_tokenizer(str(tokenizer_from))
+    texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))]
+    texts += [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("srt_cli/**/*.py"))]
+    tokenizer = load_tokenizer(str(tokenizer_from)).train_new_from_iterator(texts, 2048)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

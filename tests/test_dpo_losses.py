@@ -163,7 +163,7 @@ def assert_same_weights(directory, model, start):
 def test_loss_rewards_and_gradient_are_the_formulas(srt, tmp_path, tiny_model, loss_type):
     metrics, losses, ratios, model = run_both(srt, tmp_path, tiny_model, loss_type)
     for row, loss in zip(metrics, losses, strict=True):
-        assert row["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+        assert row["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
     half = len(ratios) // 2
     chosen, rejected = sum(ratios[:half]) / half, sum(ratios[half:]) / half
     assert abs(chosen - rejected) > 1e-3
@@ -184,7 +184,7 @@ def test_loss_rewards_and_gradient_are_the_formulas(srt, tmp_path, tiny_model, l
 def test_weights_are_in_loss_and_gradient(srt, tmp_path, tiny_model, extra, weights):
     metrics, losses, _, model = run_both(srt, tmp_path, tiny_model, "sigmoid", *extra, **weights)
     for row, loss in zip(metrics, losses, strict=True):
-        assert row["loss"] == pytest.approx(loss, rel=1e-5, abs=1e-5)
+        assert row["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-5)
     assert_same_weights(tmp_path / "models/dpo", model, tiny_model)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from srt_cli.artifacts import Run
 from srt_cli.training.arguments import training_arguments
@@ -40,7 +41,10 @@ def train_dpo(
         # Computed from the very weights that training starts from; TRL would reload them from disk.
         "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": setup.micro_batch,
+        # TRL's switch would take the adapters' dropout too, and the option would do nothing.
+        "disable_dropout": False,
     }
+    disable_dropout_in_model(model)
     rows = [
         {"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids}
         for p in pairs
