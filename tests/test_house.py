@@ -156,7 +156,8 @@ def test_every_test_that_the_documents_name_exists():
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/collect.md", "docs/eval.md", "docs/preferences.md"]
+    "document",
+    ["README.md", "docs/collect.md", "docs/eval.md", "docs/preferences.md", "docs/recipes.md"],
 )
 def test_every_option_that_the_documents_name_exists(document):
     known = {
