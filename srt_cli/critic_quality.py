@@ -1,21 +1,32 @@
 """How good the critiques of feedback files are: by themselves, and against an outside scorer."""
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from scipy import stats as scipy_stats
-
 from srt_cli.calls import Call
 from srt_cli.critique import Critic, blind_score
+from srt_cli.evidence import with_blind_scores
 from srt_cli.models import Reply
-from srt_cli.records import FeedbackRecord, Prompt
-from srt_cli.stats.critiques import generic_share, is_grounded
-from srt_cli.stats.drift import SelfBias, distinct_pairs, self_bias
+from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Prompt, Scored
+from srt_cli.stats.agreement import ScoreAgreement, score_agreement
+from srt_cli.stats.critiques import generic_share, is_grounded, same_language
+from srt_cli.stats.diversity import distinct_pairs
+from srt_cli.stats.drift import APART, SelfBias, self_bias
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
-from srt_cli.tables import Table, share, shorten
+from srt_cli.tables import (
+    Table,
+    figure_with_interval,
+    score_with_error,
+    share,
+    share_with_interval,
+    shorten,
+)
 
 ACCEPTED_GAIN: Final = 1.0
+SCORES: Final = (float(MIN_SCORE), float(MAX_SCORE))
+MOST_GENERIC: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,8 @@ class AgainstOutside:
     """Own gain minus outside gain, paired."""
     false_accepts: Estimate | None
     """Of the pairs that the critic would keep (gain of 1 or more): outside score not higher."""
-    rank_correlation: float | None
-    """Spearman's, between own and outside scores of the drafts."""
+    agreement: ScoreAgreement | None
+    """Between own and outside scores of the drafts: ranks, κ, α, distance."""
     calibration: dict[str, Estimate]
     """Mean outside score of the drafts that got each own score."""
 
@@ -57,10 +68,13 @@ class CriticQuality:
     """Critiques that hold every part."""
     grounded: Estimate | None
     """Weaknesses that take up the draft: a quotation, or four words in a row."""
-    generic: float | None
+    same_language: Estimate | None
+    """Critiques in the language of the draft, where both are long enough to tell."""
+    generic: Estimate | None
     """Share of critiques that could as well stand under another answer."""
-    distinct_pairs: float | None
-    mean_words: float | None
+    distinct_pairs: Estimate | None
+    words: Estimate | None
+    """Mean words of a critique."""
     outside: AgainstOutside | None
 
 
@@ -78,6 +92,24 @@ def score_record(
     return OutsideScores(number, *scores)
 
 
+def own_quality(
+    contestant: str,
+    records: Sequence[FeedbackRecord],
+    scores: Sequence[Scored],
+    scorer: str | None,
+) -> CriticQuality:
+    """A contestant's critiques of its own answers, with the blind scores that were asked for."""
+    mine = [scored for scored in scores if scored.contestant == contestant]
+    outside = {(s.id, s.use): s.score for s in mine if s.by == scorer}
+    theirs = [
+        OutsideScores(
+            number, outside.get((row.id, "response")), outside.get((row.id, "refinement"))
+        )
+        for number, row in enumerate(records)
+    ]
+    return critic_quality(contestant, with_blind_scores(records, mine), scorer, theirs)
+
+
 def critic_quality(
     file: str,
     records: Sequence[FeedbackRecord],
@@ -88,20 +120,22 @@ def critic_quality(
     answered = [record for record in records if record.response]
     critiqued = [record for record in answered if record.feedback is not None]
     texts = [f"{r.feedback.weaknesses} {r.feedback.suggestions}" for r in critiqued if r.feedback]
-    grounded = [
-        is_grounded(r.feedback.weaknesses, r.response)
-        for r in critiqued
-        if r.feedback and r.response
-    ]
+    grounded, languages = [], []
+    for text, record in zip(texts, critiqued, strict=True):
+        assert record.feedback is not None
+        assert record.response is not None
+        grounded.append(is_grounded(record.feedback.weaknesses, record.response))
+        languages.append(same_language(text, record.response))
     return CriticQuality(
         file=file,
         critic=records[0].critic if records else "-",
         rows=len(records),
         valid=pass_rate([record.status == "ok" for record in answered]),
         grounded=pass_rate(grounded),
+        same_language=pass_rate([same for same in languages if same is not None]),
         generic=generic_share(texts),
         distinct_pairs=distinct_pairs(texts),
-        mean_words=sum(len(text.split()) for text in texts) / len(texts) if texts else None,
+        words=mean_with_error([float(len(text.split())) for text in texts], (0.0, math.inf)),
         outside=_against(scorer, records, outside) if scorer else None,
     )
 
@@ -122,21 +156,20 @@ def _against(
     own_scores = [own for own, _ in drafts]
     outside_scores = [theirs for _, theirs in drafts]
     accepted = [theirs for own, theirs in gains if own >= ACCEPTED_GAIN]
-    varied = len(set(own_scores)) > 1 and len(set(outside_scores)) > 1
     by_score: dict[float, list[float]] = {}
     for own, theirs in drafts:
         by_score.setdefault(own, []).append(theirs)
-    means = {f"{score:g}": mean_with_error(values) for score, values in sorted(by_score.items())}
+    means = {
+        f"{score:g}": mean_with_error(values, SCORES) for score, values in sorted(by_score.items())
+    }
     return AgainstOutside(
         scorer=scorer,
         bias=self_bias(own_scores, outside_scores),
-        own_gain=mean_with_error([own for own, _ in gains]),
-        outside_gain=mean_with_error([theirs for _, theirs in gains]),
-        inflation=mean_with_error([own - theirs for own, theirs in gains]),
+        own_gain=mean_with_error([own for own, _ in gains], APART),
+        outside_gain=mean_with_error([theirs for _, theirs in gains], APART),
+        inflation=mean_with_error([own - theirs for own, theirs in gains], APART),
         false_accepts=pass_rate([gain <= 0 for gain in accepted]),
-        rank_correlation=(
-            float(scipy_stats.spearmanr(own_scores, outside_scores).statistic) if varied else None
-        ),
+        agreement=score_agreement(own_scores, outside_scores),
         calibration={score: mean for score, mean in means.items() if mean is not None},
     )
 
@@ -145,37 +178,58 @@ def quality_tables(found: Sequence[CriticQuality]) -> list[Table]:
     """What the critiques are like, and, with a scorer, what their scores are worth."""
     texts = Table(
         "critiques",
-        ["", "rows", "whole", "about the answer", "generic", "words"],
+        ["", "rows", "whole", "about the answer", "its language", "generic", "words"],
         [
             [
                 shorten(each.file),
                 str(each.rows),
-                share(each.valid),
-                share(each.grounded),
-                f"{each.generic:.0%}" if each.generic is not None else "-",
-                f"{each.mean_words:.0f}" if each.mean_words is not None else "-",
+                share_with_interval(each.valid),
+                share_with_interval(each.grounded),
+                share(each.same_language),
+                share_with_interval(each.generic),
+                f"{each.words.value:.0f}" if each.words else "-",
             ]
             for each in found
         ],
     )
-    columns = ["", "bias", "rank corr.", "own gain", "outside", "inflation", "false accepts"]
+    scored = [(shorten(each.file), each.outside) for each in found if each.outside is not None]
+    if not scored:
+        return [texts]
+    gains = Table(
+        "their scores against an outside scorer",
+        ["", "bias", "own gain", "outside", "inflation", "false accepts"],
+        [
+            [
+                name,
+                score_with_error(outside.bias.bias if outside.bias else None, "+"),
+                score_with_error(outside.own_gain, "+"),
+                score_with_error(outside.outside_gain, "+"),
+                score_with_error(outside.inflation, "+"),
+                share_with_interval(outside.false_accepts),
+            ]
+            for name, outside in scored
+        ],
+    )
+    agreements = [(name, outside.agreement) for name, outside in scored if outside.agreement]
+    return [texts, gains, *([score_agreement_table(agreements)] if agreements else [])]
+
+
+def score_agreement_table(found: Sequence[tuple[str, ScoreAgreement]]) -> Table:
+    """How two scores of the same answers go together, one row a pair of scorers."""
+    columns = ["", "rank corr. [95 %]", "tau-b", "kappa, quadratic", "alpha, ordinal", "apart", "n"]
     cells = [
         [
-            shorten(each.file),
-            _signed(each.outside.bias.bias if each.outside.bias else None),
-            "-" if each.outside.rank_correlation is None
-            else f"{each.outside.rank_correlation:+.2f}",
-            _signed(each.outside.own_gain),
-            _signed(each.outside.outside_gain),
-            _signed(each.outside.inflation),
-            share(each.outside.false_accepts),
+            name,
+            figure_with_interval(each.spearman),
+            figure_with_interval(each.kendall),
+            figure_with_interval(each.weighted_kappa),
+            figure_with_interval(each.alpha_ordinal),
+            f"{each.mean_distance.value:.2f}" if each.mean_distance else "-",
+            str(each.n),
         ]
-        for each in found
-        if each.outside is not None
-    ]  # fmt: skip
-    return [texts, Table("their scores against an outside scorer", columns, cells)][
-        : 1 + bool(cells)
+        for name, each in found
     ]
+    return Table("own and outside scores of the same answers", columns, cells)
 
 
 def warnings_of(found: Sequence[CriticQuality]) -> list[str]:
@@ -188,15 +242,9 @@ def warnings_of(found: Sequence[CriticQuality]) -> list[str]:
                 f"{each.file}: the critic sees {outside.inflation.value:.1f} points more gain than "
                 f"{outside.scorer} does"
             )
-        if outside and outside.rank_correlation is None and outside.bias:
+        if outside and outside.agreement and outside.agreement.spearman is None:
             warnings.append(f"{each.file}: one of the two scorers gives every draft the same score")
-        if each.generic is not None and each.generic > 0.5:
-            warnings.append(f"{each.file}: {each.generic:.0%} of the critiques are interchangeable")
+        if each.generic is not None and each.generic.value > MOST_GENERIC:
+            share_of = f"{each.generic.value:.0%}"
+            warnings.append(f"{each.file}: {share_of} of the critiques are interchangeable")
     return warnings
-
-
-def _signed(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "-"
-    error = f" ± {estimate.standard_error:.2f}" if estimate.standard_error is not None else ""
-    return f"{estimate.value:+.2f}{error}"

@@ -1,21 +1,55 @@
-"""The drift table: one row a stage, and whether its critic still tells what an outside judge sees."""
+"""The drift table's figures: one stage after the other, and whether its critic still sees the truth."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-import orjson
-
-from srt_cli.errors import SrtError, UsageError
+from srt_cli.critic_quality import SCORES, CriticQuality
+from srt_cli.labelled_pairs import ScoredPair
+from srt_cli.pair_accuracy import PairAccuracy
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Output, Scored
-from srt_cli.stats.drift import Echo, SelfBias, distinct_pairs, echo_alarm, self_bias
-from srt_cli.stats.rates import Estimate, mean_with_error
-from srt_cli.tables import Table, shorten
+from srt_cli.stats.agreement import ScoreAgreement, score_agreement
+from srt_cli.stats.diversity import distinct_pairs, diversity_change, self_bleu
+from srt_cli.stats.drift import Echo, SelfBias, Signs, echo_alarm, self_bias
+from srt_cli.stats.rates import (
+    Estimate,
+    PairedDifference,
+    difference_to_half,
+    holm,
+    mean_with_error,
+    paired_difference,
+    pass_rate,
+    ratio_of_means,
+)
 
 if TYPE_CHECKING:
     from srt_cli.contest import Contest, Row
+
+
+@dataclass(frozen=True)
+class DriftMaterial:
+    """What the drift table is made of besides the contest; all by contestant, empty where not asked."""
+
+    scores: Sequence[Scored] = ()
+    objective: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[PairAccuracy, Sequence[ScoredPair]]] = field(default_factory=dict)
+    critiques: Mapping[str, CriticQuality] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether anything was asked for that a drift table shows."""
+        return bool(self.scores or self.objective or self.pairs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage against the stage before, over the same prompts."""
+
+    by: str
+    """The judge, or the check."""
+    paired: PairedDifference
+    p_adjusted: float
+    """McNemar's p after Holm's correction over the steps."""
 
 
 @dataclass(frozen=True)
@@ -23,87 +57,203 @@ class Stage:
     """One stage: what it wins, how long it writes, what it says of itself, what others say of it."""
 
     name: str
+    prompts: int
     win_rate: Estimate | None
     equal_length: Estimate | None
-    length_to_previous: float | None
+    pass_rate: Estimate | None
+    to_previous: Step | None
+    length_ratio: Estimate | None
+    """To the reference, in characters."""
+    length_to_previous: Estimate | None
     own_score: Estimate | None
     outside_score: Estimate | None
     bias: SelfBias | None
+    scores_agree: ScoreAgreement | None
+    """Its own scores and the outside ones, of the same answers: ranks, κ, α, distance."""
     own_histogram: dict[str, int]
     """How many answers got each score from their own model."""
     outside_histogram: dict[str, int]
-    top_share: float | None
+    top_share: Estimate | None
     """Share of its own scores that are the highest possible."""
-    distinct_pairs: float | None
-    degenerate: float
+    pair_accuracy: PairAccuracy | None
+    """Its scores on held-out pairs that people chose from (the paper's Table 5)."""
+    pairs_to_previous: PairedDifference | None
+    critiques: CriticQuality | None
+    """Of its own answers: whole, generic, what its refinements gain by own and outside scores."""
+    distinct_pairs: Estimate | None
+    self_bleu: Estimate | None
+    diversity_to_previous: float | None
+    """Distinct-2 against the stage before, answers cut to the same length."""
+    degenerate: Estimate | None
     objective: dict[str, Estimate]
     """Results of lm-evaluation-harness, by task and metric."""
     echo: Echo | None
     """Against the stage before; null for the first."""
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What one contestant answered and was told, by prompt."""
+
+    row: "Row"
+    texts: dict[str, str]
+    values: dict[str, float] | None
+    """Preferences by the first judge, else passes of the check; null for the reference of a judge."""
+    own: dict[str, float]
+    outside: dict[str, float]
+
+
 def drift_of(
     contest: "Contest",
     outputs: Sequence[Output],
-    scores: Sequence[Scored],
-    objective: Mapping[str, Mapping[str, Estimate]],
+    preferences: Mapping[tuple[str, str], Mapping[str, float]],
+    material: DriftMaterial,
 ) -> list[Stage]:
-    """One row for each contestant's direct answers, in the order in which they were named."""
-    texts: dict[str, list[str]] = {}
-    for output in outputs:
-        if output.use == "response":
-            texts.setdefault(output.contestant, []).append(output.response)
-    own: dict[str, dict[str, float]] = {}
-    outside: dict[str, dict[str, float]] = {}
-    for scored in scores:
-        if scored.score is not None:
-            kind = own if scored.by == scored.contestant else outside
-            kind.setdefault(scored.contestant, {})[scored.id] = scored.score
+    """One row for each contestant's direct answers, in the order in which they were named.
+
+    `preferences` are per (contestant and use, judge) and prompt.
+    """
+    by = contest.judges[0] if contest.judges else "check"
+    facts = [
+        _facts_of(row, by, outputs, preferences, material.scores)
+        for row in contest.rows
+        if row.use == "response"
+    ]
     stages: list[Stage] = []
-    previous: Row | None = None
-    for row in (row for row in contest.rows if row.use == "response"):
-        mine, theirs = own.get(row.contestant, {}), outside.get(row.contestant, {})
-        both = [name for name in mine if name in theirs]
-        diversity = distinct_pairs(texts.get(row.contestant, []))
-        growth = None
-        if previous is not None and previous.mean_characters > 0:
-            growth = row.mean_characters / previous.mean_characters
-        echo = None
-        if previous is not None and scores:
-            before = own.get(previous.contestant, {}), outside.get(previous.contestant, {})
-            items = [name for name in both if name in before[0] and name in before[1]]
-            last = stages[-1].distinct_pairs
-            echo = echo_alarm(
-                [before[0][name] for name in items],
-                [mine[name] for name in items],
-                [before[1][name] for name in items],
-                [theirs[name] for name in items],
-                length_growth=growth,
-                equal_length_gain=_equal_length(row) - _equal_length(previous),
-                diversity_change=diversity / last if diversity and last else None,
-            )
-        judged = row.judged[0] if row.judged else None
-        controlled = judged.length_controlled if judged else None
-        stages.append(
-            Stage(
-                name=row.name,
-                win_rate=judged.win_rate if judged else None,
-                equal_length=controlled.rate if controlled else None,
-                length_to_previous=growth,
-                own_score=mean_with_error(list(mine.values())),
-                outside_score=mean_with_error(list(theirs.values())),
-                bias=self_bias([mine[name] for name in both], [theirs[name] for name in both]),
-                own_histogram=_histogram(mine.values()),
-                outside_histogram=_histogram(theirs.values()),
-                top_share=_share_at_top(list(mine.values())),
-                distinct_pairs=diversity,
-                degenerate=row.degenerate.share,
-                objective=dict(objective.get(row.contestant, {})),
-                echo=echo,
-            )
-        )
-        previous = row
-    return stages
+    for place, mine in enumerate(facts):
+        before = facts[place - 1] if place else None
+        stages.append(_stage_of(mine, before, facts[0], by, material))
+    return _adjusted(stages)
+
+
+def _facts_of(
+    row: "Row",
+    by: str,
+    outputs: Sequence[Output],
+    preferences: Mapping[tuple[str, str], Mapping[str, float]],
+    scores: Sequence[Scored],
+) -> _Facts:
+    answers = [o for o in outputs if o.contestant == row.contestant and o.use == "response"]
+    values: dict[str, float] | None = None
+    if by == "check":
+        values = {o.id: float(o.passed) for o in answers if o.passed is not None}
+    elif row.judged:
+        values = dict(preferences.get((f"{row.contestant} response", by), {}))
+    own: dict[str, float] = {}
+    outside: dict[str, float] = {}
+    for scored in scores:
+        mine = scored.contestant == row.contestant and scored.use == "response"
+        if mine and scored.score is not None:
+            (own if scored.by == scored.contestant else outside)[scored.id] = scored.score
+    return _Facts(row, {o.id: o.response for o in answers}, values, own, outside)
+
+
+def _stage_of(
+    mine: _Facts, before: _Facts | None, first: _Facts, by: str, material: DriftMaterial
+) -> Stage:
+    row = mine.row
+    judged = row.judged[0] if row.judged else None
+    controlled = judged.length_controlled if judged else None
+    both = [name for name in mine.own if name in mine.outside]
+    own_and_outside = [mine.own[name] for name in both], [mine.outside[name] for name in both]
+    accuracy = material.pairs.get(row.contestant)
+    growth = _length_ratio(mine, before) if before else None
+    shared = [name for name in mine.texts if before and name in before.texts]
+    change = None
+    if before is not None:
+        old, new = ([facts.texts[name] for name in shared] for facts in (before, mine))
+        change = diversity_change(old, new)
+    against_pairs = _pairs_step(row, before, material)
+    step = _step(mine, before, by) if before else None
+    texts = list(mine.texts.values())
+    return Stage(
+        name=row.name,
+        prompts=row.prompts,
+        win_rate=judged.win_rate if judged else None,
+        equal_length=controlled.rate if controlled else None,
+        pass_rate=row.pass_rate,
+        to_previous=Step(by, step, step.p_value) if step else None,
+        length_ratio=_length_ratio(mine, first) if mine is not first else None,
+        length_to_previous=growth,
+        own_score=mean_with_error(list(mine.own.values()), SCORES),
+        outside_score=mean_with_error(list(mine.outside.values()), SCORES),
+        bias=self_bias(*own_and_outside),
+        scores_agree=score_agreement(*own_and_outside),
+        own_histogram=_histogram(mine.own.values()),
+        outside_histogram=_histogram(mine.outside.values()),
+        top_share=pass_rate([score == MAX_SCORE for score in mine.own.values()]),
+        pair_accuracy=accuracy[0] if accuracy else None,
+        pairs_to_previous=against_pairs,
+        critiques=material.critiques.get(row.contestant),
+        distinct_pairs=distinct_pairs(texts),
+        self_bleu=self_bleu(texts),
+        diversity_to_previous=change,
+        degenerate=row.degenerate.rate,
+        objective=dict(material.objective.get(row.contestant, {})),
+        echo=_echo(mine, before, growth, change, against_pairs) if before else None,
+    )
+
+
+def _step(mine: _Facts, before: _Facts, by: str) -> PairedDifference | None:
+    """Against the stage before by judge or check; a judge's reference stands at one half."""
+    if mine.values is None:
+        return None
+    if before.values is None:
+        return difference_to_half(list(mine.values.values()))
+    shared = [name for name in mine.values if name in before.values]
+    return paired_difference(
+        [mine.values[name] for name in shared], [before.values[name] for name in shared]
+    )
+
+
+def _length_ratio(mine: _Facts, other: _Facts) -> Estimate | None:
+    shared = [name for name in mine.texts if name in other.texts]
+    return ratio_of_means(
+        [len(mine.texts[name]) for name in shared], [len(other.texts[name]) for name in shared]
+    )
+
+
+def _pairs_step(
+    row: "Row", before: _Facts | None, material: DriftMaterial
+) -> PairedDifference | None:
+    """How often the chosen answer scores higher, against the stage before, over pairs both scored."""
+    mine = material.pairs.get(row.contestant)
+    theirs = material.pairs.get(before.row.contestant) if before else None
+    if mine is None or theirs is None:
+        return None
+    read = [
+        (float(a.right), float(b.right))
+        for a, b in zip(mine[1], theirs[1], strict=True)
+        if a.right is not None and b.right is not None
+    ]
+    return paired_difference([a for a, _ in read], [b for _, b in read])
+
+
+def _echo(
+    mine: _Facts,
+    before: _Facts,
+    growth: Estimate | None,
+    change: float | None,
+    pairs: PairedDifference | None,
+) -> Echo:
+    items = [
+        name
+        for name in mine.own
+        if name in mine.outside and name in before.own and name in before.outside
+    ]
+    signs = Signs(
+        length_growth=growth.value if growth else None,
+        equal_length_gain=_equal_length(mine.row) - _equal_length(before.row),
+        diversity_change=change,
+        pair_accuracy=pairs,
+    )
+    return echo_alarm(
+        [before.own[name] for name in items],
+        [mine.own[name] for name in items],
+        [before.outside[name] for name in items],
+        [mine.outside[name] for name in items],
+        signs,
+    )
 
 
 def _equal_length(row: "Row") -> float:
@@ -112,8 +262,16 @@ def _equal_length(row: "Row") -> float:
     return controlled.rate.value if controlled else 0.5
 
 
-def _share_at_top(scores: Sequence[float]) -> float | None:
-    return sum(score == MAX_SCORE for score in scores) / len(scores) if scores else None
+def _adjusted(stages: Sequence[Stage]) -> list[Stage]:
+    """The stages with the p values of their steps corrected for how many steps there are."""
+    steps = [stage.to_previous for stage in stages if stage.to_previous]
+    adjusted = iter(holm([step.paired.p_value for step in steps]))
+    return [
+        replace(stage, to_previous=replace(stage.to_previous, p_adjusted=next(adjusted)))
+        if stage.to_previous
+        else stage
+        for stage in stages
+    ]
 
 
 def _histogram(scores: Iterable[float]) -> dict[str, int]:
@@ -121,73 +279,3 @@ def _histogram(scores: Iterable[float]) -> dict[str, int]:
     counts = Counter({f"{score:g}": 0 for score in range(MIN_SCORE, MAX_SCORE + 1)})
     counts.update(f"{score:g}" for score in scores)
     return dict(counts) if counts.total() else {}
-
-
-def drift_table(stages: Sequence[Stage]) -> Table:
-    """The table for the terminal and the page."""
-    columns = ["", "wins, %", "equal length", "chars", "own score", "outside", "bias", "alarm"]
-    tasks = list(dict.fromkeys(task for stage in stages for task in stage.objective))
-    cells = [
-        [
-            shorten(stage.name),
-            _percent(stage.win_rate),
-            _percent(stage.equal_length),
-            "-" if stage.length_to_previous is None else f"x{stage.length_to_previous:.2f}",
-            _score(stage.own_score),
-            _score(stage.outside_score),
-            _score(stage.bias.bias, "+") if stage.bias else "-",
-            stage.echo.colour if stage.echo else "-",
-            *(_percent(stage.objective.get(task)) for task in tasks),
-        ]
-        for stage in stages
-    ]
-    return Table("drift, stage by stage", columns + tasks, cells)
-
-
-def _percent(estimate: Estimate | None) -> str:
-    return "-" if estimate is None else f"{100 * estimate.value:.1f}"
-
-
-def _score(estimate: Estimate | None, sign: str = "") -> str:
-    return "-" if estimate is None else f"{estimate.value:{sign}.2f}"
-
-
-def read_objective(given: Sequence[str]) -> dict[str, dict[str, Estimate]]:
-    """`--objective MODEL=results.json`: results of lm-evaluation-harness, by contestant.
-
-    Raises `UsageError` for a wrong form and `SrtError` for a file that is no such result.
-    """
-    found: dict[str, dict[str, Estimate]] = {}
-    for text in given:
-        name, equals, file = text.rpartition("=")
-        if not equals:
-            raise UsageError(f"--objective {text}: write MODEL=results.json.")
-        path = Path(file)
-        try:
-            results = orjson.loads(path.read_bytes())["results"]
-            found.setdefault(name, {}).update(_tasks_of(results))
-        except FileNotFoundError:
-            raise SrtError(f"{path}: no such file. Check the path.") from None
-        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise SrtError(
-                f"{path}: not a result of lm-evaluation-harness (no results by task). Give the JSON "
-                "file that lm_eval writes under --output_path."
-            ) from None
-    return found
-
-
-def _tasks_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Estimate]:
-    """Each task's first metric, with its standard error and a normal interval."""
-    found = {}
-    for task, metrics in results.items():
-        for key, value in metrics.items():
-            metric, _, kind = key.partition(",")
-            if not isinstance(value, float | int) or isinstance(value, bool) or "_stderr" in metric:
-                continue
-            error = metrics.get(f"{metric}_stderr,{kind}")
-            known = float(error) if isinstance(error, float | int) else None
-            reach = 1.96 * (known or 0.0)
-            name = f"{task} {metric}"
-            found[name] = Estimate(float(value), value - reach, value + reach, 0, known)
-            break
-    return found

@@ -1,59 +1,74 @@
 """From outputs and judgments to figures: `eval.json`, the page, the tables, the exit."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from srt_cli import console
 from srt_cli.annotations import export_alpaca_eval
 from srt_cli.artifacts import Run, write_json
 from srt_cli.contest import Contest, count_contest
-from srt_cli.drift import drift_of, read_objective
+from srt_cli.contest_tables import footnotes_of, tables_of, warnings_of
+from srt_cli.critic_quality import own_quality
+from srt_cli.drift import DriftMaterial, drift_of
+from srt_cli.drift_table import alarm_notes
 from srt_cli.errors import TooManyFailures
 from srt_cli.eval_options import Evaluate, beside
-from srt_cli.judging import Orders
+from srt_cli.evidence import Evidence
+from srt_cli.judge_quality import repeats_itself
 from srt_cli.labels import agree_with_people, read_labels
-from srt_cli.records import Judgment, Output, Prompt, Scored
+from srt_cli.objective import read_objective
+from srt_cli.pair_accuracy import count_pairs
 from srt_cli.report.page import write_report
 from srt_cli.report.shell import write_markdown
 from srt_cli.verdicts import preferences_by_pair
 
 
-def write_figures(
-    run: Run,
-    options: Evaluate,
-    prompts: Sequence[Prompt],
-    outputs: Sequence[Output],
-    judgments: Sequence[Judgment],
-    reference: str,
-    judges: Sequence[str],
-    orders: Orders,
-    scores: Sequence[Scored] = (),
-) -> Contest:
+def write_figures(run: Run, options: Evaluate, evidence: Evidence) -> Contest:
     """Count, and write `eval.json`, the page and what is to be exported."""
-    contest = count_contest(prompts, outputs, judgments, reference, judges, options.check, orders)
-    if scores or options.objective:
-        objective = read_objective(options.objective)
-        contest.stages.extend(drift_of(contest, outputs, scores, objective))
-    by_pair = preferences_by_pair(judgments, orders) if options.labels or options.export else {}
+    contest = count_contest(
+        evidence.prompts, evidence.outputs, evidence.judgments, evidence.reference, evidence.judges,
+        options.check, evidence.orders,
+    )  # fmt: skip
+    contest.repeats.extend(repeats_itself(*asked) for asked in evidence.repeats.items())
+    by_pair = preferences_by_pair(evidence.judgments, evidence.orders)
+    material = _drift_material(options, evidence)
+    if material:
+        contest.stages.extend(drift_of(contest, evidence.outputs, by_pair, material))
     if options.labels is not None:
         named = [f"{row.contestant} {row.use}" for row in contest.rows[1:]]
         labels = read_labels(options.labels, named)
-        contest.people.extend(agree_with_people(labels, by_pair, outputs, reference))
+        found = agree_with_people(labels, by_pair, evidence.outputs, evidence.reference)
+        contest.people.extend(found)
     write_json(options.out, contest.as_plain())
     page = _page_path(options)
     if options.markdown is not None:
-        write_markdown(options.markdown, contest.tables(), contest.footnotes())
-    write_report(page, contest, prompts, outputs, judgments, options.examples)
+        notes = [*footnotes_of(contest), *alarm_notes(contest.stages)]
+        write_markdown(options.markdown, tables_of(contest), notes)
+    write_report(page, contest, evidence, options.examples)
     run.manifest.outputs |= {"report": str(page)}
-    run.manifest.tallies = {"prompts": len(prompts), "judgments": len(judgments)}
-    run.manifest.progress = f"{len(prompts)} of {len(prompts)}"
-    for warning in contest.warnings():
+    prompts = len(evidence.prompts)
+    run.manifest.tallies = {"prompts": prompts, "judgments": len(evidence.judgments)}
+    run.manifest.progress = f"{prompts} of {prompts}"
+    for warning in warnings_of(contest):
         run.warn(warning)
     if options.export is not None:
         folder = options.out.with_name(f"{options.out.stem}-{options.export}")
-        files = export_alpaca_eval(folder, prompts, outputs, by_pair, reference)
+        files = export_alpaca_eval(
+            folder, evidence.prompts, evidence.outputs, by_pair, evidence.reference
+        )
         console.say(f"{len(files)} files in AlpacaEval's form: {folder}")
     return contest
+
+
+def _drift_material(options: Evaluate, evidence: Evidence) -> DriftMaterial:
+    qualities = {
+        contestant: own_quality(contestant, records, evidence.scores, options.scorer)
+        for contestant, records in evidence.critiques.items()
+    }
+    pairs = {
+        spec: (count_pairs(spec, evidence.pairs, scored), scored)
+        for spec, scored in evidence.scored_pairs.items()
+    }
+    return DriftMaterial(evidence.scores, read_objective(options.objective), pairs, qualities)
 
 
 def _page_path(options: Evaluate) -> Path:
@@ -74,7 +89,7 @@ def close_contest(options: Evaluate, contest: Contest) -> None:
 
 def show(contest: Contest) -> None:
     """The tables of the contest on stdout."""
-    for table in contest.tables(brief=True):
+    for table in tables_of(contest, brief=True):
         console.table(table.title, table.columns, table.cells)
-    for note in contest.footnotes():
+    for note in [*footnotes_of(contest), *alarm_notes(contest.stages)]:
         console.result(note)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 from srt_cli.call_options import ApiOptions
-from srt_cli.judging import Orders, Use, Verdicts
+from srt_cli.contestants import Use
+from srt_cli.judging import Orders, Verdicts
 from srt_cli.options import runtime, setting
 
 
@@ -38,6 +39,9 @@ class Evaluate(ApiOptions):
         (), "A judge: gpt-4, http://HOST/v1#NAME, python:FILE:CALLABLE. Several times; default: "
         "the critic.", metavar="SPEC",
     )  # fmt: skip
+    repeat: int = setting(
+        0, "Put so many of a judge's questions twice: does it repeat itself?", extends=True
+    )
     orders: Orders = setting(
         "both", "Judge each pair in both orders, or in one that its prompt decides (AlpacaEval)."
     )
@@ -77,8 +81,8 @@ class Evaluate(ApiOptions):
         "are worth. Several times.", metavar="FILE",
     )  # fmt: skip
     pairs: Path | None = setting(
-        None, "Instead: how often --model scores the chosen answer above the rejected (paper, Table "
-        "5).", metavar="FILE",
+        None, "How often each --model scores the chosen answer above the rejected (paper, Table 5): "
+        "alone, or with a judge, check or scorer as a row of the drift table.", metavar="FILE",
     )  # fmt: skip
     critique_style: Literal["auto", "conversation", "message"] = setting(
         "auto", "How a critic is asked: in conversation, as srt trains it, or by one message (Table "

@@ -19,8 +19,10 @@ from srt_cli.critique import Critic, Sampling
 from srt_cli.errors import TooManyFailures, UsageError
 from srt_cli.eval_figures import close_contest, write_figures
 from srt_cli.eval_options import Evaluate
-from srt_cli.labelled_pairs import count_pairs, pairs_table, read_pairs, score_pair
+from srt_cli.evidence import Evidence
+from srt_cli.labelled_pairs import ask_pairs, read_pairs
 from srt_cli.models import parse_spec
+from srt_cli.pair_accuracy import count_pairs, pairs_table
 from srt_cli.records import FeedbackRecord
 
 
@@ -33,11 +35,11 @@ def count_annotations(options: Evaluate, command: str) -> None:
     inputs = {f"annotations {n}": path for n, path in enumerate(options.annotations, start=1)}
     run = open_run(command, options, options.out, inputs=inputs, overwrite=options.overwrite)
     with run:
-        prompts, outputs = list(found.prompts.values()), list(found.outputs.values())
-        contest = write_figures(
-            run, options, prompts, outputs, found.judgments, found.reference, found.judges,
-            found.orders,
+        evidence = Evidence(
+            list(found.prompts.values()), list(found.outputs.values()), found.judgments,
+            found.reference, found.judges, found.orders,
         )  # fmt: skip
+        contest = write_figures(run, options, evidence)
     close_contest(options, contest)
 
 
@@ -55,10 +57,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
             in_conversation = options.critique_style == "conversation" or (
                 options.critique_style == "auto" and parse_spec(spec).kind == "local"
             )
-            with asking.open(spec) as model:
-                critic = Critic(model, sampling, in_conversation=in_conversation)
-                scripts = (score_pair(critic, pair) for pair in pairs)
-                scored = asking.ask(f"scores by {spec}", scripts, len(pairs))
+            scored = ask_pairs(asking, spec, pairs, sampling, in_conversation=in_conversation)
             found.append(count_pairs(spec, pairs, scored))
         run.manifest.cost = asking.cost.describe()
         run.manifest.tallies = {"pairs": len(pairs)}

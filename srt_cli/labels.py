@@ -1,7 +1,7 @@
 """What people said of the same pairs: how often each judge, and each cheap rule, agrees with them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -10,7 +10,8 @@ from srt_cli.artifacts import read_rows
 from srt_cli.errors import SrtError
 from srt_cli.records import Output
 from srt_cli.stats.agreement import Agreement, agreement
-from srt_cli.tables import Table, share, share_with_interval, shorten
+from srt_cli.stats.rates import Estimate
+from srt_cli.tables import Table, score_with_error, share, share_with_interval, shorten
 
 WORDS: Final = {"model": 1.0, "a": 1.0, "reference": 0.0, "b": 0.0, "tie": 0.5}
 Labels = Mapping[tuple[str, str], float]
@@ -90,26 +91,23 @@ def _longer(mine: int, theirs: int) -> float:
     return 1.0 if mine > theirs else 0.0 if mine < theirs else 0.5
 
 
-def kappa_with_interval(found: Agreement) -> str:
-    """Cohen's kappa for a table."""
-    if found.kappa is None or found.kappa_interval is None:
-        return "-"
-    low, high = found.kappa_interval
-    return f"{found.kappa:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def people_table(found: Sequence[AgreesWithPeople]) -> Table:
-    """One row a judge or rule."""
-    columns = ["", "agrees [95 %]", "without ties", "kappa [95 %]", "n"]
+def people_table(found: Sequence[AgreesWithPeople], name: Callable[[str], str]) -> Table:
+    """One row a judge or rule; `name` makes a judge's spec short."""
+    columns = ["", "agrees [95 %]", "ties out", "kappa", "tau-b", "n"]
     cells = []
     for each in found:
         cells.append(
             [
-                shorten(each.who, 30),
+                shorten(name(each.who), 24),
                 share_with_interval(each.agreement.accuracy),
                 share(each.agreement.without_ties),
-                kappa_with_interval(each.agreement),
+                score_with_error(each.agreement.kappa),
+                _figure(each.agreement.kendall),
                 str(each.agreement.n),
             ]
         )
     return Table("agreement with people", columns, cells)
+
+
+def _figure(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else f"{estimate.value:.2f}"

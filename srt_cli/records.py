@@ -214,6 +214,7 @@ class Scored(Record):
 
     id: str
     contestant: str
+    use: str = "response"
     by: str
     score: float | None
     status: Status

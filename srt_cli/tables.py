@@ -1,6 +1,9 @@
 """Tables of figures, as the terminal and the page both show them."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +27,22 @@ def shorten(name: str, longest: int = 22) -> str:
     return name[: kept - kept // 3] + "…" + name[-(kept // 3) :]
 
 
+def short_names(specs: Sequence[str]) -> dict[str, str]:
+    """A file's stem, a directory's last two parts, a server's model; whole where two would agree."""
+
+    def short(contestant: str) -> str:
+        if contestant.startswith(("http://", "https://")):
+            return contestant.rpartition("#")[2]
+        path = Path(contestant)
+        if not path.exists():
+            return contestant
+        return path.stem if path.suffix else "/".join(path.parts[-2:])
+
+    names = {contestant: short(contestant) for contestant in specs}
+    often = Counter(names.values())
+    return {full: name if often[name] == 1 else full for full, name in names.items()}
+
+
 def share(estimate: "Estimate | None") -> str:
     """A share in whole per cent; a dash where there is none."""
     return "-" if estimate is None else f"{estimate.value:.0%}"
@@ -34,3 +53,31 @@ def share_with_interval(estimate: "Estimate | None") -> str:
     if estimate is None:
         return "-"
     return f"{share(estimate)} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+
+
+def share_with_error(estimate: "Estimate | None", sign: str = "") -> str:
+    """A share in per cent with its standard error, where it has one: 62.1 ± 3.4."""
+    if estimate is None:
+        return "-"
+    error = "" if estimate.standard_error is None else f" ± {100 * estimate.standard_error:.1f}"
+    return f"{100 * estimate.value:{sign}.1f}{error}"
+
+
+def score_with_error(estimate: "Estimate | None", sign: str = "") -> str:
+    """A score, or a difference of scores, with its standard error: 7.21 ± 0.12."""
+    if estimate is None:
+        return "-"
+    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.2f}"
+    return f"{estimate.value:{sign}.2f}{error}"
+
+
+def figure_with_interval(estimate: "Estimate | None") -> str:
+    """A figure between -1 and 1 with its 95 % interval: 0.71 [0.59, 0.80]."""
+    if estimate is None:
+        return "-"
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def p_value(p: float) -> str:
+    """A p value with three digits, as far as they tell something."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"

@@ -14,6 +14,7 @@ from srt_cli.stats.length_control import (
     length_controlled_win_rate,
 )
 from srt_cli.stats.rates import (
+    Doubt,
     Estimate,
     PairedDifference,
     Position,
@@ -63,31 +64,32 @@ class Judged:
     pairs: int
     valid_pairs: int
 
-    def warnings(self) -> list[str]:
+    def doubts(self) -> list[Doubt]:
         """What should make a reader doubt these verdicts."""
         found = list(self.length_controlled.warnings) if self.length_controlled else []
         if self.position is not None:
-            if self.position.consistency < SHAKY_CONSISTENCY:
-                found.append(
+            if self.position.consistency.value < SHAKY_CONSISTENCY:
+                why = (
                     f"{self.judge} says the same in both orders in only "
-                    f"{self.position.consistency:.0%} of the pairs; its verdicts are shaky"
+                    f"{self.position.consistency.value:.0%} of the pairs; its verdicts are shaky"
                 )
+                found.append(Doubt("consistency", why))
             gap = self.position.gap
             if gap and gap.standard_error is not None:
                 beyond_noise = abs(gap.value) > 3 * gap.standard_error
                 if beyond_noise and abs(gap.value) > MOST_GAP:
                     slot = "second" if gap.value > 0 else "first"
-                    found.append(
-                        f"{self.judge} favours the answer shown {slot} by "
-                        f"{100 * abs(gap.value):.0f} points"
-                    )
+                    points = f"{100 * abs(gap.value):.0f} points"
+                    why = f"{self.judge} favours the answer shown {slot} by {points}"
+                    found.append(Doubt(f"favours the {slot}", why))
         if self.valid_pairs < self.pairs:
             bad = ", ".join(f"{n} {s}" for s, n in self.statuses.items() if s != "ok")
             wanted = "in both orders " if self.orders == "both" else ""
-            found.append(
+            why = (
                 f"{self.pairs - self.valid_pairs} of {self.pairs} pairs have no valid verdict "
                 f"{wanted}of {self.judge} ({bad or 'missing'}) and are not scored"
             )
+            found.append(Doubt("no verdict", why))
         return found
 
 

@@ -1,6 +1,7 @@
 """A headless Chromium for tests of pages, spoken to over its own debugging protocol."""
 
 import asyncio
+import base64
 import json
 import re
 import shutil
@@ -21,14 +22,32 @@ class Page:
     values: list[Any] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
+    pdf: bytes = b""
 
 
-def visit(path: Path, *expressions: str, width: int = 1000, scheme: str = "light") -> Page:
-    """Open a file and evaluate expressions one after the other."""
-    return asyncio.run(_visit(path, expressions, width, scheme))
+def visit(
+    path: Path,
+    *expressions: str,
+    width: int = 1000,
+    scheme: str = "light",
+    photograph: Path | None = None,
+    printed: bool = False,
+) -> Page:
+    """Open a file and evaluate expressions one after the other.
+
+    `photograph` takes a picture of the whole page, for people; `printed` prints it as PDF (A4).
+    """
+    return asyncio.run(_visit(path, expressions, width, scheme, photograph, printed))
 
 
-async def _visit(path: Path, expressions: tuple[str, ...], width: int, scheme: str) -> Page:
+async def _visit(
+    path: Path,
+    expressions: tuple[str, ...],
+    width: int,
+    scheme: str,
+    photograph: Path | None,
+    printed: bool,
+) -> Page:
     assert CHROMIUM
     profile = path.parent / "chromium-profile"
     process = subprocess.Popen(
@@ -46,7 +65,7 @@ async def _visit(path: Path, expressions: tuple[str, ...], width: int, scheme: s
             async with session.get(f"http://127.0.0.1:{port}/json/list") as reply:
                 (tab,) = [each for each in await reply.json() if each["type"] == "page"]
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                return await _drive(socket, path, expressions, width, scheme)
+                return await _drive(socket, path, expressions, width, scheme, photograph, printed)
     finally:
         process.kill()
         process.wait()
@@ -59,6 +78,8 @@ async def _drive(
     expressions: tuple[str, ...],
     width: int,
     scheme: str,
+    photograph: Path | None,
+    printed: bool,
 ) -> Page:
     page = Page()
     loaded = False
@@ -66,7 +87,7 @@ async def _drive(
 
     async def read() -> dict[str, Any]:
         nonlocal loaded
-        message = json.loads((await socket.receive(timeout=30)).data)
+        message = json.loads((await socket.receive(timeout=60)).data)
         given = message.get("params", {})
         match message.get("method"):
             case "Network.requestWillBeSent":
@@ -105,4 +126,10 @@ async def _drive(
         found = await call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         page.values.append(found["result"].get("value"))
+    if photograph is not None:
+        picture = await call("Page.captureScreenshot", captureBeyondViewport=True)
+        photograph.write_bytes(base64.b64decode(picture["data"]))
+    if printed:
+        paper = await call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)
+        page.pdf = base64.b64decode(paper["data"])
     return page

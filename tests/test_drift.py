@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback_server import Answer, LoopbackServer
 
-from srt_cli.stats.drift import distinct_pairs, echo_alarm, self_bias
+from srt_cli.stats.diversity import distinct_pairs, diversity_change, self_bleu
+from srt_cli.stats.drift import Signs, distance_skewness, echo_alarm, self_bias
 
 
 def scores(mean, n=60, seed=0):
@@ -30,9 +31,10 @@ def test_improvement_that_others_see_too_is_green():
 
 def test_longer_answers_without_more_wins_at_equal_length_are_amber():
     same = scores(6), scores(6), scores(5), scores(5)
-    assert echo_alarm(*same, length_growth=1.3, equal_length_gain=-0.01).colour == "amber"
-    assert echo_alarm(*same, length_growth=1.3, equal_length_gain=0.05).colour == "green"
-    assert echo_alarm(*same, diversity_change=0.8).colour == "amber"
+    longer = Signs(length_growth=1.3, equal_length_gain=-0.01)
+    assert echo_alarm(*same, longer).colour == "amber"
+    assert echo_alarm(*same, Signs(length_growth=1.3, equal_length_gain=0.05)).colour == "green"
+    assert echo_alarm(*same, Signs(diversity_change=0.8)).colour == "amber"
 
 
 def test_too_few_scores_tell_nothing():
@@ -42,7 +44,7 @@ def test_too_few_scores_tell_nothing():
 def test_self_bias_by_hand():
     found = self_bias([3.0, 4.0, 5.0], [2.0, 2.0, 2.0])
     assert found.bias.value == 2
-    assert found.skewness == pytest.approx(0.7778, abs=1e-4)
+    assert found.skewness.value == pytest.approx(0.7778, abs=1e-4)
     assert self_bias([], []) is None
 
 
@@ -52,8 +54,39 @@ def test_a_stage_that_changes_nothing_is_never_red(values):
 
 
 def test_distinct_pairs_counts_different_word_pairs():
-    assert distinct_pairs(["a b a b"]) == pytest.approx(2 / 3)
+    found = distinct_pairs(["a b a b", "a b"])
+    assert found.value == 2 / 4
+    # Without the first text one of one pair is different, without the second two of three.
+    assert found.standard_error == pytest.approx(1 / 6)
     assert distinct_pairs(["one", ""]) is None
+
+
+def test_diversity_is_compared_at_equal_length():
+    short = [f"answer {n} is new" for n in range(20)]
+    longer = [f"{text} and so on and so on and so on" for text in short]
+    assert distinct_pairs(longer).value < distinct_pairs(short).value / 2
+    assert diversity_change(short, longer) == 1
+    assert diversity_change(short, ["the same thing here"] * 20) < 0.2
+
+
+def test_self_bleu_is_1_for_one_text_over_and_over():
+    assert self_bleu(["a b c d e"] * 3).value == 1
+    texts = ["the cat sat on the mat", "a dog ran in a park", "the cat sat on a chair"]
+    # The first by hand: 1-grams 4 of 6 (the, once clipped; cat, sat, on), 2-grams 3 of 5,
+    # 3-grams 2 of 4, 4-grams 1 of 3; no brevity penalty.
+    first = (4 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    second = (1 / 6 * 0.1 / 5 * 0.1 / 4 * 0.1 / 3) ** 0.25
+    third = (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25
+    assert self_bleu(texts).value == pytest.approx((first + second + third) / 3)
+    assert self_bleu(["too short", "as well"]) is None
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=30))
+def test_distance_skewness_is_its_definition(errors):
+    apart = sum(abs(a - b) for a in errors for b in errors)
+    summed = sum(abs(a + b) for a in errors for b in errors)
+    expected = 1 - apart / summed if summed else 0.0
+    assert distance_skewness(errors) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.fixture

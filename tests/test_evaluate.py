@@ -56,8 +56,8 @@ def test_a_better_model_wins_and_the_paired_interval_excludes_0(srt, folder):
     assert better["difference"]["difference"]["value"] == 1
     assert better["difference"]["only_a"] == 24
     assert better["judged"][0]["win_rate"]["value"] == 1
-    assert better["judged"][0]["position"]["consistency"] == 1
-    assert better["judged"][0]["position"]["first_slot_rate"] == 0.5
+    assert better["judged"][0]["position"]["consistency"]["value"] == 1
+    assert better["judged"][0]["position"]["first_slot_rate"]["value"] == 0.5
     assert "100% [86, 100]" in finished.stdout
     assert "+100 [+100, +100]" in finished.stdout
     assert finished.stdout.rstrip().endswith("report: report.html   next: open report.html")
@@ -76,7 +76,8 @@ def test_a_judge_that_follows_the_order_is_exposed(srt, folder):
     judged = figures(folder)[1]["judged"][0]
     assert judged["win_rate"]["value"] == 0.5
     position = judged["position"]
-    assert (position["consistency"], position["first_slot_rate"], position["n"]) == (0, 1, 24)
+    shares = position["consistency"]["value"], position["first_slot_rate"]["value"]
+    assert (*shares, position["n"]) == (0, 1, 24)
     assert position["gap"]["value"] == -1
     assert judged["strict_win_rate"]["value"] == 0.5
     assert "says the same in both orders in only 0%" in finished.stderr

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srt_cli.stats.agreement import agreement, cohen_kappa, distance_skewness, krippendorff_alpha
+from srt_cli.stats.agreement import agreement, cohen_kappa, krippendorff_alpha
+from srt_cli.stats.drift import distance_skewness
 from srt_cli.stats.length_control import difficulties_of, length_controlled_win_rate
 from srt_cli.stats.rates import (
     discrete_win_rate,
@@ -112,12 +113,12 @@ def test_kappa_and_alpha_on_pandalm(golden):
         assert cohen_kappa(left, right) == pytest.approx(expected, abs=1e-6)
     as_preferences = [[{"0": 0.5, "1": 1.0, "2": 0.0}[label] for label in each] for each in people]
     found = agreement(as_preferences[0], as_preferences[1])
-    assert found.kappa == pytest.approx(golden["pandalm"]["cohen_kappa"]["1-2"], abs=1e-6)
+    assert found.kappa.value == pytest.approx(golden["pandalm"]["cohen_kappa"]["1-2"], abs=1e-6)
     assert found.accuracy.value == pytest.approx(
         golden["pandalm"]["raw_agreement"]["1-2"], abs=1e-6
     )
-    low, high = found.kappa_interval
-    assert low < found.kappa < high < low + 0.1
+    assert found.kappa.low < found.kappa.value < found.kappa.high < found.kappa.low + 0.1
+    assert found.alpha.low < found.alpha.value < found.alpha.high < found.alpha.low + 0.1
     expected = golden["pandalm"]["krippendorff_alpha_nominal"]
     assert krippendorff_alpha(people) == pytest.approx(expected, abs=1e-6)
 

@@ -83,10 +83,10 @@ def test_position_figures_of_llmbar_are_reproduced(judge):
     assert found.n == expected["n"] - expected["n_missing"]
     # The published share counts an item with a missing verdict as inconsistent; ours leaves it out.
     published = expected["position_consistency"] * expected["n"] / found.n
-    assert found.consistency == pytest.approx(published, abs=1e-6)
+    assert found.consistency.value == pytest.approx(published, abs=1e-6)
     # So with the first slot: the published rate also counts calls whose partner is missing.
     tolerance = 1e-6 if expected["n_missing"] == 0 else 2e-4
-    assert found.first_slot_rate == pytest.approx(expected["first_slot_rate"], abs=tolerance)
+    assert found.first_slot_rate.value == pytest.approx(expected["first_slot_rate"], abs=tolerance)
 
 
 @needs_data
@@ -223,10 +223,9 @@ def test_agreement_counts_ties_apart_and_kappa_knows_chance():
     assert found.accuracy.value == 0.5
     assert found.without_ties.value == 1.0
     assert found.without_ties.n == 2
-    low, high = found.kappa_interval
-    assert low <= found.kappa <= high
+    assert found.kappa.low <= found.kappa.value <= found.kappa.high
     # By hand: 4 wins, 2 losses and 2 ties in 8 words; 4 coincidences disagree.
-    assert found.alpha == pytest.approx(1 - 7 * 4 / (64 - (16 + 4 + 4)))
+    assert found.alpha.value == pytest.approx(1 - 7 * 4 / (64 - (16 + 4 + 4)))
     assert cohen_kappa(["a", "b"], ["a", "b"]) == 1
     assert cohen_kappa(["a", "a"], ["a", "a"]) is None
     assert krippendorff_alpha([[1, 2, None], [1, 2, 1]]) == 1

@@ -5,30 +5,31 @@ from pathlib import Path
 
 from srt_cli import console
 from srt_cli.artifacts import (
-    OrderedWriter,
     inherited,
     open_run,
     read_manifest,
     template_input,
 )
 from srt_cli.asking import Asking
-from srt_cli.critique import Critic, Sampling
-from srt_cli.errors import UsageError
-from srt_cli.eval_options import Evaluate, beside
-from srt_cli.judging import (
+from srt_cli.contestants import (
+    Answered,
     Contestant,
-    Judge,
     Use,
     answer,
     check_output,
-    judge_pairs,
-    orders_of,
+    read_critiques,
     read_outputs,
     score_output,
 )
+from srt_cli.critique import Critic, Sampling
+from srt_cli.errors import UsageError
+from srt_cli.eval_options import Evaluate
+from srt_cli.evidence import Evidence, write_evidence
+from srt_cli.judging import Judge, Twice, ask_again, judge_pairs, orders_of
+from srt_cli.labelled_pairs import Pair, ScoredPair, ask_pairs, read_pairs
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.prompts import prompts_from
-from srt_cli.records import Judgment, Output, Prompt, Record, Scored
+from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Scored
 from srt_cli.templates import read_judge_template
 
 COMMAND = "eval"
@@ -38,60 +39,81 @@ __all__ = ["Evaluate", "run"]
 
 
 def run(options: Evaluate) -> None:
-    """Answer, check, judge, count, report; or count what was judged before."""
+    """Answer, check, judge, score, count, report; or count what was judged before."""
     if _count_saved(options):
         return
-    if options.rounds < 1:
-        raise UsageError("--rounds starts at 1.")
     reference = options.reference or base_of(options.model[0])
     judges = tuple(dict.fromkeys(options.judge)) or critic_as_judge()
-    if not judges and options.check is None and options.scorer is None:
-        raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
+    _refuse_contradictions(options, judges)
+    pairs = list(read_pairs(options.pairs, options.limit)) if options.pairs else []
     if options.objective:
-        from srt_cli.drift import read_objective
+        from srt_cli.objective import read_objective
 
         read_objective(options.objective)  # a wrong file is said before any work is done
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
     rows = list(prompts.read())
+    inputs = {**prompts.inputs, **template_input(options.judge_template, "judge_template")}
+    if options.pairs is not None:
+        inputs["pairs"] = options.pairs
     run = open_run(
         COMMAND,
         options,
         options.out,
-        inputs={**prompts.inputs, **template_input(options.judge_template, "judge_template")},
+        inputs=inputs,
         overwrite=options.overwrite,
         resolved={"reference": reference, "judge": list(judges)},
     )
     with run:
         asking = Asking.begin(run, options, offline=options.offline)
-        contestants = list(dict.fromkeys(options.model))
         try:
-            outputs = _answers(options, reference, contestants, rows, asking)
+            outputs, critiques = _answers(options, reference, rows, asking)
             if options.check is not None:
                 outputs = _checked(options.check, rows, outputs, asking)
-            judgments = [
-                judgment
-                for judge in judges
-                for judgment in _judgments(judge, reference, options, rows, outputs, asking)
-            ]
+            judged = [_judged(judge, reference, options, rows, outputs, asking) for judge in judges]
             scores = _scores(options, rows, outputs, asking)
+            paired = _pairs(options, reference, pairs, asking)
         finally:
             run.manifest.cost = asking.cost.describe()
-        _write(options.out.with_name(options.out.stem + ".outputs.jsonl"), outputs)
-        _write(beside(options.out, "judgments.jsonl"), judgments)
-        if scores:
-            _write(options.out.with_name(options.out.stem + ".scores.jsonl"), scores)
+        evidence = Evidence(
+            rows, outputs, [each for judgments, _ in judged for each in judgments], reference,
+            judges, options.orders,
+            repeats={judge: twice for judge, (_, twice) in zip(judges, judged, strict=True) if twice},
+            scores=scores, critiques=critiques, pairs=pairs, scored_pairs=paired,
+        )  # fmt: skip
+        write_evidence(options.out, evidence)
         from srt_cli.eval_figures import close_contest, write_figures
 
-        contest = write_figures(
-            run, options, rows, outputs, judgments, reference, judges, options.orders, scores
-        )
+        contest = write_figures(run, options, evidence)
     console.say(asking.cost.sentence())
     close_contest(options, contest)
 
 
+def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
+    """Options that would be without effect together are an error, not a silence."""
+    if options.rounds < 1:
+        raise UsageError("--rounds starts at 1.")
+    if options.rounds > 1 and "refinement" not in options.use:
+        raise UsageError("--rounds refines answers several times. Pass --use refinement too.")
+    if not judges and options.check is None and options.scorer is None:
+        raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
+    if options.repeat and not judges:
+        raise UsageError("--repeat asks a judge twice. Pass --judge SPEC.")
+    if options.scorer is not None and "response" not in options.use:
+        raise UsageError("--scorer scores direct answers. Pass --use response too.")
+    if options.pairs is not None and not any(map(_is_model, options.model)):
+        raise UsageError("--pairs needs a model that scores; every --model is a file or a program.")
+
+
+def _is_model(spec: str) -> bool:
+    """Whether a contestant can be asked for scores: no file of outputs, no program."""
+    return not spec.endswith((".jsonl", ".jsonl.gz")) and not spec.startswith(RUNS_CODE_PREFIX)
+
+
 def _count_saved(options: Evaluate) -> bool:
     """The ways of `eval` that need no contestants; true when one of them was asked for."""
-    chosen = [bool(options.annotations), options.pairs is not None, bool(options.feedback)]
+    compares = bool(options.judge) or options.check is not None or options.scorer is not None
+    pairs_alone = options.pairs is not None and (not compares or bool(options.feedback))
+    chosen = [bool(options.annotations), pairs_alone, bool(options.feedback)]
     if sum(chosen) > 1:
         raise UsageError("--annotations, --pairs and --feedback: choose one of them.")
     if not any(chosen):
@@ -129,16 +151,16 @@ def critic_as_judge() -> tuple[str, ...]:
 
 
 def _answers(
-    options: Evaluate,
-    reference: str,
-    contestants: Sequence[str],
-    prompts: Sequence[Prompt],
-    asking: Asking,
-) -> list[Output]:
-    """Everyone's outputs, the reference's direct answers first; one model in memory at a time."""
+    options: Evaluate, reference: str, prompts: Sequence[Prompt], asking: Asking
+) -> tuple[list[Output], dict[str, list[FeedbackRecord]]]:
+    """Everyone's outputs, the reference's direct answers first, and their critiques of their own.
+
+    One model is in memory at a time.
+    """
     outputs: list[Output] = []
+    critiques: dict[str, list[FeedbackRecord]] = {}
     wanted: list[tuple[str, Sequence[Use]]] = [(reference, ("response",))]
-    wanted += [(spec, options.use) for spec in contestants]
+    wanted += [(spec, options.use) for spec in dict.fromkeys(options.model)]
     for spec, uses in wanted:
         if spec == reference:
             uses = tuple(use for use in uses if (spec, use) not in _already(outputs))
@@ -146,18 +168,28 @@ def _answers(
             continue
         if spec.endswith((".jsonl", ".jsonl.gz")):
             outputs += read_outputs(Path(spec), prompts, uses)
-            continue
-        with asking.open(spec) as model:
-            contestant = Contestant(
-                spec,
-                model,
-                Sampling(options.max_new_tokens, options.temperature, seed=options.seed),
-                Sampling(options.critic_max_tokens, 0.0, seed=options.seed),
-            )
-            scripts = (answer(contestant, prompt, uses, options.rounds) for prompt in prompts)
-            answered = asking.ask(f"answers of {spec}", scripts, len(prompts))
-        outputs += [output for row in answered for output in row]
-    return outputs
+            own = read_critiques(Path(spec), prompts)
+        else:
+            answered = _asked(spec, uses, options, prompts, asking)
+            outputs += [output for each in answered for output in each.outputs]
+            own = [each.critique for each in answered if each.critique is not None]
+        if own:
+            critiques[spec] = own
+    return outputs, critiques
+
+
+def _asked(
+    spec: str, uses: Sequence[Use], options: Evaluate, prompts: Sequence[Prompt], asking: Asking
+) -> list[Answered]:
+    with asking.open(spec) as model:
+        contestant = Contestant(
+            spec,
+            model,
+            Sampling(options.max_new_tokens, options.temperature, seed=options.seed),
+            Sampling(options.critic_max_tokens, 0.0, seed=options.seed),
+        )
+        scripts = (answer(contestant, prompt, uses, options.rounds) for prompt in prompts)
+        return asking.ask(f"answers of {spec}", scripts, len(prompts))
 
 
 def _already(outputs: Iterable[Output]) -> set[tuple[str, str]]:
@@ -173,15 +205,15 @@ def _checked(
         return asking.ask("checking", scripts, len(outputs))
 
 
-def _judgments(
+def _judged(
     judge_spec: str,
     reference: str,
     options: Evaluate,
     prompts: Sequence[Prompt],
     outputs: list[Output],
     asking: Asking,
-) -> list[Judgment]:
-    """Each output against the reference's direct answer, in both orders or in one."""
+) -> tuple[list[Judgment], list[Twice]]:
+    """Each output against the reference's direct answer; then some of the questions once more."""
     template = read_judge_template(options.judge_template) if options.judge_template else None
     by_id = {prompt.id: prompt for prompt in prompts}
     references = {
@@ -197,7 +229,9 @@ def _judgments(
     ]
     with asking.open(judge_spec) as model:
         judge = Judge(model, options.verdicts, template, options.judge_max_tokens)
-        return judge_pairs(asking, f"judging by {judge_spec}", judge, shown)
+        judgments = judge_pairs(asking, f"judging by {judge_spec}", judge, shown)
+        twice = ask_again(asking, judge, shown, judgments, options.repeat, options.seed)
+        return judgments, twice
 
 
 def _scores(
@@ -206,11 +240,18 @@ def _scores(
     outputs: Sequence[Output],
     asking: Asking,
 ) -> list[Scored]:
-    """`--scorer`: each direct answer scored blind, by its own model and by somebody outside."""
+    """`--scorer`: each direct answer, and what the first refinement made of it, scored blind.
+
+    By its own model, and by somebody outside.
+    """
     if options.scorer is None:
         return []
     by_id = {prompt.id: prompt for prompt in prompts}
-    direct = [output for output in outputs if output.use == "response"]
+    scored = [
+        output
+        for output in outputs
+        if output.use == "response" or (output.use == "refinement" and output.parsed)
+    ]
     sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
     scores: list[Scored] = []
 
@@ -220,16 +261,20 @@ def _scores(
             scripts = (score_output(critic, spec, by_id[o.id], o) for o in answers)
             return asking.ask(f"scores by {spec}", scripts, len(answers))
 
-    for spec in dict.fromkeys(output.contestant for output in direct):
-        if not spec.endswith((".jsonl", ".jsonl.gz")) and not spec.startswith(RUNS_CODE_PREFIX):
-            scores += score(spec, [o for o in direct if o.contestant == spec], True)
-    return scores + score(options.scorer, direct, False)
+    for spec in dict.fromkeys(output.contestant for output in scored):
+        if _is_model(spec):
+            scores += score(spec, [o for o in scored if o.contestant == spec], True)
+    return scores + score(options.scorer, scored, False)
 
 
-def _write(path: Path, records: Iterable[Record]) -> None:
-    writer = OrderedWriter(path)
-    try:
-        writer.add(0, records)
-        writer.commit()
-    finally:
-        writer.discard()
+def _pairs(
+    options: Evaluate, reference: str, pairs: Sequence[Pair], asking: Asking
+) -> dict[str, list[ScoredPair]]:
+    """`--pairs`: every stage scores both sides of the labelled pairs, as its own critic."""
+    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
+    in_conversation = options.critique_style != "message"
+    return {
+        spec: ask_pairs(asking, spec, pairs, sampling, in_conversation=in_conversation)
+        for spec in dict.fromkeys([reference, *options.model])
+        if pairs and _is_model(spec)
+    }

@@ -7,12 +7,14 @@ from itertools import combinations
 from typing import Final
 
 from srt_cli.stats.hygiene import ngrams
+from srt_cli.stats.rates import Estimate, pass_rate
 
 GROUNDING_NGRAM: Final = 4
 SHORTEST_QUOTE: Final = 8
 GENERIC_NGRAM: Final = 5
 GENERIC_LIKENESS: Final = 0.5
 MOST_COMPARED: Final = 1000
+FEWEST_LETTER_BYTES: Final = 60
 
 
 def is_grounded(weaknesses: str, response: str) -> bool:
@@ -25,10 +27,20 @@ def is_grounded(weaknesses: str, response: str) -> bool:
     return bool(_ngrams(weaknesses, GROUNDING_NGRAM) & _ngrams(response, GROUNDING_NGRAM))
 
 
-def generic_share(critiques: Sequence[str], seed: int = 0) -> float | None:
+def same_language(critique: str, answer: str) -> bool | None:
+    """Whether both are in one language (langid's classifier); null where a text is too short to tell."""
+    letters = ("".join(filter(str.isalpha, text)) for text in (critique, answer))
+    if any(len(each.encode()) < FEWEST_LETTER_BYTES for each in letters):
+        return None
+    import py3langid
+
+    return bool(py3langid.classify(critique)[0] == py3langid.classify(answer)[0])
+
+
+def generic_share(critiques: Sequence[str], seed: int = 0) -> Estimate | None:
     """Share of critiques that another one shares half its 5-grams with (Jaccard >= 0.5).
 
-    Over at most 1,000 of them, drawn with a seed; null with fewer than two.
+    Over at most 1,000 of them, drawn with a seed, with Wilson's interval; null with fewer than two.
     """
     if len(critiques) < 2:
         return None
@@ -47,7 +59,7 @@ def generic_share(critiques: Sequence[str], seed: int = 0) -> float | None:
         shared = len(grams[a] & grams[b])
         if shared >= GENERIC_LIKENESS * (small + large - shared):
             generic |= {a, b}
-    return len(generic) / len(chosen)
+    return pass_rate([place in generic for place in range(len(chosen))])
 
 
 def _ngrams(text: str, size: int) -> set[tuple[str, ...]]:

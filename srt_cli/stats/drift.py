@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from srt_cli.stats.agreement import bootstrap_interval, distance_skewness
-from srt_cli.stats.rates import Estimate, mean_with_error
+from srt_cli.stats.bootstrap import bootstrap_mean, bootstrapped
+from srt_cli.stats.rates import Estimate, PairedDifference, mean_with_error
 
 Colour = Literal["green", "amber", "red", "unknown"]
 Values = npt.NDArray[np.float64]
@@ -17,6 +16,9 @@ Values = npt.NDArray[np.float64]
 FEWEST_ITEMS: Final = 10
 LONGER: Final = 1.15
 LESS_DIVERSE: Final = 0.9
+SIGNIFICANT: Final = 0.05
+APART: Final = (-9.0, 9.0)
+"""Between which two scores of 1 to 10 can differ."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,46 @@ class SelfBias:
     """A model's scores of its own answers minus an outside judge's scores of the same answers."""
 
     bias: Estimate
-    skewness: float
+    skewness: Estimate
     """Distance skewness of the differences: 0 symmetric, 1 all on one side (arXiv 2402.11436)."""
 
 
-def self_bias(own: Sequence[float], outside: Sequence[float]) -> SelfBias | None:
+def self_bias(own: Sequence[float], outside: Sequence[float], seed: int = 0) -> SelfBias | None:
     """Mean of own - outside with its t interval, and how one-sided it is; null without items."""
     errors = [a - b for a, b in zip(own, outside, strict=True)]
-    estimate = mean_with_error(errors)
-    return None if estimate is None else SelfBias(estimate, distance_skewness(errors))
+    estimate = mean_with_error(errors, APART)
+    if estimate is None:
+        return None
+    values: Values = np.asarray(errors, dtype=np.float64)
+    return SelfBias(estimate, bootstrapped(values, distance_skewness, seed))
+
+
+def distance_skewness(errors: npt.ArrayLike) -> float:
+    """How one-sided errors are: 0 symmetric around 0, 1 all of one sign and size.
+
+    dskew = 1 - Σ_ij |e_i - e_j| / Σ_ij |e_i + e_j|, 0 where the denominator is 0 (arXiv 2402.11436).
+    From sorted values: Σ_ij |e_i - e_j| = 2·Σ_k (2k - n - 1)·e_(k), Σ_ij max(u_i, u_j) =
+    Σ_k (2k - 1)·u_(k), and |a + b| = 2·max(|a|, |b|) - |a - b|.
+    """
+    e: Values = np.sort(np.asarray(errors, dtype=np.float64))  # (n,)
+    n = len(e)
+    k = np.arange(1, n + 1)
+    apart = 2 * float(((2 * k - n - 1) * e).sum())
+    largest = float(((2 * k - 1) * np.sort(np.abs(e))).sum())
+    summed = 2 * largest - apart
+    return 1 - apart / summed if summed > 1e-12 * max(1.0, largest) else 0.0
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What a stage changed against the stage before, besides scores; null where it is not known."""
+
+    length_growth: float | None = None
+    equal_length_gain: float | None = None
+    diversity_change: float | None = None
+    """Share of different word pairs, stage before = 1."""
+    pair_accuracy: PairedDifference | None = None
+    """How often it scores the answer that people chose higher."""
 
 
 @dataclass(frozen=True)
@@ -51,50 +84,44 @@ def echo_alarm(
     own_after: Sequence[float],
     outside_before: Sequence[float],
     outside_after: Sequence[float],
-    *,
-    length_growth: float | None = None,
-    equal_length_gain: float | None = None,
-    diversity_change: float | None = None,
+    signs: Signs = Signs(),
     seed: int = 0,
 ) -> Echo:
     """Difference in differences over the same items, (n,) each, with a bootstrap over items.
 
     E = (own_after - own_before) - (outside_after - outside_before). Red: E's interval is above 0
-    while the outside growth's is not. Amber: answers grew by more than 15 % without winning more at
-    equal length, or diversity fell by more than 10 %. Otherwise green; unknown below 10 items.
+    while the outside growth's is not. Amber: people's pairs are told apart less often (McNemar p
+    below 0.05), answers grew by more than 15 % without winning more at equal length, or diversity
+    fell by more than 10 %. Otherwise green; unknown where fewer than 10 items have all four scores.
     """
     n = len(own_before)
-    if n < FEWEST_ITEMS:
-        return Echo("unknown", f"only {n} items have all four scores", None, None)
-    own: Values = np.asarray(own_after, np.float64) - np.asarray(own_before, np.float64)  # (n,)
-    outside: Values = np.asarray(outside_after, np.float64) - np.asarray(outside_before, np.float64)
-    excess = _with_interval(own - outside, seed)
-    growth = _with_interval(outside, seed)
-    said = f"own scores grew by {own.mean():+.2f}, outside scores by {growth.value:+.2f}"
-    if excess.low > 0 and growth.low <= 0:
-        return Echo("red", f"it praises itself more without being better: {said}", excess, growth)
-    if length_growth is not None and length_growth > LONGER and (equal_length_gain or 0.0) <= 0:
-        longer = f"answers grew by {length_growth - 1:.0%} without winning more at equal length"
-        return Echo("amber", f"{longer}; {said}", excess, growth)
-    if diversity_change is not None and diversity_change < LESS_DIVERSE:
-        poorer = f"answers became {1 - diversity_change:.0%} less diverse"
-        return Echo("amber", f"{poorer}; {said}", excess, growth)
-    return Echo("green", said, excess, growth)
+    worse = _worse(signs)
+    excess = growth = None
+    said = f"only {n} answers have all four scores, so whether it praises itself is not known"
+    if n >= FEWEST_ITEMS:
+        own: Values = np.asarray(own_after, np.float64) - np.asarray(own_before, np.float64)  # (n,)
+        outside: Values = np.asarray(outside_after, np.float64) - np.asarray(outside_before)
+        excess, growth = bootstrap_mean(own - outside, seed), bootstrap_mean(outside, seed)
+        said = f"own scores grew by {own.mean():+.2f}, outside scores by {growth.value:+.2f}"
+    if excess is not None and growth is not None and excess.low > 0 >= growth.low:
+        reason = "; ".join(["it praises itself more without being better", *worse, said])
+        return Echo("red", reason, excess, growth)
+    if worse:
+        return Echo("amber", "; ".join([*worse, said]), excess, growth)
+    return Echo("unknown" if excess is None else "green", said, excess, growth)
 
 
-def _with_interval(values: Values, seed: int) -> Estimate:
-    low, high = bootstrap_interval(len(values), lambda draw: float(values[draw].mean()), seed)
-    error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return Estimate(float(values.mean()), low, high, len(values), error)
-
-
-def distinct_pairs(texts: Sequence[str]) -> float | None:
-    """Distinct-2: different word pairs over all word pairs of all texts; null without a pair."""
-    seen: set[tuple[str, str]] = set()
-    total = 0
-    for text in texts:
-        words = text.lower().split()
-        pairs = list(pairwise(words))
-        seen.update(pairs)
-        total += len(pairs)
-    return len(seen) / total if total else None
+def _worse(signs: Signs) -> list[str]:
+    found = []
+    pairs = signs.pair_accuracy
+    if pairs is not None and pairs.difference.value < 0 and pairs.p_value < SIGNIFICANT:
+        found.append(
+            f"it tells people's pairs apart {-100 * pairs.difference.value:.0f} points less often "
+            f"(McNemar p = {pairs.p_value:.3f})"
+        )
+    growth = signs.length_growth
+    if growth is not None and growth > LONGER and (signs.equal_length_gain or 0.0) <= 0:
+        found.append(f"answers grew by {growth - 1:.0%} without winning more at equal length")
+    if signs.diversity_change is not None and signs.diversity_change < LESS_DIVERSE:
+        found.append(f"answers became {1 - signs.diversity_change:.0%} less diverse")
+    return found

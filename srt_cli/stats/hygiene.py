@@ -4,7 +4,10 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from srt_cli.stats.rates import Estimate
 
 NGRAM: Final = 4
 MOST_REPEATED: Final = 0.5
@@ -27,9 +30,13 @@ _REFUSAL: Final = re.compile(
 class Degenerate:
     """Share of outputs that are no answers, and how many for which reason (one may have several)."""
 
-    share: float
+    rate: "Estimate | None"
     reasons: dict[str, int]
-    n: int
+
+    @property
+    def share(self) -> float:
+        """The rate alone; 0 without outputs."""
+        return self.rate.value if self.rate else 0.0
 
     @property
     def red_flag(self) -> bool:
@@ -45,11 +52,13 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
     of its 4-grams are different ones. Leaking: marks of a critique, a verdict or a chat template.
     Refusing: it begins by saying that it cannot help.
     """
+    from srt_cli.stats.rates import pass_rate  # here, so that the faults of one text need no numpy
+
     normalised = [" ".join(output.lower().split()) for output in outputs]
     counts = Counter(normalised)
     limit = max(1.0, CONSTANT_SHARE * len(outputs))
     reasons: Counter[str] = Counter()
-    bad = 0
+    bad: list[bool] = []
     for prompt, text in zip(prompts, normalised, strict=True):
         found = []
         if not text:
@@ -62,8 +71,8 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
         if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
             found.append("copy of the prompt")
         reasons.update(found)
-        bad += bool(found)
-    return Degenerate(bad / len(outputs) if outputs else 0.0, dict(reasons), len(outputs))
+        bad.append(bool(found))
+    return Degenerate(pass_rate(bad), dict(reasons))
 
 
 def faults_of(text: str) -> list[str]:

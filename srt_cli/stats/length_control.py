@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import expit
 
-from srt_cli.stats.rates import Estimate, bounded
+from srt_cli.stats.rates import Doubt, Estimate, bounded
 
 Values = npt.NDArray[np.float64]
 Mode = Literal["alpaca_eval", "generic"]
@@ -48,7 +48,7 @@ class LengthControlled:
     mode: Mode
     phi: float
     """The pull of length on the judge: below 0, longer answers win."""
-    warnings: tuple[str, ...]
+    warnings: tuple[Doubt, ...]
 
 
 @cache
@@ -104,7 +104,7 @@ def length_controlled_win_rate(
     if spread == 0:
         raw = bounded(float(y.mean()), float(y.std(ddof=1) / np.sqrt(n)), n)
         why = "all length differences are equal, so nothing is controlled: this is the raw rate"
-        return LengthControlled(raw, mode, 0.0, (why,))
+        return LengthControlled(raw, mode, 0.0, (Doubt("equal lengths", why),))
     z = longer / spread
     gamma = np.zeros(n) if difficulties is None else np.asarray(difficulties, dtype=np.float64)
     x = np.column_stack([np.tanh(z), gamma, np.ones(n)])  # (n, 3)
@@ -173,13 +173,15 @@ def _penalised(beta: Values, x: Values, y: Values, mode: Mode) -> tuple[float, V
     return loss, gradient, hessian
 
 
-def _doubts(controlled: float, raw: float, z: Values) -> tuple[str, ...]:
+def _doubts(controlled: float, raw: float, z: Values) -> tuple[Doubt, ...]:
     """AlpacaEval's rule for a controlled rate far from the raw one, and extrapolation."""
     found = []
     low, high = min(raw - raw / 4, raw - 10), max(raw + (100 - raw) / 4, raw + 10)
     if not low <= controlled <= high:
-        found.append(f"the length-controlled rate {controlled:.1f} is far from the raw {raw:.1f}")
+        why = f"the length-controlled rate {controlled:.1f} is far from the raw {raw:.1f}"
+        found.append(Doubt("far from the raw rate", why))
     far = float((np.abs(z) > FAR_LENGTH).mean())
     if far > MOST_FAR:
-        found.append(f"{far:.0%} of the lengths differ so much that the fit extrapolates")
+        why = f"{far:.0%} of the lengths differ so much that the fit extrapolates"
+        found.append(Doubt("extrapolates", why))
     return tuple(found)

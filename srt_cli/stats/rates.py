@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -23,6 +23,14 @@ class Estimate:
     high: float
     n: int
     standard_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """Why a figure should be read with care; figures with the same topic are doubted alike."""
+
+    topic: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,12 @@ def pass_rate(passed: Sequence[bool]) -> Estimate | None:
     return Estimate(hits / n, float(interval.low), float(interval.high), n)
 
 
-def mean_with_error(values: Sequence[float]) -> Estimate | None:
+def mean_with_error(
+    values: Sequence[float], possible: tuple[float, float] = (0.0, 1.0)
+) -> Estimate | None:
     """Mean, standard error sd / sqrt(n) with n - 1 in the variance, and the t interval.
 
-    Null without items; with a single one the interval is unknown and spans the possible 0 to 1.
+    Null without items; with a single one nothing is known, and the interval is all that is possible.
     """
     array: Values = np.asarray(values, dtype=np.float64)  # (n,)
     n = len(array)
@@ -61,16 +71,38 @@ def mean_with_error(values: Sequence[float]) -> Estimate | None:
         return None
     mean = float(array.mean())
     if n == 1:
-        return Estimate(mean, 0.0, 1.0, 1)
+        return Estimate(mean, *possible, 1)
     error = float(array.std(ddof=1) / np.sqrt(n))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return Estimate(mean, mean - reach, mean + reach, n, error)
+
+
+def ratio_of_means(a: Sequence[float], b: Sequence[float]) -> Estimate | None:
+    """Mean of a over mean of b, of the same items, with the error of the delta method.
+
+    r = Σa/Σb, SE = sd(a - r·b)/(√n·mean b), interval r ± 1.96 SE; null where b is 0.
+    """
+    above: Values = np.asarray(a, dtype=np.float64)  # (n,)
+    below: Values = np.asarray(b, dtype=np.float64)  # (n,)
+    n = len(above)
+    if not n or below.sum() == 0:
+        return None
+    ratio = float(above.sum() / below.sum())
+    if n == 1:
+        return Estimate(ratio, ratio, ratio, 1)
+    error = float((above - ratio * below).std(ddof=1) / (math.sqrt(n) * below.mean()))
+    return Estimate(ratio, ratio - 1.96 * error, ratio + 1.96 * error, n, error)
 
 
 def bounded(value: float, error: float, n: int) -> Estimate:
     """A share with a standard error of its own: value ± 1.96 SE, within 0 and 1."""
     reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
     return Estimate(value, max(0.0, value - reach), min(1.0, value + reach), n, error)
+
+
+def within(estimate: Estimate, low: float = 0.0, high: float = 1.0) -> Estimate:
+    """The same figure with its interval cut to what is possible."""
+    return replace(estimate, low=max(low, estimate.low), high=min(high, estimate.high))
 
 
 def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float | None:
@@ -93,8 +125,7 @@ def win_rate(preferences: Sequence[float]) -> Estimate | None:
     estimate = mean_with_error(preferences)
     if estimate is None:
         return None
-    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
-    return Estimate(estimate.value, low, high, estimate.n, estimate.standard_error)
+    return within(estimate)
 
 
 def discrete_win_rate(preferences: Sequence[float]) -> Estimate | None:
@@ -137,7 +168,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     if len(a) < 2:
         return None
     differences = [x - y for x, y in zip(a, b, strict=True)]
-    estimate = mean_with_error(differences)
+    estimate = mean_with_error(differences, (-1.0, 1.0))
     assert estimate is not None
     only_a = sum(x > 0.5 >= y for x, y in zip(a, b, strict=True))
     only_b = sum(y > 0.5 >= x for x, y in zip(a, b, strict=True))
@@ -145,6 +176,21 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     p_value = float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0
     smallest = DETECTABLE * (estimate.standard_error or 0.0)
     return PairedDifference(estimate, only_a, only_b, p_value, smallest)
+
+
+def difference_to_half(values: Sequence[float]) -> PairedDifference | None:
+    """A contestant's preferences against the reference's own 1/2: the reference ties with itself.
+
+    Mean of y - 1/2 with its t interval; the exact sign test of wins against losses, which is McNemar's
+    of y and 1 - y. Null with fewer than two items.
+    """
+    mirrored = paired_difference(values, [1 - value for value in values])
+    if mirrored is None:
+        return None
+    found = mirrored.difference
+    error = None if found.standard_error is None else found.standard_error / 2
+    half = Estimate(found.value / 2, found.low / 2, found.high / 2, found.n, error)
+    return replace(mirrored, difference=half, smallest_detectable=mirrored.smallest_detectable / 2)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -164,9 +210,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Position:
     """How far a judge follows the order in which answers are shown."""
 
-    consistency: float
+    consistency: Estimate
     """Share of items with the same verdict in both orders."""
-    first_slot_rate: float
+    first_slot_rate: Estimate
     """Share of calls that the answer shown first wins; ties count 1/2. 0.5 is unbiased."""
     shown_first: Estimate | None
     """Win rate of the model when its answer was shown first."""
@@ -186,12 +232,16 @@ def position_bias(shown_first: Sequence[float], shown_second: Sequence[float]) -
     if not len(first):
         return None
     signs = np.sign(first - 0.5), np.sign(second - 0.5)
-    wins = np.concatenate([(signs[0] + 1) / 2, (1 - signs[1]) / 2])  # (2n,)
+    consistency = pass_rate((signs[0] == signs[1]).tolist())
+    # Both calls of an item are one draw: they are not independent of each other.
+    first_slot = win_rate(((signs[0] + 1) / 4 + (1 - signs[1]) / 4).tolist())
+    assert consistency is not None
+    assert first_slot is not None
     return Position(
-        consistency=float((signs[0] == signs[1]).mean()),
-        first_slot_rate=float(wins.mean()),
+        consistency=consistency,
+        first_slot_rate=first_slot,
         shown_first=win_rate(first.tolist()),
         shown_second=win_rate(second.tolist()),
-        gap=mean_with_error((second - first).tolist()) if len(first) > 1 else None,
+        gap=mean_with_error((second - first).tolist(), (-1.0, 1.0)) if len(first) > 1 else None,
         n=len(first),
     )

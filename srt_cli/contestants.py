@@ -1,0 +1,156 @@
+"""Contestants and what is asked of them: answers, refinements, their own critiques, blind scores."""
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from srt_cli.artifacts import read_rows
+from srt_cli.calls import Call
+from srt_cli.critique import Critic, Sampling, respond_call
+from srt_cli.errors import SrtError
+from srt_cli.judging import output_of, status_of
+from srt_cli.models import Model, Reply, Request, Task
+from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
+from srt_cli.templates import ParsedCritique, parse_critique, parse_preference
+
+Use = Literal["response", "refinement"]
+FEEDBACK_FIELDS: Final = frozenset(FeedbackRecord.model_fields)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model in the contest: how it answers, and how it refines its own answers."""
+
+    name: str
+    model: Model
+    drafts: Sampling
+    critiques: Sampling
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a contestant made of one prompt."""
+
+    outputs: list[Output]
+    critique: FeedbackRecord | None = None
+    """Its own critique of its direct answer, when it was asked to refine it."""
+
+
+def answer(
+    contestant: Contestant, prompt: Prompt, uses: Sequence[Use], rounds: int = 1
+) -> Generator[Call, Reply, Answered]:
+    """One prompt: the direct response and, if asked for, its refinements by the model itself.
+
+    Each round refines what the round before left; where a critique cannot be read, that stands.
+    """
+    reply = yield respond_call(contestant.model, contestant.drafts, prompt, sample=0)
+    status = status_of(reply)
+    text = reply.text.strip()
+    outputs = []
+    if "response" in uses:
+        outputs.append(output_of(prompt.id, contestant.name, "response", text, None, status))
+    critic = Critic(contestant.model, contestant.critiques, in_conversation=True)
+    first: FeedbackRecord | None = None
+    for use in refinement_uses(rounds) if "refinement" in uses else ():
+        parsed = False
+        if text:
+            reply = yield critic.call("critique", prompt, text, f"{prompt.id} critique, {use}")
+            critique = parse_critique(reply.text)
+            first = first or _critique_record(prompt, contestant.name, text, reply, critique)
+            if critique.refinement is not None and not critique.problems:
+                text, parsed = critique.refinement, True
+        outputs.append(output_of(prompt.id, contestant.name, use, text, parsed, status))
+    return Answered(outputs, first)
+
+
+def _critique_record(
+    prompt: Prompt, contestant: str, draft: str, reply: Reply, critique: ParsedCritique
+) -> FeedbackRecord:
+    """A contestant's critique of its own answer as `srt self-critique` would write it, unscored."""
+    status, reason = status_of(reply), None
+    if status != "ok":
+        reason = str(reply.error) if status == "failed" else f"critique: {status}"
+    elif critique.problems:
+        status, reason = "unparsed", "critique: " + ", ".join(critique.problems)
+    return FeedbackRecord(
+        id=prompt.id, prompt=prompt.prompt, response=draft, feedback=critique.feedback,
+        refinement=critique.refinement if status == "ok" else None, refinement_score=None,
+        refinement_feedback=None, status=status, reason=reason, raw={"critique": reply.text},
+        policy=contestant, critic=contestant, sample=0, round=1, usage=reply.usage,
+    )  # fmt: skip
+
+
+def refinement_uses(rounds: int) -> list[str]:
+    """The names of each round's answer: refinement, refinement-2, refinement-3 ..."""
+    return ["refinement", *(f"refinement-{number}" for number in range(2, rounds + 1))]
+
+
+def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> Iterator[Output]:
+    """Saved outputs: `response` or `output` (AlpacaEval), or a feedback file with its refinement.
+
+    Joined to the prompts by id, else by the prompt's text. Raises `SrtError` when one is missing.
+    """
+    by_id: dict[str, dict[str, object]] = {}
+    by_text: dict[str, dict[str, object]] = {}
+    for _, row in read_rows(path):
+        if "id" in row:
+            by_id.setdefault(str(row["id"]), row)
+        for name in ("prompt", "instruction"):
+            if isinstance(row.get(name), str):
+                by_text.setdefault(row[name], row)
+    for prompt in prompts:
+        found = by_id.get(prompt.id) or by_text.get(prompt.text)
+        if found is None:
+            raise SrtError(
+                f"{path}: has no output for prompt {prompt.id!r}. "
+                "Outputs are joined by id, or by the text of prompt or instruction."
+            )
+        for use in uses:
+            names = ("response", "output") if use == "response" else ("refinement",)
+            text = next((found[name] for name in names if isinstance(found.get(name), str)), None)
+            if text is None and use == "refinement" and "refinement" not in found:
+                raise SrtError(f"{path}: has no refinements. Leave out --use refinement for it.")
+            parsed = None if use == "response" else text is not None
+            fallback = found.get("response") or ""
+            answered = str(text if text is not None else fallback)
+            yield output_of(prompt.id, str(path), use, answered, parsed)
+
+
+def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call, Reply, Output]:
+    """Let a program say whether an output passes; what it cannot decide stays null."""
+    task = Task("check", prompt, (output.response,))
+    reply = yield Call(model, Request((), 0, task=task), f"{prompt.id} check")
+    verdict = parse_preference(reply.text)
+    if reply.finish_reason == "failed":
+        raise SrtError(f"{reply.error} (prompt {prompt.id}). A check must decide every answer.")
+    return output.model_copy(update={"passed": verdict == 1})
+
+
+def score_output(
+    critic: Critic, by: str, prompt: Prompt, output: Output
+) -> Generator[Call, Reply, Scored]:
+    """A blind score of one output: by its own writer in conversation, or by an outside critic."""
+    what = output.contestant if output.use == "response" else f"{output.contestant}, {output.use}"
+    name = f"{prompt.id} score of {what}"
+    reply = yield critic.call("score", prompt, output.response, name)
+    status = status_of(reply)
+    score = parse_critique(reply.text, expect_refinement=False).score if status == "ok" else None
+    if status == "ok" and score is None:
+        status = "unparsed"
+    raw = reply.text if reply.finish_reason != "failed" else str(reply.error)
+    return Scored(
+        id=prompt.id, contestant=output.contestant, use=output.use, by=by, score=score,
+        status=status, raw=raw,
+    )  # fmt: skip
+
+
+def read_critiques(path: Path, prompts: Sequence[Prompt]) -> list[FeedbackRecord]:
+    """The first rounds of a feedback file that answer these prompts; none where it is no such file."""
+    wanted = {prompt.id for prompt in prompts}
+    found: dict[str, FeedbackRecord] = {}
+    for _, row in read_rows(path):
+        if row.get("id") not in wanted or row["id"] in found or not row.keys() >= FEEDBACK_FIELDS:
+            continue
+        found[row["id"]] = FeedbackRecord.model_validate(row)
+    return list(found.values())

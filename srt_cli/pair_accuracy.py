@@ -1,0 +1,71 @@
+"""How often a critic scored the better answer higher: the paper's Table 5, by whoever was asked.
+
+A pair is right when the chosen answer's score is the higher. Ties are counted apart, because the
+paper does not say what it does with them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srt_cli.labelled_pairs import Pair, ScoredPair
+from srt_cli.stats.bootstrap import bootstrap_mean
+from srt_cli.stats.drift import APART
+from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
+from srt_cli.tables import Table, score_with_error, share, share_with_interval, shorten
+
+
+@dataclass(frozen=True)
+class PairAccuracy:
+    """How often a critic scored the chosen answer higher."""
+
+    critic: str
+    accuracy: Estimate | None
+    """Ties count as wrong; over pairs with both scores."""
+    with_half_ties: Estimate | None
+    without_ties: Estimate | None
+    ties: int
+    unread: int
+    gap: Estimate | None
+    """Mean score of the chosen minus that of the rejected."""
+    longer_wins: Estimate | None
+    """The baseline: how often the longer answer is the chosen one."""
+    pairs: int
+
+
+def count_pairs(critic: str, pairs: Sequence[Pair], scored: Sequence[ScoredPair]) -> PairAccuracy:
+    """Accuracy with ties as wrong, as half, and left out; unread pairs are counted apart."""
+    both = [
+        (s.chosen, s.rejected) for s in scored if s.chosen is not None and s.rejected is not None
+    ]
+    decided = [(a, b) for a, b in both if a != b]
+    longer = [len(p.chosen) > len(p.rejected) for p in pairs if len(p.chosen) != len(p.rejected)]
+    halves = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in both]
+    return PairAccuracy(
+        critic=critic,
+        accuracy=pass_rate([a > b for a, b in both]),
+        with_half_ties=bootstrap_mean(halves) if halves else None,
+        without_ties=pass_rate([a > b for a, b in decided]),
+        ties=len(both) - len(decided),
+        unread=len(scored) - len(both),
+        gap=mean_with_error([a - b for a, b in both], APART),
+        longer_wins=pass_rate(longer),
+        pairs=len(pairs),
+    )
+
+
+def pairs_table(found: list[PairAccuracy]) -> Table:
+    """One row a critic."""
+    columns = ["", "right [95 %]", "ties out", "ties", "unread", "gap", "longer wins"]
+    cells = [
+        [
+            shorten(each.critic),
+            share_with_interval(each.accuracy),
+            share(each.without_ties),
+            str(each.ties),
+            str(each.unread),
+            score_with_error(each.gap, "+"),
+            share(each.longer_wins),
+        ]
+        for each in found
+    ]
+    return Table("scores chosen above rejected", columns, cells)
