@@ -25,29 +25,26 @@ class Page:
     pdf: bytes = b""
 
 
-def visit(
-    path: Path,
-    *expressions: str,
-    width: int = 1000,
-    scheme: str = "light",
-    photograph: Path | None = None,
-    printed: bool = False,
-) -> Page:
-    """Open a file and evaluate expressions one after the other.
+@dataclass(frozen=True)
+class View:
+    """How a page is looked at."""
 
-    `photograph` takes a picture of the whole page, for people; `printed` prints it as PDF (A4).
-    """
-    return asyncio.run(_visit(path, expressions, width, scheme, photograph, printed))
+    width: int = 1000
+    scheme: str = "light"
+    media: str = ""
+    """`print` shows on the screen what the style says for paper."""
+    photograph: Path | None = None
+    """Where a picture of the whole page goes, for people."""
+    printed: bool = False
+    """Whether it is printed too, as PDF (A4)."""
 
 
-async def _visit(
-    path: Path,
-    expressions: tuple[str, ...],
-    width: int,
-    scheme: str,
-    photograph: Path | None,
-    printed: bool,
-) -> Page:
+def visit(path: Path, *expressions: str, **view: Any) -> Page:
+    """Open a file and evaluate expressions one after the other; `view` is as in `View`."""
+    return asyncio.run(_visit(path, expressions, View(**view)))
+
+
+async def _visit(path: Path, expressions: tuple[str, ...], view: View) -> Page:
     assert CHROMIUM
     profile = path.parent / "chromium-profile"
     process = subprocess.Popen(
@@ -65,7 +62,7 @@ async def _visit(
             async with session.get(f"http://127.0.0.1:{port}/json/list") as reply:
                 (tab,) = [each for each in await reply.json() if each["type"] == "page"]
             async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                return await _drive(socket, path, expressions, width, scheme, photograph, printed)
+                return await _drive(socket, path, expressions, view)
     finally:
         process.kill()
         process.wait()
@@ -73,13 +70,7 @@ async def _visit(
 
 
 async def _drive(
-    socket: aiohttp.ClientWebSocketResponse,
-    path: Path,
-    expressions: tuple[str, ...],
-    width: int,
-    scheme: str,
-    photograph: Path | None,
-    printed: bool,
+    socket: aiohttp.ClientWebSocketResponse, path: Path, expressions: tuple[str, ...], view: View
 ) -> Page:
     page = Page()
     loaded = False
@@ -114,10 +105,12 @@ async def _drive(
         await call(f"{domain}.enable")
     await call(
         "Emulation.setDeviceMetricsOverride",
-        width=width, height=900, deviceScaleFactor=1, mobile=False,
+        width=view.width, height=900, deviceScaleFactor=1, mobile=False,
     )  # fmt: skip
     await call(
-        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+        "Emulation.setEmulatedMedia",
+        media=view.media,
+        features=[{"name": "prefers-color-scheme", "value": view.scheme}],
     )
     await call("Page.navigate", url=path.resolve().as_uri())
     while not loaded:
@@ -126,10 +119,10 @@ async def _drive(
         found = await call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         page.values.append(found["result"].get("value"))
-    if photograph is not None:
+    if view.photograph is not None:
         picture = await call("Page.captureScreenshot", captureBeyondViewport=True)
-        photograph.write_bytes(base64.b64decode(picture["data"]))
-    if printed:
+        view.photograph.write_bytes(base64.b64decode(picture["data"]))
+    if view.printed:
         paper = await call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)
         page.pdf = base64.b64decode(paper["data"])
     return page

@@ -6,7 +6,7 @@ import pytest
 from conftest import write_jsonl
 from test_sft import feedback_rows
 
-from srt_cli.stats.critiques import generic_share, is_grounded
+from srt_cli.stats.critiques import generic_share, is_grounded, same_language
 
 SCORER = """
 from srt_cli.records import Feedback
@@ -62,6 +62,9 @@ def test_an_outside_scorer_shows_inflation_and_false_accepts(srt, folder):
     assert outside["false_accepts"]["value"] == 1
     assert outside["bias"]["bias"]["value"] == pytest.approx(0)
     assert set(outside["calibration"]) == {"4", "5", "6"}
+    # Always 5 from outside: no ranks to compare, but a distance, and chance-corrected agreement of 0.
+    assert outside["agreement"]["mean_distance"]["value"] == pytest.approx(2 / 3)
+    assert outside["agreement"]["weighted_kappa"]["value"] == pytest.approx(0)
     assert "the critic sees 6.0 points more gain than python:s.py:strict does" in finished.stderr
 
 
@@ -83,6 +86,17 @@ def test_grounded_is_a_quotation_or_four_words_in_a_row():
     assert is_grounded('It claims "they grow on trees" without proof.', answer)
     assert is_grounded("That pears are green and sweet is left open.", answer)
     assert not is_grounded("It is too short and not engaging.", answer)
+
+
+def test_a_critique_in_another_language_is_told_apart_and_a_short_one_is_not_judged():
+    english = "The answer names no sources although the question asks for them in so many words."
+    german = "Die Antwort nennt keine Quellen, obwohl ausdrücklich nach ihnen gefragt worden war."
+    chinese = "这个回答没有提供任何来源，尽管问题明确要求提供来源，而且回答太短，没有解释原因。"
+    assert same_language(english, english.replace("answer", "reply"))
+    assert same_language(english, german) is False
+    assert same_language(english, chinese) is False
+    assert same_language(chinese, chinese)
+    assert same_language("Too short.", german) is None
 
 
 def test_generic_critiques_are_those_that_resemble_another():

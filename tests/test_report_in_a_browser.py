@@ -1,8 +1,11 @@
 """The report as a person opens it: from a file, in a real browser."""
 
+import io
+
 import pytest
 from browser import CHROMIUM, visit
 from conftest import write_jsonl
+from pypdf import PdfReader
 from test_evaluate import PROGRAMS, evaluate
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
@@ -73,3 +76,51 @@ def test_examples_beyond_the_limit_are_in_a_second_file(report):
     )
     assert more.values == [4]
     assert more.complaints == []
+
+
+def words_of(pdf):
+    """All text of a PDF without white space, which lies elsewhere on paper."""
+    return "".join(
+        "".join(page.extract_text().split()) for page in PdfReader(io.BytesIO(pdf)).pages
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_paper_nothing_is_cut_and_every_example_is_there(report, scheme):
+    page = visit(report, scheme=scheme, printed=True)
+    text = words_of(page.pdf)
+    for number in range(20):
+        assert f"noideaaboutquestionnumber{number}" in text
+        assert f"<script>alert(1)</script>q{number}" in text
+    assert "Theother4areinreport.more.html" in text
+    # Tables reach beyond no edge: their last columns are there.
+    assert text.count("degenerate") >= 1
+    assert "length,reference=1" in text
+    assert "Filterbytext" not in text
+    more = visit(report.with_name("report.more.html"), printed=True)
+    assert all(f"noideaaboutquestionnumber{n}" in words_of(more.pdf) for n in range(20, 24))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_paper_is_white_whatever_the_screen_and_holds_every_table_whole(report, scheme):
+    page = visit(
+        report,
+        "getComputedStyle(document.body).color",
+        "[...document.querySelectorAll('.scroll, .plot, pre')].filter("
+        "box => box.scrollWidth > box.clientWidth + 1).length",
+        width=700,
+        scheme=scheme,
+        media="print",
+    )
+    assert page.values == ["rgb(0, 0, 0)", 0]
+
+
+def test_on_a_narrow_screen_every_dot_of_a_plot_is_in_view(report):
+    page = visit(
+        report,
+        "[...document.querySelectorAll('.plot circle')].filter(dot => dot.getClientRects().length)"
+        ".every(dot => dot.getBoundingClientRect().right <= innerWidth)",
+        "[...document.querySelectorAll('.plot circle')].some(dot => dot.getClientRects().length)",
+        width=400,
+    )
+    assert page.values == [True, True]

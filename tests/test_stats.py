@@ -9,18 +9,26 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
-from srt_cli.stats.agreement import agreement, cohen_kappa, krippendorff_alpha
+from srt_cli.stats.agreement import (
+    agreement,
+    cohen_kappa,
+    krippendorff_alpha,
+    score_agreement,
+)
 from srt_cli.stats.confusion import confusion
 from srt_cli.stats.hygiene import degenerate_outputs
 from srt_cli.stats.length_control import difficulties_of, length_controlled_win_rate
 from srt_cli.stats.rates import (
     clustered_error,
+    difference_to_half,
     discrete_win_rate,
     mean_with_error,
     paired_difference,
     pass_rate,
     position_bias,
+    ratio_of_means,
     strict_win_rate,
     win_rate,
 )
@@ -210,7 +218,7 @@ def test_length_control_stays_finite_where_one_side_wins_all(preferences):
 def test_equal_lengths_are_a_labelled_raw_rate():
     found = length_controlled_win_rate([1.0, 0.0, 1.0, 1.0], [10] * 4, [10] * 4)
     assert found.rate.value == 0.75
-    assert "nothing is controlled" in found.warnings[0]
+    assert "nothing is controlled" in found.warnings[0].text
     assert length_controlled_win_rate([1.0], [3], [4]) is None
 
 
@@ -241,3 +249,98 @@ def test_leaks_and_refusals_are_no_answers():
     found = degenerate_outputs(["q"] * 4, texts)
     assert found.reasons == {"template leakage": 1, "refusal": 1}
     assert found.share == 0.5
+
+
+def test_krippendorffs_own_example_at_three_levels():
+    # Krippendorff, "Computing Krippendorff's alpha-reliability" (2011), section C: .743, .815, .849.
+    _ = None
+    ratings = [
+        [1, 2, 3, 3, 2, 1, 4, 1, 2, _, _, _],
+        [1, 2, 3, 3, 2, 2, 4, 1, 2, 5, _, 3],
+        [_, 3, 3, 3, 2, 3, 4, 2, 2, 5, 1, _],
+        [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, _],
+    ]
+    for level, expected in (("nominal", 0.743), ("ordinal", 0.815), ("interval", 0.849)):
+        assert krippendorff_alpha(ratings, level) == pytest.approx(expected, abs=5e-4)
+
+
+scores = st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10)), min_size=3, max_size=40)
+
+
+@given(scores)
+def test_scores_agree_as_the_textbook_formulas_say(pairs):
+    a, b = [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
+    found = score_agreement(a, b)
+    for level in ("ordinal", "interval"):
+        alpha = getattr(found, f"alpha_{level}")
+        expected = krippendorff_alpha([a, b], level)
+        assert (alpha is None) == (expected is None)
+        if expected is not None:
+            assert alpha.value == pytest.approx(expected)
+    if len(set(a)) > 1 and len(set(b)) > 1:
+        assert found.spearman.value == pytest.approx(scipy_stats.spearmanr(a, b).statistic)
+        assert found.kendall.value == pytest.approx(scipy_stats.kendalltau(a, b).statistic)
+        for estimate in (found.spearman, found.kendall, found.weighted_kappa):
+            assert -1 <= estimate.low <= estimate.high <= 1 + 1e-9
+    else:
+        assert found.spearman is None
+        assert found.kendall is None
+    # The definition: one minus observed over expected squared distances.
+    expected = sum((x - y) ** 2 for x in a for y in b) / len(a) ** 2
+    observed = sum((x - y) ** 2 for x, y in pairs) / len(a)
+    if expected:
+        assert found.weighted_kappa.value == pytest.approx(1 - observed / expected)
+
+
+def test_an_interval_of_agreement_covers_what_it_should():
+    # 60 samples of raters whose true Spearman correlation is (6/π)·asin(0.6/2): 95 % cover it.
+    truth = 6 / math.pi * math.asin(0.6 / 2)
+    random = np.random.default_rng(5)
+    covered = 0
+    for _ in range(60):
+        x, y = random.multivariate_normal([0, 0], [[1, 0.6], [0.6, 1]], 60).T
+        found = score_agreement(x.tolist(), y.tolist()).spearman
+        covered += found.low <= truth <= found.high
+    assert covered >= 52
+
+
+def test_a_ratio_of_means_has_the_delta_error():
+    found = ratio_of_means([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    assert found.value == 2.5
+    # Residuals a - 2.5 b: -0.5, -1, 1.5; sd 1.3229, mean of b 2.
+    assert found.standard_error == pytest.approx(1.322876 / (math.sqrt(3) * 2), abs=1e-6)
+    assert ratio_of_means([1.0], [0.0]) is None
+    assert ratio_of_means([], []) is None
+
+
+def test_against_the_reference_itself_it_is_a_sign_test():
+    found = difference_to_half([1.0, 1.0, 0.75, 0.5, 0.0])
+    assert found.difference.value == pytest.approx(0.15)
+    plain = mean_with_error([0.5, 0.5, 0.25, 0.0, -0.5], (-1, 1))
+    assert found.difference.standard_error == pytest.approx(plain.standard_error)
+    assert (found.only_a, found.only_b) == (3, 1)
+    assert found.p_value == pytest.approx(10 / 16)
+
+
+def test_of_one_item_nothing_is_known():
+    assert (mean_with_error([7.0], (1, 10)).low, mean_with_error([7.0], (1, 10)).high) == (1, 10)
+
+
+@needs_data
+@pytest.mark.parametrize("judge", ["ChatGPT", "GPT-4", "PaLM2"])
+def test_llmbars_published_figures_come_out_when_counted_its_way(judge):
+    """LLMBar calls an item inconsistent when a verdict is missing; ours leaves it out (see above)."""
+    golden = json.loads((DATA / "golden_values.json").read_text())
+    expected = golden["llmbar_419_items_prompt_Vanilla_NoRules"][judge]
+    pairs, calls = [], []
+    with open(DATA / "llmbar" / "judgments.csv") as lines:
+        for row in csv.DictReader(lines):
+            mine = row["judge"] == judge and row["prompt"] == "Vanilla_NoRules"
+            if mine and row["subset"] in LLMBAR_SUBSETS:
+                pairs.append((row["winner_order1"], row["winner_order2_unswapped"]))
+                calls += [pairs[-1][0] == "1"] if pairs[-1][0] in ("1", "2") else []
+                calls += [pairs[-1][1] == "2"] if pairs[-1][1] in ("1", "2") else []
+    same = [a == b and a in ("1", "2") for a, b in pairs]
+    assert len(same) == expected["n"]
+    assert pass_rate(same).value == pytest.approx(expected["position_consistency"], abs=1e-6)
+    assert pass_rate(calls).value == pytest.approx(expected["first_slot_rate"], abs=1e-6)
