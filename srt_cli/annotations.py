@@ -1,10 +1,11 @@
 """Judgments made elsewhere or earlier, read back so that they can be counted without any model."""
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import orjson
 from pydantic import ValidationError
@@ -15,7 +16,9 @@ from srt_cli.judging import Orders, output_of
 from srt_cli.records import Judgment, Output, Prompt, Usage, content_id
 
 NEEDED: Final = ("instruction", "output_1", "output_2", "preference")
+TEXTS: Final = ("instruction", "output_1", "output_2")
 ANNOTATOR: Final = "annotations"
+EXPORTED: Final = "srt"
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Annotations:
     outputs: dict[tuple[str, str, str], Output] = field(default_factory=dict)
     judgments: list[Judgment] = field(default_factory=list)
     reference: str | None = None
+    repeated: int = 0
+    """Rows that judge a pair which an earlier row judged; the last one counts."""
     orders: Orders = "one"
 
     @property
@@ -47,6 +52,8 @@ def read_annotations(paths: Sequence[Path]) -> Annotations:
             _read_alpaca_eval(path, found)
     if not found.judgments:
         raise SrtError(f"{', '.join(map(str, paths))}: no judgment in there.")
+    judged = {(each.id, each.a, each.judge, each.order) for each in found.judgments}
+    found.repeated = len(found.judgments) - len(judged)
     return found
 
 
@@ -64,6 +71,11 @@ def _read_alpaca_eval(path: Path, found: Annotations) -> None:
         missing = [name for name in NEEDED if not isinstance(row, dict) or name not in row]
         if missing:
             raise SrtError(f"{path}, row {number}: no {', '.join(missing)}. {_EXPECTED}")
+        for name in TEXTS:
+            if not isinstance(row[name], str):
+                raise SrtError(
+                    f"{path}, row {number}: {name} is {row[name]!r}, not a text. {_EXPECTED}"
+                )
         reference = str(row.get("generator_1", "reference"))
         _set_reference(found, reference, path)
         model = str(row.get("generator_2", path.stem))
@@ -75,19 +87,41 @@ def _read_alpaca_eval(path: Path, found: Annotations) -> None:
         _add_output(found, name, reference, str(row["output_1"]))
         _add_output(found, name, model, str(row["output_2"]))
         value = row["preference"]
-        preference = None if value is None or value != value else float(value)
-        if preference is not None and not (preference == 0 or 1 <= preference <= 2):
-            raise SrtError(
-                f"{path}, row {number}: preference {value} is not from 1 to 2. {_EXPECTED}"
-            )
+        preference = _preference_of(value, f"{path}, row {number}")
         found.judgments.append(
             Judgment(
-                id=name, a=f"{model} response", b=f"{reference} response", order="ab",
+                id=name, a=f"{model} response", b=f"{reference} response",
+                order=_order_of(text, row.get("dataset")),
                 preference=None if preference is None else (preference - 1 if preference else 0.5),
                 verdict=str(value), status="unparsed" if preference is None else "ok",
                 raw="", judge=str(row.get("annotator") or ANNOTATOR), usage=Usage(),
             )
         )  # fmt: skip
+
+
+def _order_of(instruction: str, dataset: object) -> Literal["ab", "ba"]:
+    """Whether the model was shown first, by AlpacaEval's coin: seeded by the instruction, seed 0.
+
+    The file does not say it, but every annotator of AlpacaEval draws it so. What `srt eval` exports
+    is of both orders, and all of it counts as one.
+    """
+    if dataset == EXPORTED:
+        return "ab"
+    coin = random.Random(f"is_switched_outputs{instruction}0")
+    return "ab" if coin.choices([False, True])[0] else "ba"
+
+
+def _preference_of(value: object, where: str) -> float | None:
+    """A number from 1 to 2, or 0 for a draw; null where the judge said nothing that could be read."""
+    if value is None or value != value or value == "":
+        return None
+    try:
+        number = float(value) if isinstance(value, int | float | str) else -1.0
+    except ValueError:
+        number = -1.0
+    if number != 0 and not 1 <= number <= 2:
+        raise SrtError(f"{where}: preference {value!r} is not from 1 to 2. {_EXPECTED}")
+    return number
 
 
 _EXPECTED: Final = (
@@ -171,14 +205,19 @@ def export_alpaca_eval(
     for name, mine in groups.items():
         own = folder / re.sub(r"[^\w.-]+", "-", name).strip("-")
         answers = [
-            {"dataset": "srt", "instruction": texts[key], "output": o.response, "generator": name}
+            {
+                "dataset": EXPORTED,
+                "instruction": texts[key],
+                "output": o.response,
+                "generator": name,
+            }
             for key, o in mine.items()
         ]
         write_json(own / "model_outputs.json", answers)
         written.append(own / "model_outputs.json")
         rows = [
             {
-                "dataset": "srt",
+                "dataset": EXPORTED,
                 "instruction": texts[key],
                 "output_1": base[key].response,
                 "generator_1": reference,

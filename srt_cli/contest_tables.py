@@ -1,5 +1,6 @@
 """What is shown of a contest, on the terminal, on the page and in Markdown: tables, notes, warnings."""
 
+from itertools import combinations
 from typing import Final
 
 from srt_cli.contest import Contest, Row
@@ -61,6 +62,10 @@ def _is_brief(contest: Contest, comparison: Comparison) -> bool:
 
 def footnotes_of(contest: Contest) -> list[str]:
     """What a reader needs to know to read the tables rightly."""
+    if contest.prompts == 1:
+        return [
+            "n = 1 prompt: no error, no test and no length control can be given for a single one."
+        ]
     notes = [
         f"n = {contest.prompts} prompts; reference: {contest.rows[0].name}, direct; differences in "
         "points, paired over the same prompts."
@@ -70,7 +75,8 @@ def footnotes_of(contest: Contest) -> list[str]:
         if first.length_controlled is not None:
             notes.append(LC_NOTES[first.length_controlled.mode])
         if first.orders == "one":
-            notes.append("Each pair was judged in one order only: position bias is not seen.")
+            seen = "is over different prompts" if first.position else "is not seen"
+            notes.append(f"Each pair was judged in one order only: position bias {seen}.")
     if contest.judges and (len(contest.rows) > 2 or contest.stages):
         notes.append(
             "p is McNemar's and counts only who wins, the interval also by how much: one may see what "
@@ -99,11 +105,36 @@ def warnings_of(contest: Contest) -> list[str]:
         failed = row.statuses.get("failed", 0) + row.statuses.get("refused", 0)
         if failed:
             found.append(f"{label}: {failed} answers failed or were refused.")
+    found += _gaps(contest)
     themselves = {row.contestant for row in contest.rows} & set(contest.judges)
     found += [f"{judge} judges its own answers." for judge in sorted(themselves)]
     return found + [
         each for place in range(len(contest.judges)) for each in _doubts(contest, place)
     ]
+
+
+def _gaps(contest: Contest) -> list[str]:
+    """What could not be compared, and why."""
+    found = []
+    if len(contest.rows) == 1:
+        found.append("The only contestant is the reference itself: nothing was compared.")
+    for row in contest.rows[1:]:
+        if row.prompts < contest.prompts:
+            found.append(
+                f"{contest.label_of(row)}: has answers to {row.prompts} of {contest.prompts} prompts; "
+                "its figures rest on these."
+            )
+    compared = {frozenset((each.a, each.b)) for each in contest.comparisons}
+    judged = [
+        contest.label_of(row) for row in contest.rows if any(j.valid_pairs for j in row.judged)
+    ]
+    apart = [pair for pair in combinations(judged, 2) if frozenset(pair) not in compared]
+    if apart and contest.prompts > 1:
+        found.append(
+            f"{' and '.join(apart[0])} have fewer than two judged prompts in common and are not "
+            f"compared{f'; so with {len(apart) - 1} more' if apart[1:] else ''}."
+        )
+    return found
 
 
 def _doubts(contest: Contest, place: int) -> list[str]:
@@ -139,7 +170,7 @@ def _judge_cells(row: Row, judged: Judged) -> list[str]:
         share_with_error(judged.win_rate),
         share_with_error(controlled.rate if controlled else None),
         f"{judged.wins}/{judged.ties}/{judged.losses}",
-        f"{position.consistency.value:.0%}" if position else "-",
+        f"{position.consistency.value:.0%}" if position and position.consistency else "-",
         f"{row.degenerate.share:.0%}",
     ]
 

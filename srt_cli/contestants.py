@@ -1,9 +1,11 @@
 """Contestants and what is asked of them: answers, refinements, their own critiques, blind scores."""
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+import orjson
 
 from srt_cli.artifacts import read_rows
 from srt_cli.calls import Call
@@ -86,35 +88,71 @@ def refinement_uses(rounds: int) -> list[str]:
     return ["refinement", *(f"refinement-{number}" for number in range(2, rounds + 1))]
 
 
-def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> Iterator[Output]:
+def is_outputs_file(spec: str) -> bool:
+    """Whether a contestant is a file of outputs: JSONL, or AlpacaEval's model_outputs.json."""
+    return spec.endswith((".jsonl", ".jsonl.gz", ".json"))
+
+
+def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> list[Output]:
     """Saved outputs: `response` or `output` (AlpacaEval), or a feedback file with its refinement.
 
     Joined to the prompts by id, else by the prompt's text. Raises `SrtError` when one is missing.
     """
-    by_id: dict[str, dict[str, object]] = {}
-    by_text: dict[str, dict[str, object]] = {}
-    for _, row in read_rows(path):
+    by_id: dict[str, dict[str, Any]] = {}
+    by_text: dict[str, dict[str, Any]] = {}
+    for row in _rows_of(path):
         if "id" in row:
             by_id.setdefault(str(row["id"]), row)
         for name in ("prompt", "instruction"):
             if isinstance(row.get(name), str):
                 by_text.setdefault(row[name], row)
-    for prompt in prompts:
-        found = by_id.get(prompt.id) or by_text.get(prompt.text)
-        if found is None:
-            raise SrtError(
-                f"{path}: has no output for prompt {prompt.id!r}. "
-                "Outputs are joined by id, or by the text of prompt or instruction."
-            )
-        for use in uses:
-            names = ("response", "output") if use == "response" else ("refinement",)
-            text = next((found[name] for name in names if isinstance(found.get(name), str)), None)
-            if text is None and use == "refinement" and "refinement" not in found:
-                raise SrtError(f"{path}: has no refinements. Leave out --use refinement for it.")
-            parsed = None if use == "response" else text is not None
-            fallback = found.get("response") or ""
-            answered = str(text if text is not None else fallback)
-            yield output_of(prompt.id, str(path), use, answered, parsed)
+    rows = {prompt.id: by_id.get(prompt.id) or by_text.get(prompt.text) for prompt in prompts}
+    missing = [name for name, row in rows.items() if row is None]
+    if missing:
+        raise SrtError(
+            f"{path}: has no output for prompt {missing[0]!r}, nor for {len(missing) - 1} more of "
+            f"{len(prompts)}. Outputs are joined by id, or by the text of prompt or instruction."
+        )
+    return [
+        _saved_output(path, prompt, rows[prompt.id] or {}, use)
+        for prompt in prompts
+        for use in uses
+    ]
+
+
+def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    if path.suffix != ".json":
+        yield from (row for _, row in read_rows(path))
+        return
+    try:
+        rows = orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise SrtError(f"{path}: no such file. Check the path.") from None
+    except orjson.JSONDecodeError as error:
+        raise SrtError(f"{path}: not valid JSON ({error.msg}).") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SrtError(
+            f"{path}: not a list of outputs. Expected AlpacaEval's model_outputs.json (a list with "
+            "instruction, output)."
+        )
+    yield from rows
+
+
+def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) -> Output:
+    """One output from its row; where a refinement is missing, the draft stands for it."""
+    drafts = [name for name in ("response", "output") if name in row]
+    if not drafts:
+        found = ", ".join(row)
+        raise SrtError(
+            f'{path}: no "response" or "output" for prompt {prompt.id!r} (found: {found}).'
+        )
+    if use == "refinement" and "refinement" not in row:
+        raise SrtError(f"{path}: has no refinements. Leave out --use refinement for it.")
+    refined = row["refinement"] if use == "refinement" else None
+    draft = row[drafts[0]]
+    text = refined if isinstance(refined, str) else draft
+    parsed = None if use == "response" else isinstance(refined, str)
+    return output_of(prompt.id, str(path), use, text if isinstance(text, str) else "", parsed)
 
 
 def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call, Reply, Output]:
@@ -149,7 +187,7 @@ def read_critiques(path: Path, prompts: Sequence[Prompt]) -> list[FeedbackRecord
     """The first rounds of a feedback file that answer these prompts; none where it is no such file."""
     wanted = {prompt.id for prompt in prompts}
     found: dict[str, FeedbackRecord] = {}
-    for _, row in read_rows(path):
+    for row in _rows_of(path):
         if row.get("id") not in wanted or row["id"] in found or not row.keys() >= FEEDBACK_FIELDS:
             continue
         found[row["id"]] = FeedbackRecord.model_validate(row)

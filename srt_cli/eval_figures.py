@@ -68,7 +68,8 @@ def _drift_material(options: Evaluate, evidence: Evidence) -> DriftMaterial:
         spec: (count_pairs(spec, evidence.pairs, scored), scored)
         for spec, scored in evidence.scored_pairs.items()
     }
-    return DriftMaterial(evidence.scores, read_objective(options.objective), pairs, qualities)
+    objective = read_objective(options.objective, [evidence.reference, *options.model])
+    return DriftMaterial(evidence.scores, objective, pairs, qualities)
 
 
 def _page_path(options: Evaluate) -> Path:
@@ -81,9 +82,10 @@ def close_contest(options: Evaluate, contest: Contest) -> None:
     page = _page_path(options)
     console.finish(f"report: {page}", f"open {page}")
     if contest.coverage is not None and contest.coverage < options.min_coverage:
+        raw = beside(options.out, "judgments.jsonl")
         raise TooManyFailures(
             f"only {contest.coverage:.1%} of the pairs have valid verdicts, less than "
-            f"--min-coverage {options.min_coverage:g}. Look at the raw verdicts."
+            f"--min-coverage {options.min_coverage:g}. Look at what the judge said in {raw}."
         )
 
 

@@ -40,6 +40,11 @@ def count_annotations(options: Evaluate, command: str) -> None:
             found.reference, found.judges, found.orders,
         )  # fmt: skip
         contest = write_figures(run, options, evidence)
+        if found.repeated:
+            run.warn(
+                f"{found.repeated} of {len(found.judgments)} rows judge a pair that an earlier row "
+                "judged: each pair counts once, by its last row."
+            )
     close_contest(options, contest)
 
 

@@ -8,10 +8,15 @@ import orjson
 
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.stats.rates import Estimate
+from srt_cli.tables import short_names
 
 
-def read_objective(given: Sequence[str]) -> dict[str, dict[str, Estimate]]:
+def read_objective(
+    given: Sequence[str], contestants: Sequence[str]
+) -> dict[str, dict[str, Estimate]]:
     """`--objective MODEL=results.json`: results of lm-evaluation-harness, by contestant.
+
+    MODEL is a contestant as it was named, or its short name in the tables.
 
     Raises `UsageError` for a wrong form and `SrtError` for a file that is no such result.
     """
@@ -20,11 +25,17 @@ def read_objective(given: Sequence[str]) -> dict[str, dict[str, Estimate]]:
         name, equals, file = text.rpartition("=")
         if not equals:
             raise UsageError(f"--objective {text}: write MODEL=results.json.")
+        short = short_names(contestants)
+        named = [each for each in contestants if name in (each, short[each])]
+        if not named:
+            raise UsageError(
+                f"--objective {text}: {name} is no contestant. Name one of: {', '.join(contestants)}."
+            )
         path = Path(file)
         try:
             document = orjson.loads(path.read_bytes())
             samples = document.get("n-samples") or {}
-            found.setdefault(name, {}).update(_tasks_of(document["results"], samples))
+            found.setdefault(named[0], {}).update(_tasks_of(document["results"], samples))
         except FileNotFoundError:
             raise SrtError(f"{path}: no such file. Check the path.") from None
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):

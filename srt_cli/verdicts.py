@@ -24,6 +24,7 @@ from srt_cli.stats.rates import (
     holm,
     paired_difference,
     position_bias,
+    position_bias_apart,
     strict_win_rate,
     win_rate,
 )
@@ -32,6 +33,7 @@ LONGER_BY_CHARACTERS: Final = 30
 LENGTH_BINS: Final = (0.1, 0.25)
 SHAKY_CONSISTENCY: Final = 0.75
 MOST_GAP: Final = 0.05
+FEWEST_FOR_A_HABIT: Final = 10
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,15 @@ class Judged:
         """What should make a reader doubt these verdicts."""
         found = list(self.length_controlled.warnings) if self.length_controlled else []
         if self.position is not None:
-            if self.position.consistency.value < SHAKY_CONSISTENCY:
+            slot = {0.0: "second", 1.0: "first"}.get(self.position.first_slot_rate.value)
+            if slot is not None and self.position.n >= FEWEST_FOR_A_HABIT:
+                why = f"{self.judge} always prefers the answer shown {slot}: its verdicts tell nothing"
+                found.append(Doubt("one slot always", why))
+            consistency = self.position.consistency
+            if consistency is not None and consistency.value < SHAKY_CONSISTENCY:
                 why = (
                     f"{self.judge} says the same in both orders in only "
-                    f"{self.position.consistency.value:.0%} of the pairs; its verdicts are shaky"
+                    f"{consistency.value:.0%} of the pairs; its verdicts are shaky"
                 )
                 found.append(Doubt("consistency", why))
             gap = self.position.gap
@@ -139,7 +146,8 @@ def count_verdicts(
     lengths = [len(mine[prompt.id].response) for prompt in valid]
     reference = [len(theirs[prompt.id].response) for prompt in valid]
     texts = [prompt.text for prompt in valid]
-    first, second = _by_slot(verdicts, preferences if orders == "both" else {})
+    first, second = _by_slot(verdicts, preferences, orders)
+    bias = position_bias if orders == "both" else position_bias_apart
     rate = win_rate(y)
     if rate is not None and len(set(texts)) < len(texts):
         error = clustered_error(y, texts)
@@ -164,7 +172,7 @@ def count_verdicts(
         wins=sum(value > 0.5 for value in y),
         ties=sum(value == 0.5 for value in y),
         losses=sum(value < 0.5 for value in y),
-        position=position_bias(first, second),
+        position=bias(first, second),
         prefers_longer=discrete_win_rate(longer),
         by_length=_by_length(y, lengths, reference),
         statuses=dict(Counter(verdict.status for verdict in verdicts)),
@@ -175,10 +183,12 @@ def count_verdicts(
 
 
 def _by_slot(
-    verdicts: Sequence[Judgment], valid: Mapping[str, float]
+    verdicts: Sequence[Judgment], valid: Mapping[str, float], orders: Orders
 ) -> tuple[list[float], list[float]]:
-    """Preferences for `a` when it was shown first, and second, over the valid pairs in one order."""
+    """Preferences for `a` when it was shown first, and second; of the same pairs with both orders."""
     by_order = _by_order(verdicts)
+    if orders == "one":
+        return list(by_order["ab"].values()), list(by_order["ba"].values())
     return [by_order["ab"][name] for name in valid], [by_order["ba"][name] for name in valid]
 
 

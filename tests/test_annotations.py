@@ -53,6 +53,14 @@ def test_native_annotations_are_counted_and_reported(srt, tmp_path):
             '[{"instruction": "q", "output_1": "a", "output_2": "b", "preference": 7}]',
             "preference 7 is not from 1 to 2",
         ),
+        (
+            '[{"instruction": "q", "output_1": "a", "output_2": "b", "preference": "m"}]',
+            "preference 'm' is not from 1 to 2",
+        ),
+        (
+            '[{"instruction": "q", "output_1": "a", "output_2": null, "preference": 1}]',
+            "row 1: output_2 is None, not a text",
+        ),
     ],
 )
 def test_another_format_is_said_in_a_sentence(srt, tmp_path, content, message):
@@ -88,6 +96,7 @@ def test_one_row_and_equal_lengths_are_labelled_never_nan(srt, tmp_path):
     assert finished.code == 0, finished.stderr
     text = (tmp_path / "eval.json").read_text()
     assert "NaN" not in text
+    assert "n = 1 prompt: no error, no test and no length control" in finished.stdout
     native(tmp_path, "same", output_2="just as long", output_1="just as long")
     finished = srt("eval", "--annotations", "same.json", "--out", "same-eval.json")
     assert "nothing is controlled: this is the raw rate" in finished.stderr
@@ -104,6 +113,35 @@ def test_a_model_that_lacks_an_instruction_is_compared_on_the_common_ones(srt, t
     (comparison,) = found["comparisons"]
     assert comparison["paired"]["difference"]["n"] == 20
     assert comparison["paired"]["difference"]["value"] == -0.5
+
+
+def test_models_without_a_common_instruction_are_said_not_to_be_compared(srt, tmp_path):
+    native(tmp_path, "mine", 20)
+    rows = native(tmp_path, "other", 20)
+    for row in rows:
+        row["instruction"] = "another " + row["instruction"]
+    (tmp_path / "other.json").write_text(json.dumps(rows))
+    finished = srt("eval", "--annotations", "mine.json", "--annotations", "other.json")
+    assert finished.code == 0, finished.stderr
+    assert "mine: has answers to 20 of 40 prompts" in finished.stderr
+    assert "mine and other have fewer than two judged prompts in common" in finished.stderr
+
+
+def test_a_pair_that_stands_there_twice_counts_once_and_is_said(srt, tmp_path):
+    rows = native(tmp_path, "mine", 20)
+    (tmp_path / "mine.json").write_text(json.dumps(rows + rows[:5]))
+    finished = srt("eval", "--annotations", "mine.json")
+    assert finished.code == 0, finished.stderr
+    assert figures(tmp_path)["rows"][1]["judged"][0]["win_rate"]["n"] == 20
+    assert "5 of 25 rows judge a pair that an earlier row judged" in finished.stderr
+
+
+def test_winning_every_pair_is_not_certainty(srt, tmp_path):
+    native(tmp_path, "mine", 20, preference=2.0)
+    assert srt("eval", "--annotations", "mine.json").code == 0
+    rate = figures(tmp_path)["rows"][1]["judged"][0]["win_rate"]
+    assert (rate["value"], rate["standard_error"], rate["high"]) == (1, 0, 1)
+    assert rate["low"] == pytest.approx(0.8389, abs=1e-4)
 
 
 def test_our_own_judgments_and_an_export_give_the_same_figures_again(srt, tmp_path):
@@ -156,8 +194,14 @@ def test_a_board_model_comes_out_as_published_through_the_front_door(srt, tmp_pa
         for y, mine, theirs, place in zip(preferences, lengths, reference, places, strict=True)
     ]  # fmt: skip
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    assert srt("eval", "--annotations", "a.json").code == 0
+    finished = srt("eval", "--annotations", "a.json")
+    assert finished.code == 0
     (judged,) = figures(tmp_path)["rows"][1]["judged"]
     assert 100 * judged["win_rate"]["value"] == pytest.approx(17.188, abs=0.001)
     assert 100 * judged["length_controlled"]["rate"]["value"] == pytest.approx(28.16, abs=0.11)
     assert judged["length_controlled"]["mode"] == "alpaca_eval"
+    # The coin that AlpacaEval draws for each instruction tells which answer was shown first.
+    # The published figure leaves out one row.
+    assert 100 * judged["position"]["gap"]["value"] == pytest.approx(16.1333, abs=0.11)
+    assert judged["position"]["consistency"] is None
+    assert "favours the answer shown second by 16 points" in finished.stderr

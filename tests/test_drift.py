@@ -138,8 +138,9 @@ def test_a_stage_that_praises_itself_sets_off_the_alarm(srt, servers, tmp_path):
     ("given", "code", "message"),
     [
         ("lm.json", 2, "write MODEL=results.json"),
-        ("m=none.json", 1, "none.json: no such file"),
-        ("m=prompts.jsonl", 1, "not a result of lm-evaluation-harness"),
+        ("tuned=none.json", 1, "none.json: no such file"),
+        ("tuned=prompts.jsonl", 1, "not a result of lm-evaluation-harness"),
+        ("other=prompts.jsonl", 2, "other is no contestant. Name one of: http"),
     ],
 )
 def test_bad_objective_files_are_said_before_any_work(srt, servers, given, code, message):

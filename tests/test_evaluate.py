@@ -84,10 +84,18 @@ def test_a_judge_that_follows_the_order_is_exposed(srt, folder):
     assert "favours the answer shown first by 100 points" in finished.stderr
 
 
-def test_the_reference_against_itself_is_all_ties(srt, folder):
-    assert evaluate(srt, model="python:p.py:base").code == 0
+def test_the_reference_against_itself_is_no_contest_and_that_is_said(srt, folder):
+    finished = evaluate(srt, model="python:p.py:base")
+    assert finished.code == 0
     (row,) = figures(folder)
     assert row["judged"] == []
+    assert "The only contestant is the reference itself" in finished.stderr
+
+
+@pytest.mark.parametrize("orders", ["both", "one"])
+def test_a_judge_that_always_names_one_slot_tells_nothing(srt, folder, orders):
+    finished = evaluate(srt, "--orders", orders, judge="python:p.py:first_wins")
+    assert "always prefers the answer shown first: its verdicts tell nothing" in finished.stderr
 
 
 def test_verdicts_that_fail_are_counted_never_scored_and_exit_3(srt, folder):
@@ -225,7 +233,29 @@ def test_a_missing_output_is_said(srt, folder):
     write_jsonl(folder / "mine.jsonl", [{"id": "q0", "response": "r"}])
     finished = evaluate(srt, model="mine.jsonl")
     assert finished.code == 1
-    assert "mine.jsonl: has no output for prompt 'q1'" in finished.stderr
+    assert "mine.jsonl: has no output for prompt 'q1', nor for 22 more of 24" in finished.stderr
+
+
+def test_a_file_without_answers_is_said(srt, folder):
+    write_jsonl(folder / "mine.jsonl", [{"id": f"q{n}", "text": "r"} for n in range(24)])
+    finished = evaluate(srt, model="mine.jsonl")
+    assert finished.code == 1
+    assert 'no "response" or "output" for prompt \'q0\' (found: id, text)' in finished.stderr
+
+
+def test_alpaca_evals_own_file_of_outputs_is_a_contestant(srt, folder):
+    rows = [
+        {"instruction": f"question number {n}", "output": f"a good answer {n}", "generator": "m"}
+        for n in range(24)
+    ]
+    (folder / "model_outputs.json").write_text(json.dumps(rows))
+    finished = evaluate(srt, model="model_outputs.json")
+    assert finished.code == 0, finished.stderr
+    assert figures(folder)[1]["judged"][0]["win_rate"]["value"] == 1
+    (folder / "model_outputs.json").write_text('{"a": 1}')
+    finished = evaluate(srt, "--out", "again.json", model="model_outputs.json")
+    assert finished.code == 1
+    assert "not a list of outputs. Expected AlpacaEval's model_outputs.json" in finished.stderr
 
 
 def test_nobody_to_judge_is_a_usage_error(srt):

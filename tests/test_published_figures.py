@@ -14,6 +14,7 @@ from srt_cli.stats.rates import (
     discrete_win_rate,
     holm,
     paired_difference,
+    position_bias_apart,
     win_rate,
 )
 
@@ -148,3 +149,20 @@ def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
     assert np.max(holm([0.9, 0.8])) == 1
+
+
+def test_the_gap_between_the_slots_of_alpaca_evals_judge(golden):
+    for model, expected in golden["alpacaeval2_position_bias"].items():
+        rows = rows_of(ALPACA / "annotations" / f"{model}.csv")
+        shown = {"1": [], "0": []}
+        for row in rows:
+            if row["preference"] not in ("", "nan", "NaN") and row["model_shown_first"]:
+                value = float(row["preference"])
+                place = str(int(float(row["model_shown_first"])))
+                shown[place].append(value - 1 if value else 0.5)
+        found = position_bias_apart(shown["1"], shown["0"])
+        assert (found.shown_first.n, found.shown_second.n) == (
+            expected["n_first"], expected["n_second"],
+        )  # fmt: skip
+        assert 100 * found.gap.value == pytest.approx(expected["gap_second_minus_first"], abs=1e-3)
+        assert 100 * found.gap.standard_error == pytest.approx(expected["gap_se"], abs=1e-3)

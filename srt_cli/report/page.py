@@ -148,7 +148,9 @@ def _judge_plots(contest: Contest, place: int, says: str) -> list[str]:
     sections = []
     if by_position:
         plot = interval_plot(by_position, middle=0.5, caption="Win rates by position")
-        about = "The same pairs in both orders; a judge without position bias has equal pairs."
+        both = rows[0][1].orders == "both"
+        what = "The same pairs in both orders" if both else "Different prompts in each order"
+        about = f"{what}; a judge without position bias has equal pairs."
         sections.append(_figure(f"Position{says}", about, plot))
     if by_length:
         plot = interval_plot(by_length, middle=0.5, caption="Win rates by length")

@@ -17,6 +17,7 @@ from srt_cli.contestants import (
     Use,
     answer,
     check_output,
+    is_outputs_file,
     read_critiques,
     read_outputs,
     score_output,
@@ -49,7 +50,8 @@ def run(options: Evaluate) -> None:
     if options.objective:
         from srt_cli.objective import read_objective
 
-        read_objective(options.objective)  # a wrong file is said before any work is done
+        # A wrong file or name is said before any work is done.
+        read_objective(options.objective, [reference, *options.model])
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
     rows = list(prompts.read())
     inputs = {**prompts.inputs, **template_input(options.judge_template, "judge_template")}
@@ -106,7 +108,7 @@ def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
 
 def _is_model(spec: str) -> bool:
     """Whether a contestant can be asked for scores: no file of outputs, no program."""
-    return not spec.endswith((".jsonl", ".jsonl.gz")) and not spec.startswith(RUNS_CODE_PREFIX)
+    return not is_outputs_file(spec) and not spec.startswith(RUNS_CODE_PREFIX)
 
 
 def _count_saved(options: Evaluate) -> bool:
@@ -166,7 +168,7 @@ def _answers(
             uses = tuple(use for use in uses if (spec, use) not in _already(outputs))
         if not uses:
             continue
-        if spec.endswith((".jsonl", ".jsonl.gz")):
+        if is_outputs_file(spec):
             outputs += read_outputs(Path(spec), prompts, uses)
             own = read_critiques(Path(spec), prompts)
         else:
@@ -230,8 +232,9 @@ def _judged(
     with asking.open(judge_spec) as model:
         judge = Judge(model, options.verdicts, template, options.judge_max_tokens)
         judgments = judge_pairs(asking, f"judging by {judge_spec}", judge, shown)
-        twice = ask_again(asking, judge, shown, judgments, options.repeat, options.seed)
-        return judgments, twice
+        if not options.repeat:
+            return judgments, []
+        return judgments, ask_again(asking, judge, shown, judgments, options.repeat, options.seed)
 
 
 def _scores(

@@ -120,6 +120,9 @@ def length_controlled_win_rate(
     error = float(influence.std(ddof=1) / np.sqrt(n))
     rate = bounded(float(q.mean()), error, n)
     warnings = _doubts(100 * rate.value, 100 * float(y.mean()), z)
+    if mode == "generic" and hessian[0, 0] < 2 * GENERIC_PHI_PRECISION:
+        why = f"with {n} pairs the pull of length is mostly the prior's, not the judge's own"
+        warnings = (*warnings, Doubt("prior", why))
     return LengthControlled(rate, mode, float(beta[0]), warnings)
 
 

@@ -121,10 +121,17 @@ def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float |
 
 
 def win_rate(preferences: Sequence[float]) -> Estimate | None:
-    """Mean preference for the model over items, each item the mean of its orders (0 to 1)."""
+    """Mean preference for the model over items, each item the mean of its orders (0 to 1).
+
+    The t interval, or Wilson's where every item is won or every item lost.
+    """
     estimate = mean_with_error(preferences)
     if estimate is None:
         return None
+    if estimate.standard_error == 0 and estimate.value in (0.0, 1.0):
+        # No spread, yet not certain: what Wilson's interval leaves possible.
+        sure = _wilson(estimate.value * estimate.n, estimate.n)
+        return replace(estimate, low=sure.low, high=sure.high)
     return within(estimate)
 
 
@@ -210,15 +217,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class Position:
     """How far a judge follows the order in which answers are shown."""
 
-    consistency: Estimate
-    """Share of items with the same verdict in both orders."""
+    consistency: Estimate | None
+    """Share of items with the same verdict in both orders; null where each was judged in one."""
     first_slot_rate: Estimate
     """Share of calls that the answer shown first wins; ties count 1/2. 0.5 is unbiased."""
     shown_first: Estimate | None
     """Win rate of the model when its answer was shown first."""
     shown_second: Estimate | None
     gap: Estimate | None
-    """Mean of p(shown second) - p(shown first), paired; above 0 the second slot is favoured."""
+    """p(shown second) - p(shown first): of the same items, or, where each was judged in one order, of
+    different ones. Above 0 the second slot is favoured."""
     n: int
 
 
@@ -244,4 +252,31 @@ def position_bias(shown_first: Sequence[float], shown_second: Sequence[float]) -
         shown_second=win_rate(second.tolist()),
         gap=mean_with_error((second - first).tolist(), (-1.0, 1.0)) if len(first) > 1 else None,
         n=len(first),
+    )
+
+
+def position_bias_apart(
+    shown_first: Sequence[float], shown_second: Sequence[float]
+) -> Position | None:
+    """The same where each item was judged in one order only: two groups of different items.
+
+    Gap = difference of the means, SE = √(s1²/n1 + s2²/n2) (Welch). Null where a group has fewer than
+    two items.
+    """
+    first, second = win_rate(shown_first), win_rate(shown_second)
+    if first is None or second is None or min(first.n, second.n) < 2:
+        return None
+    error = math.hypot(first.standard_error or 0.0, second.standard_error or 0.0)
+    gap = second.value - first.value
+    slot = [(np.sign(p - 0.5) + 1) / 2 for p in shown_first]
+    slot += [(1 - np.sign(p - 0.5)) / 2 for p in shown_second]
+    rate = win_rate(slot)
+    assert rate is not None
+    return Position(
+        consistency=None,
+        first_slot_rate=rate,
+        shown_first=first,
+        shown_second=second,
+        gap=Estimate(gap, gap - 1.96 * error, gap + 1.96 * error, first.n + second.n, error),
+        n=first.n + second.n,
     )
