@@ -363,6 +363,20 @@ class Run:
         """Write the manifest as it stands."""
         write_json(manifest_path(self.out), self.manifest.model_dump(mode="json"))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Sent to another process of the run, it can be read there, and writes nothing."""
+        return _SilentRun, (self.manifest, self.out, self.earlier)
+
+
+class _SilentRun(Run):
+    """A run as the processes see it that neither print nor write."""
+
+    def save(self) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        pass
+
 
 def open_run(
     command: str,

@@ -225,5 +225,6 @@ def _describe_os_error(error: OSError) -> str:
 def _exit(error: SrtError, cause: BaseException | None = None) -> typing.NoReturn:
     if os.environ.get("SRT_TRACEBACK") == "1":
         raise cause or error
-    console.fail(str(error))
+    if str(error):
+        console.fail(str(error))
     sys.exit(error.exit_code)

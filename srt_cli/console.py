@@ -29,6 +29,16 @@ _talk = Console(stderr=True, highlight=False)
 _result = Console(highlight=False)
 
 
+def hush() -> None:
+    """Print nothing from here on: another process of this run speaks."""
+    _talk.quiet = _result.quiet = True
+
+
+def speak() -> None:
+    """Print again."""
+    _talk.quiet = _result.quiet = False
+
+
 def say(message: str) -> None:
     """A line of talk."""
     _talk.print(Text(message), soft_wrap=True)

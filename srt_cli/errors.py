@@ -5,7 +5,8 @@ SrtError            1    the user can mend it: one or two sentences, no tracebac
 ├─ TooManyFailures  3    the run finished, but more rows failed than `--max-failures`
 ├─ BudgetReached    4    a cap on cost, tokens or requests was reached
 ├─ QuotaError       5    the endpoint says: no credit, or wrong credentials
-└─ Interrupted      130  Ctrl-C or SIGTERM
+├─ Interrupted      130  Ctrl-C or SIGTERM
+└─ Ended            any  another process of this run failed, and has said why
 
 Anything that is not an SrtError is our bug and keeps its traceback. A model's bad reply is not
 an error at all: it is data with a status (`records.Status`).
@@ -46,3 +47,11 @@ class Interrupted(SrtError):
     """The user stopped the run; what is complete has been written."""
 
     exit_code = 130
+
+
+class Ended(SrtError):
+    """Another process of this run failed and has said why; this one only takes over its code."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("")
+        self.exit_code = exit_code

@@ -70,6 +70,13 @@ class TrainingOptions:
     )
     seed: int = setting(42, "Seed of the data order and of dropout.")
     limit: int | None = setting(None, "Use only the first N rows.")
+    num_processes: int | None = runtime(
+        None, "Train in N processes on this machine, one a GPU; on a CPU too.", metavar="N"
+    )
+    accelerate_config: str | None = runtime(
+        None, "How the processes share the work: multi_gpu, fsdp2, zero2, zero3, or a FILE of "
+        "accelerate.", metavar="NAME|FILE",
+    )  # fmt: skip
     save_every: int | None = runtime(
         None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
     )

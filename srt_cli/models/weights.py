@@ -77,11 +77,13 @@ def load_weights(
     trust_remote_code: bool = False,
     attention: str | None = None,
     quantization: QuantizationConfigMixin | None = None,
+    move: bool = True,
 ) -> PreTrainedModel:
     """The model of a directory, hub name or GGUF file, on its device, in eval mode.
 
     A directory with an adapter loads its base and the adapter merged into it. Only safetensors are
-    read. Raises `SrtError` in one sentence when it cannot be had.
+    read. Without `move` it stays where it was loaded. Raises `SrtError` in one sentence when it
+    cannot be had.
     """
     placement = placement or decide_placement()
     source = resolve_source(name)
@@ -104,7 +106,7 @@ def load_weights(
         named = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise SrtError(f"{name}: the checkpoint lacks {len(missing)} of its tensors ({named}).")
     assert isinstance(model, PreTrainedModel)
-    if quantization is not None:
+    if quantization is not None or not move:
         return model  # placed while it was loaded, and not to be moved
     moved: PreTrainedModel = model.to(placement.device).eval()  # type: ignore[arg-type]
     return moved

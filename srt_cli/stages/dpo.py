@@ -1,6 +1,7 @@
 """Stage 2, second half: DPO teaches the model to prefer its refinements over its drafts."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,6 +72,13 @@ class Dpo(TrainingOptions):
 
 
 def run(options: Dpo) -> None:
+    """Train in this process, or in as many as --num-processes says."""
+    from srt_cli.training.launch import run_in_processes
+
+    run_in_processes(prefer, options)
+
+
+def prefer(options: Dpo) -> None:
     """Read preferences, train against the starting model, save."""
     model_name = options.model or model_that_wrote(options.prefs)
     if model_name is None or model_name.startswith(RUNS_CODE_PREFIX):
@@ -189,11 +197,11 @@ def _train(
         "reference": {"spec": model_name, "weights": fingerprint_of(model_name)},
     }
     console.say(setup.place.sentence())
-    model = load_policy(model_name, setup.place, options)
+    policy = partial(load_policy, model_name, setup.place, options)
     objective = Objective(
         chosen.loss_type, chosen.beta, smoothing, options.nll_weight, options.ld_alpha
     )
-    model, trained = train_dpo(model, tokenizer, encoded, objective, setup, run)
+    model, trained = train_dpo(policy, tokenizer, encoded, objective, setup, run)
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base and reference": model_name,

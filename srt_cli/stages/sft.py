@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,6 +66,13 @@ class Sft(TrainingOptions):
 
 
 def run(options: Sft) -> None:
+    """Fine-tune in this process, or in as many as --num-processes says."""
+    from srt_cli.training.launch import run_in_processes
+
+    run_in_processes(fine_tune, options)
+
+
+def fine_tune(options: Sft) -> None:
     """Read feedback, keep what teaches, train, save."""
     parts = parse_parts(options.loss_on)
     model_name = options.model or inherited(options.data, "model")
@@ -182,8 +190,8 @@ def _train(
     sequences = build_sequences(tokenizer, records, parts, options, setup.values.max_length, run)
     run.manifest.models = {model_name: setup.place.describe()}
     console.say(setup.place.sentence())
-    model = load_policy(model_name, setup.place, options)
-    model, trained = train_sft(model, tokenizer, sequences, setup, run)
+    policy = partial(load_policy, model_name, setup.place, options)
+    model, trained = train_sft(policy, tokenizer, sequences, setup, run)
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base": model_name,

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Final
 
+from srt_cli.training.place import accelerate_checkpoints
 from srt_cli.training.setup import Setup
 
 CHECKPOINTS: Final = "checkpoints"
@@ -31,7 +32,7 @@ def training_arguments(setup: Setup, out: Path) -> dict[str, Any]:
         "use_cpu": place.placement.device == "cpu",
         "bf16": place.bf16,
         "fp16": False,
-        "activation_checkpointing": place.checkpointing,
+        "activation_checkpointing": place.checkpointing and not accelerate_checkpoints(),
         "max_length": None,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -41,4 +42,6 @@ def training_arguments(setup: Setup, out: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": True,
+        # Every weight has a part in every loss; looking for others costs time in each step.
+        "ddp_find_unused_parameters": False,
     }

@@ -1,5 +1,6 @@
 """Stage 2's training: TRL's DPOTrainer on our own token ids."""
 
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -9,9 +10,13 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from srt_cli.artifacts import Run
 from srt_cli.training.arguments import training_arguments
+from srt_cli.training.gathering import whole_model
 from srt_cli.training.loop import Trained, train
-from srt_cli.training.lora import lora_config, merge_and_keep_adapter
+from srt_cli.training.lora import lora_config
 from srt_cli.training.objective import Objective
+from srt_cli.training.place import sharding
+from srt_cli.training.processes import in_every_process
+from srt_cli.training.rows import keep_rows
 from srt_cli.training.sequences import PairIds
 from srt_cli.training.setup import Setup
 
@@ -24,7 +29,7 @@ class _TokenisedDPOTrainer(DPOTrainer):
 
 
 def train_dpo(
-    model: PreTrainedModel,
+    load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[PairIds],
     objective: Objective,
@@ -33,30 +38,48 @@ def train_dpo(
 ) -> tuple[PreTrainedModel, Trained]:
     """Prefer chosen over rejected; returns the model (adapters merged) and the figures.
 
-    The reference is the model as it comes in: its log-probs are computed before the first step.
-    Raises `SrtError` when the first loss says otherwise.
+    The reference is the model as `load_policy` gives it: its log-probs are computed before the first
+    step. Raises `SrtError` when the first loss says otherwise.
     """
+    columns = {
+        "prompt_ids": [pair.prompt_ids for pair in pairs],
+        "chosen_ids": [pair.chosen_ids for pair in pairs],
+        "rejected_ids": [pair.rejected_ids for pair in pairs],
+    }
+    rows = keep_rows(columns, run.out)
+    tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    model, trained = _train_everywhere(load_policy, tokenizer, rows, tokens, objective, setup, run)
+    assert model is not None
+    return model, trained
+
+
+@in_every_process
+def _train_everywhere(
+    load_policy: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    tokens: int,
+    objective: Objective,
+    setup: Setup,
+    run: Run,
+) -> tuple[PreTrainedModel | None, Trained]:
     arguments = training_arguments(setup, run.out) | {
         **objective.arguments(),
-        # Computed from the very weights that training starts from; TRL would reload them from disk.
         "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": setup.micro_batch,
         # TRL's switch would take the adapters' dropout too, and the option would do nothing.
         "disable_dropout": False,
     }
-    disable_dropout_in_model(model)
-    rows = [
-        {"prompt_ids": p.prompt_ids, "chosen_ids": p.chosen_ids, "rejected_ids": p.rejected_ids}
-        for p in pairs
-    ]
+    # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
+    config = DPOConfig(**arguments | setup.fields)
     trainer: Trainer = _TokenisedDPOTrainer(
-        model=model,
-        args=DPOConfig(**arguments | setup.fields),
-        train_dataset=Dataset.from_list(rows),
+        model=_without_dropout(load_policy()),
+        ref_model=_without_dropout(load_policy()) if _needs_reference_model(config, setup) else None,
+        args=config,
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora_config(setup.adapters),
     )
-    tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     trained = train(
         trainer,
         run,
@@ -64,4 +87,20 @@ def train_dpo(
         tokens_an_epoch=tokens,
         first_loss=objective.first_loss(),
     )
-    return merge_and_keep_adapter(trainer, run.out, setup.adapters), trained
+    return whole_model(trainer, run.out, setup.adapters), trained
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    disable_dropout_in_model(model)
+    return model
+
+
+def _needs_reference_model(config: DPOConfig, setup: Setup) -> bool:
+    """Whether TRL would load the reference itself, from a path that may hold other weights.
+
+    With adapters, the reference is the policy without them; log-probs are computed beforehand with
+    the policy itself, except under FSDP, which has not split it by then.
+    """
+    if setup.adapters is not None:
+        return False
+    return not config.precompute_ref_log_probs or sharding() == "fsdp"

@@ -25,6 +25,7 @@ from srt_cli import console
 from srt_cli.artifacts import Run
 from srt_cli.errors import SrtError
 from srt_cli.training.checkpoints import mark_whole, newest_checkpoint
+from srt_cli.training.processes import AgreedStop, is_main, team
 
 SAVE_EVERY_SECONDS: Final = 600.0
 LN_2_TOLERANCE: Final = 5e-3
@@ -52,6 +53,8 @@ class _Watch(TrainerCallback):
         due = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
         if self.save_every is not None:
             due = state.global_step % self.save_every == 0
+        # Clocks and signals differ between processes; what they do next may not.
+        due, self.stop_asked = team().any(due, self.stop_asked)
         if state.global_step < state.max_steps:
             control.should_save = due or self.stop_asked
         if self.stop_asked:
@@ -61,7 +64,9 @@ class _Watch(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        mark_whole(self.out, state.global_step)
+        team().wait()
+        if is_main():
+            mark_whole(self.out, state.global_step)
         self._saved_at = time.monotonic()
 
     def on_log(
@@ -76,8 +81,9 @@ class _Watch(TrainerCallback):
             return
         loss = float(logs["loss"])
         self.losses.append(loss)
-        with open(self.out / "metrics.jsonl", "ab") as metrics:
-            metrics.write(orjson.dumps({"step": state.global_step, **logs}) + b"\n")
+        if is_main():
+            with open(self.out / "metrics.jsonl", "ab") as metrics:
+                metrics.write(orjson.dumps({"step": state.global_step, **logs}) + b"\n")
         if not math.isfinite(loss):
             raise SrtError(
                 f"the loss of step {state.global_step} is {loss}: training has diverged. "
@@ -129,10 +135,11 @@ def train(
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
     `SrtError` on a loss that is not finite, or a first DPO loss that is not ln 2.
     """
-    checkpoint, done = newest_checkpoint(run.out)
+    checkpoint, done = team().share(newest_checkpoint(run.out))
     if checkpoint is not None:
         console.say(f"going on from step {done} ({checkpoint})")
-    _keep_metrics_until(run.out / "metrics.jsonl", done)
+    if is_main():
+        _keep_metrics_until(run.out / "metrics.jsonl", done)
     watch = _Watch(run.out, save_every, tokens_an_epoch, first_loss)
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
@@ -145,7 +152,7 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if watch.stop_asked:
         run.manifest.progress = f"{trainer.state.global_step} of {steps} steps"
-        raise KeyboardInterrupt
+        raise AgreedStop
     run.manifest.progress = f"{steps} of {steps} steps"
     losses = [
         float(entry["loss"])
@@ -163,7 +170,7 @@ def train(
 def _steps_of(trainer: Trainer) -> int:
     args = trainer.args
     dataset: Any = trainer.train_dataset
-    batches = math.ceil(len(dataset) / args.per_device_train_batch_size)
+    batches = math.ceil(len(dataset) / (args.per_device_train_batch_size * team().size))
     steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
     return math.ceil(args.num_train_epochs * steps_an_epoch)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel, Trainer
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from srt_cli.recipes import Hyperparameters
 from srt_cli.training_options import TrainingOptions
@@ -57,11 +57,8 @@ def quantization() -> BitsAndBytesConfig:
     )
 
 
-def merge_and_keep_adapter(
-    trainer: Trainer, out: Path, adapters: Adapters | None
-) -> PreTrainedModel:
+def merge_and_keep_adapter(model: Any, out: Path, adapters: Adapters | None) -> PreTrainedModel:
     """The trained model; an adapter is saved under `adapter/`, then merged."""
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
     if adapters is not None:
         assert isinstance(model, PeftModel)
         model.save_pretrained(str(out / "adapter"))

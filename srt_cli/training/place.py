@@ -1,8 +1,9 @@
 """Where a training computes, and in which number formats, with the reason."""
 
 import importlib.util
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -60,3 +61,21 @@ def decide_training_place(method: Method) -> TrainingPlace:
     on_gpu = found.device == "cuda"
     attention = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
     return TrainingPlace(placement, bf16, attention, checkpointing=on_gpu)
+
+
+def sharding() -> Literal["fsdp", "zero"] | None:
+    """Whether accelerate spreads the weights over the GPUs, as its launcher says; never on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    if _is_on("ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    return "zero" if _is_on("ACCELERATE_USE_DEEPSPEED") else None
+
+
+def accelerate_checkpoints() -> bool:
+    """Whether FSDP itself computes activations again; transformers must not do it twice."""
+    return sharding() == "fsdp" and _is_on("FSDP_ACTIVATION_CHECKPOINTING")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")

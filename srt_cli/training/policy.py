@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from srt_cli.models.weights import load_weights, resolve_source
 from srt_cli.training.lora import quantization
-from srt_cli.training.place import TrainingPlace
+from srt_cli.training.place import TrainingPlace, sharding
 from srt_cli.training_options import TrainingOptions
 
 
@@ -20,13 +20,17 @@ def count_parameters(name: str) -> int | None:
 
 
 def load_policy(name: str, place: TrainingPlace, options: TrainingOptions) -> PreTrainedModel:
-    """The weights on their device, in train mode; of 4 bits for qlora."""
+    """The weights on their device, in train mode; of 4 bits for qlora.
+
+    Weights that GPUs share stay where transformers puts them, and accelerate places the parts.
+    """
     model = load_weights(
         name,
         placement=place.placement,
         trust_remote_code=options.trust_remote_code,
         attention=place.attention,
         quantization=quantization() if options.method == "qlora" else None,
+        move=sharding() is None,
     )
     model.train()
     return model

@@ -1,5 +1,6 @@
 """Stage 1's training: TRL's SFTTrainer on our own token ids and masks."""
 
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -8,9 +9,12 @@ from trl import SFTConfig, SFTTrainer
 
 from srt_cli.artifacts import Run
 from srt_cli.training.arguments import training_arguments
+from srt_cli.training.gathering import whole_model
 from srt_cli.training.loop import Trained, train
-from srt_cli.training.lora import lora_config, merge_and_keep_adapter
+from srt_cli.training.lora import lora_config
 from srt_cli.training.order import LengthGroupedOrder
+from srt_cli.training.processes import in_every_process
+from srt_cli.training.rows import keep_rows
 from srt_cli.training.sequences import Sequence
 from srt_cli.training.setup import Setup
 
@@ -27,30 +31,47 @@ class _OrderedSFTTrainer(SFTTrainer):
 
 
 def train_sft(
-    model: PreTrainedModel,
+    load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     sequences: list[Sequence],
     setup: Setup,
     run: Run,
 ) -> tuple[PreTrainedModel, Trained]:
     """Fine-tune on the sequences' labels; returns the model (adapters merged) and the figures."""
+    columns = {
+        "input_ids": [sequence.input_ids for sequence in sequences],
+        "labels": [sequence.labels for sequence in sequences],
+    }
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    rows = keep_rows(columns, run.out)
+    model, trained = _train_everywhere(load_policy, tokenizer, rows, lengths, setup, run)
+    assert model is not None
+    return model, trained
+
+
+@in_every_process
+def _train_everywhere(
+    load_policy: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    lengths: list[int],
+    setup: Setup,
+    run: Run,
+) -> tuple[PreTrainedModel | None, Trained]:
     arguments = training_arguments(setup, run.out) | {
         # Our labels say what is trained; TRL is to change neither ids nor masks.
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "packing": False,
     }
-    rows = [{"input_ids": s.input_ids, "labels": s.labels} for s in sequences]
-    order = LengthGroupedOrder(
-        [len(sequence.input_ids) for sequence in sequences], setup.micro_batch, setup.seed
-    )
+    # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
+    config = SFTConfig(**arguments | setup.fields)
     trainer: Trainer = _OrderedSFTTrainer(
-        order=order,
-        model=model,
-        args=SFTConfig(**arguments | setup.fields),
-        train_dataset=Dataset.from_list(rows),
+        order=LengthGroupedOrder(lengths, setup.micro_batch, setup.seed),
+        model=load_policy(),
+        args=config,
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=lora_config(setup.adapters),
     )
-    tokens = sum(len(sequence.input_ids) for sequence in sequences)
-    trained = train(trainer, run, save_every=setup.save_every, tokens_an_epoch=tokens)
-    return merge_and_keep_adapter(trainer, run.out, setup.adapters), trained
+    trained = train(trainer, run, save_every=setup.save_every, tokens_an_epoch=sum(lengths))
+    return whole_model(trainer, run.out, setup.adapters), trained

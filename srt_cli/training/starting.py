@@ -1,0 +1,139 @@
+"""Start the processes of a training: accelerate's launcher on GPUs, torchrun on a CPU."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from srt_cli.errors import Ended, SrtError, UsageError
+from srt_cli.training.launch import ASKED_FOR
+
+SHIPPED: Final = Path(__file__).parent / "accelerate"
+SAVING_SECONDS: Final = 600
+"""After Ctrl-C or SIGTERM, so long may the processes take to finish their step and save."""
+
+
+def start_processes(count: int | None, config: str | None) -> None:
+    """Run this very command line in `count` processes, as `config` says, and wait for them.
+
+    Raises `UsageError` for what this machine cannot do, and `Ended` with the processes' exit code;
+    what went wrong, the processes have said.
+    """
+    gpus = count_gpus()
+    if config is None:
+        count = count or 1
+        _refuse_too_many(count, gpus)
+        start = (
+            _with_accelerate(SHIPPED / "multi_gpu.yaml", count) if gpus else _with_torchrun(count)
+        )
+    else:
+        path = find_config(config)
+        settings = read_config(path)
+        if not gpus and not settings.use_cpu:
+            raise UsageError(
+                f"--accelerate-config {config} needs GPUs, and this machine has none. Without it, "
+                "--num-processes trains on the CPU."
+            )
+        if settings.distributed_type == "DEEPSPEED" and find_spec("deepspeed") is None:
+            raise SrtError(
+                f"--accelerate-config {config} needs the package deepspeed: "
+                "pip install 'srt-cli[deepspeed]'."
+            )
+        shipped = path.parent == SHIPPED
+        count = count or (gpus if shipped else settings.num_processes)
+        if settings.num_machines == 1 and gpus:
+            _refuse_too_many(count, gpus)
+        start = _with_accelerate(path, count, own_port=settings.num_machines == 1)
+    _supervise(start, count)
+
+
+def count_gpus() -> int:
+    """GPUs that this machine has and lets us see."""
+    return torch.cuda.device_count()
+
+
+def find_config(name: str) -> Path:
+    """The YAML file behind `--accelerate-config`; raises `UsageError` when there is none."""
+    shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    if Path(name).is_file():
+        return Path(name)
+    near = difflib.get_close_matches(name, shipped, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UsageError(
+        f"--accelerate-config {name}: neither one of {', '.join(shipped)} nor a file.{hint}"
+    )
+
+
+def read_config(path: Path) -> ClusterConfig:
+    """The configuration as accelerate's own parser reads it; raises `SrtError` where it refuses."""
+    try:
+        config = load_config_from_file(str(path))
+    except Exception as error:  # whatever a parser raises, the file is what is wrong
+        reason = " ".join(str(error).split())
+        raise SrtError(f"{path}: accelerate refuses it ({reason}).") from None
+    if not isinstance(config, ClusterConfig):
+        raise SrtError(f"{path}: srt runs on machines of your own, and this is for SageMaker.")
+    return config
+
+
+def _refuse_too_many(count: int, gpus: int) -> None:
+    if gpus and count > gpus:
+        raise UsageError(
+            f"--num-processes {count}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}, and a "
+            f"process needs one. Pass at most {gpus}; docs/scale.md tells how to use more machines."
+        )
+
+
+def _with_torchrun(count: int) -> Callable[[], Any]:
+    flags = ["--standalone", "--nproc_per_node", str(count)]
+    flags += ["--shutdown_timeout", str(SAVING_SECONDS)]
+    arguments = torchrun.get_args_parser().parse_args([*flags, "-m", "srt_cli", *sys.argv[1:]])
+    # torchrun would give each process one thread, and say so.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    return lambda: torchrun.run(arguments)
+
+
+def _with_accelerate(path: Path, count: int, own_port: bool = True) -> Callable[[], Any]:
+    flags = ["--config_file", str(path), "--num_processes", str(count)]
+    flags += ["--main_process_port", "0"] if own_port else []
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SAVING_SECONDS)
+    arguments = launch_command_parser().parse_args([*flags, "-m", "srt_cli", *sys.argv[1:]])
+    return lambda: launch_command(arguments)
+
+
+def _supervise(start: Callable[[], Any], count: int) -> None:
+    """Wait for the processes; only what none of them could say themselves is said here."""
+    os.environ[ASKED_FOR] = str(count)
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    try:
+        start()
+    except SignalException:
+        raise Ended(130) from None
+    except ChildFailedError as error:
+        failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        rank, code = (0, failed[0]) if 0 in failed else next(iter(failed.items()))
+        if code < 0:
+            raise SrtError(
+                f"process {rank} was killed by signal {-code}"
+                f"{', often for want of memory' if code == -9 else ''}. "
+                "Run the same line to go on from the newest checkpoint."
+            ) from None
+        raise Ended(code) from None
+    except (ValueError, ImportError) as error:
+        raise SrtError(f"accelerate refuses to start ({error}).") from None
+    finally:
+        del os.environ[ASKED_FOR]
