@@ -5,12 +5,15 @@ Model text may hold anything, so everything printed is plain text, never markup.
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.columns import Columns
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -92,8 +95,18 @@ def _print_table(
 class ProgressLine(Protocol):
     """A running count of finished work."""
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
-        """`steps` more are done; `note` is shown beside the count (failures, tokens/s, loss)."""
+    def advance(
+        self, steps: int = 1, note: str = "", figures: Mapping[str, str] | None = None
+    ) -> None:
+        """`steps` more are done; `note` is shown beside the count (failures, cost).
+
+        `figures` (loss, tokens/s) stand below it on a terminal, each under its name; a figure keeps
+        its last value until it has another.
+        """
+        ...
+
+    def expect(self, total: int) -> None:
+        """The whole is known only now."""
         ...
 
 
@@ -105,7 +118,7 @@ def progress(label: str, total: int | None) -> Iterator[ProgressLine]:
         yield plain
         plain.close()
         return
-    bar = Progress(
+    bar = _ProgressWithFigures(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
@@ -120,26 +133,56 @@ def progress(label: str, total: int | None) -> Iterator[ProgressLine]:
         yield _BarProgress(bar, label, total)
 
 
+class _ProgressWithFigures(Progress):
+    """A bar, and below it the latest figures, each under its name."""
+
+    figures: Mapping[str, str] = MappingProxyType({})
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.figures:
+            # As many as fit side by side; the rest in further lines.
+            cells = [
+                Text.assemble((f"{name} ", "dim"), (value, "bold"), no_wrap=True)
+                for name, value in self.figures.items()
+            ]
+            yield Padding(Columns(cells, padding=(0, 3)), (0, 0, 0, 2))
+
+
 class _BarProgress:
-    def __init__(self, bar: Progress, label: str, total: int | None) -> None:
+    def __init__(self, bar: _ProgressWithFigures, label: str, total: int | None) -> None:
         self._bar = bar
         self._task = bar.add_task(label, total=total, note="")
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(
+        self, steps: int = 1, note: str = "", figures: Mapping[str, str] | None = None
+    ) -> None:
+        if figures:
+            self._bar.figures = {**self._bar.figures, **figures}
         self._bar.update(self._task, advance=steps, note=note)
+
+    def expect(self, total: int) -> None:
+        self._bar.update(self._task, total=total)
 
 
 class _PlainProgress:
     def __init__(self, label: str, total: int | None) -> None:
         self._label, self._total = label, total
         self._done, self._note = 0, ""
+        self._figures: dict[str, str] = {}
         self._started = self._printed = time.monotonic()
 
-    def advance(self, steps: int = 1, note: str = "") -> None:
+    def advance(
+        self, steps: int = 1, note: str = "", figures: Mapping[str, str] | None = None
+    ) -> None:
         self._done += steps
         self._note = note
+        self._figures |= figures or {}
         if time.monotonic() - self._printed >= PLAIN_LINE_EVERY_S:
             self._print()
+
+    def expect(self, total: int) -> None:
+        self._total = total
 
     def close(self) -> None:
         self._print()
@@ -148,7 +191,9 @@ class _PlainProgress:
         self._printed = time.monotonic()
         elapsed = self._printed - self._started
         of_total = f"/{self._total}" if self._total is not None else ""
-        say(f"{self._label}: {self._done}{of_total} in {elapsed:.0f} s {self._note}".rstrip())
+        figures = ", ".join(f"{name} {value}" for name, value in self._figures.items())
+        parts = [f"{self._label}: {self._done}{of_total} in {elapsed:.0f} s", self._note, figures]
+        say("  ".join(part for part in parts if part))
 
 
 def quiet_libraries() -> None:

@@ -80,6 +80,20 @@ class TrainingOptions:
     save_every: int | None = runtime(
         None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
     )
+    early_stopping: int | None = setting(
+        None, "Stop when the validation loss has not fallen for N evaluations, and keep the best "
+        "weights; needs --eval-split.", metavar="N"
+    )  # fmt: skip
+    deterministic: bool = setting(
+        False, "Only kernels that give the same result every time: slower on a GPU."
+    )
+    samples: int = runtime(
+        4, "Let the model in training answer N prompts now and then, into samples.jsonl."
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = runtime(
+        (), "Send the metrics to this tracker too. Several times.",
+        metavar="tensorboard|wandb|trackio",
+    )  # fmt: skip
     keep_checkpoints: bool = runtime(False, "Keep the checkpoints of a finished training.")
     trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
     overwrite: bool = runtime(False, "Delete the directory and start anew.")

@@ -48,7 +48,8 @@ def test_a_model_directory_stands_alone(train, tmp_path):
     names = {path.name for path in (tmp_path / "models/sft").iterdir()}
     assert names == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json", "tokenizer_config.json",
+        "metrics.jsonl", "model.safetensors", "run.json", "samples.jsonl", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert finished.stdout == "models/sft: a model   next: srt self-critique --model models/sft\n"
 

@@ -121,8 +121,8 @@ def prefer(options: Dpo) -> None:
             if not options.keep_checkpoints:
                 clear_checkpoints(options.out)
         console.say(
-            f"{trained.steps} steps in {trained.seconds:.0f} s; "
-            f"loss {trained.first_loss:.4f} to {trained.final_loss:.4f}; reference: {model_name}"
+            f"{trained.sentence()}; loss {trained.first_loss:.4f} to {trained.final_loss:.4f}; "
+            f"reference: {model_name}"
         )
     console.finish(f"{options.out}: a model", f"srt eval --model {options.out}")
 
@@ -188,6 +188,7 @@ def _train(
     from srt_cli.training.dpo import train_dpo
     from srt_cli.training.objective import Objective
     from srt_cli.training.policy import load_policy
+    from srt_cli.training.samples import Sampler
     from srt_cli.training.saving import model_card, save_model
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
@@ -201,7 +202,8 @@ def _train(
     objective = Objective(
         chosen.loss_type, chosen.beta, smoothing, options.nll_weight, options.ld_alpha
     )
-    model, trained = train_dpo(policy, tokenizer, encoded, objective, setup, run)
+    sampler = Sampler(tokenizer, [pair.prompt for pair in pairs[: options.samples]])
+    model, trained = train_dpo(policy, tokenizer, encoded, objective, setup, run, sampler)
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base and reference": model_name,

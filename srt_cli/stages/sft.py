@@ -20,7 +20,7 @@ from srt_cli.critic_check import check_critic
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.recipes import advise_on_size, choose_hyperparameters
-from srt_cli.records import FeedbackRecord
+from srt_cli.records import FeedbackRecord, as_messages
 from srt_cli.training_options import TrainingOptions
 
 if TYPE_CHECKING:
@@ -111,10 +111,7 @@ def fine_tune(options: Sft) -> None:
             check_critic(run, kept, options.critic_check, options.good_score, options.seed)
         if not options.keep_checkpoints:
             clear_checkpoints(options.out)
-    console.say(
-        f"{trained.steps} steps in {trained.seconds:.0f} s; "
-        f"loss {trained.first_loss:.3f} to {trained.final_loss:.3f}"
-    )
+    console.say(f"{trained.sentence()}; loss {trained.first_loss:.3f} to {trained.final_loss:.3f}")
     console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
 
 
@@ -183,6 +180,7 @@ def _train(
 ) -> "Trained":
     from srt_cli.models.weights import load_tokenizer
     from srt_cli.training.policy import load_policy
+    from srt_cli.training.samples import Sampler
     from srt_cli.training.saving import model_card, save_model
     from srt_cli.training.sft import train_sft
 
@@ -191,7 +189,9 @@ def _train(
     run.manifest.models = {model_name: setup.place.describe()}
     console.say(setup.place.sentence())
     policy = partial(load_policy, model_name, setup.place, options)
-    model, trained = train_sft(policy, tokenizer, sequences, setup, run)
+    prompts = [as_messages(record.prompt) for record in records[: options.samples]]
+    sampler = Sampler(tokenizer, prompts)
+    model, trained = train_sft(policy, tokenizer, sequences, setup, run, sampler)
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base": model_name,

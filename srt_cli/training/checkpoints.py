@@ -1,19 +1,40 @@
 """Checkpoints: which one a training goes on from, and when it may not."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from srt_cli.artifacts import InputFile, Manifest, Run
+import orjson
+
+from srt_cli.artifacts import InputFile, Manifest, Run, write_json
 from srt_cli.errors import SrtError
 from srt_cli.training.arguments import CHECKPOINTS
+from srt_cli.training.setup import Setup
 
 WHOLE_MARKER: Final = "whole"
 
 
-def mark_whole(out: Path, step: int) -> None:
+def fingerprint(run: Run, setup: Setup) -> dict[str, Any]:
+    """What a checkpoint can be gone on from with: settings, data, templates, and how rows are cut.
+
+    It stands in the checkpoint itself, because a `run.json` can be edited or lost.
+    """
+    return {
+        "settings": run.manifest.settings,
+        "data": {name: file.sha256 for name, file in run.manifest.inputs.items()},
+        "templates": run.manifest.templates,
+        "place": {
+            "rows a forward pass": setup.micro_batch,
+            "processes": setup.processes,
+            "bf16": setup.place.bf16,
+        },
+    }
+
+
+def mark_whole(out: Path, step: int, mark: Mapping[str, Any]) -> None:
     """Written last: a checkpoint without it was cut off and is never resumed from."""
-    (out / CHECKPOINTS / f"checkpoint-{step}" / WHOLE_MARKER).touch()
+    write_json(out / CHECKPOINTS / f"checkpoint-{step}" / WHOLE_MARKER, mark)
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, int]:
@@ -21,6 +42,40 @@ def newest_checkpoint(out: Path) -> tuple[Path | None, int]:
     whole = [marker.parent for marker in (out / CHECKPOINTS).glob(f"checkpoint-*/{WHOLE_MARKER}")]
     steps = {int(path.name.rpartition("-")[2]): path for path in whole}
     return (steps[max(steps)], max(steps)) if steps else (None, 0)
+
+
+def refuse_other_training(checkpoint: Path, now: Mapping[str, Any]) -> None:
+    """Raise `SrtError` when a checkpoint was made with other settings or data, naming them."""
+    try:
+        then = orjson.loads((checkpoint / WHOLE_MARKER).read_bytes())
+    except orjson.JSONDecodeError:
+        raise SrtError(
+            f"{checkpoint}: does not say how it was made. Start anew with --overwrite."
+        ) from None
+    differing = [
+        f"{_named(kind, name)} was {then.get(kind, {}).get(name)!r}, now {value!r}"
+        for kind, values in now.items()
+        for name, value in values.items()
+        if then.get(kind, {}).get(name) != value
+    ]
+    if differing:
+        raise SrtError(
+            f"{checkpoint}: is of another training ({'; '.join(differing)}). "
+            "Choose another --out, or start anew with --overwrite."
+        )
+
+
+def _named(kind: str, name: str) -> str:
+    if kind == "settings":
+        return "--" + name.replace("_", "-")
+    return {"data": f"the digest of --{name}", "templates": f"template {name}"}.get(kind, name)
+
+
+def take_away_torn(out: Path) -> None:
+    """Delete checkpoints that were cut off: on a full disk they are in the way of the next one."""
+    for directory in (out / CHECKPOINTS).glob("checkpoint-*"):
+        if not (directory / WHOLE_MARKER).exists():
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def clear_checkpoints(out: Path) -> None:

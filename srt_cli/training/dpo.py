@@ -1,27 +1,35 @@
 """Stage 2's training: TRL's DPOTrainer on our own token ids."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from srt_cli.artifacts import Run
 from srt_cli.training.arguments import training_arguments
 from srt_cli.training.gathering import whole_model
+from srt_cli.training.health import DpoStart
 from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config
+from srt_cli.training.meter import MeteredTrainer
 from srt_cli.training.objective import Objective
 from srt_cli.training.place import sharding
 from srt_cli.training.processes import in_every_process
 from srt_cli.training.rows import keep_rows
+from srt_cli.training.samples import Sampler
 from srt_cli.training.sequences import PairIds
 from srt_cli.training.setup import Setup
 
 
-class _TokenisedDPOTrainer(DPOTrainer):
+# Of a log-prob, which other company in a batch may change by rounding alone.
+TOLERANCE_FP32: Final = 1e-4
+TOLERANCE_BF16: Final = 1e-2
+
+
+class _TokenisedDPOTrainer(MeteredTrainer, DPOTrainer):
     """A DPOTrainer whose rows are token ids already: the very ids that generation uses."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
@@ -35,6 +43,7 @@ def train_dpo(
     objective: Objective,
     setup: Setup,
     run: Run,
+    sampler: Sampler,
 ) -> tuple[PreTrainedModel, Trained]:
     """Prefer chosen over rejected; returns the model (adapters merged) and the figures.
 
@@ -47,8 +56,9 @@ def train_dpo(
         "rejected_ids": [pair.rejected_ids for pair in pairs],
     }
     rows = keep_rows(columns, run.out)
-    tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
-    model, trained = _train_everywhere(load_policy, tokenizer, rows, tokens, objective, setup, run)
+    model, trained = _train_everywhere(
+        load_policy, tokenizer, rows, objective, setup, run, sampler
+    )
     assert model is not None
     return model, trained
 
@@ -58,10 +68,10 @@ def _train_everywhere(
     load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
-    tokens: int,
     objective: Objective,
     setup: Setup,
     run: Run,
+    sampler: Sampler,
 ) -> tuple[PreTrainedModel | None, Trained]:
     arguments = training_arguments(setup, run.out) | {
         **objective.arguments(),
@@ -72,7 +82,7 @@ def _train_everywhere(
     }
     # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
     config = DPOConfig(**arguments | setup.fields)
-    trainer: Trainer = _TokenisedDPOTrainer(
+    trainer = _TokenisedDPOTrainer(  # type: ignore[call-arg]
         model=_without_dropout(load_policy()),
         ref_model=_without_dropout(load_policy()) if _needs_reference_model(config, setup) else None,
         args=config,
@@ -80,14 +90,18 @@ def _train_everywhere(
         processing_class=tokenizer,
         peft_config=lora_config(setup.adapters),
     )
-    trained = train(
-        trainer,
-        run,
-        save_every=setup.save_every,
-        tokens_an_epoch=tokens,
-        first_loss=objective.first_loss(),
+    start = DpoStart(
+        beta=objective.beta,
+        loss=objective.first_loss(),
+        tolerance=TOLERANCE_BF16 if setup.place.bf16 else TOLERANCE_FP32,
     )
+    trained = train(trainer, run, setup, sampler, start)
     return whole_model(trainer, run.out, setup.adapters), trained
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    disable_dropout_in_model(model)
+    return model
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:

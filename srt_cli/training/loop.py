@@ -1,115 +1,36 @@
 """Run a TRL trainer so that it can be watched, stopped, killed and resumed bit for bit."""
 
-import math
+import errno
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 import orjson
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from safetensors import SafetensorError
+from transformers import PrinterCallback, ProgressCallback
 
 from srt_cli import console
 from srt_cli.artifacts import Run
 from srt_cli.errors import SrtError
-from srt_cli.training.checkpoints import mark_whole, newest_checkpoint
+from srt_cli.training.checkpoints import (
+    fingerprint,
+    newest_checkpoint,
+    refuse_other_training,
+    take_away_torn,
+)
+from srt_cli.training.health import DpoStart
+from srt_cli.training.meter import MeteredTrainer, meter_for, throughput
 from srt_cli.training.processes import AgreedStop, is_main, team
+from srt_cli.training.samples import SAMPLES, Sampler, summarise
+from srt_cli.training.setup import Setup
+from srt_cli.training.watch import METRICS, Watch, best_evaluation
 
-SAVE_EVERY_SECONDS: Final = 600.0
-LN_2_TOLERANCE: Final = 5e-3
-
-
-@dataclass
-class _Watch(TrainerCallback):
-    """Sees every step: progress, metrics, health, checkpoints, and the user's wish to stop."""
-
-    out: Path
-    save_every: int | None
-    tokens_an_epoch: int
-    first_loss: float | None
-    """What the first batch's loss must be, if that is known beforehand (DPO: ln 2)."""
-    advance: Callable[[int, str], None] = lambda steps, note: None
-    stop_asked: bool = False
-    losses: list[float] = field(default_factory=list)
-    _saved_at: float = field(default_factory=time.monotonic)
-    _started: float = field(default_factory=time.monotonic)
-    _started_epoch: float | None = None
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        due = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
-        if self.save_every is not None:
-            due = state.global_step % self.save_every == 0
-        # Clocks and signals differ between processes; what they do next may not.
-        due, self.stop_asked = team().any(due, self.stop_asked)
-        if state.global_step < state.max_steps:
-            control.should_save = due or self.stop_asked
-        if self.stop_asked:
-            control.should_training_stop = True
-        return control
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        team().wait()
-        if is_main():
-            mark_whole(self.out, state.global_step)
-        self._saved_at = time.monotonic()
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        loss = float(logs["loss"])
-        self.losses.append(loss)
-        if is_main():
-            with open(self.out / "metrics.jsonl", "ab") as metrics:
-                metrics.write(orjson.dumps({"step": state.global_step, **logs}) + b"\n")
-        if not math.isfinite(loss):
-            raise SrtError(
-                f"the loss of step {state.global_step} is {loss}: training has diverged. "
-                "Lower --learning-rate, or look at the data of this step."
-            )
-        self._check_first_loss(loss, state)
-        self.advance(1, f"loss {loss:.3f}  {self._tokens_per_second(state)}")
-
-    def _check_first_loss(self, loss: float, state: TrainerState) -> None:
-        if self.first_loss is None or state.global_step != 1:
-            return
-        if abs(loss - self.first_loss) > LN_2_TOLERANCE:
-            raise SrtError(
-                f"the first batch's loss is {loss:.4f}, not ln 2 = {self.first_loss:.4f}: the "
-                "reference is not the model that training starts from. Start anew with --overwrite."
-            )
-
-    def _tokens_per_second(self, state: TrainerState) -> str:
-        epoch = state.epoch or 0.0
-        if self._started_epoch is None:
-            self._started_epoch = epoch
-            self._started = time.monotonic()
-            return ""
-        elapsed = time.monotonic() - self._started
-        done = (epoch - self._started_epoch) * self.tokens_an_epoch
-        return f"{done / elapsed:.0f} tokens/s" if elapsed > 0 else ""
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -120,63 +41,97 @@ class Trained:
     first_loss: float | None
     final_loss: float | None
     seconds: float
+    """Of this call alone, evaluations and checkpoints included; the rates count training only."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    tokens_per_second: float = 0.0
+    trained_tokens_per_second: float = 0.0
+    mfu: float | None = None
+    best_step: int | None = None
+    """Whose weights were kept, when `--early-stopping` looked for the best."""
+    best_eval_loss: float | None = None
+
+    def sentence(self) -> str:
+        """For the terminal."""
+        text = f"{self.steps} steps in {self.seconds:.0f} s"
+        if self.tokens_per_second:
+            text += (
+                f", {self.tokens_per_second:,.0f} tokens/s "
+                f"({self.trained_tokens_per_second:,.0f} trained)"
+            )
+        if self.mfu is not None:
+            text += f", MFU {self.mfu:.0%}"
+        if self.best_step is not None:
+            text += f"; best weights of step {self.best_step}, eval loss {self.best_eval_loss:.3f}"
+        return text
 
 
 def train(
-    trainer: Trainer,
+    trainer: MeteredTrainer,
     run: Run,
-    *,
-    save_every: int | None,
-    tokens_an_epoch: int,
-    first_loss: float | None = None,
+    setup: Setup,
+    sampler: Sampler,
+    start: DpoStart | None = None,
 ) -> Trained:
     """Train to the end, from the newest whole checkpoint if there is one.
 
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
-    `SrtError` on a loss that is not finite, or a first DPO loss that is not ln 2.
+    `SrtError` for a checkpoint of another training, what `health` cannot let pass, or a full disk.
     """
+    mark = fingerprint(run, setup)
     checkpoint, done = team().share(newest_checkpoint(run.out))
     if checkpoint is not None:
+        refuse_other_training(checkpoint, mark)
         console.say(f"going on from step {done} ({checkpoint})")
-    if is_main():
-        _keep_metrics_until(run.out / "metrics.jsonl", done)
-    watch = _Watch(run.out, save_every, tokens_an_epoch, first_loss)
+    rows = team().share(_keep_until(run.out / METRICS, done) if is_main() else None)
+    sampler.rows = _keep_until(run.out / SAMPLES, done) if is_main() else []
+    frozen = setup.adapters is not None
+    trainer.meter = meter_for(trainer.model, setup.place, setup.processes, base_frozen=frozen)
+    started = time.monotonic()
+    with console.progress("training", None) as progress:
+        watch = Watch(
+            run, trainer.meter, sampler, progress, start, mark, setup.save_every,
+            setup.early_stopping,
+            steps=[row for row in rows if "loss" in row],
+            evaluations=[row for row in rows if "loss" not in row],
+        )  # fmt: skip
+        _attach(trainer, watch)
+        with _stop_after_the_step(watch), _full_disk_in_one_sentence(run):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    state = trainer.state
+    run.manifest.progress = f"{state.global_step} of {state.max_steps} steps"
+    if watch.stop_asked:
+        raise AgreedStop
+    if watch.stopped_early:
+        run.manifest.progress += ", stopped early"
+    run.manifest.tallies |= {"samples": summarise(sampler.rows)} if sampler.rows else {}
+    return _come_to(watch, state.global_step, time.monotonic() - started)
+
+
+def _attach(trainer: MeteredTrainer, watch: Watch) -> None:
     trainer.add_callback(watch)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    steps = _steps_of(trainer)
-    started = time.monotonic()
-    with console.progress("training", steps) as progress, _stop_after_the_step(watch):
-        progress.advance(done)
-        watch.advance = progress.advance
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if watch.stop_asked:
-        run.manifest.progress = f"{trainer.state.global_step} of {steps} steps"
-        raise AgreedStop
-    run.manifest.progress = f"{steps} of {steps} steps"
-    losses = [
-        float(entry["loss"])
-        for line in (run.out / "metrics.jsonl").read_bytes().splitlines()
-        if "loss" in (entry := orjson.loads(line))
-    ]
+    # Set only now: transformers would insist that its own schedule of checkpoints finds the best.
+    trainer.args.load_best_model_at_end = watch.patience is not None
+
+
+def _come_to(watch: Watch, steps: int, seconds: float) -> Trained:
+    best = best_evaluation(watch.evaluations) if watch.patience is not None else None
+    figures: dict[str, Any] = throughput(watch.steps)
     return Trained(
-        steps=trainer.state.global_step,
-        first_loss=losses[0] if losses else None,
-        final_loss=losses[-1] if losses else None,
-        seconds=time.monotonic() - started,
+        steps=steps,
+        first_loss=watch.steps[0]["loss"] if watch.steps else None,
+        final_loss=watch.steps[-1]["loss"] if watch.steps else None,
+        seconds=seconds,
+        best_step=best.step if best else None,
+        best_eval_loss=best.loss if best else None,
+        **figures,
     )
 
 
-def _steps_of(trainer: Trainer) -> int:
-    args = trainer.args
-    dataset: Any = trainer.train_dataset
-    batches = math.ceil(len(dataset) / (args.per_device_train_batch_size * team().size))
-    steps_an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    return math.ceil(args.num_train_epochs * steps_an_epoch)
-
-
 @contextmanager
-def _stop_after_the_step(watch: _Watch) -> Iterator[None]:
+def _stop_after_the_step(watch: Watch) -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the step and saves; the second stops at once."""
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -193,16 +148,43 @@ def _stop_after_the_step(watch: _Watch) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _keep_metrics_until(path: Path, step: int) -> None:
-    """Steps behind the checkpoint are trained again, and must not stand there twice."""
+@contextmanager
+def _full_disk_in_one_sentence(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _says_disk_is_full(error):
+            raise
+        take_away_torn(run.out)
+        _, step = newest_checkpoint(run.out)
+        again = f"go on from step {step}" if step else "start again"
+        raise SrtError(
+            f"{run.out}: cannot be written, the disk is full. Free some space and run the same line "
+            f"again: it will {again}."
+        ) from error
+
+
+def _says_disk_is_full(error: BaseException) -> bool:
+    """Also what safetensors and torch make of an `OSError` of their own."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return True
+    text = str(error).lower()
+    words = ("no space left", "file too large", "quota exceeded", "pytorchstreamwriter")
+    return any(word in text for word in words)
+
+
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Lines behind the checkpoint come again, and must not stand there twice; returns the others."""
     if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
+        return []
     kept = []
-    for line in lines:
+    for line in path.read_bytes().splitlines():
         try:
-            if orjson.loads(line)["step"] <= step:
-                kept.append(line)
-        except (orjson.JSONDecodeError, KeyError):
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError:
             continue
-    path.write_bytes(b"".join(kept))
+        if step and row["step"] <= step:
+            kept.append(row)
+    option = orjson.OPT_APPEND_NEWLINE
+    path.write_bytes(b"".join(orjson.dumps(row, option=option) for row in kept))
+    return kept

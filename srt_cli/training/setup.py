@@ -36,6 +36,9 @@ class Setup:
     fields: dict[str, Any]
     """`--set`: fields of TRL's config."""
     save_every: int | None
+    early_stopping: int | None
+    deterministic: bool
+    report_to: tuple[str, ...]
 
     @property
     def accumulation(self) -> int:
@@ -61,6 +64,9 @@ def set_up(options: TrainingOptions, values: Hyperparameters, stage: StageName) 
         seed=options.seed,
         fields=parse_fields(options.set, CONFIG_CLASSES[stage]),
         save_every=options.save_every,
+        early_stopping=options.early_stopping,
+        deterministic=options.deterministic,
+        report_to=options.report_to,
     )
 
 
