@@ -289,6 +289,7 @@ class Run:
         self.whole = True
         """False when rows are still owed although nothing went wrong."""
         self._cleanup = contextlib.ExitStack()
+        self._at_end: list[Callable[[], None]] = []
 
     def __enter__(self) -> "Run":
         self.save()
@@ -314,6 +315,8 @@ class Run:
         self.manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")
         with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
             self.save()
+            for act in self._at_end:
+                act()
 
     @property
     def complete(self) -> bool:
@@ -358,6 +361,10 @@ class Run:
         if message not in self.manifest.warnings:
             self.manifest.warnings.append(message)
             console.warn(message)
+
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Do this once the manifest says how the run ended."""
+        self._at_end.append(act)
 
     def save(self) -> None:
         """Write the manifest as it stands."""

@@ -49,7 +49,7 @@ def test_a_model_directory_stands_alone(train, tmp_path):
     assert names == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
         "metrics.jsonl", "model.safetensors", "run.json", "samples.jsonl", "tokenizer.json",
-        "tokenizer_config.json",
+        "tokenizer_config.json", "training.html",
     }  # fmt: skip
     assert finished.stdout == "models/sft: a model   next: srt self-critique --model models/sft\n"
 

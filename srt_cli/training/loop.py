@@ -17,6 +17,7 @@ from transformers import PrinterCallback, ProgressCallback
 from srt_cli import console
 from srt_cli.artifacts import Run
 from srt_cli.errors import SrtError
+from srt_cli.report.training import write_training_page
 from srt_cli.training.checkpoints import (
     fingerprint,
     newest_checkpoint,
@@ -78,6 +79,7 @@ def train(
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
     `SrtError` for a checkpoint of another training, what `health` cannot let pass, or a full disk.
     """
+    run.at_end(lambda: write_training_page(run.out, run.manifest))
     mark = fingerprint(run, setup)
     checkpoint, done = team().share(newest_checkpoint(run.out))
     if checkpoint is not None:

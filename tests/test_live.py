@@ -1,0 +1,155 @@
+"""What a training shows and leaves behind while it runs: metrics, figures, samples, trackers, page."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import read_jsonl, write_jsonl
+from test_dpo import pair_rows
+from test_sft import feedback_rows
+
+from srt_cli.training.meter import count_tokens, mfu, throughput
+
+SFT = ("sft", "--global-batch", 4, "--learning-rate", 1e-2, "--critic-check", 0)
+DPO = ("dpo", "--global-batch", 4, "--learning-rate", 1e-3, "--beta", 0.1)
+
+
+@pytest.fixture
+def sft(srt, tmp_path, tiny_model):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows())
+    return lambda *extra: srt(*SFT, "--model", tiny_model, *extra)
+
+
+@pytest.fixture
+def dpo(srt, tmp_path, tiny_model):
+    write_jsonl(tmp_path / "prefs.jsonl", pair_rows())
+    return lambda *extra: srt(*DPO, "--model", tiny_model, *extra)
+
+
+def manifest_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_every_step_says_what_it_trained_and_how_fast(sft, tmp_path):
+    finished = sft("--epochs", 2, "--samples", 0)
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(tmp_path / "models/sft/metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for name in ("loss", "learning_rate", "grad_norm", "seconds", "entropy", "mean_token_accuracy"):
+        assert all(math.isfinite(row[name]) for row in rows), name
+    tallies = manifest_of(tmp_path / "models/sft")["tallies"]
+    # Two epochs; the counts are those of the data, with no padding in them.
+    assert sum(row["tokens"] for row in rows) == 2 * tallies["tokens"]
+    trained = sum(tallies["trained_tokens"].values())
+    assert sum(row["trained_tokens"] for row in rows) == 2 * trained
+    training = tallies["training"]
+    seconds = sum(row["seconds"] for row in rows)
+    assert training["tokens_per_second"] == pytest.approx(2 * tallies["tokens"] / seconds)
+    assert f"{training['tokens_per_second']:,.0f} tokens/s" in finished.stderr
+    assert f"({training['trained_tokens_per_second']:,.0f} trained)" in finished.stderr
+    assert training["mfu"] is None
+    assert "MFU" not in finished.stderr
+
+
+def test_a_terminal_is_shown_the_figures_of_the_step(dpo, capsys):
+    finished = dpo("--epochs", 2, "--samples", 0)
+    (line,) = [each for each in finished.stderr.splitlines() if each.startswith("training: ")]
+    assert line.startswith("training: 4/4 in ")
+    named = (
+        "loss",
+        "lr",
+        "grad norm",
+        "margin",
+        "accuracy",
+        "log p chosen",
+        "rejected",
+        "tokens/s",
+    )
+    for name in named:
+        assert f"{name} " in line
+
+
+def test_a_bar_shows_the_figures_below_it(monkeypatch):
+    from rich.console import Console
+
+    from srt_cli import console
+
+    talk = Console(force_terminal=True, width=100, record=True)
+    monkeypatch.setattr(console, "_talk", talk)
+    with console.progress("training", None) as progress:
+        progress.expect(4)
+        progress.advance(1, figures={"loss": "0.693", "tokens/s": "1,234"})
+        progress.advance(1, figures={"loss": "0.500"})
+    shown = talk.export_text()
+    assert "2/4" in shown
+    assert "loss 0.500" in shown
+    assert "tokens/s 1,234" in shown
+
+
+def test_padding_and_masks_are_not_counted():
+    sft = {
+        "input_ids": torch.tensor([[5, 6, 7, 0], [5, 6, 7, 8]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        "labels": torch.tensor([[-100, 6, 7, -100], [-100, -100, -100, 8]]),
+    }
+    assert count_tokens(sft).tolist() == [7, 3]
+    dpo = {
+        "input_ids": torch.tensor([[5, 6, 7], [5, 8, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+        "completion_mask": torch.tensor([[0, 1, 1], [0, 1, 0]]),
+    }
+    assert count_tokens(dpo).tolist() == [5, 3]
+    packed = {
+        "input_ids": torch.tensor([[5, 6, 7, 8]]),
+        "labels": torch.tensor([[-100, 6, -100, 8]]),
+    }
+    assert count_tokens(packed).tolist() == [4, 2]
+
+
+def test_mfu_is_six_flops_a_parameter_and_token_over_the_peak():
+    # 20,000 tokens/s of a model of 1e9 parameters on an H100: 1.2e14 of 9.89e14.
+    assert mfu(20_000, 6e9, 989e12) == pytest.approx(0.12134, abs=1e-5)
+    assert mfu(20_000, 6e9, None) is None
+
+
+def test_the_rates_of_a_training_are_its_sums_over_its_seconds():
+    rows = [
+        {"tokens": 100, "trained_tokens": 40, "seconds": 1.0, "mfu": 0.4},
+        {"tokens": 300, "trained_tokens": 80, "seconds": 3.0, "mfu": 0.2},
+    ]
+    assert throughput(rows) == {
+        "tokens": 400, "trained_tokens": 120, "tokens_per_second": 100.0,
+        "trained_tokens_per_second": 30.0, "mfu": pytest.approx(0.25),
+    }  # fmt: skip
+    assert throughput([]) == {}
+
+
+def test_samples_are_written_at_start_and_end_and_summed_up(sft, tmp_path):
+    finished = sft("--epochs", 2, "--samples", 3)
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(tmp_path / "models/sft/samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 0, 0, 4, 4, 4]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Say 0 in words."}]
+    assert rows[0]["text"] != rows[3]["text"]
+    for row in rows:
+        assert 0 < row["tokens"] <= 128
+        assert row["stopped"] in (True, False)
+    summary = manifest_of(tmp_path / "models/sft")["tallies"]["samples"]
+    assert summary["last"]["step"] == 4
+    mean = sum(row["tokens"] for row in rows[3:]) / 3
+    assert summary["last"]["tokens"] == pytest.approx(mean, abs=0.01)
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_samples_leave_no_trace_in_the_weights(stage, sft, dpo, tmp_path):
+    """Dropout draws from the random state that sampling must not touch."""
+    train = {"sft": sft, "dpo": dpo}[stage]
+    lora = ("--method", "lora", "--lora-dropout", 0.2, "--epochs", 2)
+    weights = []
+    for count in (0, 2):
+        out = tmp_path / f"models/{count}"
+        finished = train("--samples", count, "--out", out, *lora)
+        assert finished.code == 0, finished.stderr
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
