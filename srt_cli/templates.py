@@ -18,6 +18,8 @@ from typing import Final, Literal
 from srt_cli.errors import SrtError
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Feedback, Message, Prompt
 
+FeedbackField = Literal["weaknesses", "suggestions", "score"]
+FEEDBACK_FIELDS: Final[tuple[FeedbackField, ...]] = ("weaknesses", "suggestions", "score")
 IMPROVED_HEADING: Final = "### Improved Response"
 
 # Verbatim from the paper, slips included: the template is part of the method.
@@ -84,13 +86,17 @@ def is_as_asked(text: str, *, expect_refinement: bool) -> bool:
     return score is not None and (not expect_refinement or f"\n{IMPROVED_HEADING}\n" in text)
 
 
-def render_feedback(feedback: Feedback) -> str:
-    """Feedback as the policy is trained to write it: weaknesses, suggestions, score."""
-    return (
-        f"Weaknesses: {feedback.weaknesses}\n"
-        f"Suggestions: {feedback.suggestions}\n"
-        f"Overall Score: [[{feedback.score:g}]]"
-    )
+def render_feedback(feedback: Feedback, drop: Sequence[FeedbackField] = ()) -> str:
+    """Feedback as the policy is trained to write it: weaknesses, suggestions, score.
+
+    `drop` leaves fields out (paper, Table 6).
+    """
+    lines: dict[FeedbackField, str] = {
+        "weaknesses": f"Weaknesses: {feedback.weaknesses}",
+        "suggestions": f"Suggestions: {feedback.suggestions}",
+        "score": f"Overall Score: [[{feedback.score:g}]]",
+    }
+    return "\n".join(line for field, line in lines.items() if field not in drop)
 
 
 def render_refinement(refinement: str) -> str:

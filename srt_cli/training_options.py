@@ -68,6 +68,12 @@ class TrainingOptions:
     chat_template: Path | None = setting(
         None, "A .jinja file, if the model has none.", metavar="FILE"
     )
+    eval_split: float = setting(
+        0.0, "Share of the prompts to hold out, for a loss on rows that are not trained on."
+    )
+    eval_every: int | None = setting(
+        None, "Steps between evaluations; default: ten of them in a training.", metavar="STEPS"
+    )
     seed: int = setting(42, "Seed of the data order and of dropout.")
     limit: int | None = setting(None, "Use only the first N rows.")
     num_processes: int | None = runtime(

@@ -9,11 +9,11 @@ from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, Usage
 from srt_cli.templates import CRITIQUE_REQUEST
 from srt_cli.training.sequences import (
-    PARTS,
     feedback_sequence,
     preference_ids,
     refinement_feedback_sequence,
 )
+from srt_cli.training_rows import PARTS
 
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "

@@ -22,14 +22,10 @@ from srt_cli.records import Preference
 from srt_cli.training_options import LossType, TrainingOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from srt_cli.training.loop import Trained
-    from srt_cli.training.sequences import PairIds
     from srt_cli.training.setup import Setup
 
 COMMAND: Final = "dpo"
-LENGTH_RATIO_TO_WARN_AT = 1.3
 
 
 @dataclass(frozen=True)
@@ -186,13 +182,18 @@ def _train(
 ) -> "Trained":
     from srt_cli.models.weights import fingerprint_of, load_tokenizer
     from srt_cli.training.dpo import train_dpo
+    from srt_cli.training.examples import length_limit, prepare_dpo
     from srt_cli.training.objective import Objective
-    from srt_cli.training.policy import load_policy
+    from srt_cli.training.policy import load_policy, positions_of
     from srt_cli.training.samples import Sampler
     from srt_cli.training.saving import model_card, save_model
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
-    encoded = encode_pairs(tokenizer, pairs, options, chosen, run)
+    limit = length_limit(chosen.values.max_length, positions_of(model_name), options.truncation)
+    prepared = prepare_dpo(
+        tokenizer, pairs, limit, eval_split=options.eval_split, loss_type=chosen.loss_type
+    )
+    prepared.record(run, run.out / "dpo.jsonl")
     run.manifest.models = {
         "policy": {"spec": model_name, **setup.place.describe()},
         "reference": {"spec": model_name, "weights": fingerprint_of(model_name)},
@@ -203,11 +204,13 @@ def _train(
         chosen.loss_type, chosen.beta, smoothing, options.nll_weight, options.ld_alpha
     )
     sampler = Sampler(tokenizer, [pair.prompt for pair in pairs[: options.samples]])
-    model, trained = train_dpo(policy, tokenizer, encoded, objective, setup, run, sampler)
+    model, trained = train_dpo(
+        policy, tokenizer, prepared.train, prepared.held_out, objective, setup, run, sampler
+    )
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base and reference": model_name,
-        "data": f"{options.prefs}, {len(encoded)} pairs",
+        "data": f"{options.prefs}, {len(prepared.train)} pairs",
         "method": f"DPO ({options.method}), loss {chosen.loss_type}, beta {chosen.beta:g}",
         "epochs": chosen.values.epochs,
         "learning rate": chosen.values.learning_rate,
@@ -215,47 +218,3 @@ def _train(
     }
     save_model(model, tokenizer, options.out, model_card("A model tuned by stage 2 of SRT", facts))
     return trained
-
-
-def encode_pairs(
-    tokenizer: "PreTrainedTokenizerBase",
-    pairs: list[Preference],
-    options: Dpo,
-    chosen: Chosen,
-    run: Run,
-) -> "list[PairIds]":
-    """Token ids of every pair; refuses, or drops, what does not fit; warns of a length bias."""
-    from srt_cli.training.sequences import preference_ids
-
-    max_length = chosen.values.max_length
-    encoded = [preference_ids(tokenizer, pair) for pair in pairs]
-    lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in encoded]
-    long = sum(length > max_length for length in lengths)
-    if long and options.truncation == "refuse":
-        raise SrtError(
-            f"{long} of {len(pairs)} pairs exceed --max-length {max_length} "
-            f"(the longest has {max(lengths)} tokens). "
-            "Raise --max-length, or leave them out with --truncation drop."
-        )
-    encoded = [p for p, length in zip(encoded, lengths, strict=True) if length <= max_length]
-    if not encoded:
-        raise SrtError(f"{options.prefs}: no pair fits --max-length {max_length}.")
-    if long:
-        run.warn(f"{long} pairs over --max-length {max_length} were left out.")
-    chosen_tokens = sum(len(p.chosen_ids) for p in encoded)
-    rejected_tokens = sum(len(p.rejected_ids) for p in encoded)
-    ratio = chosen_tokens / rejected_tokens
-    run.manifest.tallies = {
-        "pairs": len(encoded),
-        "pairs_too_long": long,
-        "chosen_tokens": chosen_tokens,
-        "rejected_tokens": rejected_tokens,
-        "length_ratio": ratio,
-    }
-    console.say(f"{len(encoded)} pairs; chosen {ratio:.2f} times as long as rejected, in tokens")
-    if ratio > LENGTH_RATIO_TO_WARN_AT and chosen.loss_type == "sigmoid":
-        run.warn(
-            f"chosen answers are {ratio:.2f} times as long as rejected ones, and DPO learns length "
-            "too. Consider --loss-type sigmoid_norm, or build-prefs --max-length-ratio."
-        )
-    return encoded

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from srt_cli.artifacts import open_run
+from srt_cli.artifacts import open_run, read_manifest
 from srt_cli.call_options import CallOptions
 from srt_cli.critique import Check, Critic, Sampling
 from srt_cli.critique_run import Work, is_done, run_critiques, show_critique_plan
-from srt_cli.errors import UsageError
+from srt_cli.errors import SrtError, UsageError
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
@@ -58,6 +58,7 @@ def run(options: SelfCritique) -> None:
     if options.samples < 1 or options.rounds < 1:
         raise UsageError("--samples and --rounds start at 1.")
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
+    refuse_partial_critic(Path(options.model))
     door = options.door()
     model = open_model(options.model, door)
     drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
@@ -87,3 +88,20 @@ def run(options: SelfCritique) -> None:
     if options.report is not None:
         write_critic_report(options.report, f"{options.model} as its own critic", summary)
     summary.close(f"{options.out}: {summary.rows} rows", f"srt build-prefs --data {options.out}")
+
+
+def refuse_partial_critic(model: Path) -> None:
+    """Raise `SrtError` for a model that was trained, as an ablation, to write no whole feedback."""
+    manifest = read_manifest(model) if model.is_dir() else None
+    if manifest is None or manifest.command != "sft":
+        return
+    ablation = [
+        f"--{name.replace('_', '-')}"
+        for name in ("drop", "refinement_only")
+        if manifest.settings.get(name)
+    ]
+    if ablation:
+        raise SrtError(
+            f"{model}: was trained with {ablation[0]}, so it writes no whole feedback and its "
+            "critiques would not parse. Compare its answers with srt eval instead."
+        )

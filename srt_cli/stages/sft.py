@@ -1,6 +1,6 @@
 """Stage 1, second half: fine-tune the policy on response, feedback and refinement."""
 
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from srt_cli import console
 from srt_cli.artifacts import (
-    DroppedRows,
     Run,
     clear_directory,
     inherited,
@@ -22,12 +21,18 @@ from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.recipes import advise_on_size, choose_hyperparameters
 from srt_cli.records import FeedbackRecord, as_messages
 from srt_cli.training_options import TrainingOptions
+from srt_cli.training_rows import (
+    Fallen,
+    Mix,
+    Targets,
+    keep_teaching_rows,
+    parse_mix,
+    parse_targets,
+    write_dropped,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from srt_cli.training.loop import Trained
-    from srt_cli.training.sequences import Part, Sequence
     from srt_cli.training.setup import Setup
 
 COMMAND: Final = "sft"
@@ -56,9 +61,21 @@ class Sft(TrainingOptions):
     loss_on: str = setting(
         "response,feedback,refinement", "Parts that carry loss (paper: all three).", metavar="PARTS"
     )
+    drop: str | None = setting(
+        None, "Parts of the feedback to leave out of the targets: some of weaknesses, suggestions, "
+        "score (paper, Table 6).", metavar="PARTS",
+    )  # fmt: skip
+    refinement_only: bool = setting(
+        False,
+        "Train on prompt and refinement alone, without response and feedback (paper, Table 6).",
+    )
     refinement_feedback: bool = setting(
         False, "Train also on good refinements with their own blind feedback (paper: no)."
     )
+    mix: tuple[str, ...] = setting(
+        (), "Mix in other chats (messages, or prompt and response): WEIGHT of them for each row of "
+        "feedback. Several times.", metavar="FILE:WEIGHT",
+    )  # fmt: skip
     good_score: float = setting(8.0, "From this score on, an answer counts as good.")
     critic_check: int = runtime(
         16, "Let the tuned model score N of the answers, and show whether it knows good from bad."
@@ -74,7 +91,10 @@ def run(options: Sft) -> None:
 
 def fine_tune(options: Sft) -> None:
     """Read feedback, keep what teaches, train, save."""
-    parts = parse_parts(options.loss_on)
+    targets = parse_targets(
+        options.loss_on, options.drop, options.refinement_only, options.refinement_feedback
+    )
+    mixes = [parse_mix(text) for text in options.mix]
     model_name = options.model or inherited(options.data, "model")
     if model_name is None or model_name.startswith(RUNS_CODE_PREFIX):
         raise UsageError(f"{options.data} names no policy to train. Pass --model.")
@@ -91,7 +111,9 @@ def fine_tune(options: Sft) -> None:
         COMMAND,
         options,
         options.out,
-        inputs={"data": options.data} | template_input(options.chat_template),
+        inputs={"data": options.data}
+        | {f"mix_{number}": mix.path for number, mix in enumerate(mixes, start=1)}
+        | template_input(options.chat_template),
         overwrite=options.overwrite,
         directory=True,
         resolved={"model": model_name} | chosen.settings(COMMAND),
@@ -105,10 +127,16 @@ def fine_tune(options: Sft) -> None:
     with run:
         if advice := advise_on_size(options, COMMAND, parameters):
             run.warn(advice)
-        kept = keep_teaching_rows(records, run)
-        trained = _trained_before(run) or _train(options, setup, parts, model_name, kept, run)
+        kept, fallen = keep_teaching_rows(records)
+        _tell_of_rows(run, len(kept), fallen)
+        trained = _trained_before(run) or _train(
+            options, setup, targets, mixes, model_name, kept, fallen, run
+        )
         if options.critic_check:
-            check_critic(run, kept, options.critic_check, options.good_score, options.seed)
+            if targets.scores:
+                check_critic(run, kept, options.critic_check, options.good_score, options.seed)
+            else:
+                console.say("no critic check: this model is not trained to score")
         if not options.keep_checkpoints:
             clear_checkpoints(options.out)
     console.say(f"{trained.sentence()}; loss {trained.first_loss:.3f} to {trained.final_loss:.3f}")
@@ -127,76 +155,55 @@ def _trained_before(run: Run) -> "Trained | None":
     return Trained(**earlier)
 
 
-def parse_parts(text: str) -> "tuple[Part, ...]":
-    """`--loss-on` as parts; raises `UsageError` for an unknown or empty one."""
-    known: tuple[Part, ...] = ("response", "feedback", "refinement")
-    named = [part.strip() for part in text.split(",") if part.strip()]
-    unknown = [part for part in named if part not in known]
-    if unknown or not named:
-        raise UsageError(
-            f"--loss-on {text!r}: name some of response, feedback, refinement, joined by commas."
-        )
-    return tuple(part for part in known if part in named)
-
-
-def why_not_trained(record: FeedbackRecord) -> str | None:
-    """The paper's two rules (section 4.1); null when a row passes both."""
-    if record.status != "ok":
-        return record.status
-    if record.gain is None:
-        return "incomplete"
-    if record.gain < 0:
-        return "refinement scored lower"
-    return None
-
-
-def keep_teaching_rows(records: Iterable[FeedbackRecord], run: Run) -> list[FeedbackRecord]:
-    """Rows that pass the rules; the others go to `sft.dropped.jsonl` in the model directory."""
-    dropped = DroppedRows(run.out / "sft.jsonl")
-    kept = []
-    for record in records:
-        reason = why_not_trained(record)
-        if reason is None:
-            kept.append(record)
-        else:
-            dropped.add(record.id, reason, record)
-    dropped.commit()
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.reasons.most_common())
-    rows = len(kept) + dropped.reasons.total()
-    console.say(f"{rows} rows: {len(kept)} kept" + (f"; dropped: {reasons}" if reasons else ""))
-    run.manifest.tallies = {"rows": rows, "kept": len(kept), "dropped": dict(dropped.reasons)}
+def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
+    counts = Counter(row.reason for row in fallen)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    rows = kept + len(fallen)
+    console.say(f"{rows} rows: {kept} kept" + (f"; dropped: {reasons}" if reasons else ""))
+    run.manifest.tallies |= {"rows": rows, "kept": kept}
     if not kept:
-        raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped.path}.")
-    return kept
+        dropped = write_dropped(run.out / "sft.jsonl", fallen)
+        raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped}.")
 
 
 def _train(
     options: Sft,
     setup: "Setup",
-    parts: "tuple[Part, ...]",
+    targets: Targets,
+    mixes: list[Mix],
     model_name: str,
     records: list[FeedbackRecord],
+    fallen: list[Fallen],
     run: Run,
 ) -> "Trained":
     from srt_cli.models.weights import load_tokenizer
-    from srt_cli.training.policy import load_policy
+    from srt_cli.training.examples import length_limit, prepare_sft
+    from srt_cli.training.policy import load_policy, positions_of
     from srt_cli.training.samples import Sampler
     from srt_cli.training.saving import model_card, save_model
     from srt_cli.training.sft import train_sft
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
-    sequences = build_sequences(tokenizer, records, parts, options, setup.values.max_length, run)
+    limit = length_limit(setup.values.max_length, positions_of(model_name), options.truncation)
+    prepared = prepare_sft(
+        tokenizer, records, targets, mixes, limit,
+        good_score=options.good_score, eval_split=options.eval_split, seed=options.seed,
+    )  # fmt: skip
+    prepared.fallen = fallen + prepared.fallen
+    prepared.record(run, run.out / "sft.jsonl")
     run.manifest.models = {model_name: setup.place.describe()}
     console.say(setup.place.sentence())
     policy = partial(load_policy, model_name, setup.place, options)
     prompts = [as_messages(record.prompt) for record in records[: options.samples]]
     sampler = Sampler(tokenizer, prompts)
-    model, trained = train_sft(policy, tokenizer, sequences, setup, run, sampler)
+    model, trained = train_sft(
+        policy, tokenizer, prepared.train, prepared.held_out, setup, run, sampler
+    )
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base": model_name,
         "data": f"{options.data}, {len(records)} rows",
-        "method": f"supervised fine-tuning ({options.method}), loss on {', '.join(parts)}",
+        "method": f"supervised fine-tuning ({options.method}), loss on {', '.join(targets.loss_on)}",
         "epochs": setup.values.epochs,
         "learning rate": setup.values.learning_rate,
         "final loss": trained.final_loss,
@@ -204,49 +211,3 @@ def _train(
     save_model(model, tokenizer, options.out, model_card("A model tuned by stage 1 of SRT", facts))
     run.save()
     return trained
-
-
-def build_sequences(
-    tokenizer: "PreTrainedTokenizerBase",
-    records: list[FeedbackRecord],
-    parts: "tuple[Part, ...]",
-    options: Sft,
-    max_length: int,
-    run: Run,
-) -> "list[Sequence]":
-    """Token ids and masks of every kept row; refuses, or drops, what does not fit."""
-    from srt_cli.training.sequences import feedback_sequence, refinement_feedback_sequence
-
-    sequences = [feedback_sequence(tokenizer, record, parts) for record in records]
-    if options.refinement_feedback:
-        sequences += [
-            refinement_feedback_sequence(tokenizer, record, parts)
-            for record in records
-            if record.refinement_feedback is not None
-            and record.refinement_feedback.score >= options.good_score
-        ]
-    long = [s for s in sequences if len(s.input_ids) > max_length]
-    if long and options.truncation == "refuse":
-        worst = max(long, key=lambda s: len(s.input_ids))
-        raise SrtError(
-            f"{len(long)} of {len(sequences)} sequences exceed --max-length {max_length} "
-            f"(the longest, {worst.id}: {len(worst.input_ids)} tokens). "
-            "Raise --max-length, or leave them out with --truncation drop."
-        )
-    sequences = [s for s in sequences if len(s.input_ids) <= max_length]
-    untrained = [s.id for s in sequences if not sum(s.trained.values())]
-    if untrained or not sequences:
-        raise SrtError(f"no token would be trained in {', '.join(untrained[:3]) or 'any row'}.")
-    tokens = {part: sum(s.trained[part] for s in sequences) for part in sequences[0].trained}
-    total = sum(len(s.input_ids) for s in sequences)
-    run.manifest.tallies |= {
-        "sequences": len(sequences),
-        "sequences_too_long": len(long),
-        "tokens": total,
-        "trained_tokens": tokens,
-    }
-    named = ", ".join(f"{count} of {part}" for part, count in tokens.items() if count)
-    console.say(f"{len(sequences)} sequences, {total} tokens, trained: {named}")
-    if long:
-        run.warn(f"{len(long)} sequences over --max-length {max_length} were left out.")
-    return sequences

@@ -10,6 +10,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from srt_cli.artifacts import Run
 from srt_cli.training.arguments import training_arguments
+from srt_cli.training.evaluation import evaluation_arguments
 from srt_cli.training.gathering import whole_model
 from srt_cli.training.health import DpoStart
 from srt_cli.training.loop import Trained, train
@@ -22,7 +23,6 @@ from srt_cli.training.rows import keep_rows
 from srt_cli.training.samples import Sampler
 from srt_cli.training.sequences import PairIds
 from srt_cli.training.setup import Setup
-
 
 # Of a log-prob, which other company in a batch may change by rounding alone.
 TOLERANCE_FP32: Final = 1e-4
@@ -40,6 +40,7 @@ def train_dpo(
     load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[PairIds],
+    held_out: list[PairIds],
     objective: Objective,
     setup: Setup,
     run: Run,
@@ -50,17 +51,22 @@ def train_dpo(
     The reference is the model as `load_policy` gives it: its log-probs are computed before the first
     step. Raises `SrtError` when the first loss says otherwise.
     """
-    columns = {
+    rows = keep_rows(columns_of(pairs), run.out)
+    held_rows = keep_rows(columns_of(held_out), run.out) if held_out else None
+    model, trained = _train_everywhere(
+        load_policy, tokenizer, rows, held_rows, objective, setup, run, sampler
+    )
+    assert model is not None
+    return model, trained
+
+
+def columns_of(pairs: list[PairIds]) -> dict[str, list[list[int]]]:
+    """Prompts and answers, as TRL names them."""
+    return {
         "prompt_ids": [pair.prompt_ids for pair in pairs],
         "chosen_ids": [pair.chosen_ids for pair in pairs],
         "rejected_ids": [pair.rejected_ids for pair in pairs],
     }
-    rows = keep_rows(columns, run.out)
-    model, trained = _train_everywhere(
-        load_policy, tokenizer, rows, objective, setup, run, sampler
-    )
-    assert model is not None
-    return model, trained
 
 
 @in_every_process
@@ -68,6 +74,7 @@ def _train_everywhere(
     load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    held_out: Dataset | None,
     objective: Objective,
     setup: Setup,
     run: Run,
@@ -80,6 +87,8 @@ def _train_everywhere(
         # TRL's switch would take the adapters' dropout too, and the option would do nothing.
         "disable_dropout": False,
     }
+    if held_out is not None:
+        arguments |= evaluation_arguments(setup, run.out)
     # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
     config = DPOConfig(**arguments | setup.fields)
     trainer = _TokenisedDPOTrainer(  # type: ignore[call-arg]
@@ -87,6 +96,7 @@ def _train_everywhere(
         ref_model=_without_dropout(load_policy()) if _needs_reference_model(config, setup) else None,
         args=config,
         train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=lora_config(setup.adapters),
     )

@@ -19,6 +19,16 @@ def count_parameters(name: str) -> int | None:
         return None
 
 
+def positions_of(name: str) -> int | None:
+    """How many positions a model has; null when its configuration does not say, or is not local."""
+    try:
+        config = AutoConfig.from_pretrained(str(resolve_source(name)), local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def load_policy(name: str, place: TrainingPlace, options: TrainingOptions) -> PreTrainedModel:
     """The weights on their device, in train mode; of 4 bits for qlora.
 

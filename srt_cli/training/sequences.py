@@ -9,18 +9,17 @@ Prompt and request never carry loss. Every trained turn ends with the end-of-tur
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from transformers import PreTrainedTokenizerBase
 
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import encode_chat, end_of_turn_id
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, as_messages
-from srt_cli.templates import CRITIQUE_REQUEST, render_feedback, render_refinement
+from srt_cli.templates import CRITIQUE_REQUEST, FeedbackField, render_feedback, render_refinement
+from srt_cli.training_rows import PARTS, Part
 
 IGNORED: Final = -100
-Part = Literal["response", "feedback", "refinement"]
-PARTS: Final[tuple[Part, ...]] = ("response", "feedback", "refinement")
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,42 @@ class Sequence:
     id: str
     input_ids: list[int]
     labels: list[int]
-    trained: dict[Part, int]
-    """Trained tokens per part, end-of-turn tokens counted with the part they close."""
+    parts: tuple[tuple[Part, range], ...]
+    """Where each part stands, trained or not; an end-of-turn token belongs to what it closes."""
+
+    @property
+    def trained(self) -> dict[Part, int]:
+        """Trained tokens per part."""
+        return {
+            part: sum(
+                self.labels[place] != IGNORED
+                for named, places in self.parts
+                if named == part
+                for place in places
+            )
+            for part in PARTS
+        }
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before the first answer."""
+        return self.parts[0][1].start
+
+    def tokens_of(self, part: Part) -> int:
+        """Tokens of one part, trained or not."""
+        return sum(len(places) for named, places in self.parts if named == part)
 
 
 def feedback_sequence(
-    tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord, loss_on: SequenceOf[Part]
+    tokenizer: PreTrainedTokenizerBase,
+    record: FeedbackRecord,
+    loss_on: SequenceOf[Part],
+    drop: SequenceOf[FeedbackField] = (),
 ) -> Sequence:
-    """The paper's sequence of one record; with all three parts in `loss_on` its loss is Eq. 1."""
+    """The paper's sequence of one record; with all three parts in `loss_on` its loss is Eq. 1.
+
+    `drop` leaves fields of the feedback out of the target (paper, Table 6).
+    """
     assert record.response is not None
     assert record.feedback is not None
     assert record.refinement is not None
@@ -49,12 +76,45 @@ def feedback_sequence(
         record.feedback,
         record.refinement,
         loss_on,
+        drop,
         copied=False,
     )
 
 
+def refinement_sequence(tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord) -> Sequence:
+    """Prompt and refinement, as if it were the first answer (paper, Table 6: "Refinement Only")."""
+    assert record.refinement is not None
+    answer = Message(role="assistant", content=record.refinement.strip())
+    messages = [*as_messages(record.prompt), answer]
+    return _answers(tokenizer, record.id, messages, [len(messages) - 1], "refinement")
+
+
+def chat_sequence(
+    tokenizer: PreTrainedTokenizerBase, identifier: str, messages: SequenceOf[Message]
+) -> Sequence:
+    """Other chat data (`--mix`): every assistant's turn bears loss."""
+    answers = [place for place, turn in enumerate(messages) if turn.role == "assistant"]
+    return _answers(tokenizer, identifier, list(messages), answers, "mix")
+
+
+def _answers(
+    tokenizer: PreTrainedTokenizerBase,
+    identifier: str,
+    messages: list[Message],
+    answers: list[int],
+    part: Part,
+) -> Sequence:
+    ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
+    turns = [_turn(tokenizer, ids, messages[: place + 1]) for place in answers]
+    labels = _labels(ids, turns)
+    return Sequence(identifier, ids, labels, tuple((part, turn) for turn in turns))
+
+
 def refinement_feedback_sequence(
-    tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord, loss_on: SequenceOf[Part]
+    tokenizer: PreTrainedTokenizerBase,
+    record: FeedbackRecord,
+    loss_on: SequenceOf[Part],
+    drop: SequenceOf[FeedbackField] = (),
 ) -> Sequence:
     """A refinement as the first answer, with its own blind feedback: shows what good looks like.
 
@@ -72,6 +132,7 @@ def refinement_feedback_sequence(
         record.refinement_feedback,
         record.refinement,
         loss_on,
+        drop,
         copied=True,
     )
 
@@ -84,40 +145,49 @@ def _conversation(
     feedback: Feedback,
     refinement: str,
     loss_on: SequenceOf[Part],
+    drop: SequenceOf[FeedbackField],
     *,
     copied: bool,
 ) -> Sequence:
     answered = [*prompt, Message(role="assistant", content=answer[0].strip())]
     asked = [*answered, Message(role="user", content=CRITIQUE_REQUEST)]
-    feedback_text = render_feedback(feedback)
-    whole_text = feedback_text + render_refinement(refinement.strip())
+    feedback_text = render_feedback(feedback, drop)
+    improved = render_refinement("") if feedback_text else render_refinement("").lstrip("\n")
+    whole_text = feedback_text + improved + refinement.strip()
     whole = [*asked, Message(role="assistant", content=whole_text)]
     ids = encode_chat(tokenizer, whole, add_generation_prompt=False)
 
     first = _turn(tokenizer, ids, answered)
     second = _turn(tokenizer, ids, whole)
     # A token that straddles a border belongs to what follows: the shorter text lacks it.
-    border = _border(tokenizer, ids, asked, feedback_text)
-    end = range(second.stop - 1, second.stop)
+    border = _border(tokenizer, ids, asked, feedback_text) if feedback_text else second.start
+    end = second.stop - 1
+    trained: list[range] = []
+    if answer[1] in loss_on:
+        trained.append(first)
+    if "feedback" in loss_on:
+        trained.append(range(second.start, border))
+    if "refinement" in loss_on:
+        heading = _border(tokenizer, ids, asked, feedback_text + improved) if copied else end
+        trained.append(range(border, heading))
+    # Whatever of the turn is trained, the turn must end: its end-of-turn token is trained with it.
+    ends_feedback = "feedback" in loss_on and "refinement" not in loss_on
+    if ends_feedback or "refinement" in loss_on:
+        trained.append(range(end, second.stop))
     parts: list[tuple[Part, range]] = [
         (answer[1], first),
         ("feedback", range(second.start, border)),
-        ("refinement", range(border, second.stop)),
+        ("refinement", range(border, end)),
+        ("feedback" if ends_feedback else "refinement", range(end, second.stop)),
     ]
-    if copied:
-        heading = _border(tokenizer, ids, asked, feedback_text + render_refinement(""))
-        parts[2:] = [("refinement", range(border, heading)), ("refinement", end)]
-    trained_parts = [(part, places) for part, places in parts if part in loss_on]
-    if "feedback" in loss_on and "refinement" not in loss_on:
-        # The turn must still end: its end-of-turn token is trained with the feedback.
-        trained_parts.append(("feedback", end))
+    return Sequence(identifier, ids, _labels(ids, trained), tuple(parts))
+
+
+def _labels(ids: list[int], trained: SequenceOf[range]) -> list[int]:
     labels = [IGNORED] * len(ids)
-    trained: dict[Part, int] = dict.fromkeys(PARTS, 0)
-    for part, places in trained_parts:
-        trained[part] += len(places)
-        for place in places:
-            labels[place] = ids[place]
-    return Sequence(identifier, ids, labels, trained)
+    for places in trained:
+        labels[places.start : places.stop] = ids[places.start : places.stop]
+    return labels
 
 
 def _turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], until: SequenceOf[Message]) -> range:

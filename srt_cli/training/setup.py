@@ -36,6 +36,8 @@ class Setup:
     fields: dict[str, Any]
     """`--set`: fields of TRL's config."""
     save_every: int | None
+    eval_every: int | None
+    """Steps between evaluations; null: ten a training."""
     early_stopping: int | None
     deterministic: bool
     report_to: tuple[str, ...]
@@ -64,6 +66,7 @@ def set_up(options: TrainingOptions, values: Hyperparameters, stage: StageName) 
         seed=options.seed,
         fields=parse_fields(options.set, CONFIG_CLASSES[stage]),
         save_every=options.save_every,
+        eval_every=options.eval_every,
         early_stopping=options.early_stopping,
         deterministic=options.deterministic,
         report_to=options.report_to,

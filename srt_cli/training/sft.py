@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from srt_cli.artifacts import Run
 from srt_cli.training.arguments import training_arguments
+from srt_cli.training.evaluation import evaluation_arguments, loss_by_part
 from srt_cli.training.gathering import whole_model
 from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config
@@ -21,35 +24,51 @@ from srt_cli.training.sequences import Sequence
 from srt_cli.training.setup import Setup
 
 
-class _OrderedSFTTrainer(MeteredTrainer, SFTTrainer):
-    """An SFTTrainer that takes rows in the order it is given."""
+class _OwnSFTTrainer(MeteredTrainer, SFTTrainer):
+    """An SFTTrainer that takes rows in the order it is given, and evaluates by part."""
 
-    def __init__(self, *, order: LengthGroupedOrder, **arguments: Any) -> None:
+    def __init__(
+        self, *, order: LengthGroupedOrder, held_out: list[Sequence], **arguments: Any
+    ) -> None:
         self._order = order
+        self._held_out = held_out
         super().__init__(**arguments)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedOrder:
         return self._order
+
+    def evaluation_loop(
+        self, dataloader: DataLoader[Any], *_: Any, metric_key_prefix: str = "eval", **__: Any
+    ) -> EvalLoopOutput:
+        micro_batch = self.args.per_device_eval_batch_size
+        return loss_by_part(self, self._held_out, micro_batch, metric_key_prefix)
 
 
 def train_sft(
     load_policy: Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     sequences: list[Sequence],
+    held_out: list[Sequence],
     setup: Setup,
     run: Run,
     sampler: Sampler,
 ) -> tuple[PreTrainedModel, Trained]:
     """Fine-tune on the sequences' labels; returns the model (adapters merged) and the figures."""
-    columns = {
+    lengths = [len(sequence.input_ids) for sequence in sequences]
+    rows = keep_rows(columns_of(sequences), run.out)
+    model, trained = _train_everywhere(
+        load_policy, tokenizer, rows, lengths, held_out, setup, run, sampler
+    )
+    assert model is not None
+    return model, trained
+
+
+def columns_of(sequences: list[Sequence]) -> dict[str, list[list[int]]]:
+    """Ids and labels, as TRL names them."""
+    return {
         "input_ids": [sequence.input_ids for sequence in sequences],
         "labels": [sequence.labels for sequence in sequences],
     }
-    lengths = [len(sequence.input_ids) for sequence in sequences]
-    rows = keep_rows(columns, run.out)
-    model, trained = _train_everywhere(load_policy, tokenizer, rows, lengths, setup, run, sampler)
-    assert model is not None
-    return model, trained
 
 
 @in_every_process
@@ -58,6 +77,7 @@ def _train_everywhere(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     lengths: list[int],
+    held_out: list[Sequence],
     setup: Setup,
     run: Run,
     sampler: Sampler,
@@ -67,13 +87,17 @@ def _train_everywhere(
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "packing": False,
     }
+    if held_out:
+        arguments |= evaluation_arguments(setup, run.out)
     # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
     config = SFTConfig(**arguments | setup.fields)
-    trainer = _OrderedSFTTrainer(
+    trainer = _OwnSFTTrainer(
+        held_out=held_out,
         order=LengthGroupedOrder(lengths, setup.micro_batch, setup.seed),
         model=load_policy(),
         args=config,
         train_dataset=rows,
+        eval_dataset=Dataset.from_dict(columns_of(held_out)) if held_out else None,
         processing_class=tokenizer,
         peft_config=lora_config(setup.adapters),
     )

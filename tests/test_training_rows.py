@@ -1,0 +1,318 @@
+"""Which rows a training sees: held out by prompt, mixed in, ablated, and what falls out."""
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+from test_dpo import pair_rows
+from test_sequences import record, trained_text
+from test_sft import feedback_rows
+
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.models.weights import load_tokenizer
+from srt_cli.records import Message
+from srt_cli.templates import CRITIQUE_REQUEST
+from srt_cli.training.sequences import (
+    Sequence,
+    chat_sequence,
+    feedback_sequence,
+    refinement_sequence,
+)
+from srt_cli.training_rows import (
+    PARTS,
+    draw_chats,
+    is_held_out,
+    parse_mix,
+    parse_targets,
+    read_chats,
+    split_rows,
+)
+
+QUICK = ("--global-batch", 4, "--learning-rate", 1e-2, "--epochs", 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(str(tiny_model))
+
+
+@pytest.fixture
+def sft(srt, tmp_path, tiny_model):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(24))
+
+    def run(*extra):
+        return srt("sft", "--model", tiny_model, *QUICK, "--critic-check", 0, *extra)
+
+    return run
+
+
+@pytest.fixture
+def dpo(srt, tmp_path, tiny_model):
+    write_jsonl(tmp_path / "prefs.jsonl", pair_rows(24))
+
+    def run(*extra):
+        return srt("dpo", "--model", tiny_model, *QUICK, "--beta", 0.1, *extra)
+
+    return run
+
+
+# --- The held-out share ------------------------------------------------------------------------
+
+
+@given(st.lists(st.text(min_size=1), unique=True, max_size=40), st.text(min_size=1))
+def test_a_row_that_is_added_moves_no_other_row(prompts, added):
+    before = split_rows(prompts, str, 0.3)
+    after = split_rows([added, *prompts], str, 0.3)
+    assert [row for row in after[0] if row != added] == [row for row in before[0] if row != added]
+    assert [row for row in after[1] if row != added] == [row for row in before[1] if row != added]
+
+
+@given(st.text(min_size=1))
+def test_one_prompt_is_never_on_both_sides_however_it_is_written(prompt):
+    spaced = "  " + prompt.replace(" ", "\n ") + " "
+    chat = [Message(role="user", content=prompt)]
+    assert is_held_out(prompt, 0.5) == is_held_out(spaced, 0.5) == is_held_out(chat, 0.5)
+
+
+def test_about_the_share_is_held_out():
+    held_out = sum(is_held_out(f"prompt {n}", 0.05) for n in range(20_000))
+    assert held_out == pytest.approx(1000, rel=0.1)
+
+
+def test_a_split_that_leaves_a_side_empty_is_refused(sft):
+    finished = sft("--eval-split", 0.0001)
+    assert finished.code == 1
+    assert "--eval-split 0.0001 of 24 rows leaves none to hold out. Raise it" in finished.stderr
+    assert "give a share of the prompts" in sft("--eval-split", 1).stderr
+
+
+# --- Validation loss ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["off"])
+def test_the_loss_of_each_part_is_that_of_transformers_alone(sft, tmp_path, tiny_model, packing):
+    """Before the first step, on rows of different lengths; independent of TRL."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    rows = [row | {"response": "It is. " * (n % 5 + 1)} for n, row in enumerate(feedback_rows(24))]
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    finished = sft("--eval-split", 0.3)
+    assert finished.code == 0, finished.stderr
+    held_out = [row for row in rows if is_held_out(row["prompt"], 0.3)]
+    assert f"{len(held_out)} held out" in finished.stderr
+    tokenizer = load_tokenizer(str(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    losses = {part: [] for part in PARTS}
+    for row in held_out:
+        sequence = feedback_sequence(tokenizer, record(**row), PARTS)
+        logits = model(torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
+        for part, places in sequence.parts:
+            losses[part] += [-float(logits[p - 1, sequence.input_ids[p]]) for p in places]
+    first = read_jsonl(tmp_path / "models/sft/metrics.jsonl")[0]
+    everything = losses["response"] + losses["feedback"] + losses["refinement"]
+    assert first["step"] == 0
+    assert first["eval_loss"] == pytest.approx(sum(everything) / len(everything), abs=1e-5)
+    for part in ("response", "feedback", "refinement"):
+        expected = sum(losses[part]) / len(losses[part])
+        assert first[f"eval_loss_{part}"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_evaluations_stand_where_they_were_asked_for_and_at_the_end(sft, tmp_path):
+    sft("--eval-split", 0.3, "--eval-every", 2, "--epochs", 2)
+    rows = read_jsonl(tmp_path / "models/sft/metrics.jsonl")
+    last = max(row["step"] for row in rows)
+    steps = [row["step"] for row in rows if "eval_loss" in row]
+    assert steps == [*range(0, last, 2), last]
+
+
+def test_held_out_rows_are_never_trained(sft, tmp_path):
+    """Training on the other rows alone gives the very same steps."""
+    sft("--eval-split", 0.3)
+    metrics = read_jsonl(tmp_path / "models/sft/metrics.jsonl")
+    rows = [row for row in feedback_rows(24) if not is_held_out(row["prompt"], 0.3)]
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    sft("--out", "models/alone")
+    alone = read_jsonl(tmp_path / "models/alone/metrics.jsonl")
+    assert [row["loss"] for row in metrics if "loss" in row] == [row["loss"] for row in alone]
+
+
+def test_dpo_evaluates_on_pairs_that_are_held_out(dpo, tmp_path):
+    finished = dpo("--eval-split", 0.3, "--epochs", 2)
+    assert finished.code == 0, finished.stderr
+    evaluated = [
+        row for row in read_jsonl(tmp_path / "models/dpo/metrics.jsonl") if "eval_loss" in row
+    ]
+    assert evaluated[0]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert evaluated[-1]["eval_rewards/margins"] > evaluated[0]["eval_rewards/margins"]
+    assert 0 <= evaluated[-1]["eval_rewards/accuracies"] <= 1
+
+
+# --- Ablations of the target -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("drop", "feedback"),
+    [
+        (("score",), "Weaknesses: No fruit.\nSuggestions: Name one.\n\n"),
+        (("suggestions",), "Weaknesses: No fruit.\nOverall Score: [[3]]\n\n"),
+        (("weaknesses",), "Suggestions: Name one.\nOverall Score: [[3]]\n\n"),
+        (("weaknesses", "suggestions", "score"), ""),
+    ],
+)
+def test_what_is_dropped_is_not_in_the_target(tokenizer, drop, feedback):
+    sequence = feedback_sequence(tokenizer, record(), PARTS, drop)
+    assert trained_text(tokenizer, sequence) == [
+        "A carrot.<|im_end|>",
+        f"{feedback}### Improved Response\nAn apple.<|im_end|>",
+    ]
+    assert sequence.tokens_of("refinement") == sequence.trained["refinement"]
+
+
+def test_refinement_only_is_the_refinement_as_the_first_answer(tokenizer):
+    sequence = refinement_sequence(tokenizer, record())
+    text = tokenizer.decode(sequence.input_ids)
+    assert trained_text(tokenizer, sequence) == ["An apple.<|im_end|>"]
+    assert "A carrot." not in text
+    assert CRITIQUE_REQUEST not in text
+
+
+@pytest.mark.parametrize("ablation", [("--drop", "score"), ("--refinement-only",)])
+def test_an_ablated_model_is_not_asked_for_what_it_never_learnt(srt, sft, tmp_path, ablation):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Say 1."}])
+    finished = sft(*ablation, "--critic-check", 4)
+    assert finished.code == 0, finished.stderr
+    assert "no critic check: this model is not trained to score" in finished.stderr
+    refused = srt("self-critique")
+    assert refused.code == 1
+    assert f"was trained with {ablation[0]}, so it writes no whole feedback" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("response,score", None, False, False), "name some of response, feedback, refinement"),
+        (("response", "advice", False, False), "name some of weaknesses, suggestions, score"),
+        (("refinement", "score", True, False), "so --drop would do nothing"),
+        (("refinement", None, True, True), "so --refinement-feedback would do nothing"),
+        (("response", None, True, False), "--refinement-only trains no response"),
+        (("feedback", "score,weaknesses,suggestions", False, False), "leaves nothing of the feed"),
+    ],
+)
+def test_targets_that_contradict_one_another_are_refused(arguments, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        parse_targets(*arguments)
+
+
+# --- Other chats -------------------------------------------------------------------------------
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+    {"role": "assistant", "content": "So long."},
+]
+
+
+def test_every_answer_of_a_mixed_in_chat_is_trained(tokenizer):
+    sequence = chat_sequence(tokenizer, "1", [Message(**turn) for turn in CHAT])
+    assert trained_text(tokenizer, sequence) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
+    assert sequence.trained["mix"] == sum(label != -100 for label in sequence.labels)
+
+
+def test_of_a_prompt_of_several_turns_only_what_follows_is_trained(tokenizer):
+    prompt = [Message(**turn) for turn in CHAT[:4]]
+    sequence = feedback_sequence(tokenizer, record(prompt=prompt), ("response",))
+    assert "Hello." in tokenizer.decode(sequence.input_ids)
+    assert trained_text(tokenizer, sequence) == ["A carrot.<|im_end|>"]
+
+
+def test_a_mix_brings_so_many_chats_for_each_feedback_row(sft, tmp_path):
+    write_jsonl(
+        tmp_path / "chats.jsonl",
+        [{"messages": CHAT}, *({"prompt": f"p{n}", "response": f"r{n}"} for n in range(29))],
+    )
+    write_jsonl(tmp_path / "more.jsonl", [{"instruction": "q", "response": "a"}])
+    finished = sft("--mix", "chats.jsonl:0.5", "--mix", "more.jsonl:0.25")
+    assert finished.code == 0, finished.stderr
+    assert "42 sequences" in finished.stderr  # 24 rows of feedback, 12 chats, 6 times the one
+    assert "of mix" in finished.stderr
+    other = sft("--mix", "chats.jsonl:0.5")
+    assert "--mix was" in other.stderr
+
+
+def test_mixed_in_chats_have_a_validation_loss_of_their_own(sft, tmp_path):
+    chats = [{"prompt": f"p{n}", "response": f"r{n}"} for n in range(30)]
+    write_jsonl(tmp_path / "chats.jsonl", chats)
+    sft("--mix", "chats.jsonl:0.5", "--eval-split", 0.3)
+    first = read_jsonl(tmp_path / "models/sft/metrics.jsonl")[0]
+    assert first["eval_loss_mix"] > 0
+
+
+def test_chats_are_drawn_without_repeating_before_all_were_taken(tmp_path):
+    path = write_jsonl(
+        tmp_path / "chats.jsonl", [{"prompt": f"p{n}", "response": "r"} for n in range(10)]
+    )
+    chats = read_chats(path)
+    drawn = draw_chats(chats, 25, seed=1)
+    assert len({chat.id for chat in drawn[:10]}) == 10
+    assert draw_chats(chats, 7, seed=1) == drawn[:7]
+
+
+@pytest.mark.parametrize("text", ["chats.jsonl", "chats.jsonl:", "chats.jsonl:-1", ":0.5", "a:nan"])
+def test_a_mix_without_a_weight_is_refused(text):
+    with pytest.raises(UsageError, match="write FILE:WEIGHT"):
+        parse_mix(text)
+
+
+def test_a_mixed_in_row_without_an_answer_is_named(tmp_path):
+    path = write_jsonl(
+        tmp_path / "chats.jsonl", [{"prompt": "p", "response": "r"}, {"prompt": "q"}]
+    )
+    with pytest.raises(SrtError, match=r"chats.jsonl:2: no response, and no assistant's turn"):
+        read_chats(path)
+
+
+# --- Health ------------------------------------------------------------------------------------
+
+
+def test_a_row_that_teaches_nothing_or_no_end_is_refused():
+    from srt_cli.training.examples import check_labels
+
+    silent = Sequence("silent", [1, 2], [-100, -100], (("response", range(1, 2)),))
+    endless = Sequence("endless", [1, 5], [-100, 5], (("response", range(1, 2)),))
+    with pytest.raises(SrtError, match="no token would be trained in silent"):
+        check_labels([silent], end_of_turn=2)
+    with pytest.raises(SrtError, match="no end-of-turn token would be trained in endless"):
+        check_labels([endless], end_of_turn=2)
+
+
+def test_rows_longer_than_the_models_positions_are_refused_or_dropped(sft, tmp_path):
+    long = feedback_rows(1, id="long", response="word " * 2500)[0]
+    write_jsonl(tmp_path / "feedback.jsonl", [*feedback_rows(4), long])
+    refused = sft()
+    assert refused.code == 1
+    assert (
+        "1 of 5 sequences exceed the model's 2048 positions (the longest, long:" in refused.stderr
+    )
+    assert sft("--truncation", "drop").code == 0
+    (dropped,) = read_jsonl(tmp_path / "models/sft/sft.dropped.jsonl")
+    assert (dropped["id"], dropped["reason"]) == ("long", "longer than the model's 2048 positions")
+
+
+def test_pairs_that_teach_nothing_fall_out_and_doubtful_ones_are_named(dpo, tmp_path):
+    rows = pair_rows(8)
+    same = rows[0] | {"id": "same", "chosen": rows[0]["rejected"]}
+    twice = rows[1] | {"id": "twice"}
+    opposite = rows[2] | {
+        "id": "opposite", "chosen": rows[2]["rejected"], "rejected": rows[2]["chosen"]
+    }  # fmt: skip
+    write_jsonl(tmp_path / "prefs.jsonl", [*rows, same, twice, opposite])
+    finished = dpo()
+    assert finished.code == 0, finished.stderr
+    assert "1 pairs prefer an answer to itself" in finished.stderr
+    assert "1 pairs stand there more than once" in finished.stderr
+    assert "1 pairs say the opposite of another pair" in finished.stderr
+    (dropped,) = read_jsonl(tmp_path / "models/dpo/dpo.dropped.jsonl")
+    assert dropped["id"] == "same"
