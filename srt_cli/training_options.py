@@ -100,6 +100,17 @@ class TrainingOptions:
         (), "Send the metrics to this tracker too. Several times.",
         metavar="tensorboard|wandb|trackio",
     )  # fmt: skip
+    merge: bool = setting(
+        True, "Save an adapter merged into its base; --no-merge saves the adapter alone."
+    )
+    merge_base: Literal["original", "dequantised"] = setting(
+        "original", "What an adapter of qlora is merged into: the base as it is, or as its 4 bits "
+        "rounded it."
+    )  # fmt: skip
+    push_to_hub: str | None = runtime(
+        None, "Upload the finished model under this name, for your eyes only.", metavar="ORG/NAME"
+    )
+    hub_public: bool = runtime(False, "Let everybody see what --push-to-hub uploads.")
     keep_checkpoints: bool = runtime(False, "Keep the checkpoints of a finished training.")
     trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
     overwrite: bool = runtime(False, "Delete the directory and start anew.")

@@ -1,8 +1,13 @@
-"""Prompts from a data set of the hub, or a folder that `datasets` can read."""
+"""The hub: prompts from its data sets, and finished models onto it."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
 
 from srt_cli.errors import SrtError
+
+# What a run needs and a reader of the model does not.
+KEPT_HERE: Final = ("checkpoints/*", "tensorboard/*", "*.journal.jsonl", "*.lock", "*.tmp")
 
 
 def read_hub_rows(name: str, split: str) -> Iterator[Mapping[str, object]]:
@@ -19,3 +24,44 @@ def read_hub_rows(name: str, split: str) -> Iterator[Mapping[str, object]]:
         ) from error
     for row in rows:
         yield dict(row)
+
+
+def push_model(directory: Path, name: str, *, public: bool) -> str:
+    """Upload a model directory as `name`, private unless `public`; returns its address.
+
+    The token is found where the hub's own client keeps it (`HF_TOKEN`, `hf auth login`), and goes
+    nowhere else. Raises `SrtError` in one sentence when the hub refuses or cannot be reached.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    hub = HfApi()
+    try:
+        found = hub.create_repo(name, private=not public, exist_ok=True)
+        hub.upload_folder(
+            repo_id=found.repo_id,
+            folder_path=directory,
+            ignore_patterns=list(KEPT_HERE),
+            commit_message="A model trained by srt",
+        )
+    except LocalTokenNotFoundError:
+        reason = "there is no token. Set HF_TOKEN, or run hf auth login"
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = f"the hub answers {status}" + (
+            ". Does the token (HF_TOKEN) allow writing there?" if status in (401, 403) else ""
+        )
+    except HFValidationError as error:
+        reason = str(error).split("\n")[0]
+    except (OSError, httpx2.HTTPError) as error:
+        said = str(error).split("\n")[0] or type(error).__name__
+        reason = f"the hub cannot be reached ({said})"
+    else:
+        return str(found)
+    raise SrtError(
+        f"{directory} is trained and saved, but not uploaded to {name}: {reason.rstrip('.')}. "
+        "The same line tries again."
+    )

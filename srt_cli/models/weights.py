@@ -89,6 +89,11 @@ def load_weights(
     source = resolve_source(name)
     adapter = Path(source) / ADAPTER_CONFIG
     if adapter.is_file():
+        if quantization is not None:
+            raise SrtError(
+                f"{name} is an adapter, and merging it needs weights that are not quantised. "
+                "Train with --method lora, or pass a merged model."
+            )
         return _load_adapter(name, Path(source), placement, trust_remote_code)
     model, report = _load(
         AutoModelForCausalLM.from_pretrained,
@@ -117,7 +122,7 @@ def _load_adapter(
 ) -> PreTrainedModel:
     from peft import PeftModel
 
-    base = json.loads((directory / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    base = base_of(str(directory))
     try:
         weights = load_weights(base, placement=placement, trust_remote_code=trust_remote_code)
     except SrtError as error:
@@ -126,6 +131,20 @@ def _load_adapter(
     assert isinstance(merged, PreTrainedModel)
     merged.eval()
     return merged
+
+
+def base_of(name: str) -> str:
+    """What the adapter in a directory was trained on; of anything else, the name itself."""
+    path = Path(resolve_source(name)) / ADAPTER_CONFIG
+    if not path.is_file():
+        return name
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (json.JSONDecodeError, KeyError):
+        base = None
+    if not base:
+        raise SrtError(f"{path}: does not name the base that the adapter belongs to.")
+    return str(base)
 
 
 def _load(loader: Any, name: str, source: str, **arguments: Any) -> Any:

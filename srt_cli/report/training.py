@@ -90,16 +90,15 @@ def _plot(title: str, note: str, named: Mapping[str, str], percent: bool, metric
 
 
 def _evaluations(metrics: Rows) -> str:
-    """Validation loss, whole and by part: every metric `eval_..loss` that there is."""
+    """Validation loss, whole and by part: every `eval_loss_PART` that there is."""
     found = {name for row in metrics for name in row}
-    names = sorted(n for n in found if n.startswith("eval_") and n.endswith("loss"))
+    names = sorted(n for n in found if n.startswith("eval_loss"))
     curves = [Curve(_part_of(name), _points(metrics, name)) for name in names]
     return _figure("Validation loss", "Rows that are not trained on.", curves, False)
 
 
 def _part_of(name: str) -> str:
-    middle = name.removeprefix("eval_").removesuffix("loss").strip("_")
-    return middle.replace("_", " ") or "all"
+    return name.removeprefix("eval_loss").strip("_").replace("_", " ") or "all"
 
 
 def _lengths(samples: Rows) -> str:

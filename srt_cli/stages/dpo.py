@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from srt_cli import console
 from srt_cli.artifacts import (
@@ -65,6 +65,10 @@ class Dpo(TrainingOptions):
     ld_alpha: float | None = setting(
         None, "Weight, 0 to 1, of what an answer has beyond the shorter one's length (LD-DPO: 0.5)."
     )
+    adapter: Literal["merge", "continue"] = setting(
+        "merge", "What happens to a --model that is an adapter: merge it into its base and train "
+        "anew, or train it further; the reference is what it was either way."
+    )  # fmt: skip
 
 
 def run(options: Dpo) -> None:
@@ -120,7 +124,33 @@ def prefer(options: Dpo) -> None:
             f"{trained.sentence()}; loss {trained.first_loss:.4f} to {trained.final_loss:.4f}; "
             f"reference: {model_name}"
         )
+    _finish(options)
+
+
+def _finish(options: Dpo) -> None:
+    if options.push_to_hub is not None:
+        from srt_cli.models.hub import push_model
+
+        address = push_model(options.out, options.push_to_hub, public=options.hub_public)
+        console.say(f"uploaded to {address}")
     console.finish(f"{options.out}: a model", f"srt eval --model {options.out}")
+
+
+def what_the_reference_is(options: Dpo, model_name: str, base: str) -> str:
+    """In words, for the manifest; refuses to go on with an adapter that is not there.
+
+    `base` is what the adapter in `model_name` belongs to, or `model_name` itself.
+    """
+    if options.adapter == "continue":
+        if base == model_name or options.method == "full":
+            raise UsageError(
+                f"--adapter continue trains the adapter in {model_name} further: it needs an adapter "
+                "directory as --model (srt sft --no-merge), and --method lora or qlora."
+            )
+        return f"{base} with a frozen copy of the adapter of {model_name}"
+    if base != model_name:
+        return f"{base} with the adapter of {model_name} merged into it"
+    return "the model that training starts from"
 
 
 def model_that_wrote(prefs: Path) -> str | None:
@@ -180,13 +210,14 @@ def _train(
     smoothing: float,
     run: Run,
 ) -> "Trained":
-    from srt_cli.models.weights import fingerprint_of, load_tokenizer
+    from srt_cli.models.weights import base_of, fingerprint_of, load_tokenizer
     from srt_cli.training.dpo import train_dpo
     from srt_cli.training.examples import length_limit, prepare_dpo
+    from srt_cli.training.keeping import keep_model
     from srt_cli.training.objective import Objective
     from srt_cli.training.policy import load_policy, positions_of
     from srt_cli.training.samples import Sampler
-    from srt_cli.training.saving import model_card, save_model
+    from srt_cli.training.saving import model_card
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
     limit = length_limit(chosen.values.max_length, positions_of(model_name), options.truncation)
@@ -196,25 +227,36 @@ def _train(
     prepared.record(run, run.out / "dpo.jsonl")
     run.manifest.models = {
         "policy": {"spec": model_name, **setup.place.describe()},
-        "reference": {"spec": model_name, "weights": fingerprint_of(model_name)},
+        "reference": {
+            "spec": model_name,
+            "weights": fingerprint_of(model_name),
+            "is": what_the_reference_is(options, model_name, base_of(model_name)),
+        },
     }
     console.say(setup.place.sentence())
-    policy = partial(load_policy, model_name, setup.place, options)
+    goes_on = options.adapter == "continue"
+    base = base_of(model_name) if goes_on else model_name
+    policy = partial(load_policy, base, setup.place, options, model_name if goes_on else None)
     objective = Objective(
         chosen.loss_type, chosen.beta, smoothing, options.nll_weight, options.ld_alpha
     )
-    sampler = Sampler(tokenizer, [pair.prompt for pair in pairs[: options.samples]])
+    _, held_out = split_rows(pairs, lambda pair: pair.prompt, options.eval_split)
+    shown = (held_out or pairs)[: options.samples]
+    sampler = Sampler(tokenizer, [pair.prompt for pair in shown])
     model, trained = train_dpo(
         policy, tokenizer, prepared.train, prepared.held_out, objective, setup, run, sampler
     )
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base and reference": model_name,
-        "data": f"{options.prefs}, {len(prepared.train)} pairs",
+        "reference": run.manifest.models["reference"]["is"],
         "method": f"DPO ({options.method}), loss {chosen.loss_type}, beta {chosen.beta:g}",
+        "pairs trained on": len(prepared.train),
         "epochs": chosen.values.epochs,
         "learning rate": chosen.values.learning_rate,
-        "final loss": trained.final_loss,
     }
-    save_model(model, tokenizer, options.out, model_card("A model tuned by stage 2 of SRT", facts))
+    title = "A model tuned by stage 2 of SRT"
+    card = model_card(title, model_name, run, options, trained, facts)
+    rows = [pair.prompt_ids + pair.chosen_ids for pair in prepared.train]
+    keep_model(model, tokenizer, card, rows, base, options, setup, run)
     return trained

@@ -122,7 +122,7 @@ def fine_tune(options: Sft) -> None:
     refuse_changed_inputs(run)
     if run.complete:
         console.say("trained already under these settings; nothing to do")
-        console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
+        _finish(options)
         return
     with run:
         if advice := advise_on_size(options, COMMAND, parameters):
@@ -140,13 +140,23 @@ def fine_tune(options: Sft) -> None:
         if not options.keep_checkpoints:
             clear_checkpoints(options.out)
     console.say(f"{trained.sentence()}; loss {trained.first_loss:.3f} to {trained.final_loss:.3f}")
+    _finish(options)
+
+
+def _finish(options: Sft) -> None:
+    if options.push_to_hub is not None:
+        from srt_cli.models.hub import push_model
+
+        address = push_model(options.out, options.push_to_hub, public=options.hub_public)
+        console.say(f"uploaded to {address}")
     console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
 
 
 def _trained_before(run: Run) -> "Trained | None":
     """The figures of a training whose model is saved, but whose critic check was cut off."""
     earlier = run.earlier.tallies.get("training") if run.earlier else None
-    if earlier is None or not (run.out / "config.json").is_file():
+    saved = any((run.out / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if earlier is None or not saved:
         return None
     from srt_cli.training.loop import Trained
 
@@ -178,9 +188,10 @@ def _train(
 ) -> "Trained":
     from srt_cli.models.weights import load_tokenizer
     from srt_cli.training.examples import length_limit, prepare_sft
+    from srt_cli.training.keeping import keep_model
     from srt_cli.training.policy import load_policy, positions_of
     from srt_cli.training.samples import Sampler
-    from srt_cli.training.saving import model_card, save_model
+    from srt_cli.training.saving import model_card
     from srt_cli.training.sft import train_sft
 
     tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
@@ -194,7 +205,9 @@ def _train(
     run.manifest.models = {model_name: setup.place.describe()}
     console.say(setup.place.sentence())
     policy = partial(load_policy, model_name, setup.place, options)
-    prompts = [as_messages(record.prompt) for record in records[: options.samples]]
+    _, held_out = split_rows(records, lambda record: record.prompt, options.eval_split)
+    shown = (held_out or records)[: options.samples]
+    prompts = [as_messages(record.prompt) for record in shown]
     sampler = Sampler(tokenizer, prompts)
     model, trained = train_sft(
         policy, tokenizer, prepared.train, prepared.held_out, setup, run, sampler
@@ -202,12 +215,14 @@ def _train(
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {
         "base": model_name,
-        "data": f"{options.data}, {len(records)} rows",
         "method": f"supervised fine-tuning ({options.method}), loss on {', '.join(targets.loss_on)}",
+        "sequences trained on": len(prepared.train),
         "epochs": setup.values.epochs,
         "learning rate": setup.values.learning_rate,
-        "final loss": trained.final_loss,
     }
-    save_model(model, tokenizer, options.out, model_card("A model tuned by stage 1 of SRT", facts))
+    title = "A model tuned by stage 1 of SRT"
+    card = model_card(title, model_name, run, options, trained, facts)
+    rows = [sequence.input_ids for sequence in prepared.train]
+    keep_model(model, tokenizer, card, rows, model_name, options, setup, run)
     run.save()
     return trained

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from srt_cli.training.place import accelerate_checkpoints
 from srt_cli.training.setup import Setup
+from srt_cli.training.trackers import tracker_arguments
 
 CHECKPOINTS: Final = "checkpoints"
 
@@ -39,7 +40,7 @@ def training_arguments(setup: Setup, out: Path) -> dict[str, Any]:
         "save_strategy": "no",
         "save_total_limit": 2,
         "full_determinism": setup.deterministic,
-        "report_to": list(setup.report_to) or "none",
+        **tracker_arguments(setup.report_to, out),
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": True,

@@ -1,11 +1,14 @@
 """Checkpoints: which one a training goes on from, and when it may not."""
 
+import errno
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
+from safetensors import SafetensorError
 
 from srt_cli.artifacts import InputFile, Manifest, Run, write_json
 from srt_cli.errors import SrtError
@@ -13,6 +16,7 @@ from srt_cli.training.arguments import CHECKPOINTS
 from srt_cli.training.setup import Setup
 
 WHOLE_MARKER: Final = "whole"
+NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def fingerprint(run: Run, setup: Setup) -> dict[str, Any]:
@@ -104,3 +108,29 @@ def _changed_inputs(earlier: Manifest, now: Manifest) -> list[str]:
     if earlier.templates != now.templates:
         changed.append("set of templates")
     return changed
+
+
+@contextmanager
+def full_disk_in_one_sentence(run: Run) -> Iterator[None]:
+    """Turn a full disk into an `SrtError` that says from where the same line goes on."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not _says_disk_is_full(error):
+            raise
+        take_away_torn(run.out)
+        _, step = newest_checkpoint(run.out)
+        again = f"go on from step {step}" if step else "start again"
+        raise SrtError(
+            f"{run.out}: cannot be written, the disk is full. Free some space and run the same line "
+            f"again: it will {again}."
+        ) from error
+
+
+def _says_disk_is_full(error: BaseException) -> bool:
+    """Also what safetensors and torch make of an `OSError` of their own."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return True
+    text = str(error).lower()
+    words = ("no space left", "file too large", "quota exceeded", "pytorchstreamwriter")
+    return any(word in text for word in words)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
@@ -37,7 +38,7 @@ class _TokenisedDPOTrainer(MeteredTrainer, DPOTrainer):
 
 
 def train_dpo(
-    load_policy: Callable[[], PreTrainedModel],
+    load_policy: Callable[[], PreTrainedModel | PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[PairIds],
     held_out: list[PairIds],
@@ -45,8 +46,8 @@ def train_dpo(
     setup: Setup,
     run: Run,
     sampler: Sampler,
-) -> tuple[PreTrainedModel, Trained]:
-    """Prefer chosen over rejected; returns the model (adapters merged) and the figures.
+) -> tuple[PreTrainedModel | PeftModel, Trained]:
+    """Prefer chosen over rejected; returns the model, its adapter apart, and the figures.
 
     The reference is the model as `load_policy` gives it: its log-probs are computed before the first
     step. Raises `SrtError` when the first loss says otherwise.
@@ -71,7 +72,7 @@ def columns_of(pairs: list[PairIds]) -> dict[str, list[list[int]]]:
 
 @in_every_process
 def _train_everywhere(
-    load_policy: Callable[[], PreTrainedModel],
+    load_policy: Callable[[], PreTrainedModel | PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     held_out: Dataset | None,
@@ -79,7 +80,7 @@ def _train_everywhere(
     setup: Setup,
     run: Run,
     sampler: Sampler,
-) -> tuple[PreTrainedModel | None, Trained]:
+) -> tuple[PreTrainedModel | PeftModel | None, Trained]:
     arguments = training_arguments(setup, run.out) | {
         **objective.arguments(),
         "precompute_ref_log_probs": True,
@@ -91,14 +92,16 @@ def _train_everywhere(
         arguments |= evaluation_arguments(setup, run.out)
     # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
     config = DPOConfig(**arguments | setup.fields)
+    policy = _without_dropout(load_policy())
     trainer = _TokenisedDPOTrainer(  # type: ignore[call-arg]
-        model=_without_dropout(load_policy()),
+        model=policy,
         ref_model=_without_dropout(load_policy()) if _needs_reference_model(config, setup) else None,
         args=config,
         train_dataset=rows,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora_config(setup.adapters),
+        # An adapter that is gone on with brings its own.
+        peft_config=None if isinstance(policy, PeftModel) else lora_config(setup.adapters),
     )
     start = DpoStart(
         beta=objective.beta,
@@ -106,12 +109,7 @@ def _train_everywhere(
         tolerance=TOLERANCE_BF16 if setup.place.bf16 else TOLERANCE_FP32,
     )
     trained = train(trainer, run, setup, sampler, start)
-    return whole_model(trainer, run.out, setup.adapters), trained
-
-
-def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    disable_dropout_in_model(model)
-    return model
+    return whole_model(trainer, setup.adapters), trained
 
 
 def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,6 +1,5 @@
 """The trained weights, whole: from one process, or gathered from the GPUs that share them."""
 
-from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -9,22 +8,26 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer
 
 from srt_cli.errors import SrtError
-from srt_cli.training.lora import Adapters, lora_config, merge_and_keep_adapter
+from srt_cli.training.lora import Adapters, lora_config
+from srt_cli.training.merging import drop_reference
 from srt_cli.training.processes import is_main
 
 
-def whole_model(trainer: Trainer, out: Path, adapters: Adapters | None) -> PreTrainedModel | None:
-    """The trained model with adapters merged, in the main process; null in the others.
+def whole_model(trainer: Trainer, adapters: Adapters | None) -> PreTrainedModel | PeftModel | None:
+    """The trained model, its adapter apart, in the main process; null in the others.
 
     Every process must call this: under FSDP and ZeRO-3 each holds a part of the weights.
     """
-    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    # Without accelerate's rounding to bfloat16: the model is to answer as it will from disk.
+    model: Any = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
         weights = trainer.accelerator.get_state_dict(engine)
         if is_main():
             model = rebuild(model, weights, adapters)
-    return merge_and_keep_adapter(model, out, adapters) if is_main() else None
+    if isinstance(model, PeftModel):
+        drop_reference(model)
+    return model if is_main() else None
 
 
 def rebuild(model: Any, weights: dict[str, Tensor], adapters: Adapters | None) -> Any:

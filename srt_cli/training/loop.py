@@ -1,6 +1,5 @@
 """Run a TRL trainer so that it can be watched, stopped, killed and resumed bit for bit."""
 
-import errno
 import signal
 import time
 from collections.abc import Iterator
@@ -8,30 +7,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 import orjson
-from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback
 
 from srt_cli import console
 from srt_cli.artifacts import Run
-from srt_cli.errors import SrtError
 from srt_cli.report.training import write_training_page
 from srt_cli.training.checkpoints import (
     fingerprint,
+    full_disk_in_one_sentence,
     newest_checkpoint,
     refuse_other_training,
-    take_away_torn,
 )
 from srt_cli.training.health import DpoStart
 from srt_cli.training.meter import MeteredTrainer, meter_for, throughput
 from srt_cli.training.processes import AgreedStop, is_main, team
 from srt_cli.training.samples import SAMPLES, Sampler, summarise
 from srt_cli.training.setup import Setup
+from srt_cli.training.trackers import keep_events_beside
 from srt_cli.training.watch import METRICS, Watch, best_evaluation
-
-NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,8 @@ def train(
             evaluations=[row for row in rows if "loss" not in row],
         )  # fmt: skip
         _attach(trainer, watch)
-        with _stop_after_the_step(watch), _full_disk_in_one_sentence(run):
+        keep_events_beside(trainer, run.out)
+        with _stop_after_the_step(watch), full_disk_in_one_sentence(run):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     run.manifest.progress = f"{state.global_step} of {state.max_steps} steps"
@@ -148,31 +145,6 @@ def _stop_after_the_step(watch: Watch) -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _full_disk_in_one_sentence(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if not _says_disk_is_full(error):
-            raise
-        take_away_torn(run.out)
-        _, step = newest_checkpoint(run.out)
-        again = f"go on from step {step}" if step else "start again"
-        raise SrtError(
-            f"{run.out}: cannot be written, the disk is full. Free some space and run the same line "
-            f"again: it will {again}."
-        ) from error
-
-
-def _says_disk_is_full(error: BaseException) -> bool:
-    """Also what safetensors and torch make of an `OSError` of their own."""
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
-        return True
-    text = str(error).lower()
-    words = ("no space left", "file too large", "quota exceeded", "pytorchstreamwriter")
-    return any(word in text for word in words)
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:

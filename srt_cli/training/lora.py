@@ -1,12 +1,10 @@
 """Adapters on all linear layers while training, merged into the weights that are saved."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
 
 from srt_cli.recipes import Hyperparameters
 from srt_cli.training_options import TrainingOptions
@@ -55,13 +53,3 @@ def quantization() -> BitsAndBytesConfig:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     )
-
-
-def merge_and_keep_adapter(model: Any, out: Path, adapters: Adapters | None) -> PreTrainedModel:
-    """The trained model; an adapter is saved under `adapter/`, then merged."""
-    if adapters is not None:
-        assert isinstance(model, PeftModel)
-        model.save_pretrained(str(out / "adapter"))
-        model = model.merge_and_unload()
-    assert isinstance(model, PreTrainedModel)
-    return model

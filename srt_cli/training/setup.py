@@ -14,6 +14,7 @@ from srt_cli.training.fields import parse_fields
 from srt_cli.training.lora import Adapters, adapters_of
 from srt_cli.training.place import TrainingPlace, decide_training_place
 from srt_cli.training.processes import team
+from srt_cli.training.trackers import check_trackers
 from srt_cli.training_options import TrainingOptions
 
 CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
@@ -54,6 +55,8 @@ def set_up(options: TrainingOptions, values: Hyperparameters, stage: StageName) 
     Raises `UsageError` for a `--set` that TRL does not know or a `--global-batch` that the processes
     cannot share, `SrtError` for a method that this machine cannot do.
     """
+    check_trackers(options.report_to)
+    check_early_stopping(options)
     place = decide_training_place(options.method)
     micro = options.micro_batch or (8 if place.placement.device == "cuda" else 2)
     processes = team().size
@@ -94,3 +97,16 @@ def divide_batch(global_batch: int, micro_batch: int, processes: int) -> int:
             "process, and they must divide"
         )
     return fitting
+
+
+def check_early_stopping(options: TrainingOptions) -> None:
+    """Raise `UsageError` when there is nothing to stop early by."""
+    if options.early_stopping is None:
+        return
+    if not options.eval_split:
+        raise UsageError(
+            "--early-stopping looks at the validation loss: hold rows out with --eval-split, "
+            "such as 0.1."
+        )
+    if options.early_stopping < 1:
+        raise UsageError("--early-stopping waits for 1 evaluation or more.")

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
@@ -45,15 +46,15 @@ class _OwnSFTTrainer(MeteredTrainer, SFTTrainer):
 
 
 def train_sft(
-    load_policy: Callable[[], PreTrainedModel],
+    load_policy: Callable[[], PreTrainedModel | PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     sequences: list[Sequence],
     held_out: list[Sequence],
     setup: Setup,
     run: Run,
     sampler: Sampler,
-) -> tuple[PreTrainedModel, Trained]:
-    """Fine-tune on the sequences' labels; returns the model (adapters merged) and the figures."""
+) -> tuple[PreTrainedModel | PeftModel, Trained]:
+    """Fine-tune on the sequences' labels; returns the model, its adapter apart, and the figures."""
     lengths = [len(sequence.input_ids) for sequence in sequences]
     rows = keep_rows(columns_of(sequences), run.out)
     model, trained = _train_everywhere(
@@ -73,7 +74,7 @@ def columns_of(sequences: list[Sequence]) -> dict[str, list[list[int]]]:
 
 @in_every_process
 def _train_everywhere(
-    load_policy: Callable[[], PreTrainedModel],
+    load_policy: Callable[[], PreTrainedModel | PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     lengths: list[int],
@@ -81,7 +82,7 @@ def _train_everywhere(
     setup: Setup,
     run: Run,
     sampler: Sampler,
-) -> tuple[PreTrainedModel | None, Trained]:
+) -> tuple[PreTrainedModel | PeftModel | None, Trained]:
     arguments = training_arguments(setup, run.out) | {
         # Our labels say what is trained; TRL is to change neither ids nor masks.
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -102,4 +103,4 @@ def _train_everywhere(
         peft_config=lora_config(setup.adapters),
     )
     trained = train(trainer, run, setup, sampler)
-    return whole_model(trainer, run.out, setup.adapters), trained
+    return whole_model(trainer, setup.adapters), trained

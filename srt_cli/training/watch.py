@@ -16,6 +16,7 @@ from srt_cli.training import health
 from srt_cli.training.arguments import CHECKPOINTS
 from srt_cli.training.checkpoints import mark_whole
 from srt_cli.training.meter import Meter
+from srt_cli.training.place import sharding
 from srt_cli.training.processes import is_main, team
 from srt_cli.training.samples import Sampler
 
@@ -138,7 +139,8 @@ class Watch(TrainerCallback):
         return self.out / CHECKPOINTS / f"checkpoint-{step}"
 
     def _sample(self, state: TrainerState, model: Any) -> None:
-        if is_main():
+        # Weights that GPUs share would have to be gathered for every token.
+        if is_main() and sharding() is None:
             self.sampler.sample(model, state.global_step, self.out)
         self._warn("length", health.length_drift(self.sampler.rows))
 
@@ -172,8 +174,11 @@ class Best:
 
 
 def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> Best | None:
-    """Read off the metrics, so that it survives a resume; null before the first evaluation."""
-    evaluated = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row]
+    """Read off the metrics, so that it survives a resume; null before the first evaluation.
+
+    Step 0 is left out: its weights are the ones that training began with.
+    """
+    evaluated = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row and row["step"]]
     if not evaluated:
         return None
     loss, step = min(evaluated)
