@@ -153,3 +153,98 @@ def test_samples_leave_no_trace_in_the_weights(stage, sft, dpo, tmp_path):
         assert finished.code == 0, finished.stderr
         weights.append((out / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_tensorboard_gets_the_metrics_and_nobody_else_does(sft, tmp_path):
+    pytest.importorskip("tensorboardX")
+    finished = sft("--epochs", 2, "--samples", 0, "--report-to", "tensorboard")
+    assert finished.code == 0, finished.stderr
+    (events,) = (tmp_path / "models/sft/tensorboard").glob("events*")
+    content = events.read_bytes()
+    for name in (b"train/loss", b"train/tokens_per_second", b"train/learning_rate"):
+        assert content.count(name) == 4
+    assert sft("--epochs", 2, "--samples", 0, "--out", "models/quiet").code == 0
+    assert not (tmp_path / "models/quiet/tensorboard").exists()
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_tracker_that_is_not_installed_is_one_sentence(sft, tmp_path, tracker, monkeypatch):
+    import importlib.util
+
+    from srt_cli.training import trackers
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == tracker else find(name))
+    finished = sft("--report-to", tracker)
+    assert finished.code == 1
+    assert finished.stderr.count("\n") == 1
+    assert (
+        f"--report-to {tracker} needs the package {tracker}: pip install 'srt-cli[{tracker}]'"
+        in (finished.stderr)
+    )
+    assert not (tmp_path / "models").exists()
+
+
+def test_an_unknown_tracker_is_refused(sft):
+    finished = sft("--report-to", "notebook")
+    assert finished.code == 2
+    assert "--report-to" in finished.stderr
+
+
+def test_early_stopping_keeps_the_best_weights(srt, tmp_path, tiny_model):
+    """A rate that makes things worse: the first evaluation is the best, and is what is saved."""
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(24))
+    line = (*SFT, "--model", tiny_model, "--samples", 0, "--eval-split", 0.3, "--eval-every", 2)
+    line += ("--learning-rate", 0.3, "--lr-schedule", "constant_with_warmup", "--warmup", 0)
+    finished = srt(*line, "--epochs", 10, "--early-stopping", 2)
+    assert finished.code == 0, finished.stderr
+    out = tmp_path / "models/sft"
+    rows = [row for row in read_jsonl(out / "metrics.jsonl") if "eval_loss" in row and row["step"]]
+    manifest = manifest_of(out)
+    training = manifest["tallies"]["training"]
+    best = min(rows, key=lambda row: row["eval_loss"])
+    assert (training["best_step"], training["best_eval_loss"]) == (best["step"], best["eval_loss"])
+    assert rows[-1]["step"] == best["step"] + 4
+    assert manifest["progress"].endswith("stopped early")
+    assert f"best weights of step {best['step']}" in finished.stderr
+    # What is saved is what had the best loss: a run that ends there has the same weights.
+    shorter = srt(
+        *line, "--epochs", 10, "--out", "models/shorter", "--set", f"max_steps={best['step']}"
+    )
+    assert shorter.code == 0, shorter.stderr
+    one, other = (tmp_path / name / "model.safetensors" for name in (out, "models/shorter"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_early_stopping_needs_held_out_rows(sft):
+    finished = sft("--early-stopping", 2)
+    assert finished.code == 2
+    assert "hold rows out with --eval-split" in finished.stderr
+
+
+def test_deterministic_asks_torch_for_it_and_says_so(sft, tmp_path):
+    weights = []
+    for name in ("one", "two"):
+        finished = sft("--epochs", 1, "--samples", 0, "--deterministic", "--out", f"models/{name}")
+        assert finished.code == 0, finished.stderr
+        weights.append((tmp_path / "models" / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert "only kernels that give the same result every time" in finished.stderr
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_diverged_training_aborts_and_its_page_says_why(sft, tmp_path):
+    finished = sft("--epochs", 4, "--samples", 0, "--learning-rate", 1e20, "--max-grad-norm", 1e9)
+    assert finished.code == 1
+    assert "training has diverged. Lower --learning-rate" in finished.stderr
+    manifest = manifest_of(tmp_path / "models/sft")
+    assert manifest["status"] == "failed"
+    assert "training has diverged" in (tmp_path / "models/sft/training.html").read_text()
+
+
+def test_warnings_of_health_come_once_and_stand_in_the_manifest(dpo, tmp_path):
+    finished = dpo("--epochs", 30, "--samples", 0, "--learning-rate", 1e-2)
+    assert finished.code == 0, finished.stderr
+    assert finished.stderr.count("every chosen answer has been preferred") == 1
+    warnings = manifest_of(tmp_path / "models/dpo")["warnings"]
+    assert sum("every chosen answer has been preferred" in warning for warning in warnings) == 1

@@ -20,6 +20,7 @@ from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.recipes import Chosen, advise_on_size, choose_hyperparameters
 from srt_cli.records import Preference
 from srt_cli.training_options import LossType, TrainingOptions
+from srt_cli.training_rows import split_rows
 
 if TYPE_CHECKING:
     from srt_cli.training.loop import Trained

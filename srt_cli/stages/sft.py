@@ -28,6 +28,7 @@ from srt_cli.training_rows import (
     keep_teaching_rows,
     parse_mix,
     parse_targets,
+    split_rows,
     write_dropped,
 )
 

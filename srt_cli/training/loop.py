@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import orjson
+import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from srt_cli import console
@@ -95,7 +96,7 @@ def train(
         )  # fmt: skip
         _attach(trainer, watch)
         keep_events_beside(trainer, run.out)
-        with _stop_after_the_step(watch), full_disk_in_one_sentence(run):
+        with _stop_after_the_step(watch), _deterministic(setup), full_disk_in_one_sentence(run):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     run.manifest.progress = f"{state.global_step} of {state.max_steps} steps"
@@ -127,6 +128,21 @@ def _come_to(watch: Watch, steps: int, seconds: float) -> Trained:
         best_eval_loss=best.loss if best else None,
         **figures,
     )
+
+
+@contextmanager
+def _deterministic(setup: Setup) -> Iterator[None]:
+    """transformers has chosen the kernels when it made the trainer; here that ends again."""
+    if setup.deterministic:
+        console.say(
+            "deterministic: only kernels that give the same result every time; on a GPU each is "
+            "waited for, which is slower"
+        )
+    try:
+        yield
+    finally:
+        if setup.deterministic:
+            torch.use_deterministic_algorithms(False)
 
 
 @contextmanager

@@ -24,7 +24,9 @@ def count_parameters(name: str) -> int | None:
 def positions_of(name: str) -> int | None:
     """How many positions a model has; null when its configuration does not say, or is not local."""
     try:
-        config = AutoConfig.from_pretrained(str(resolve_source(base_of(name))), local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            str(resolve_source(base_of(name))), local_files_only=True
+        )
     except (OSError, ValueError, KeyError):
         return None
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)

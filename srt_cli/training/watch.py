@@ -178,7 +178,9 @@ def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> Best | None:
 
     Step 0 is left out: its weights are the ones that training began with.
     """
-    evaluated = [(row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row and row["step"]]
+    evaluated = [
+        (row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row and row["step"]
+    ]
     if not evaluated:
         return None
     loss, step = min(evaluated)
