@@ -1,6 +1,7 @@
 """kill -9 at any moment, then the same line again: the result is an uninterrupted run's."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -200,3 +201,110 @@ def test_dpo_ends_with_the_same_weights(two_folders, tiny_model):
     kill_when(two_folders[1], marker.exists, *DPO, "--model", tiny_model)
     run(two_folders[1], *DPO, "--model", tiny_model)
     assert_same_training(killed, straight)
+
+
+def test_adapters_with_dropout_stop_early_with_the_same_weights(two_folders, tiny_model):
+    """Dropout's random state, the best weights and the patience used up so far survive a kill."""
+    line = ("sft", "--model", tiny_model, "--method", "lora", "--lora-dropout", 0.1,
+            "--global-batch", 4, "--epochs", 12, "--learning-rate", 0.3, "--warmup", 0,
+            "--lr-schedule", "constant_with_warmup", "--eval-split", 0.3, "--eval-every", 3,
+            "--early-stopping", 3, "--save-every", 1, "--critic-check", 0)  # fmt: skip
+    for folder in two_folders:
+        write_jsonl(folder / "feedback.jsonl", feedback_rows(16))
+    straight, killed = (folder / "models/sft" for folder in two_folders)
+    run(two_folders[0], *line)
+    training = manifest(straight)["tallies"]["training"]
+    assert training["best_step"] + 9 == training["steps"]
+    marker = killed / f"checkpoints/checkpoint-{training['best_step'] + 4}/whole"
+    kill_when(two_folders[1], marker.exists, *line)
+    run(two_folders[1], *line)
+    steps = [row for row in read_jsonl(killed / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, training["steps"] + 1))
+    assert sha256(killed / "model.safetensors") == sha256(straight / "model.safetensors")
+    resumed = manifest(killed)["tallies"]["training"]
+    for name in ("best_step", "best_eval_loss", "steps", "final_loss", "tokens"):
+        assert resumed[name] == training[name], name
+    samples = [read_jsonl(folder / "samples.jsonl") for folder in (straight, killed)]
+    assert samples[0] == samples[1]
+
+
+def manifest(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_checkpoint_under_an_edited_manifest_is_refused(srt, tmp_path, tiny_model):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(8))
+    line = ("sft", "--model", tiny_model, "--global-batch", 4, "--critic-check", 0, "--samples", 0)
+    line += ("--epochs", 2, "--save-every", 2, "--keep-checkpoints")
+    assert srt(*line, "--learning-rate", 1e-3).code == 0
+    out = tmp_path / "models/sft"
+    edited = manifest(out) | {"status": "started"}
+    edited["settings"]["learning_rate"] = 5e-4
+    (out / "run.json").write_text(json.dumps(edited))
+    (out / "config.json").unlink()
+    refused = srt(*line, "--learning-rate", 5e-4)
+    assert refused.code == 1
+    assert "checkpoint-2: is of another training (--learning-rate was 0.001, now 0.0005)" in (
+        refused.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("settings", "seed", 7, "--seed was 42, now 7"),
+        ("settings", "global_batch", 8, "--global-batch was 4, now 8"),
+        ("data", "data", "bb", "the digest of --data was 'aa', now 'bb'"),
+        ("templates", "critique", "dd", "template critique was 'cc', now 'dd'"),
+        ("place", "processes", 2, "processes was 1, now 2"),
+    ],
+)
+def test_what_differs_from_a_checkpoint_is_named(tmp_path, kind, name, value, message):
+    from srt_cli.errors import SrtError
+    from srt_cli.training.checkpoints import mark_whole, newest_checkpoint, refuse_other_training
+
+    def training():
+        return {
+            "settings": {"seed": 42, "global_batch": 4},
+            "data": {"data": "aa"},
+            "templates": {"critique": "cc"},
+            "place": {"processes": 1},
+        }
+
+    (tmp_path / "checkpoints/checkpoint-3").mkdir(parents=True)
+    mark_whole(tmp_path, 3, training())
+    checkpoint, step = newest_checkpoint(tmp_path)
+    assert step == 3
+    refuse_other_training(checkpoint, training())
+    other = training()
+    other[kind][name] = value
+    with pytest.raises(SrtError, match="is of another training") as refused:
+        refuse_other_training(checkpoint, other)
+    assert f"({message})" in str(refused.value)
+
+
+def test_a_disk_that_fills_up_while_saving_is_said_and_the_run_goes_on(tmp_path, tiny_model):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(8))
+    line = ("sft", "--model", tiny_model, "--global-batch", 4, "--epochs", 3, "--samples", 0,
+            "--save-every", 2, "--critic-check", 0)  # fmt: skip
+    # Room for the weights of 6 MB, and not for the optimizer's state of 12.
+    limited = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9_000_000, 9_000_000))\n"
+        "from srt_cli.cli import main\n"
+        "sys.argv = ['srt', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    full = subprocess.run(
+        [sys.executable, "-c", limited, *map(str, line)],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert full.returncode == 1, full.stderr
+    assert "Traceback" not in full.stderr
+    assert "models/sft: cannot be written, the disk is full. Free some space and run" in full.stderr
+    out = tmp_path / "models/sft"
+    assert not list(out.glob("checkpoints/checkpoint-*"))
+    assert manifest(out)["status"] == "failed"
+    run(tmp_path, *line)
+    assert (out / "config.json").exists()

@@ -193,7 +193,7 @@ def test_an_unknown_tracker_is_refused(sft):
 
 def test_early_stopping_keeps_the_best_weights(srt, tmp_path, tiny_model):
     """A rate that makes things worse: the first evaluation is the best, and is what is saved."""
-    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(24))
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(16))
     line = (*SFT, "--model", tiny_model, "--samples", 0, "--eval-split", 0.3, "--eval-every", 2)
     line += ("--learning-rate", 0.3, "--lr-schedule", "constant_with_warmup", "--warmup", 0)
     finished = srt(*line, "--epochs", 10, "--early-stopping", 2)
@@ -243,7 +243,7 @@ def test_a_diverged_training_aborts_and_its_page_says_why(sft, tmp_path):
 
 
 def test_warnings_of_health_come_once_and_stand_in_the_manifest(dpo, tmp_path):
-    finished = dpo("--epochs", 30, "--samples", 0, "--learning-rate", 1e-2)
+    finished = dpo("--epochs", 16, "--samples", 0, "--learning-rate", 1e-1)
     assert finished.code == 0, finished.stderr
     assert finished.stderr.count("every chosen answer has been preferred") == 1
     warnings = manifest_of(tmp_path / "models/dpo")["warnings"]

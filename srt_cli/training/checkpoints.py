@@ -132,5 +132,8 @@ def _says_disk_is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return True
     text = str(error).lower()
-    words = ("no space left", "file too large", "quota exceeded", "pytorchstreamwriter")
+    words = (
+        "no space left", "file too large", "quota exceeded",
+        "pytorchstreamwriter", "inline_container", "unexpected pos",
+    )  # fmt: skip
     return any(word in text for word in words)
