@@ -95,7 +95,9 @@ def _train_everywhere(
     policy = _without_dropout(load_policy())
     trainer = _TokenisedDPOTrainer(  # type: ignore[call-arg]
         model=policy,
-        ref_model=_without_dropout(load_policy()) if _needs_reference_model(config, setup) else None,
+        ref_model=_without_dropout(load_policy())
+        if _needs_reference_model(config, setup)
+        else None,
         args=config,
         train_dataset=rows,
         eval_dataset=held_out,
