@@ -40,10 +40,14 @@ SHARED = {
     "--chat-template": ((), ("--chat-template", "other.jinja")),
     "--seed": ((), ("--seed", 7)),
     "--limit": ((), ("--limit", 4)),
+    "--eval-split": ((), ("--eval-split", 0.4)),
 }
 SFT = SHARED | {
     "--loss-on": ((), ("--loss-on", "response")),
     "--refinement-feedback": ((), ("--refinement-feedback",)),
+    "--drop": ((), ("--drop", "score")),
+    "--refinement-only": ((), ("--refinement-only",)),
+    "--mix": ((), ("--mix", "chats.jsonl:0.5")),
     "--good-score": (("--refinement-feedback",), ("--good-score", 10)),
 }
 DPO = SHARED | {
@@ -53,13 +57,17 @@ DPO = SHARED | {
     "--nll-weight": ((), ("--nll-weight", 1.0)),
     "--ld-alpha": ((), ("--ld-alpha", 0.5)),
 }
-# Where training is done or refused by them; other tests show how.
-ELSEWHERE = {"--data", "--prefs", "--model", "--max-length", "--truncation"}
+# What these change is not the weights of such a small run; tests of their own show it.
+ELSEWHERE = {
+    "--data", "--prefs", "--model", "--max-length", "--truncation", "--eval-every",
+    "--early-stopping", "--deterministic", "--merge", "--merge-base", "--adapter", "--packing",
+}  # fmt: skip
+TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 
 LINES = {
-    "sft": ("sft", "--critic-check", 0),
+    "sft": ("sft", "--critic-check", 0, "--samples", 0),
     # DPO's weights hardly move at the rate of its recipe.
-    "dpo": ("dpo", "--beta", 0.1),
+    "dpo": ("dpo", "--beta", 0.1, "--samples", 0),
 }
 BASE = ("--epochs", 2, "--global-batch", 4, "--micro-batch", 2)
 _digests: dict[tuple[object, ...], str] = {}
@@ -70,6 +78,10 @@ def weights_of(srt, tmp_path: Path, tiny_model, stage, extra):
     if (stage, extra) not in _digests:
         write_jsonl(tmp_path / "feedback.jsonl", feedback_rows())
         write_jsonl(tmp_path / "prefs.jsonl", pair_rows())
+        write_jsonl(
+            tmp_path / "chats.jsonl",
+            [{"prompt": f"What is {n}?", "response": f"A number, {n}."} for n in range(8)],
+        )
         (tmp_path / "other.jinja").write_text(TEMPLATE)
         # A rate that is given would hide the recipe's.
         rate = () if "--recipe" in extra or extra == ("recipe",) else ("--learning-rate", 1e-2)
@@ -102,10 +114,10 @@ def test_the_same_line_makes_the_same_weights(srt, tmp_path, tiny_model):
 
 
 @pytest.mark.parametrize(("options_class", "tried"), [(Sft, SFT), (Dpo, DPO)])
-def test_every_setting_is_tried(options_class, tried):
-    settings = {
-        flag_of(field)
-        for field in dataclasses.fields(options_class)
-        if field.metadata["kind"] == "setting"
-    }
-    assert settings - ELSEWHERE == set(tried)
+def test_every_setting_is_tried_here_or_elsewhere(options_class, tried):
+    flags = {flag_of(field): field.metadata["kind"] for field in dataclasses.fields(options_class)}
+    untried = set(flags) - set(tried)
+    assert not {flag for flag in untried if flags[flag] == "setting"} - ELSEWHERE
+    # A machine that runs a stranger's code is no place for tests.
+    named = {flag for flag in untried if f'"{flag}"' in TESTS or f'"--no-{flag[2:]}"' in TESTS}
+    assert not untried - named - {"--trust-remote-code"}
