@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from srt_cli import console
 from srt_cli.asking import Asking
 from srt_cli.calls import Call
 from srt_cli.models import Model, Reply, Request, Task
@@ -73,6 +74,8 @@ class Judge:
     max_tokens: int = 1024
     without_logprobs: bool = False
     """Found out by asking: this judge's replies come without log-probabilities."""
+    known: bool = False
+    """Whether it was asked for a letter before, so that the above is known."""
 
     @property
     def is_program(self) -> bool:
@@ -105,6 +108,7 @@ def judge_pair(
         )
         reply = yield Call(judge.model, request, f"{name}, by a letter")
         odds = parse_letter_odds(reply.logprobs[0].top) if reply.logprobs else None
+        judge.known = True
         judge.without_logprobs |= not reply.logprobs and reply.finish_reason != "failed"
         if odds is not None or judge.verdicts == "weighted" or reply.finish_reason == "failed":
             # One token is all there is to be: its end at the limit is no truncation.
@@ -171,8 +175,25 @@ def judge_pairs(
     def ask(part: Sequence[Shown]) -> list[Judgment]:
         return asking.ask(label, (judge_pair(judge, *pair, sample) for pair in part), len(part))
 
-    alone = 1 if judge.asks_for_letter and judge.verdicts == "auto" else 0
-    return [*ask(shown[:alone]), *ask(shown[alone:])] if alone else ask(shown)
+    alone = 1 if judge.asks_for_letter and not judge.known else 0
+    first = ask(shown[:alone])
+    if alone and judge.without_logprobs:
+        _say_that_odds_are_missing(judge)
+    return [*first, *ask(shown[alone:])] if len(shown) > alone else first
+
+
+def _say_that_odds_are_missing(judge: Judge) -> None:
+    """Some servers take the wish for log-probabilities and leave it unheard."""
+    if judge.verdicts == "weighted":
+        console.warn(
+            f"{judge.model.spec} gives no log-probabilities, which --verdicts weighted needs: no "
+            "verdict can be read. Pass --verdicts reasoned, or auto."
+        )
+    else:
+        console.say(
+            f"{judge.model.spec} gives no log-probabilities: it is asked for reasons and a verdict "
+            "line instead."
+        )
 
 
 Twice = tuple[Judgment, Judgment]

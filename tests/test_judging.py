@@ -91,6 +91,7 @@ def test_a_judge_without_log_probabilities_is_asked_for_reasons(srt, serve, fold
     # Found out once, not for every pair.
     letters = [body for body in server.requests if body["max_tokens"] == 1]
     assert len(letters) == 1
+    assert "gives no log-probabilities: it is asked for reasons" in finished.stderr
     assert '"unparsed"' not in (folder / "judgments.jsonl").read_text()
 
 
@@ -104,6 +105,7 @@ def test_reasons_may_be_asked_for_although_there_are_odds(srt, serve, folder):
 def test_odds_may_be_insisted_on(srt, serve, folder):
     finished = evaluate(srt, serve(without_odds).spec, "--verdicts", "weighted")
     assert finished.code == 3
+    assert "Pass --verdicts reasoned, or auto" in finished.stderr
     assert judged(folder)["statuses"] == {"unparsed": 12}
 
 
