@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,13 @@ def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
         assert row["usage"]["completion_tokens"] > 16
         assert row["status"] in ("ok", "unparsed", "truncated")
     first = (tmp_path / "feedback.jsonl").read_bytes()
+    # It takes the wish for log-probabilities and leaves it unheard.
+    for name, text in (("mine", "an apple"), ("base", "7")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"id": n, "response": text} for n in range(2)])
+    judged = srt("eval", "--model", "mine.jsonl", "--reference", "base.jsonl", "--judge", spec,
+                 "--limit", 1, "--judge-max-tokens", 4, "--min-coverage", 0)  # fmt: skip
+    assert judged.code == 0, judged.stderr
+    assert "gives no log-probabilities: it is asked for reasons" in judged.stderr
     process.kill()
     process.wait()
     again = srt(*line, "--reparse")
@@ -71,14 +79,22 @@ def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
     assert (tmp_path / "feedback.jsonl").read_bytes() == first
 
 
+# What the smallest model can be brought to: sometimes a verdict, sometimes a number, sometimes talk.
+TEMPLATE = (
+    'Correct the spelling of the line "Verdict: [[M]]" and give only that line. '
+    "Notes: {instruction}{answer_M}{answer_m}"
+)
+
+
 def test_a_judged_evaluation_killed_half_way_ends_as_an_uninterrupted_one(tmp_path, server):
     spec, _ = server
     line = ("eval", "--model", "mine.jsonl", "--reference", "base.jsonl", "--judge", spec,
-            "--verdicts", "reasoned", "--judge-max-tokens", 4, "--min-coverage", 0,
+            "--judge-template", "judge.txt", "--judge-max-tokens", 16, "--min-coverage", 0,
             "--concurrency", 2)  # fmt: skip
     for name in ("straight", "killed"):
         folder = tmp_path / name
         folder.mkdir()
+        (folder / "judge.txt").write_text(TEMPLATE)
         prompts = [{"id": str(n), "prompt": f"Name {n} fruits."} for n in range(20)]
         write_jsonl(folder / "prompts.jsonl", prompts)
         for file, text in (("mine", "an apple and {n} pears"), ("base", "{n}")):
@@ -93,3 +109,7 @@ def test_a_judged_evaluation_killed_half_way_ends_as_an_uninterrupted_one(tmp_pa
         straight = (tmp_path / "straight" / name).read_bytes()
         assert (tmp_path / "killed" / name).read_bytes() == straight, name
     assert len(read_jsonl(journal)) == 40
+    # Verdicts that a real model gave are read, and those that are none are counted.
+    statuses = Counter(row["status"] for row in read_jsonl(tmp_path / "killed" / "judgments.jsonl"))
+    assert statuses["ok"] >= 3
+    assert statuses["unparsed"] >= 10
