@@ -136,6 +136,19 @@ def test_a_pair_that_stands_there_twice_counts_once_and_is_said(srt, tmp_path):
     assert "5 of 25 rows judge a pair that an earlier row judged" in finished.stderr
 
 
+def test_the_reference_against_itself_stands_at_50_and_50(srt, tmp_path):
+    rows = native(tmp_path, "ref", 30, preference=1.5)
+    for row in rows:
+        row["output_1"] = row["output_2"]
+    (tmp_path / "ref.json").write_text(json.dumps(rows))
+    assert srt("eval", "--annotations", "ref.json").code == 0
+    row = figures(tmp_path)["rows"][1]
+    assert row["name"] == "ref (itself)"
+    rate, controlled = (row["judged"][0][name] for name in ("win_rate", "length_controlled"))
+    assert (rate["value"], rate["standard_error"]) == (0.5, 0)
+    assert (controlled["rate"]["value"], controlled["rate"]["standard_error"]) == (0.5, 0)
+
+
 def test_winning_every_pair_is_not_certainty(srt, tmp_path):
     native(tmp_path, "mine", 20, preference=2.0)
     assert srt("eval", "--annotations", "mine.json").code == 0

@@ -105,6 +105,12 @@ def test_verdicts_that_fail_are_counted_never_scored_and_exit_3(srt, folder):
     judged = figures(folder)[1]["judged"][0]
     assert judged["win_rate"] is None
     assert judged["statuses"] == {"failed": 48}
+    page = (folder / "report.html").read_text()
+    listed = re.search(r"verdicts that fail.*?</table>", page, re.DOTALL)[0]
+    assert re.findall(r"shown (?:first|second)|>24<", listed) == [
+        "shown first", ">24<", "shown second", ">24<",
+    ]  # fmt: skip
+    assert "Look at what the judge said in judgments.jsonl" in finished.stderr
 
 
 def test_a_constant_answer_gets_a_red_flag_although_it_wins(srt, folder):

@@ -10,11 +10,12 @@ from srt_cli.contest import Contest, Row
 from srt_cli.contest_tables import footnotes_of, tables_of, warnings_of
 from srt_cli.drift_table import drift_tables
 from srt_cli.evidence import Evidence
+from srt_cli.records import STATUSES
 from srt_cli.report.examples import examples
 from srt_cli.report.plot import Interval, bar_plot, interval_plot
 from srt_cli.report.shell import html_table, write_page
 from srt_cli.stats.rates import Estimate
-from srt_cli.tables import Table, score_with_error
+from srt_cli.tables import Table, score_with_error, share_with_error, share_with_interval
 
 SHOWN_LENGTHS: Final = {
     "shorter by more than 10%": "shorter",
@@ -200,10 +201,44 @@ def _drift(contest: Contest) -> str:
 def _table(contest: Contest) -> str:
     tables = [
         html_table(table.title, table.columns, table.cells)
-        for table in [*tables_of(contest, drift=False), _lengths(contest)]
+        for table in [*tables_of(contest, drift=False), *_further(contest), _lengths(contest)]
     ]
     notes = "".join(f"<p>{escape(note)}</p>" for note in footnotes_of(contest))
     return f"<section><h2>All figures</h2>{''.join(tables)}{notes}</section>"
+
+
+def _further(contest: Contest) -> list[Table]:
+    """What the terminal has no room for: other ways of counting wins, slots, verdicts that fail."""
+    found = []
+    for place, judge in enumerate(contest.judges):
+        judged = [(contest.label_of(row), row.judged[place]) for row in contest.rows if row.judged]
+        columns = ["", "discrete [95 %]", "in both orders [95 %]", "gap of the slots", "first slot wins",
+                   "longer wins", "n"]  # fmt: skip
+        cells = [
+            [
+                label,
+                share_with_interval(each.discrete_win_rate),
+                share_with_interval(each.strict_win_rate),
+                share_with_error(each.position.gap if each.position else None, "+"),
+                share_with_interval(each.position.first_slot_rate if each.position else None),
+                share_with_interval(each.prefers_longer),
+                str(each.valid_pairs),
+            ]
+            for label, each in judged
+        ]
+        name = contest.name_of_judge(judge)
+        if cells:
+            found.append(Table(f"other ways of counting, says {name}", columns, cells))
+        failing = [
+            [label, "shown first" if order == "ab" else "shown second",
+             *(str(counts.get(status, 0)) for status in STATUSES)]
+            for label, each in judged
+            for order, counts in each.statuses_by_order.items()
+            if counts.keys() - {"ok"}
+        ]  # fmt: skip
+        if failing:
+            found.append(Table(f"verdicts that fail, by {name}", ["", "", *STATUSES], failing))
+    return found
 
 
 def _lengths(contest: Contest) -> Table:
