@@ -133,11 +133,16 @@ def content_id(prompt: str | list[Message]) -> str:
 
 
 class Feedback(Record):
-    """A critic's language feedback on one response (paper, Table 1); the score is 1 to 10."""
+    """A critic's language feedback on one response (paper, Table 1); the score is 1 to 10.
+
+    `score_mean` is the critic's expected score, the sum of p(s) * s over the scores it might have
+    written; null where its log-probabilities are not known.
+    """
 
     weaknesses: str
     suggestions: str
     score: float = Field(ge=MIN_SCORE, le=MAX_SCORE)
+    score_mean: float | None = Field(default=None, ge=MIN_SCORE, le=MAX_SCORE)
 
 
 class FeedbackRecord(Record):
@@ -145,6 +150,7 @@ class FeedbackRecord(Record):
 
     `refinement_score` and `refinement_feedback` come from a second call that never saw the first
     feedback (paper, section 3.1.1). Whatever a bad reply left out is null, and `reason` says why.
+    The expected scores (`..._mean`) are optional: records of older versions have none.
     """
 
     id: str
@@ -153,6 +159,7 @@ class FeedbackRecord(Record):
     feedback: Feedback | None
     refinement: str | None
     refinement_score: float | None
+    refinement_score_mean: float | None = None
     refinement_feedback: Feedback | None
     status: Status
     reason: str | None

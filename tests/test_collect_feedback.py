@@ -48,7 +48,8 @@ def test_every_row_ends_in_one_record_in_the_order_of_the_input(srt, folder):
     rows = read_jsonl(folder / "feedback.jsonl")
     assert [row["id"] for row in rows] == ["0", "1", "2", "3"]
     assert rows[0]["response"] == "It is task 0"
-    assert rows[0]["feedback"] == {"weaknesses": "Dull.", "suggestions": "Add spirit.", "score": 4}
+    feedback = {"weaknesses": "Dull.", "suggestions": "Add spirit.", "score": 4, "score_mean": None}
+    assert rows[0]["feedback"] == feedback
     assert rows[0]["refinement"] == "It is task 0!"
     assert rows[0]["refinement_score"] == 9
     assert rows[0]["refinement_feedback"]["weaknesses"] == "None."
