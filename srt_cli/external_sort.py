@@ -1,0 +1,104 @@
+"""Sorting more than memory holds: sorted runs in unnamed files, merged when they are read."""
+
+import contextlib
+import heapq
+import struct
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Final
+
+Entry = tuple[bytes, bytes]
+"""Key and value; entries are ordered by both."""
+
+MEMORY_BYTES: Final = 48 << 20
+BYTES_BESIDES: Final = 160
+"""What an entry takes in memory besides its bytes."""
+MOST_RUNS: Final = 64
+_LENGTHS: Final = struct.Struct("<II")
+
+
+class ExternalSort:
+    """Entries in, in any order; out, sorted by key and value, as often as asked for.
+
+    Few entries stay in memory. More go to files in `folder` that have no name, so that not even
+    kill -9 leaves any behind; they take as much space as the entries.
+    """
+
+    def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._folder = folder
+        self._memory_bytes = memory_bytes
+        self._entries: list[Entry] = []
+        self._bytes = 0
+        self._runs: list[_Run] = []
+
+    def __enter__(self) -> "ExternalSort":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for run in self._runs:
+            run.close()
+
+    def add(self, key: bytes, value: bytes) -> None:
+        """Take an entry."""
+        self._entries.append((key, value))
+        self._bytes += len(key) + len(value) + BYTES_BESIDES
+        if self._bytes >= self._memory_bytes:
+            self._spill()
+
+    def __iter__(self) -> Iterator[Entry]:
+        """All entries in order; nothing may be added while this runs."""
+        if self._runs and self._entries:
+            self._spill()
+        self._entries.sort()
+        return heapq.merge(*self._runs) if self._runs else iter(self._entries)
+
+    def _spill(self) -> None:
+        self._entries.sort()
+        self._write(self._entries)
+        self._entries, self._bytes = [], 0
+        if len(self._runs) >= MOST_RUNS:
+            runs, self._runs = self._runs, []
+            self._write(heapq.merge(*runs))
+            for run in runs:
+                run.close()
+
+    def _write(self, entries: Iterable[Entry]) -> None:
+        try:
+            self._runs.append(_Run(self._folder, entries))
+        except OSError as error:
+            # A file without a name fails without one: say where the space is missing.
+            raise OSError(error.errno, error.strerror, str(self._folder)) from error
+
+
+class _Run:
+    """Sorted entries in a file."""
+
+    def __init__(self, folder: Path, entries: Iterable[Entry]) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  held until close()
+        try:
+            for key, value in entries:
+                self._file.write(_LENGTHS.pack(len(key), len(value)))
+                self._file.write(key)
+                self._file.write(value)
+            self._file.flush()
+        except OSError:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[Entry]:
+        self._file.seek(0)
+        read = self._file.read
+        while head := read(_LENGTHS.size):
+            key_length, value_length = _LENGTHS.unpack(head)
+            yield read(key_length), read(value_length)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what it still holds is of no use
+            self._file.close()
