@@ -1,9 +1,11 @@
 """Outputs that look like answers and are none: empty, constant, copied, repeating."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -24,6 +26,25 @@ _REFUSAL: Final = re.compile(
     r"(?:i'?m sorry,? but|i am sorry,? but|i cannot|i can'?t|as an ai(?: language model)?,? i"
     r"|i'?m unable to|i am unable to)\b.{0,40}\b(?:assist|help|provide|fulfil|comply|answer|do that)"
 )
+
+
+_ONLY_WORDS: Final = "".join(
+    chr(code) if chr(code).isalnum() or chr(code) == "_" else " " for code in range(128)
+)
+MAIN_SHARE: Final = 0.6
+LOOKED_AT: Final = 2000
+# A prompt that names one of these may well be answered in their script.
+_LANGUAGES: Final = {
+    "ARABIC": ("arabic", "persian", "farsi", "urdu"),
+    "CJK": ("chinese", "mandarin", "cantonese", "japanese", "kanji"),
+    "CYRILLIC": ("russian", "ukrainian", "bulgarian", "serbian", "cyrillic", "kazakh"),
+    "DEVANAGARI": ("hindi", "marathi", "nepali", "sanskrit"),
+    "GREEK": ("greek",),
+    "HANGUL": ("korean",),
+    "HEBREW": ("hebrew", "yiddish"),
+    "LATIN": ("英", "англий", "english"),
+    "THAI": ("thai",),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +86,9 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
             found.append("empty")
         elif len(outputs) >= FEWEST_FOR_CONSTANT and counts[text] > limit:
             found.append("constant")
-        grams = ngrams(text, NGRAM)
-        found += _faults(text, grams)
+        words = words_of(text)
+        grams = _ngrams_of(words, NGRAM)
+        found += _faults(text, words)
         asked = set(ngrams(prompt.lower(), NGRAM))
         if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
             found.append("copy of the prompt")
@@ -78,12 +100,12 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
 def faults_of(text: str) -> list[str]:
     """What makes one text no answer by itself: repeating, leaking a template, refusing."""
     plain = " ".join(text.lower().split())
-    return _faults(plain, ngrams(plain, NGRAM))
+    return _faults(plain, words_of(plain))
 
 
-def _faults(plain: str, grams: Sequence[tuple[str, ...]]) -> list[str]:
+def _faults(plain: str, words: Sequence[str]) -> list[str]:
     found = []
-    if grams and len(set(grams)) / len(grams) < MOST_REPEATED:
+    if _repeats(words):
         found.append("repeating")
     if any(mark in plain for mark in LEAKED):
         found.append("template leakage")
@@ -92,7 +114,61 @@ def _faults(plain: str, grams: Sequence[tuple[str, ...]]) -> list[str]:
     return found
 
 
+def _repeats(words: Sequence[str]) -> bool:
+    """Whether fewer than half of the 4-grams are different ones."""
+    enough = MOST_REPEATED * (len(words) - NGRAM + 1)
+    # The 4-grams that end where a word stands for the first time are all different.
+    if len(set(words)) - NGRAM + 1 >= enough:
+        return False
+    return len(set(_ngrams_of(words, NGRAM))) < enough
+
+
 def ngrams(text: str, size: int) -> list[tuple[str, ...]]:
     """Runs of so many words, in their order."""
-    words = re.findall(r"\w+", text)
-    return [tuple(words[place : place + size]) for place in range(len(words) - size + 1)]
+    return _ngrams_of(words_of(text), size)
+
+
+def words_of(text: str) -> list[str]:
+    """Runs of letters, digits and underscores."""
+    # The same for plain ASCII, several times as fast.
+    return text.translate(_ONLY_WORDS).split() if text.isascii() else re.findall(r"\w+", text)
+
+
+def _ngrams_of(words: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return list(zip(*(words[start:] for start in range(size)), strict=False))
+
+
+def is_in_another_script(text: str, *others: str) -> bool:
+    """Whether a text is written in a script that none of the others has, nor asks for by name.
+
+    A light test of its language: scripts are told apart, languages of one script are not.
+    """
+    if text.isascii() and all(other.isascii() for other in others):
+        return False
+    own = _main_script(text)
+    if own is None or not any(map(_scripts_in, others)):
+        return False
+    if any(own in _scripts_in(other) for other in others):
+        return False
+    asked = " ".join(others).lower()
+    return not any(name in asked for name in _LANGUAGES.get(own, ()))
+
+
+def _main_script(text: str) -> str | None:
+    """The script of most of a text's letters; null when there is none such."""
+    counts = _scripts_in(text)
+    if not counts:
+        return None
+    script, count = counts.most_common(1)[0]
+    return script if count > MAIN_SHARE * counts.total() else None
+
+
+def _scripts_in(text: str) -> Counter[str]:
+    return Counter(_script_of(letter) for letter in text[:LOOKED_AT] if letter.isalpha())
+
+
+@lru_cache(maxsize=4096)
+def _script_of(letter: str) -> str:
+    """The first word of a letter's Unicode name: LATIN, CYRILLIC, HANGUL, CJK ..."""
+    script = unicodedata.name(letter, "").split(" ")[0]
+    return "CJK" if script in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else script
