@@ -10,6 +10,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -52,7 +53,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield from _parse_lines(path, lines)
     except FileNotFoundError:
         raise SrtError(f"{path}: no such file.{_hint_for_missing(path)}") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SrtError(f"{path}: not a readable gzip file ({error}).") from error
 
 
@@ -141,14 +142,15 @@ class OrderedWriter:
 
     def add(self, index: int, records: Iterable[Record]) -> None:
         """Take the records that input row `index` became (none is allowed)."""
-        self._add_lines(index, [to_line(record) for record in records])
+        self.add_lines(index, [to_line(record) for record in records])
 
     def add_plain(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take rows in another tool's form."""
         option = orjson.OPT_APPEND_NEWLINE
-        self._add_lines(index, [orjson.dumps(dict(row), option=option) for row in rows])
+        self.add_lines(index, [orjson.dumps(dict(row), option=option) for row in rows])
 
-    def _add_lines(self, index: int, lines: list[bytes]) -> None:
+    def add_lines(self, index: int, lines: list[bytes]) -> None:
+        """Take lines that are JSON already, each with its newline."""
         self.rows += len(lines)
         self._waiting[index] = b"".join(lines)
         while self._next in self._waiting:
@@ -510,18 +512,29 @@ def _git_state() -> dict[str, Any] | None:
 # --- Rows that fell out ------------------------------------------------------------------------
 
 
+def dropped_path(artifact: Path) -> Path:
+    """Where the rows that fell out of an artifact stand."""
+    return artifact.with_name(artifact.name.removesuffix(".jsonl") + ".dropped.jsonl")
+
+
 class DroppedRows:
     """Counts what falls out of an artifact by reason, and writes `X.dropped.jsonl` beside it."""
 
     def __init__(self, artifact: Path) -> None:
-        self.path = artifact.with_name(artifact.name.removesuffix(".jsonl") + ".dropped.jsonl")
+        self.path = dropped_path(artifact)
         self.reasons: Counter[str] = Counter()
+        self._count = 0
         self._writer = OrderedWriter(self.path)
 
     def add(self, identifier: str, reason: str, row: Record) -> None:
         """Note one row and why it fell out."""
         dropped = Dropped(id=identifier, reason=reason, row=row.model_dump(mode="json"))
-        self._writer.add(self.reasons.total(), [dropped])
+        self.add_line(reason, to_line(dropped))
+
+    def add_line(self, reason: str, line: bytes) -> None:
+        """Note one row by its whole line, as a `Dropped` record is written."""
+        self._writer.add_lines(self._count, [line])
+        self._count += 1
         self.reasons[reason] += 1
 
     def commit(self) -> None:

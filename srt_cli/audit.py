@@ -4,16 +4,27 @@ Preferences that a model writes about itself carry its errors. The audit estimat
 a robust loss can then take into account (`srt dpo --loss-type robust --label-smoothing auto`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
+from srt_cli.artifacts import Run
 from srt_cli.asking import Asking
+from srt_cli.call_options import ApiOptions
+from srt_cli.hand_labels import HandLabels
 from srt_cli.judging import Judge, Order, judge_pairs, output_of
+from srt_cli.pairing import Picker, Sample, Wanted, fingerprint_of
 from srt_cli.records import Output, Preference, Prompt
 from srt_cli.stats.rates import Estimate, pass_rate
 from srt_cli.tables import Table, share_with_interval
 
 FEWEST_FOR_A_BAND = 10
+BAND_WIDTH = 0.25
+"""Expected scores have gains of any size; whole ones are bands of their own."""
+Verdict = tuple[float | None, float | None]
+"""Preferences for the chosen answer of a pair, shown first and shown second."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +33,10 @@ class GainBand:
 
     gain: float
     precision: Estimate
+    decided_here: int
+    """Pairs of this gain itself, up to the next band, of which the judge preferred one answer."""
+    wrong_here: int
+    """False accepts: those of them whose rejected answer is the better one."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +58,117 @@ class Audit:
     gain_to_ask_for: float | None
     """The smallest gain from which precision reaches `min_precision`; null when none does."""
 
-
-def audit_pairs(
-    asking: Asking, judge_spec: str, pairs: Sequence[Preference], min_precision: float
-) -> Audit:
-    """Have each pair judged in both orders, without a word of which one was chosen."""
-    with asking.open(judge_spec) as model:
-        orders: tuple[Order, ...] = ("ab", "ba")
-        shown = [
-            (_prompt_of(pair), _output(pair, "chosen"), _output(pair, "rejected"), order)
-            for pair in pairs
-            for order in orders
+    def table(self) -> Table:
+        """Precision by the gain that is asked for, and false accepts at each gain."""
+        cells = [
+            [
+                f"{band.gain:g}",
+                share_with_interval(band.precision),
+                str(band.precision.n),
+                f"{band.wrong_here} of {band.decided_here}",
+            ]
+            for band in self.from_gain
         ]
+        columns = ["gain", "right from here", "n", "wrong at this gain"]
+        return Table("chosen is better, says the audit", columns, cells)
+
+    def sentence(self) -> str:
+        """The finding in one sentence."""
+        counted = f"{self.right} right, {self.wrong} wrong, {self.ties} ties, {self.invalid} unread"
+        if self.precision is None:
+            return f"audit by {self.judge}: {counted}; nothing can be said of the labels"
+        found = share_with_interval(self.precision)
+        return f"audit by {self.judge}: {found} of the labels are right ({counted})"
+
+    def warnings(self) -> list[str]:
+        """What to do where labels are wrong, or pairs were left without a verdict."""
+        warnings = []
+        if not self.right + self.wrong + self.ties + self.invalid:
+            warnings.append(f"{self.judge}: none of its pairs is among the kept ones.")
+        if self.invalid:
+            warnings.append(
+                f"{self.invalid} audited pairs have no verdict; the same line asks for them again."
+            )
+        if self.precision is None or self.precision.value >= self.min_precision:
+            return warnings
+        advice = (
+            f"--min-gain {self.gain_to_ask_for:g} reaches {self.min_precision:.0%}"
+            if self.gain_to_ask_for is not None
+            else f"no --min-gain reaches {self.min_precision:.0%}"
+        )
+        found = f"only {self.precision.value:.0%} of the labels are right; {advice}"
+        if self.precision.value > 0.5:
+            found += ". Or train with srt dpo --loss-type robust --label-smoothing auto"
+        warnings.append(f"{found}.")
+        return warnings
+
+
+class Auditor:
+    """Who looks at pairs from outside; what was said of a pair is not asked again."""
+
+    def __init__(
+        self,
+        name: str,
+        min_precision: float,
+        ask: Callable[[Sequence[Preference]], list[Verdict]],
+        wanted: Collection[bytes] = (),
+    ) -> None:
+        self._name = name
+        self._min_precision = min_precision
+        self._ask = ask
+        self._wanted = wanted
+        self._verdicts: dict[bytes, Verdict] = {}
+
+    def picker(self, size: int, seed: int) -> Picker:
+        """Picks the pairs that are known already; while none is, `size` of them at random."""
+        known = self._wanted or self._verdicts
+        return Wanted(known) if known else Sample(size, seed)
+
+    def audit(self, pairs: Sequence[Preference]) -> Audit:
+        """Have pairs looked at, and count what comes of it."""
+        new = [pair for pair in pairs if fingerprint_of(pair) not in self._verdicts]
+        if new:
+            asked = zip(new, self._ask(new), strict=True)
+            self._verdicts |= {fingerprint_of(pair): verdict for pair, verdict in asked}
+        found = [verdict for pair in pairs for verdict in self._verdicts[fingerprint_of(pair)]]
+        return count_audit(self._name, pairs, found, self._min_precision)
+
+
+def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions) -> Auditor:
+    """A model that sees each pair in both orders, without a word of which one was chosen."""
+
+    def ask(pairs: Sequence[Preference]) -> list[Verdict]:
+        asking = Asking.begin(run, options, offline=False)
+        try:
+            return _ask_judge(asking, spec, pairs)
+        finally:
+            run.manifest.cost = asking.cost.describe()
+
+    return Auditor(spec, min_precision, ask)
+
+
+def people(path: Path, min_precision: float) -> Auditor:
+    """People who judged pairs on the page that `--label-page` writes."""
+    labels = HandLabels(path)
+
+    def ask(pairs: Sequence[Preference]) -> list[Verdict]:
+        found = [labels.preference(pair) for pair in pairs]
+        return [(preference, preference) for preference in found]
+
+    return Auditor(str(path), min_precision, ask, labels.fingerprints)
+
+
+def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[Verdict]:
+    orders: tuple[Order, ...] = ("ab", "ba")
+    shown = [
+        (_prompt_of(pair), _output(pair, "chosen"), _output(pair, "rejected"), order)
+        for pair in pairs
+        for order in orders
+    ]
+    with asking.open(spec) as model:
         judgments = judge_pairs(asking, "auditing", Judge(model), shown)
     found = [judgment.preference for judgment in judgments]
-    return count_audit(judge_spec, pairs, found, min_precision)
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def count_audit(
@@ -79,10 +190,12 @@ def count_audit(
             decided.append((pair.chosen_score - pair.rejected_score, first + second > 1))
     precision = pass_rate([right for _, right in decided])
     bands = []
-    for gain in sorted({gain for gain, _ in decided}):
-        band = pass_rate([right for each, right in decided if each >= gain])
+    starts = sorted({math.floor(gain / BAND_WIDTH) * BAND_WIDTH for gain, _ in decided})
+    for start, end in pairwise([*starts, math.inf]):
+        band = pass_rate([right for gain, right in decided if gain >= start])
+        here = [right for gain, right in decided if start <= gain < end]
         if band is not None and band.n >= FEWEST_FOR_A_BAND:
-            bands.append(GainBand(gain, band))
+            bands.append(GainBand(start, band, len(here), here.count(False)))
     enough = (band.gain for band in bands if band.precision.value >= min_precision)
     right = sum(is_right for _, is_right in decided)
     return Audit(
@@ -97,36 +210,6 @@ def count_audit(
         min_precision=min_precision,
         gain_to_ask_for=next(enough, None),
     )
-
-
-def audit_table(audit: Audit) -> Table:
-    """Precision by the gain that is asked for."""
-    cells = [
-        [
-            f"{band.gain:g}",
-            share_with_interval(band.precision),
-            str(band.precision.n),
-        ]
-        for band in audit.from_gain
-    ]
-    return Table("chosen is better, says the judge", ["gain from", "pairs right", "n"], cells)
-
-
-def sentence_of(audit: Audit) -> str:
-    """The finding in one sentence, with what to do about it."""
-    counted = f"{audit.right} right, {audit.wrong} wrong, {audit.ties} ties, {audit.invalid} unread"
-    if audit.precision is None:
-        return f"audit by {audit.judge}: {counted}; nothing can be said of the labels"
-    found = audit.precision
-    advice = ""
-    if found.value < audit.min_precision:
-        advice = (
-            f"; --min-gain {audit.gain_to_ask_for:g} reaches {audit.min_precision:.0%}"
-            if audit.gain_to_ask_for is not None
-            else f"; no --min-gain reaches {audit.min_precision:.0%}"
-        )
-    right = f"{share_with_interval(found)} of the labels are right"
-    return f"audit by {audit.judge}: {right} ({counted}){advice}"
 
 
 def _prompt_of(pair: Preference) -> Prompt:

@@ -1,23 +1,25 @@
 """Which answers to one prompt make a pair: the strategies of `srt build-prefs`.
 
-Every strategy sees the records of one prompt (all samples, rounds and files) and gives pairs of
-candidates: texts with a score, each a draft or a refinement.
+Every strategy sees the records of one prompt (all samples, rounds and files) and gives one pair of
+candidates: texts with a score, each a draft or a refinement. `refine` sees the records of one pair.
+No strategy depends on the order of the records.
 """
 
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Final, Literal, NamedTuple, Protocol
 
-from srt_cli.records import FeedbackRecord, Preference
+import orjson
+
+from srt_cli.records import FeedbackRecord, Message, Preference, as_messages
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
+ScoreKind = Literal["integer", "expected"]
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One scored answer to a prompt."""
 
     text: str
@@ -30,62 +32,96 @@ class Candidate:
         return (-self.score, len(self.text), self.text)
 
 
-Pairing = tuple[Candidate, Candidate]
-"""Chosen and rejected."""
+class Refined(NamedTuple):
+    """A draft and its refinement, both with a score."""
+
+    draft: Candidate
+    refinement: Candidate
 
 
-def candidates_of(records: Sequence[FeedbackRecord]) -> list[Candidate]:
-    """Drafts and refinements that have a score, each text once, at its mean score, best first."""
-    scores: dict[str, list[float]] = {}
-    first: dict[str, FeedbackRecord] = {}
-    for record in records:
-        scored = [(record.refinement, record.refinement_score)]
-        if record.feedback is not None:
-            scored.append((record.response, record.feedback.score))
-        for text, score in scored:
-            plain = (text or "").strip()
-            if plain and score is not None and record.status == "ok":
-                scores.setdefault(plain, []).append(score)
-                first.setdefault(plain, record)
-    found = [
-        Candidate(text, math.fsum(given) / len(given), first[text])
-        for text, given in scores.items()
-    ]
-    return sorted(found, key=lambda candidate: candidate.order)
+class Pairing(NamedTuple):
+    """A better and a worse answer to one prompt."""
+
+    chosen: Candidate
+    rejected: Candidate
+
+    @property
+    def gain(self) -> float:
+        """By how much the chosen answer scores higher."""
+        return self.chosen.score - self.rejected.score
+
+    @property
+    def fingerprint(self) -> bytes:
+        """16 uniform bytes that stand for the texts of the pair."""
+        return digest(_transcript(self.chosen.record.prompt), self.chosen.text, self.rejected.text)
 
 
-def best_worst(records: Sequence[FeedbackRecord], rho: float) -> Pairing | None:
+def refined_of(record: FeedbackRecord, kind: ScoreKind) -> Refined | str:
+    """What a row holds, or the reason for which it can be in no pair at all."""
+    if record.status != "ok":
+        return record.status
+    response, feedback, refinement = record.response, record.feedback, record.refinement
+    before_score, after_score = None, record.refinement_score
+    if feedback is not None:
+        before_score = feedback.score
+    if response is None or refinement is None or before_score is None or after_score is None:
+        return "incomplete"
+    if kind == "expected" and feedback is not None:
+        before_score, after_score = feedback.score_mean, record.refinement_score_mean
+        if before_score is None or after_score is None:
+            return "no expected score"
+    draft, refined = response.strip(), refinement.strip()
+    if not draft or not refined:
+        return "empty"
+    return Refined(Candidate(draft, before_score, record), Candidate(refined, after_score, record))
+
+
+def candidates_of(rows: Sequence[Refined]) -> list[Candidate]:
+    """Drafts and refinements, each text once, at its mean score, best first."""
+    same: dict[str, list[Candidate]] = {}
+    for row in rows:
+        for candidate in (row.refinement, row.draft):
+            same.setdefault(candidate.text, []).append(candidate)
+    return sorted(map(_at_mean_score, same.values()), key=lambda candidate: candidate.order)
+
+
+def _at_mean_score(same: Sequence[Candidate]) -> Candidate:
+    """One for several of the same text."""
+    if len(same) == 1:
+        return same[0]
+    mean = math.fsum(candidate.score for candidate in same) / len(same)
+    return same[0]._replace(score=mean)
+
+
+def refine(rows: Sequence[Refined], rho: float) -> Pairing | None:
+    """The refinement against its draft (paper, section 3.2); the rows hold the same two texts."""
+    return Pairing(
+        _at_mean_score([row.refinement for row in rows]),
+        _at_mean_score([row.draft for row in rows]),
+    )
+
+
+def best_worst(rows: Sequence[Refined], rho: float) -> Pairing | None:
     """The best of all drafts and refinements against the worst (Self-Rewarding's way)."""
-    candidates = candidates_of(records)
-    return (candidates[0], candidates[-1]) if len(candidates) > 1 else None
+    candidates = candidates_of(rows)
+    return Pairing(candidates[0], candidates[-1]) if len(candidates) > 1 else None
 
 
-def refine_best(records: Sequence[FeedbackRecord], rho: float) -> Pairing | None:
-    """The refinement of the best draft against the worst draft."""
-    drafts = [
-        (Candidate(record.response.strip(), record.feedback.score, record), record)
-        for record in records
-        if record.status == "ok" and record.feedback and (record.response or "").strip()
-        and record.response is not None
-    ]  # fmt: skip
-    if not drafts:
-        return None
-    drafts.sort(key=lambda pair: (pair[0].order, pair[1].refinement or ""))
-    best, worst = drafts[0][1], drafts[-1][0]
-    if not (best.refinement or "").strip() or best.refinement_score is None:
-        return None
-    assert best.refinement is not None
-    return Candidate(best.refinement.strip(), best.refinement_score, best), worst
+def refine_best(rows: Sequence[Refined], rho: float) -> Pairing | None:
+    """The refinement of the best draft against the worst draft (SCRPO, arXiv 2512.05387)."""
+    best = min(rows, key=lambda row: (row.draft.order, row.refinement.order))
+    worst = max(rows, key=lambda row: row.draft.order)
+    return Pairing(best.refinement, worst.draft)
 
 
-def tiers(records: Sequence[FeedbackRecord], rho: float) -> Pairing | None:
+def tiers(rows: Sequence[Refined], rho: float) -> Pairing | None:
     """The shortest of the top tier against the longest of the bottom tier.
 
     With scores from s_low to s_high, the top tier holds those of at least (1 - rho) s_high +
     rho s_low, the bottom tier those of at most (1 - rho) s_low + rho s_high; rho 0 keeps the
     extremes (Meta-Rewarding, arXiv 2407.19594, section 2.2).
     """
-    candidates = candidates_of(records)
+    candidates = candidates_of(rows)
     if len(candidates) < 2:
         return None
     high, low = candidates[0].score, candidates[-1].score
@@ -93,22 +129,96 @@ def tiers(records: Sequence[FeedbackRecord], rho: float) -> Pairing | None:
     bottom = [c for c in candidates if c.score <= (1 - rho) * low + rho * high]
     chosen = min(top, key=lambda c: (len(c.text), c.order))
     rejected = max(bottom, key=lambda c: (len(c.text), c.order))
-    return chosen, rejected
+    return Pairing(chosen, rejected)
 
 
-GROUPING: Final[Mapping[Strategy, Callable[[Sequence[FeedbackRecord], float], Pairing | None]]] = {
+STRATEGIES: Final[Mapping[Strategy, Callable[[Sequence[Refined], float], Pairing | None]]] = {
+    "refine": refine,
     "best-worst": best_worst,
     "refine-best": refine_best,
     "tiers": tiers,
 }
 
 
-def grouped(records: Iterator[FeedbackRecord]) -> Iterator[list[FeedbackRecord]]:
-    """The records of each prompt together, in the order in which prompts first appear."""
-    groups: dict[str, list[FeedbackRecord]] = {}
-    for record in records:
-        groups.setdefault(record.id, []).append(record)
-    yield from groups.values()
+def group_key(record: FeedbackRecord, strategy: Strategy) -> bytes:
+    """Bytes that records have in common which a strategy must see together.
+
+    The prompt's text counts, not its id, which another file may give to another prompt.
+    """
+    key = digest(_transcript(record.prompt))
+    if strategy == "refine":
+        key += digest((record.response or "").strip(), (record.refinement or "").strip())
+    return key
+
+
+def preference_of(pairing: Pairing) -> Preference:
+    """A pair in TRL's conversational form."""
+    record = pairing.chosen.record
+    return Preference(
+        id=pair_id(record),
+        prompt=as_messages(record.prompt),
+        chosen=[Message(role="assistant", content=pairing.chosen.text)],
+        rejected=[Message(role="assistant", content=pairing.rejected.text)],
+        chosen_score=pairing.chosen.score,
+        rejected_score=pairing.rejected.score,
+        source=record.critic,
+    )
+
+
+def line_of(pairing: Pairing) -> bytes:
+    """A pair as its JSONL line: `artifacts.to_line(preference_of(pairing))`, much faster."""
+    chosen, rejected = pairing
+    record = chosen.record
+    return orjson.dumps(
+        {
+            "id": pair_id(record),
+            "prompt": [
+                {"role": turn.role, "content": turn.content} for turn in as_messages(record.prompt)
+            ],
+            "chosen": [{"role": "assistant", "content": chosen.text}],
+            "rejected": [{"role": "assistant", "content": rejected.text}],
+            "chosen_score": chosen.score,
+            "rejected_score": rejected.score,
+            "source": record.critic,
+        },
+        option=orjson.OPT_APPEND_NEWLINE,
+    )
+
+
+def pair_id(record: FeedbackRecord) -> str:
+    """The id of the pair whose chosen answer a record holds."""
+    first = record.sample == 0 and record.round == 1
+    return record.id if first else f"{record.id}/{record.sample}/{record.round}"
+
+
+def fingerprint_of(pair: Preference) -> bytes:
+    """16 uniform bytes that stand for the texts of a pair, as `Pairing.fingerprint` gives them."""
+    return digest(_transcript(pair.prompt), pair.chosen[0].content, pair.rejected[0].content)
+
+
+def digest(*texts: str) -> bytes:
+    """16 uniform bytes that stand for texts."""
+    return hashlib.blake2b("\x1d".join(texts).encode(), digest_size=16).digest()
+
+
+def _transcript(prompt: str | Sequence[Message]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0].role == "user":
+        return prompt[0].content
+    return "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in prompt)
+
+
+class Picker(Protocol):
+    """Picks some of the pairs that stream by."""
+
+    def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
+        """Consider a pair; `fingerprint` are uniform bytes that stand for it."""
+        ...
+
+    def pairs(self) -> list[Preference]:
+        """What was picked, in an order of its own."""
+        ...
 
 
 class Sample:
@@ -116,14 +226,16 @@ class Sample:
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size
-        self._seed = seed
-        self._heap: list[tuple[int, str, Preference]] = []
+        self._salt = (seed % 2**64).to_bytes(8)
+        self._heap: list[tuple[int, bytes, Pairing]] = []
 
-    def offer(self, fingerprint: bytes, pair: Preference) -> None:
+    def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
         """Consider a pair; `fingerprint` are uniform bytes that stand for it."""
-        digest = hashlib.blake2b(fingerprint, digest_size=8, salt=self._seed.to_bytes(8)).digest()
+        if not self._size:
+            return
+        mixed = hashlib.blake2b(fingerprint, digest_size=8, salt=self._salt).digest()
         # A heap keeps its smallest on top; those with the smallest digests are wanted.
-        entry = (-int.from_bytes(digest), pair.id, pair)
+        entry = (-int.from_bytes(mixed), fingerprint, pairing)
         if len(self._heap) < self._size:
             heapq.heappush(self._heap, entry)
         elif entry[:2] > self._heap[0][:2]:
@@ -131,4 +243,22 @@ class Sample:
 
     def pairs(self) -> list[Preference]:
         """The sample, in an order of its own."""
-        return [pair for *_, pair in sorted(self._heap, key=lambda entry: entry[:2])]
+        entries = sorted(self._heap, key=lambda entry: entry[:2])
+        return [preference_of(pairing) for *_, pairing in entries]
+
+
+class Wanted:
+    """The pairs of given fingerprints."""
+
+    def __init__(self, fingerprints: Collection[bytes]) -> None:
+        self._fingerprints = fingerprints
+        self._found: dict[bytes, Pairing] = {}
+
+    def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
+        """Take the pair if it is one of them."""
+        if fingerprint in self._fingerprints:
+            self._found[fingerprint] = pairing
+
+    def pairs(self) -> list[Preference]:
+        """Those of them that came by, in the order of their fingerprints."""
+        return [preference_of(self._found[name]) for name in sorted(self._found)]

@@ -158,8 +158,8 @@ class FeedbackRecord(Record):
     response: str | None
     feedback: Feedback | None
     refinement: str | None
-    refinement_score: float | None
-    refinement_score_mean: float | None = None
+    refinement_score: float | None = Field(ge=MIN_SCORE, le=MAX_SCORE)
+    refinement_score_mean: float | None = Field(default=None, ge=MIN_SCORE, le=MAX_SCORE)
     refinement_feedback: Feedback | None
     status: Status
     reason: str | None
@@ -188,6 +188,13 @@ class Preference(Record):
     chosen_score: float
     rejected_score: float
     source: str
+
+
+class HandLabel(Record):
+    """A person's word on a pair: digests of the pair and of the better text; null for neither."""
+
+    pair: str = Field(pattern=r"^[0-9a-f]{32}$")
+    better: str | None = Field(pattern=r"^[0-9a-f]{32}$")
 
 
 class Dropped(Record):

@@ -8,8 +8,10 @@ from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
 from srt_cli.audit import count_audit
-from srt_cli.pairing import Sample
+from srt_cli.hand_labels import key_of, text_key
+from srt_cli.pairing import Pairing, Sample, refined_of
 from srt_cli.records import Message, Preference
+from srt_cli.stages.dpo import Dpo, label_smoothing_of
 
 JUDGES = """
 def truth(prompt, a, b):
@@ -17,6 +19,12 @@ def truth(prompt, a, b):
 
 def broken(prompt, a, b):
     raise RuntimeError("no opinion")
+
+def half(prompt, a, b):
+    import os
+    if prompt.text[-1] in "02468" and not os.path.exists("mended"):
+        raise RuntimeError("no opinion on even ones")
+    return truth(prompt, a, b)
 """
 
 
@@ -58,7 +66,7 @@ def test_the_audit_finds_the_share_of_wrong_labels_and_the_gain_to_ask_for(srt, 
     assert audit["noise"] == pytest.approx(0.2)
     assert audit["precision"]["low"] < 0.8 < audit["precision"]["high"]
     assert audit["gain_to_ask_for"] == 4
-    assert "--min-gain 4 reaches 95%" in finished.stderr
+    assert "only 80% of the labels are right; --min-gain 4 reaches 95%" in finished.stderr
     assert len(read_jsonl(feedback / "prefs.jsonl")) == 60
 
 
@@ -78,9 +86,150 @@ def test_a_judge_that_fails_leaves_the_pairs_and_says_so(srt, feedback):
     assert len(read_jsonl(feedback / "prefs.jsonl")) == 60
 
 
-def test_an_audit_without_a_judge_is_a_usage_error(srt, feedback):
-    assert srt("build-prefs", "--audit", 5).code == 2
-    assert srt("build-prefs", "--audit-judge", "gpt-4").code == 2
+def test_a_judge_that_fails_half_way_keeps_what_was_judged(srt, feedback):
+    line = ("build-prefs", "--audit", 60, "--audit-judge", "python:judge.py:half")
+    first = srt(*line)
+    assert first.code == 0
+    assert "30 audited pairs have no verdict; the same line asks for them again" in first.stderr
+    journal = feedback / "prefs.journal.jsonl"
+    assert journal.read_bytes().count(b"\n") == 60
+    (feedback / "mended").touch()
+    again = srt(*line)
+    assert "48 right, 12 wrong, 0 ties, 0 unread" in again.stderr
+    keys = [row["key"] for row in read_jsonl(journal)]
+    assert len(keys) == len(set(keys)) == 120
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--audit", 5), "--audit goes with --audit-judge or --label-page"),
+        (("--audit-judge", "gpt-4"), "--audit goes with --audit-judge or --label-page"),
+        (("--label-page", "l.html"), "--audit goes with --audit-judge or --label-page"),
+        (("--min-gain", "auto"), "--min-gain auto needs --audit N --audit-judge SPEC"),
+        (("--min-gain", "auto", "--audit", 5, "--label-page", "l.html"), "--min-gain auto needs"),
+        (("--min-gain", "much"), "--min-gain 'much': give points of the score, or auto"),
+        ((*AUDIT, "--audit-labels", "l.jsonl"), "--audit-labels stands in for --audit-judge"),
+        (
+            ("--audit-labels", "l.jsonl", "--audit", 5, "--label-page", "l.html"),
+            "leave out --audit",
+        ),
+    ],
+)
+def test_options_of_the_audit_that_mean_nothing_together_are_refused(srt, feedback, flags, message):
+    finished = srt("build-prefs", *flags)
+    assert finished.code == 2
+    assert message in finished.stderr
+    assert not (feedback / "prefs.run.json").exists()
+
+
+def test_the_audit_can_set_the_gain(srt, feedback):
+    line = ("build-prefs", *AUDIT, "--min-gain", "auto", "--min-precision")
+    finished = srt(*line, 0.95)
+    assert finished.code == 0, finished.stderr
+    assert "--min-gain auto: 4" in finished.stderr
+    kept = read_jsonl(feedback / "prefs.jsonl")
+    assert {row["chosen_score"] - row["rejected_score"] for row in kept} == {4}
+    tallies = json.loads((feedback / "prefs.run.json").read_text())["tallies"]
+    assert tallies["min_gain"] == 4
+    assert tallies["dropped"] == {"gain below 4": 60 - len(kept)}
+    # What is said of the labels is said of the pairs that are left.
+    assert (tallies["audit"]["right"], tallies["audit"]["wrong"]) == (len(kept), 0)
+    assert (feedback / "prefs.journal.jsonl").read_bytes().count(b"\n") == 120
+    assert srt(*line, 0.95).code == 0
+    other = srt(*line, 0.5)
+    assert other.code == 1
+    assert "was built with a gain of 4, and the audit now asks for 1" in other.stderr
+    assert read_jsonl(feedback / "prefs.jsonl") == kept
+
+
+def test_a_gain_that_no_audit_finds_is_said(srt, feedback):
+    (feedback / "judge.py").write_text("def never(prompt, a, b):\n    return 'dull' in a\n")
+    finished = srt(
+        "build-prefs", "--audit", 60, "--audit-judge", "python:judge.py:never", "--min-gain", "auto"
+    )
+    assert finished.code == 1
+    assert "20% [12, 32] of the labels are right" in finished.stderr
+    assert "Lower --min-precision" in finished.stderr
+
+
+PLANTED = """
+import hashlib
+
+def planted(prompt, a, b):
+    wrong = int.from_bytes(hashlib.sha256(prompt.text.encode()).digest()[:4]) < {error} * 2**32
+    return float(("good" in a) != wrong)
+"""
+
+
+@pytest.mark.parametrize("error", [0.1, 0.2, 0.3])
+def test_dpo_is_told_the_error_that_the_audit_of_a_planted_judge_found(srt, tmp_path, error):
+    (tmp_path / "judge.py").write_text(PLANTED.format(error=error))
+    rows = [
+        record(id=str(n), prompt=f"q{n}", response=f"dull {n}", refinement=f"good {n}").model_dump()
+        for n in range(300)
+    ]
+    write_jsonl(tmp_path / "self-feedback.jsonl", rows)
+    flags = ("--audit", 300, "--audit-judge", "python:judge.py:planted")
+    assert srt("build-prefs", *flags).code == 0
+    audit = json.loads((tmp_path / "prefs.run.json").read_text())["tallies"]["audit"]
+    assert 1 - audit["precision"]["high"] <= error <= 1 - audit["precision"]["low"]
+    options = Dpo(loss_type="robust", label_smoothing="auto")
+    assert label_smoothing_of(options) == audit["noise"]
+    assert audit["noise"] == pytest.approx(audit["wrong"] / 300)
+
+
+def labels_of(pairs, sides):
+    return [
+        {"pair": key_of(pair), "better": side and text_key(getattr(pair, side)[0].content)}
+        for pair, side in zip(pairs, sides, strict=True)
+    ]
+
+
+@pytest.fixture
+def kept(srt, feedback):
+    srt("build-prefs")
+    return [Preference.model_validate(row) for row in read_jsonl(feedback / "prefs.jsonl")]
+
+
+def test_peoples_labels_stand_in_for_a_judge(srt, feedback, kept):
+    sides = ["chosen", "rejected", None, "chosen"]
+    twice = labels_of(kept[:4], sides) + labels_of(kept[1:2], ["chosen"])
+    write_jsonl(feedback / "labels.jsonl", twice)
+    finished = srt("build-prefs", "--audit-labels", "labels.jsonl")
+    assert finished.code == 0, finished.stderr
+    assert "(2 right, 0 wrong, 2 ties, 0 unread)" in finished.stderr
+    manifest = json.loads((feedback / "prefs.run.json").read_text())
+    assert manifest["tallies"]["audit"]["judge"] == "labels.jsonl"
+    assert manifest["inputs"]["audit labels"]["rows"] == 5
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"pair": "ff" * 16}, "labels.jsonl:1: better: field required"),
+        ({"pair": "x", "better": None}, "labels.jsonl:1: pair: string should match"),
+    ],
+)
+def test_labels_of_another_tool_are_refused(srt, feedback, line, message):
+    write_jsonl(feedback / "labels.jsonl", [line])
+    finished = srt("build-prefs", "--audit-labels", "labels.jsonl")
+    assert finished.code == 1
+    assert message in finished.stderr
+
+
+def test_a_label_for_a_text_that_its_pair_does_not_have_is_refused(srt, feedback, kept):
+    write_jsonl(feedback / "labels.jsonl", [{"pair": key_of(kept[0]), "better": "ff" * 16}])
+    finished = srt("build-prefs", "--audit-labels", "labels.jsonl")
+    assert finished.code == 1
+    assert "names neither of its texts" in finished.stderr
+
+
+def test_labels_of_other_pairs_say_so(srt, feedback):
+    write_jsonl(feedback / "labels.jsonl", [{"pair": "ff" * 16, "better": None}])
+    finished = srt("build-prefs", "--audit-labels", "labels.jsonl")
+    assert finished.code == 0
+    assert "labels.jsonl: none of its pairs is among the kept ones" in finished.stderr
 
 
 @pytest.mark.parametrize("error", [0.1, 0.2, 0.3])
@@ -99,7 +248,8 @@ def test_the_sample_does_not_depend_on_the_order_of_the_pairs():
     def sample(order):
         drawn = Sample(10, seed=3)
         for number in order:
-            drawn.offer(str(number).encode(), pair(number))
+            row = refined_of(record(id=str(number), prompt=f"q{number}"), "integer")
+            drawn.offer(str(number).encode(), Pairing(row.refinement, row.draft))
         return [each.id for each in drawn.pairs()]
 
     numbers = list(range(100))
@@ -114,6 +264,7 @@ def test_a_small_gain_may_be_wrong_where_a_large_one_is_right():
     said = [0.0] * 20 + [1.0] * 40 + [1.0] * 20
     found = count_audit("j", pairs, said, 0.9)
     assert [(band.gain, band.precision.value) for band in found.from_gain] == [(1, 0.75), (4, 1.0)]
+    assert [(band.wrong_here, band.decided_here) for band in found.from_gain] == [(10, 20), (0, 20)]
     assert found.gain_to_ask_for == 4
 
 

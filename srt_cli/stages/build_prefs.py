@@ -1,30 +1,34 @@
 """Stage 2, middle: refinement chosen, draft rejected, where the blind score says it is better."""
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Final
+
+import orjson
 
 from srt_cli import console
-from srt_cli.artifacts import (
-    DroppedRows,
-    OrderedWriter,
-    Run,
-    open_run,
-    read_records,
-    read_rows,
-)
+from srt_cli.artifacts import DroppedRows, OrderedWriter, Run, dropped_path, open_run
 from srt_cli.call_options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.external_sort import ExternalSort
+from srt_cli.grouped_rows import GroupedRows
+from srt_cli.length_balance import Balance, balance_lengths
 from srt_cli.options import runtime, setting
-from srt_cli.pairing import GROUPING, Candidate, Sample, Strategy, grouped
-from srt_cli.prompts import read_prompts
-from srt_cli.records import FeedbackRecord, Message, Preference, as_messages
-from srt_cli.stats.hygiene import faults_of
+from srt_cli.pair_building import PairPlan, decide
+from srt_cli.pair_exports import EXPORTS, Format, export_path
+from srt_cli.pair_rules import ExcludedPrompts, PairRules, advice_for
+from srt_cli.pair_summary import PairSummary
+from srt_cli.pairing import Picker, Sample, ScoreKind, Strategy, line_of
+from srt_cli.records import Preference
+
+if TYPE_CHECKING:
+    from srt_cli.audit import Audit, Auditor
 
 COMMAND = "build-prefs"
-Format = Literal["axolotl", "llamafactory", "kto"]
+AUTO: Final = "auto"
+SEPARATOR: Final = b"\0"
+"""Behind the reason of a dropped row; JSON holds no such byte."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class BuildPrefs(ApiOptions):
       srt build-prefs --data self-feedback.jsonl --out prefs.jsonl
 
       srt build-prefs --data round-1.jsonl --data round-2.jsonl.gz --strategy best-worst
+
+      srt build-prefs --length-balance margin --audit 100 --audit-judge gpt-4 --report prefs.html
     """
 
     data: tuple[Path, ...] = setting(
@@ -53,14 +59,26 @@ class BuildPrefs(ApiOptions):
         "shortest good against the longest bad.",
     )  # fmt: skip
     rho: float = setting(0.1, "Width of a tier, as a share of the range of scores (tiers).")
-    min_gain: float = setting(
-        1.0, "Smallest blind gain of the refinement (paper: it must exceed the draft's score)."
-    )
+    score: ScoreKind = setting(
+        "integer", "The score that is compared: the one the critic wrote (paper), or the one it "
+        "expected by its log-probabilities, which has hardly any ties.",
+    )  # fmt: skip
+    min_gain: str = setting(
+        "1", "Smallest blind gain of the refinement (paper: it must exceed the draft's score); auto: "
+        "where the audit finds --min-precision.", metavar="GAIN|auto",
+    )  # fmt: skip
     max_length_ratio: float = setting(
         3.0, "Longest refinement, as a multiple of its draft's characters (paper: no limit)."
     )
+    length_balance: Balance = setting(
+        "none", "Leave out pairs until the mean length gap is zero: margin, those with least gain a "
+        "character; subset, the longest; matched, as many longer as shorter of each size.",
+    )  # fmt: skip
     hygiene: bool = setting(
-        True, "Leave out chosen answers that repeat, refuse or leak a template."
+        True, "Leave out chosen answers that repeat, refuse, leak a template or switch the script."
+    )
+    near_duplicates: float | None = setting(
+        None, "Leave out prompts that share so much with another, or an excluded one, e.g. 0.8."
     )
     exclude: tuple[Path, ...] = setting(
         (), "Prompts that must not be trained on, e.g. those of an evaluation. Several times.",
@@ -70,9 +88,16 @@ class BuildPrefs(ApiOptions):
         (), "Write the pairs in another tool's form too. Several times.",
         metavar="axolotl|llamafactory|kto",
     )  # fmt: skip
+    report: Path | None = runtime(None, "Write the summary as a page.", metavar="FILE.html")
     audit: int = runtime(0, "Have so many kept pairs, drawn at random, judged from outside.")
     audit_judge: str | None = runtime(
         None, "The judge of the audit: any model but the one that wrote the pairs.", metavar="SPEC"
+    )
+    label_page: Path | None = runtime(
+        None, "Write a page on which a person judges the pairs of the audit.", metavar="FILE.html"
+    )
+    audit_labels: Path | None = runtime(
+        None, "The answers that were given on such a page.", metavar="FILE"
     )
     min_precision: float = runtime(0.8, "Share of right labels that the audit looks for.")
     seed: int = setting(42, "Seed of the audit's sample; building pairs draws nothing.")
@@ -80,302 +105,223 @@ class BuildPrefs(ApiOptions):
     overwrite: bool = runtime(False, "Replace an output of other settings.")
 
 
-@dataclass
-class PairTally:
-    """Length and gain of the kept pairs, summed as they stream by."""
-
-    rows: int = 0
-    kept: int = 0
-    gain: float = 0.0
-    chosen_characters: int = 0
-    rejected_characters: int = 0
-    chosen_longer: int = 0
-    used: int = 0
-    """Rows that are part of a kept pair."""
-    excluded: frozenset[bytes] = frozenset()
-    seen: set[bytes] = field(default_factory=set)
-
-
 def run(options: BuildPrefs) -> None:
-    """Read feedback, keep the pairs that teach, write `prefs.jsonl`."""
+    """Read feedback, keep the pairs that teach, write `prefs.jsonl`, have a sample looked at."""
+    check_options(options)
+    data = {f"data {n}" if n > 1 else "data": path for n, path in enumerate(options.data, 1)}
+    inputs = data | {f"exclude {n}": path for n, path in enumerate(options.exclude, 1)}
+    if options.audit_labels is not None:
+        inputs["audit labels"] = options.audit_labels
+    run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    with run, GroupedRows(options.out.parent, options.strategy) as rows:
+        plan = plan_of(options)
+        counts = [run.manifest.inputs[name].rows for name in data]
+        total = sum(filter(None, counts)) if None not in counts else None
+        rows.read(options.data, options.limit, total)
+        auditor = auditor_of(options, run)
+        if options.min_gain == AUTO and auditor is not None:
+            plan = with_audited_gain(plan, rows, options, auditor, run)
+        if options.length_balance != "none":
+            plan = with_length_balance(plan, rows, options)
+        size, seed = options.audit, options.seed
+        picked = Sample(size, seed) if auditor is None else auditor.picker(size, seed)
+        summary = write_pairs(rows, plan, options, picked)
+        run.manifest.progress = f"{summary.rows} of {summary.rows}"
+        run.manifest.tallies = summary.describe()
+        if not summary.kept:
+            raise SrtError(all_dropped(summary, options.data))
+        show(summary, options)
+        for warning in summary.warnings():
+            run.warn(warning)
+        audit = None if auditor is None else report_audit(auditor.audit(picked.pairs()), run)
+        write_pages(summary, audit, picked.pairs(), options)
+    console.finish(f"{options.out}: {summary.kept} pairs", f"srt dpo --prefs {options.out}")
+
+
+def check_options(options: BuildPrefs) -> None:
+    """Refuse options that contradict each other or mean nothing."""
     if not 0 <= options.rho < 0.5:
         raise UsageError("--rho lies between 0 and 0.5: half the range is no tier any more.")
-    if bool(options.audit) != (options.audit_judge is not None):
-        raise UsageError("--audit and --audit-judge go together: how many pairs, and who judges.")
-    inputs = {f"data {n}" if n > 1 else "data": path for n, path in enumerate(options.data, 1)}
-    inputs |= {f"exclude {n}": path for n, path in enumerate(options.exclude, 1)}
-    run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
-    tally = PairTally(excluded=frozenset(_digests_in(options.exclude)))
-    sample = Sample(options.audit, options.seed)
-    with run:
-        records = _records_in(options.data, options.limit)
-        dropped = DroppedRows(options.out)
-        writer = OrderedWriter(options.out)
-        exports = {name: OrderedWriter(_export_path(options.out, name)) for name in options.format}
-        try:
-            for number, pair in enumerate(keep_pairs(records, options, dropped, tally)):
-                writer.add(number, [pair])
-                if options.audit:
-                    sample.offer(_fingerprint(pair), pair)
-                for name, export in exports.items():
-                    export.add_plain(number, EXPORTS[name](pair))
-            dropped.commit()
-            if tally.kept:
-                for each in (writer, *exports.values()):
-                    each.commit()
-        finally:
-            for each in (writer, *exports.values()):
-                each.discard()
-            dropped.discard()
-        run.manifest.progress = f"{tally.rows} of {tally.rows}"
-        run.manifest.tallies = tallies_of(tally, dropped)
-        if not tally.kept:
-            raise SrtError(_all_dropped(options.data, dropped))
-        if options.audit_judge is not None:
-            _audit(options, options.audit_judge, sample.pairs(), run)
-    show(tally, dropped)
-    for name in exports:
-        console.say(f"the same pairs for {name}: {_export_path(options.out, name)}")
-    console.finish(f"{options.out}: {tally.kept} pairs", f"srt dpo --prefs {options.out}")
-
-
-def _audit(options: BuildPrefs, judge: str, pairs: list[Preference], run: Run) -> None:
-    """Have a sample judged from outside; the pairs are written already and stay as they are."""
-    from srt_cli.asking import Asking
-    from srt_cli.audit import audit_pairs, audit_table, sentence_of
-
-    asking = Asking.begin(run, options, offline=False)
+    if options.near_duplicates is not None and not 0 < options.near_duplicates <= 1:
+        raise UsageError("--near-duplicates is a share above 0, at most 1, e.g. 0.8.")
+    looks = options.audit_judge is not None or options.label_page is not None
+    if bool(options.audit) != looks or options.audit < 0:
+        raise UsageError(
+            "--audit goes with --audit-judge or --label-page: how many pairs, and who looks at them."
+        )
+    if options.audit_labels is not None and options.audit_judge is not None:
+        raise UsageError("--audit-labels stands in for --audit-judge: give one of them.")
+    if options.audit_labels is not None and options.audit:
+        raise UsageError("--audit-labels names its pairs itself: leave out --audit.")
+    if options.min_gain == AUTO:
+        if options.audit_judge is None and options.audit_labels is None:
+            raise UsageError(
+                "--min-gain auto needs --audit N --audit-judge SPEC, or --audit-labels."
+            )
+        return
     try:
-        audit = audit_pairs(asking, judge, pairs, options.min_precision)
+        float(options.min_gain)
+    except ValueError:
+        raise UsageError(
+            f"--min-gain {options.min_gain!r}: give points of the score, or auto."
+        ) from None
+
+
+def plan_of(options: BuildPrefs) -> PairPlan:
+    """The options as the builder of pairs takes them; under `auto` any gain will do at first."""
+    gain = 0.0 if options.min_gain == AUTO else float(options.min_gain)
+    rules = PairRules(
+        gain, options.max_length_ratio, options.hygiene, ExcludedPrompts(options.exclude)
+    )
+    return PairPlan(options.strategy, options.rho, options.score, rules, options.near_duplicates)
+
+
+def auditor_of(options: BuildPrefs, run: Run) -> "Auditor | None":
+    """Who looks at pairs from outside: people, by their saved answers, a model, or nobody."""
+    if options.audit_labels is None and options.audit_judge is None:
+        return None
+    from srt_cli.audit import outside_judge, people
+
+    if options.audit_labels is not None:
+        return people(options.audit_labels, options.min_precision)
+    return outside_judge(str(options.audit_judge), options.min_precision, run, options)
+
+
+def with_audited_gain(
+    plan: PairPlan, rows: GroupedRows, options: BuildPrefs, auditor: "Auditor", run: Run
+) -> PairPlan:
+    """Ask for the gain from which the auditor finds enough labels right."""
+    picked = auditor.picker(options.audit, options.seed)
+    for decision in decide(rows, plan, "pairing for the audit"):
+        if decision.kept is not None:
+            pairing, shape = decision.kept
+            picked.offer(shape.fingerprint, pairing)
+    audit = auditor.audit(picked.pairs())
+    gain = audit.gain_to_ask_for
+    if gain is None:
+        raise SrtError(
+            f"--min-gain auto: {audit.sentence()}. Lower --min-precision, have more pairs judged, or "
+            "give a gain."
+        )
+    earlier = run.earlier.tallies.get("min_gain") if run.earlier is not None else None
+    if earlier not in (None, gain) and options.out.exists():
+        raise SrtError(
+            f"{options.out}: was built with a gain of {earlier:g}, and the audit now asks for {gain:g}. "
+            "Choose another --out, or replace it with --overwrite."
+        )
+    console.say(f"{audit.sentence()}; --min-gain auto: {gain:g}")
+    return replace(plan, rules=replace(plan.rules, min_gain=gain))
+
+
+def with_length_balance(plan: PairPlan, rows: GroupedRows, options: BuildPrefs) -> PairPlan:
+    """Decide which pairs fall out so that chosen answers are no longer than rejected ones."""
+    shapes = (
+        decision.kept[1]
+        for decision in decide(rows, plan, "balancing lengths")
+        if decision.kept is not None
+    )
+    cut = balance_lengths(options.length_balance, shapes, options.out.parent)
+    if cut.before and not cut.after:
+        raise SrtError(
+            f"--length-balance {cut.method}: in every pair the same side is longer, so nothing is left "
+            "that balances. Lower --max-length-ratio, or train with srt dpo --loss-type sigmoid_norm."
+        )
+    return replace(plan, length_cut=cut)
+
+
+def write_pairs(
+    rows: GroupedRows, plan: PairPlan, options: BuildPrefs, picked: Picker
+) -> PairSummary:
+    """Decide on all rows, and write pairs and dropped rows in the order of the input."""
+    summary = PairSummary(options.seed, min_gain=plan.rules.min_gain, length_cut=plan.length_cut)
+    with ExternalSort(options.out.parent) as lines:
+        for decision in decide(rows, plan, "pairing"):
+            summary.add(decision)
+            if decision.kept is not None:
+                pairing, shape = decision.kept
+                lines.add(_place(decision.position), line_of(pairing))
+                picked.offer(shape.fingerprint, pairing)
+            for position, reason, line in decision.dropped:
+                lines.add(_place(position), reason.encode() + SEPARATOR + line)
+        _write_lines(lines, options, any_kept=summary.kept > 0)
+    return summary
+
+
+def _place(position: int) -> bytes:
+    return position.to_bytes(8)
+
+
+def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) -> None:
+    """Pairs go to the output and its other forms, dropped rows beside it; all whole or not at all."""
+    dropped = DroppedRows(options.out)
+    pairs = OrderedWriter(options.out)
+    exports = {name: OrderedWriter(export_path(options.out, name)) for name in options.format}
+    try:
+        for _, value in lines:
+            reason, separator, row = value.partition(SEPARATOR)
+            if separator:
+                dropped.add_line(reason.decode(), row)
+                continue
+            for name, export in exports.items():
+                export.add_plain(pairs.rows, EXPORTS[name](orjson.loads(value)))
+            pairs.add_lines(pairs.rows, [value])
+        dropped.commit()
+        for writer in (pairs, *exports.values()) if any_kept else ():
+            writer.commit()
     finally:
-        run.manifest.cost = asking.cost.describe()
+        dropped.discard()
+        for writer in (pairs, *exports.values()):
+            writer.discard()
+
+
+def report_audit(audit: "Audit", run: Run) -> "Audit":
+    """Tell what the auditor found; the pairs are written already and stay as they are."""
     run.manifest.tallies["audit"] = asdict(audit)
-    table = audit_table(audit)
+    table = audit.table()
     if table.cells:
         console.talk_table(table.title, table.columns, table.cells)
-    console.say(sentence_of(audit))
-    if audit.precision is not None and audit.precision.value < options.min_precision:
-        run.warn(
-            f"only {audit.precision.value:.0%} of the labels are right: raise --min-gain, or train "
-            "with srt dpo --loss-type robust --label-smoothing auto."
+    console.say(audit.sentence())
+    for warning in audit.warnings():
+        run.warn(warning)
+    return audit
+
+
+def write_pages(
+    summary: PairSummary,
+    audit: "Audit | None",
+    looked_at: Sequence[Preference],
+    options: BuildPrefs,
+) -> None:
+    """The summary as a page, and the page to judge pairs by hand, where they are wanted."""
+    if options.report is not None:
+        from srt_cli.report.prefs import write_prefs_report
+
+        write_prefs_report(options.report, options.out.name, summary, audit)
+        console.say(f"the same as a page: {options.report}")
+    if options.label_page is not None:
+        from srt_cli.report.labelling import write_label_page
+
+        write_label_page(options.label_page, looked_at, options.seed)
+        console.say(
+            f"{len(looked_at)} pairs to judge by hand: open {options.label_page} in a browser, save the "
+            "answers, then: srt build-prefs ... --audit-labels FILE"
         )
 
 
-def _records_in(paths: Sequence[Path], limit: int | None) -> Iterator[FeedbackRecord]:
-    for path in paths:
-        yield from read_records(path, FeedbackRecord.model_validate, limit=limit)
-
-
-def keep_pairs(
-    records: Iterator[FeedbackRecord], options: BuildPrefs, dropped: DroppedRows, tally: PairTally
-) -> Iterator[Preference]:
-    """Yield the pairs that pass every rule; note every row that is in none with its reason."""
-    if options.strategy == "refine":
-        for record in records:
-            reason = why_no_pair(record, options)
-            pair = pair_of(record) if reason is None else None
-            yield from _keep([record], [record], pair, reason, options, dropped, tally)
-        return
-    choose = GROUPING[options.strategy]
-    for group in grouped(records):
-        pairing = choose(group, options.rho)
-        if pairing is None:
-            reason = f"no pair by {options.strategy}"
-            yield from _keep(group, [], None, reason, options, dropped, tally)
-            continue
-        chosen, rejected = pairing
-        gain = chosen.score - rejected.score
-        fault = _fault_between(chosen.text, rejected.text, gain, options)
-        used = [chosen.record, rejected.record]
-        pair = preference_of(chosen, rejected)
-        yield from _keep(group, used, pair, fault, options, dropped, tally)
-
-
-def _keep(
-    group: list[FeedbackRecord],
-    used: list[FeedbackRecord],
-    pair: Preference | None,
-    reason: str | None,
-    options: BuildPrefs,
-    dropped: DroppedRows,
-    tally: PairTally,
-) -> Iterator[Preference]:
-    """The pair if nothing speaks against it; every row of the group is counted once."""
-    tally.rows += len(group)
-    if pair is not None and reason is None:
-        if _digest_of(as_messages(group[0].prompt)) in tally.excluded:
-            reason = "prompt is excluded"
-        elif options.hygiene and (faults := faults_of(pair.chosen[0].content)):
-            reason = faults[0]
-        elif (fingerprint := _fingerprint(pair)) in tally.seen:
-            reason = "duplicate"
-        else:
-            tally.seen.add(fingerprint)
-    for record in group:
-        is_used = any(record is each for each in used)
-        if pair is None or reason is not None or not is_used:
-            own = record.status if record.status != "ok" else None
-            other = reason if is_used or pair is None else f"not chosen by {options.strategy}"
-            dropped.add(record.id, own or other or "unused", record)
-        else:
-            tally.used += 1
-    if pair is None or reason is not None:
-        return
-    tally.kept += 1
-    tally.gain += pair.chosen_score - pair.rejected_score
-    chosen, rejected = len(pair.chosen[0].content), len(pair.rejected[0].content)
-    tally.chosen_characters += chosen
-    tally.rejected_characters += rejected
-    tally.chosen_longer += chosen > rejected
-    yield pair
-
-
-def why_no_pair(record: FeedbackRecord, options: BuildPrefs) -> str | None:
-    """The first reason for which a row gives no pair of its own; null when it gives one."""
-    if record.status != "ok":
-        return record.status
-    if record.gain is None or record.response is None or record.refinement is None:
-        return "incomplete"
-    return _fault_between(record.refinement, record.response, record.gain, options)
-
-
-def _fault_between(chosen: str, rejected: str, gain: float, options: BuildPrefs) -> str | None:
-    """The first rule that a pair of texts breaks."""
-    better, worse = chosen.strip(), rejected.strip()
-    if not better or not worse:
-        return "empty"
-    if better == worse:
-        return "copy"
-    if gain < options.min_gain or gain <= 0:
-        return f"gain below {options.min_gain:g}"
-    if len(better) > options.max_length_ratio * len(worse):
-        return f"refinement over {options.max_length_ratio:g} times as long"
-    return None
-
-
-def preference_of(chosen: Candidate, rejected: Candidate) -> Preference:
-    """Two answers to one prompt as a pair in TRL's conversational form."""
-    return Preference(
-        id=chosen.record.id,
-        prompt=as_messages(chosen.record.prompt),
-        chosen=[Message(role="assistant", content=chosen.text)],
-        rejected=[Message(role="assistant", content=rejected.text)],
-        chosen_score=chosen.score,
-        rejected_score=rejected.score,
-        source=chosen.record.critic,
-    )
-
-
-def pair_of(record: FeedbackRecord) -> Preference:
-    """Refinement chosen, draft rejected (paper, section 3.2), in TRL's conversational form."""
-    assert record.response is not None
-    assert record.refinement is not None
-    assert record.feedback is not None
-    assert record.refinement_score is not None
-    first = record.sample == 0 and record.round == 1
-    return Preference(
-        id=record.id if first else f"{record.id}/{record.sample}/{record.round}",
-        prompt=as_messages(record.prompt),
-        chosen=[Message(role="assistant", content=record.refinement.strip())],
-        rejected=[Message(role="assistant", content=record.response.strip())],
-        chosen_score=record.refinement_score,
-        rejected_score=record.feedback.score,
-        source=record.critic,
-    )
-
-
-def _fingerprint(pair: Preference) -> bytes:
-    turns = [*pair.prompt, *pair.chosen, *pair.rejected]
-    text = "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in turns)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _digest_of(turns: Sequence[Message]) -> bytes:
-    """A prompt without regard to case and spaces."""
-    text = "\x1e".join(" ".join(turn.content.lower().split()) for turn in turns)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _digests_in(paths: Sequence[Path]) -> Iterator[bytes]:
-    for path in paths:
-        for prompt in read_prompts(str(path), read_rows(path)):
-            yield _digest_of(prompt.messages)
-
-
-def _export_path(out: Path, name: str) -> Path:
-    return out.with_name(f"{out.name.removesuffix('.jsonl')}.{name}.jsonl")
-
-
-def _to_axolotl(pair: Preference) -> list[dict[str, Any]]:
-    """Axolotl's chat_template.default of DPO."""
-    turns = [turn.model_dump() for turn in pair.prompt]
-    chosen, rejected = pair.chosen[0].model_dump(), pair.rejected[0].model_dump()
-    return [{"messages": turns, "chosen": chosen, "rejected": rejected}]
-
-
-def _to_llamafactory(pair: Preference) -> list[dict[str, Any]]:
-    """LLaMA-Factory's sharegpt form with ranking."""
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    turns = [{"from": names[turn.role], "value": turn.content} for turn in pair.prompt]
-    chosen = {"from": "gpt", "value": pair.chosen[0].content}
-    rejected = {"from": "gpt", "value": pair.rejected[0].content}
-    return [{"conversations": turns, "chosen": chosen, "rejected": rejected}]
-
-
-def _to_kto(pair: Preference) -> list[dict[str, Any]]:
-    """TRL's unpaired preferences: two rows a pair."""
-    turns = [turn.model_dump() for turn in pair.prompt]
-    return [
-        {"prompt": turns, "completion": [turn.model_dump() for turn in answer], "label": label}
-        for answer, label in ((pair.chosen, True), (pair.rejected, False))
-    ]
-
-
-EXPORTS: Final[Mapping[Format, Callable[[Preference], list[dict[str, Any]]]]] = {
-    "axolotl": _to_axolotl,
-    "llamafactory": _to_llamafactory,
-    "kto": _to_kto,
-}
-
-
-def tallies_of(tally: PairTally, dropped: DroppedRows) -> dict[str, object]:
-    """The manifest's form; kept and dropped add up to the rows read."""
-    assert tally.used + dropped.reasons.total() == tally.rows
-    kept = max(1, tally.kept)
-    return {
-        "rows": tally.rows,
-        "kept": tally.kept,
-        "rows_used": tally.used,
-        "dropped": dict(dropped.reasons.most_common()),
-        "mean_gain": tally.gain / kept,
-        "mean_chosen_characters": tally.chosen_characters / kept,
-        "mean_rejected_characters": tally.rejected_characters / kept,
-        "chosen_longer_share": tally.chosen_longer / kept,
-    }
-
-
-def show(tally: PairTally, dropped: DroppedRows) -> None:
+def show(summary: PairSummary, options: BuildPrefs) -> None:
     """Tell what was kept, what fell out and why, and whether the chosen are merely longer."""
-    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.reasons.most_common())
-    console.say(
-        f"{tally.rows} rows: {tally.kept} kept" + (f"; dropped: {reasons}" if reasons else "")
-    )
-    if dropped.reasons:
-        console.say(f"dropped rows with their reasons: {dropped.path}")
-    ratio = tally.chosen_characters / max(1, tally.rejected_characters)
-    console.say(
-        f"mean gain {tally.gain / tally.kept:+.2f}; chosen {ratio:.2f} times as long as rejected, "
-        f"longer in {tally.chosen_longer / tally.kept:.0%} of pairs"
-    )
+    for line in summary.lines():
+        console.say(line)
+    if summary.reasons:
+        console.say(f"dropped rows with their reasons: {dropped_path(options.out)}")
+    for name in options.format:
+        console.say(f"the same pairs for {name}: {export_path(options.out, name)}")
 
 
-def _all_dropped(data: Sequence[Path], dropped: DroppedRows) -> str:
-    reasons = dropped.reasons.most_common()
-    worst = reasons[0][0] if reasons else ""
-    advice = {
-        "copy": "The critic repeats the draft: it was trained on too many good drafts.",
-        "unparsed": "The critic does not keep the format: train it longer.",
-        "truncated": "Replies are cut off: raise --critic-max-tokens.",
-    }.get(worst, "Relax --min-gain, or look at the scores in the data.")
-    counted = ", ".join(f"{count} {reason}" for reason, count in reasons)
-    return f"{', '.join(map(str, data))}: no pair is left ({counted}). {advice}"
+def all_dropped(summary: PairSummary, data: Sequence[Path]) -> str:
+    """Why no pair is left, and which filter to relax."""
+    worst = next(iter(summary.counted_reasons()), ("", 0))[0]
+    return (
+        f"{', '.join(map(str, data))}: no pair is left ({summary.reasons_in_words()}). "
+        f"{advice_for(worst)}"
+    )

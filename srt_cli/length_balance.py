@@ -1,0 +1,128 @@
+"""Choosing pairs so that length says little about which answer is better.
+
+Refinements are nearly always longer than drafts, and DPO learns length too. Here are three ways of
+leaving pairs out, until the mean of |chosen| - |rejected| is as near to zero as whole pairs allow.
+"""
+
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from srt_cli.external_sort import ExternalSort
+
+Balance = Literal["none", "margin", "subset", "matched"]
+STEPS_A_DOUBLING: Final = 4
+"""Gaps within a factor of 2^(1/4) of each other count as equal when pairs are matched."""
+GROUP_BYTES: Final = 2
+_FIGURES: Final = struct.Struct("<qd")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What balancing looks at in a pair."""
+
+    gap: int
+    """Characters of the chosen answer minus those of the rejected one."""
+    gain: float
+    fingerprint: bytes
+
+
+@dataclass(frozen=True)
+class LengthCut:
+    """Which pairs stay: within each group of pairs those whose key comes after the group's cut."""
+
+    method: Balance
+    cuts: Mapping[bytes, bytes]
+    before: int
+    after: int
+    margin: float | None = None
+    """Under `margin`: points of gain that a hundred more characters must bring."""
+
+    def keeps(self, shape: Shape) -> bool:
+        """Whether a pair stays."""
+        if not shape.gap:
+            return True
+        group, key = _place(self.method, shape)
+        return key > self.cuts.get(group, b"")
+
+
+def balance_lengths(method: Balance, shapes: Iterable[Shape], folder: Path) -> LengthCut:
+    """Look at all pairs and decide which ones stay.
+
+    `margin` leaves out those with the least gain for each character of the gap (DICE, arXiv
+    2406.09760, subtracts a price for length from the reward); `subset` those with the largest gap,
+    which costs the fewest pairs; `matched` keeps, among pairs of about the same gap, as many with
+    the longer as with the shorter answer chosen, drawn by their fingerprints. Many pairs are sorted
+    in files in `folder`.
+    """
+    total = count = 0
+    sizes: Counter[bytes] = Counter()
+    with ExternalSort(folder) as placed:
+        for shape in shapes:
+            count += 1
+            if shape.gap:
+                total += shape.gap
+                group, key = _place(method, shape)
+                sizes[group] += 1
+                placed.add(group + key, _FIGURES.pack(shape.gap, shape.gain))
+        if method == "matched":
+            cuts = _match(placed, sizes)
+            left_out = sum(max(0, sizes[g] - sizes[_other_side(g)]) for g in sizes)
+            return LengthCut(method, cuts, count, count - left_out)
+        cuts, left_out, margin = _thin_out(placed, total)
+        shown = margin if method == "margin" else None
+        return LengthCut(method, cuts, count, count - left_out, shown)
+
+
+def _thin_out(placed: ExternalSort, total: int) -> tuple[dict[bytes, bytes], int, float | None]:
+    """Leave out pairs of the side that outweighs, in order, while the sum comes nearer to zero."""
+    side = _side(total)
+    cuts: dict[bytes, bytes] = {}
+    left_out, margin = 0, None
+    for key, value in placed:
+        group, rest = key[:GROUP_BYTES], key[GROUP_BYTES:]
+        if group[:1] != side:
+            continue
+        gap, gain = _FIGURES.unpack(value)
+        if abs(total - gap) >= abs(total):
+            break
+        total -= gap
+        left_out += 1
+        cuts[group] = rest
+        margin = 100 * gain / abs(gap)
+    return cuts, left_out, margin
+
+
+def _match(placed: ExternalSort, sizes: Mapping[bytes, int]) -> dict[bytes, bytes]:
+    """Cut from each group what it has more than the group of the same gap on the other side."""
+    cuts: dict[bytes, bytes] = {}
+    seen: Counter[bytes] = Counter()
+    for key, _ in placed:
+        group = key[:GROUP_BYTES]
+        if seen[group] < sizes[group] - sizes.get(_other_side(group), 0):
+            cuts[group] = key[GROUP_BYTES:]
+        seen[group] += 1
+    return cuts
+
+
+def _place(method: Balance, shape: Shape) -> tuple[bytes, bytes]:
+    """A pair's group, and its key within it; what falls out of a group has its smallest keys."""
+    size = abs(shape.gap)
+    if method == "matched":
+        step = round(STEPS_A_DOUBLING * math.log2(size))
+        return _side(shape.gap) + bytes([min(step, 255)]), shape.fingerprint
+    # Floats above zero are ordered as their bytes are, most significant first.
+    order = shape.gain / size if method == "margin" else 1 / size
+    return _side(shape.gap) + b" ", struct.pack(">d", order) + shape.fingerprint
+
+
+def _side(gap: int) -> bytes:
+    return b"+" if gap > 0 else b"-"
+
+
+def _other_side(group: bytes) -> bytes:
+    return (b"-" if group[:1] == b"+" else b"+") + group[1:]

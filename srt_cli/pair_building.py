@@ -1,0 +1,128 @@
+"""From groups of feedback rows to pairs: every row ends in a pair or falls out with a reason."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import orjson
+
+from srt_cli.grouped_rows import Group, GroupedRows, Row
+from srt_cli.length_balance import LengthCut, Shape
+from srt_cli.near_duplicates import NearDuplicates
+from srt_cli.pair_rules import PairRules, near_duplicates_of, text_of
+from srt_cli.pairing import STRATEGIES, Pairing, Refined, ScoreKind, Strategy, refined_of
+
+FAR: Final = 2**63
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """How rows become pairs: the strategy, and every filter."""
+
+    strategy: Strategy
+    rho: float
+    score: ScoreKind
+    rules: PairRules
+    near_duplicates: float | None = None
+    length_cut: LengthCut | None = None
+
+
+@dataclass(slots=True)
+class Decision:
+    """What became of a group of rows."""
+
+    pairing: Pairing | None = None
+    """The pair that passed every filter but those of length, if the group gave one."""
+    shape: Shape | None = None
+    fault: str | None = None
+    """Why the pair falls out in spite of that; null when it is kept."""
+    position: int = FAR
+    """Where the pair belongs in the output."""
+    used: int = 0
+    """Rows that are in the kept pair."""
+    dropped: list[tuple[int, str, bytes]] = field(default_factory=list)
+    """Position, reason and line of every other row."""
+
+    @property
+    def kept(self) -> tuple[Pairing, Shape] | None:
+        """The pair, if the group gives one."""
+        if self.pairing is None or self.shape is None or self.fault is not None:
+            return None
+        return self.pairing, self.shape
+
+    def drop(self, row: Row, reason: str, position: int | None = None) -> None:
+        """Let a row fall out."""
+        line = b'{"id":%b,"reason":%b,"row":%b}\n' % (
+            orjson.dumps(row.record.id), orjson.dumps(reason), row.line,
+        )  # fmt: skip
+        self.dropped.append((row.position if position is None else position, reason, line))
+
+
+def decide(rows: GroupedRows, plan: PairPlan, label: str) -> Iterator[Decision]:
+    """Decide on every group; in which order does not depend on the order of the input."""
+    near = near_duplicates_of(plan.near_duplicates, plan.rules.excluded)
+    for group in rows.groups(label):
+        yield _decide_on(group, plan, near)
+
+
+def _decide_on(group: Group, plan: PairPlan, near: NearDuplicates | None) -> Decision:
+    decision = Decision()
+    for row, position in group.repeated:
+        decision.drop(row, "duplicate", position)
+    usable: list[Row] = []
+    answers: list[Refined] = []
+    for row in group.rows:
+        found = refined_of(row.record, plan.score)
+        if isinstance(found, str):
+            decision.drop(row, found)
+        else:
+            usable.append(row)
+            answers.append(found)
+    if not usable:
+        return decision
+    pairing = STRATEGIES[plan.strategy](answers, plan.rho)
+    if pairing is None:
+        for row in usable:
+            decision.drop(row, f"no pair by {plan.strategy}")
+    else:
+        _judge(pairing, usable, plan, near, decision)
+    return decision
+
+
+def _judge(
+    pairing: Pairing,
+    usable: list[Row],
+    plan: PairPlan,
+    near: NearDuplicates | None,
+    decision: Decision,
+) -> None:
+    """Hold a pair against every rule; the rows that are not in it fall out in any case."""
+    fault = plan.rules.fault_of(pairing)
+    if fault is None:
+        gap = len(pairing.chosen.text) - len(pairing.rejected.text)
+        decision.pairing = pairing
+        decision.shape = Shape(gap, pairing.gain, pairing.fingerprint)
+        fault = decision.fault = _late_fault(pairing, decision.shape, plan, near)
+    for row in usable:
+        if row.record is not pairing.chosen.record and row.record is not pairing.rejected.record:
+            same = plan.strategy == "refine"
+            decision.drop(row, "duplicate" if same else f"not chosen by {plan.strategy}")
+        elif fault is not None:
+            decision.drop(row, fault)
+        else:
+            decision.used += 1
+            decision.position = min(row.position, decision.position)
+
+
+def _late_fault(
+    pairing: Pairing, shape: Shape, plan: PairPlan, near: NearDuplicates | None
+) -> str | None:
+    """What a pair falls out for that is sound in itself: its length, or another one like it."""
+    too_long = plan.rules.is_too_long(pairing)
+    if too_long is not None:
+        return too_long
+    if near is not None and not near.add(text_of(pairing[0].record.prompt)):
+        return "near duplicate of another prompt"
+    if plan.length_cut is not None and not plan.length_cut.keeps(shape):
+        return "length balance"
+    return None

@@ -1,0 +1,112 @@
+"""What a pair must not be: the filters of `srt build-prefs`, each with the reason it gives."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from srt_cli.artifacts import read_rows
+from srt_cli.near_duplicates import NearDuplicates
+from srt_cli.pairing import Pairing, digest
+from srt_cli.prompts import read_prompts
+from srt_cli.records import Message, Prompt, as_messages
+from srt_cli.stats.hygiene import faults_of, is_in_another_script
+
+TIE: Final = "tie"
+# What to do when most rows fell out for one reason.
+ADVICE: Final = {
+    TIE: "Try --score expected, where the critic's log-probabilities are known.",
+    "copy": "The critic repeats the draft: it was trained on too many good drafts.",
+    "unparsed": "The critic does not keep the format: train it longer.",
+    "truncated": "Replies are cut off: raise --critic-max-tokens.",
+    "refused": "The critic refuses: look at the prompts, or take another critic.",
+    "failed": "The calls failed: run the command that made the file again.",
+    "gain below": "Relax --min-gain, or look at the scores in the data.",
+    "refinement over": "Relax --max-length-ratio.",
+    "prompt is excluded": "The data are the prompts of --exclude: take other prompts.",
+    "near duplicate": "Raise --near-duplicates.",
+    "no expected score": "Leave out --score expected: the critic gave no log-probabilities.",
+    "no pair by": "Take several samples (self-critique --samples), or --strategy refine.",
+    "length balance": "Leave out --length-balance.",
+    "repeating": "Look at these answers; --no-hygiene keeps them.",
+    "template leakage": "Look at these answers; --no-hygiene keeps them.",
+    "refusal": "Look at these answers; --no-hygiene keeps them.",
+    "another script": "Look at these answers; --no-hygiene keeps them.",
+}
+
+
+def advice_for(reason: str) -> str:
+    """Which filter to relax, or what to mend, when `reason` took most rows."""
+    found = (advice for start, advice in ADVICE.items() if reason.startswith(start))
+    return next(found, "Look at the dropped rows.")
+
+
+@dataclass(frozen=True)
+class PairRules:
+    """The filters that look at one pair alone."""
+
+    min_gain: float
+    max_length_ratio: float
+    hygiene: bool
+    excluded: "ExcludedPrompts"
+
+    def fault_of(self, pairing: Pairing) -> str | None:
+        """The first rule that a pair breaks, but for its length; null when it breaks none."""
+        chosen, rejected = pairing
+        if chosen.text == rejected.text:
+            return "copy"
+        gain = pairing.gain
+        if gain == 0:
+            return TIE
+        if gain < self.min_gain or gain < 0:
+            return f"gain below {self.min_gain:g}"
+        prompt = chosen.record.prompt
+        if prompt in self.excluded:
+            return "prompt is excluded"
+        if self.hygiene:
+            faults = faults_of(chosen.text)
+            if faults:
+                return faults[0]
+            text = prompt if isinstance(prompt, str) else prompt[-1].content
+            if is_in_another_script(chosen.text, text, rejected.text):
+                return "another script"
+        return None
+
+    def is_too_long(self, pairing: Pairing) -> str | None:
+        """The reason when the chosen answer is too long for the rejected one."""
+        chosen, rejected = pairing
+        if len(chosen.text) > self.max_length_ratio * len(rejected.text):
+            return f"refinement over {self.max_length_ratio:g} times as long"
+        return None
+
+
+class ExcludedPrompts:
+    """Prompts that must not be trained on; compared without regard to case and spaces."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.prompts = [
+            prompt for path in paths for prompt in read_prompts(str(path), read_rows(path))
+        ]
+        self._digests = {_plain_digest(prompt.messages) for prompt in self.prompts}
+
+    def __contains__(self, prompt: str | list[Message]) -> bool:
+        return bool(self._digests) and _plain_digest(as_messages(prompt)) in self._digests
+
+
+def _plain_digest(turns: Iterable[Message]) -> bytes:
+    return digest(*(" ".join(turn.content.lower().split()) for turn in turns))
+
+
+def near_duplicates_of(threshold: float | None, excluded: ExcludedPrompts) -> NearDuplicates | None:
+    """An index of prompts that begins with the excluded ones; null when none is wanted."""
+    if threshold is None:
+        return None
+    index = NearDuplicates(threshold)
+    for prompt in excluded.prompts:
+        index.add(text_of(prompt.prompt))
+    return index
+
+
+def text_of(prompt: str | list[Message]) -> str:
+    """A prompt as one text."""
+    return prompt if isinstance(prompt, str) else Prompt(id="", prompt=prompt).text

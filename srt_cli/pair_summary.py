@@ -1,0 +1,267 @@
+"""What came of building pairs, counted as they stream by: for the terminal, the manifest, the page."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from srt_cli.length_balance import LengthCut
+from srt_cli.pair_building import Decision
+from srt_cli.pairing import Sample
+from srt_cli.records import Preference
+from srt_cli.tables import Table
+
+EXAMPLES: Final = 6
+SHOWN_CHARACTERS: Final = 100
+LONGER_TO_WARN_AT: Final = 1.3
+
+
+@dataclass
+class LengthFigures:
+    """How long chosen answers are beside rejected ones, in characters, and whether gain follows."""
+
+    pairs: int = 0
+    chosen: int = 0
+    rejected: int = 0
+    chosen_longer: int = 0
+    _gain: float = 0.0
+    _gain_squares: float = 0.0
+    _gap_squares: int = 0
+    _products: float = 0.0
+
+    def add(self, chosen: int, rejected: int, gain: float) -> None:
+        """Count a pair."""
+        gap = chosen - rejected
+        self.pairs += 1
+        self.chosen += chosen
+        self.rejected += rejected
+        self.chosen_longer += gap > 0
+        self._gain += gain
+        self._gain_squares += gain * gain
+        self._gap_squares += gap * gap
+        self._products += gain * gap
+
+    @property
+    def mean_gain(self) -> float | None:
+        """Mean gain of the pairs."""
+        return self._gain / self.pairs if self.pairs else None
+
+    @property
+    def mean_gap(self) -> float | None:
+        """Mean of |chosen| - |rejected|."""
+        return (self.chosen - self.rejected) / self.pairs if self.pairs else None
+
+    @property
+    def ratio(self) -> float | None:
+        """Characters of all chosen answers over those of all rejected ones."""
+        return self.chosen / self.rejected if self.rejected else None
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's correlation of gain and gap; null where either is the same for all pairs."""
+        n, gap = self.pairs, self.chosen - self.rejected
+        of_gain = n * self._gain_squares - self._gain**2
+        of_gap = n * self._gap_squares - gap**2
+        # Rounding leaves a trace of spread where there is none.
+        if n < 2 or of_gap <= 0 or of_gain <= 1e-9 * n * self._gain_squares:
+            return None
+        return (n * self._products - self._gain * gap) / math.sqrt(of_gain * of_gap)
+
+    @property
+    def longer_share(self) -> float | None:
+        """Share of pairs in which the chosen answer is the longer one."""
+        return self.chosen_longer / self.pairs if self.pairs else None
+
+    def in_words(self) -> str:
+        """The figures in a line."""
+        return (
+            f"chosen {_figure(self.ratio, '.2f')} times as long as rejected, longer in "
+            f"{_figure(self.longer_share, '.0%')} of {self.pairs} pairs, mean gap "
+            f"{_figure(self.mean_gap, '+.0f')} characters; gain and gap correlate at "
+            f"{_figure(self.correlation, '+.2f')}"
+        )
+
+    def cells(self) -> list[str]:
+        """The figures for a table: pairs, gap, ratio, share of longer ones, correlation."""
+        return [
+            f"{self.pairs:,}",
+            _figure(self.mean_gap, "+.0f"),
+            _figure(self.ratio, ".2f"),
+            _figure(self.longer_share, ".0%"),
+            _figure(self.correlation, "+.2f"),
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's form."""
+        n = self.pairs
+        return {
+            "pairs": n,
+            "mean_chosen_characters": self.chosen / n if n else None,
+            "mean_rejected_characters": self.rejected / n if n else None,
+            "mean_gap": self.mean_gap,
+            "ratio": self.ratio,
+            "chosen_longer_share": self.longer_share,
+            "correlation_of_gain_and_gap": self.correlation,
+        }
+
+
+@dataclass
+class PairSummary:
+    """Counts over all decisions; memory does not grow with them."""
+
+    seed: int
+    rows: int = 0
+    kept: int = 0
+    used: int = 0
+    """Rows that are part of a kept pair."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    chosen_scores: Counter[int] = field(default_factory=Counter)
+    rejected_scores: Counter[int] = field(default_factory=Counter)
+    gains: Counter[int] = field(default_factory=Counter)
+    """Whole points of gain, rounded down."""
+    before: LengthFigures = field(default_factory=LengthFigures)
+    """Pairs that only a rule of length, or another pair like them, keeps out, and the kept ones."""
+    after: LengthFigures = field(default_factory=LengthFigures)
+    length_cut: LengthCut | None = None
+    min_gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._examples = Sample(EXAMPLES, self.seed)
+
+    def add(self, decision: Decision) -> None:
+        """Count what became of one group of rows."""
+        self.rows += decision.used + len(decision.dropped)
+        for _, reason, _ in decision.dropped:
+            self.reasons[reason] += 1
+        if decision.pairing is None or decision.shape is None:
+            return
+        (chosen, rejected), shape = decision.pairing, decision.shape
+        self.before.add(len(chosen.text), len(rejected.text), shape.gain)
+        if decision.fault is not None:
+            return
+        self.after.add(len(chosen.text), len(rejected.text), shape.gain)
+        self.kept += 1
+        self.used += decision.used
+        self.chosen_scores[round(chosen.score)] += 1
+        self.rejected_scores[round(rejected.score)] += 1
+        self.gains[math.floor(shape.gain)] += 1
+        self._examples.offer(shape.fingerprint, decision.pairing)
+
+    @property
+    def examples(self) -> list[Preference]:
+        """A few kept pairs, drawn at random."""
+        return self._examples.pairs()
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's form; rows used and dropped add up to the rows read."""
+        assert self.used + self.reasons.total() == self.rows
+        figures: dict[str, Any] = {
+            "rows": self.rows,
+            "kept": self.kept,
+            "rows_used": self.used,
+            "dropped": dict(self.counted_reasons()),
+            "min_gain": self.min_gain,
+            "mean_gain": self.after.mean_gain,
+            "gains": _plain(self.gains),
+            "chosen_scores": _plain(self.chosen_scores),
+            "rejected_scores": _plain(self.rejected_scores),
+            "lengths_before": self.before.describe(),
+            "lengths": self.after.describe(),
+        }
+        if self.length_cut is not None:
+            figures["length_balance"] = {
+                "method": self.length_cut.method,
+                "pairs_before": self.length_cut.before,
+                "pairs_after": self.length_cut.after,
+                "points_a_hundred_characters": self.length_cut.margin,
+            }
+        return figures
+
+    def counted_reasons(self) -> list[tuple[str, int]]:
+        """Why rows fell out, most frequent first; equal ones by the alphabet."""
+        return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
+
+    def reasons_in_words(self) -> str:
+        """Why rows fell out, in a line."""
+        return ", ".join(f"{count} {reason}" for reason, count in self.counted_reasons())
+
+    def lines(self) -> list[str]:
+        """The summary for the terminal."""
+        dropped = f"; dropped: {self.reasons_in_words()}" if self.reasons else ""
+        lines = [
+            f"{self.rows} rows: {self.kept} kept{dropped}",
+            f"mean gain {self.after.mean_gain or 0:+.2f}; pairs by gain {_in_line(self.gains)}",
+            f"scores: chosen {_in_line(self.chosen_scores)}; rejected {_in_line(self.rejected_scores)}",
+            f"length: {self.after.in_words()}",
+        ]
+        if self.before.pairs != self.after.pairs:
+            lines.insert(3, f"length before its rules: {self.before.in_words()}")
+        cost = self.cost_of_balance()
+        if cost is not None:
+            lines.append(cost)
+        for pair in self.examples[:1]:
+            lines.append(f"for example {pair.id}: {_short(pair.prompt[-1].content)}")
+            lines.append(f"  chosen {pair.chosen_score:g}: {_short(pair.chosen[0].content)}")
+            lines.append(f"  rejected {pair.rejected_score:g}: {_short(pair.rejected[0].content)}")
+        return lines
+
+    def dropped_table(self) -> Table:
+        """Rows that fell out, by reason."""
+        cells = [
+            [reason, f"{count:,}", f"{count / self.rows:.1%}"]
+            for reason, count in self.counted_reasons()
+        ]
+        return Table("rows that fell out", ["", "rows", "of all"], cells)
+
+    def length_table(self) -> Table:
+        """Length before and after the rules of length."""
+        cells = [
+            [name, *figures.cells()]
+            for name, figures in (("before the rules of length", self.before), ("kept", self.after))
+        ]
+        columns = ["", "pairs", "mean gap", "ratio", "chosen longer", "gain and gap, r"]
+        return Table("length of chosen against rejected, in characters", columns, cells)
+
+    def cost_of_balance(self) -> str | None:
+        """What balancing lengths costs in pairs, in one sentence."""
+        cut = self.length_cut
+        if cut is None:
+            return None
+        lost = cut.before - cut.after
+        share = lost / cut.before if cut.before else 0.0
+        price = (
+            f": those that gain less than {cut.margin:.2g} points a hundred characters"
+            if cut.margin is not None
+            else ""
+        )
+        counted = f"{lost} of {cut.before} pairs ({share:.0%})"
+        return f"length balance ({cut.method}) leaves out {counted}{price}"
+
+    def warnings(self) -> list[str]:
+        """What the user should think about."""
+        ratio = self.after.ratio
+        if ratio is None or ratio < LONGER_TO_WARN_AT or self.length_cut is not None:
+            return []
+        return [
+            f"chosen answers are {ratio:.2f} times as long as rejected ones, and DPO learns length "
+            "too: consider --length-balance margin, or srt dpo --loss-type sigmoid_norm."
+        ]
+
+
+def _in_line(counts: Mapping[int, int]) -> str:
+    """Counts in a line, smallest value first: 1: 120 · 2: 80."""
+    return " · ".join(f"{value}: {count}" for value, count in sorted(counts.items()))
+
+
+def _short(text: str) -> str:
+    plain = " ".join(text.split())
+    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 1] + "…"
+
+
+def _plain(counts: Mapping[int, int]) -> dict[str, int]:
+    return {str(value): count for value, count in sorted(counts.items())}
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
