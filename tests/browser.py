@@ -14,6 +14,9 @@ import aiohttp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
+RELOAD = "location.reload()"
+"""An expression after which the page is awaited again."""
+
 
 @dataclass
 class Page:
@@ -23,6 +26,9 @@ class Page:
     requests: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     pdf: bytes = b""
+    saved: list[str] = field(default_factory=list)
+    """Names of the files that it had the browser save."""
+    downloads_open: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,11 @@ async def _drive(
                 page.complaints.append(given["entry"]["text"])
             case "Page.loadEventFired":
                 loaded = True
+            case "Page.downloadWillBegin":
+                page.saved.append(given["suggestedFilename"])
+                page.downloads_open += 1
+            case "Page.downloadProgress":
+                page.downloads_open -= given["state"] != "inProgress"
         return message
 
     async def call(method: str, **parameters: Any) -> Any:
@@ -112,13 +123,20 @@ async def _drive(
         media=view.media,
         features=[{"name": "prefers-color-scheme", "value": view.scheme}],
     )
+    # What a page saves comes to lie beside it.
+    await call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(path.parent))
     await call("Page.navigate", url=path.resolve().as_uri())
     while not loaded:
         await read()
     for expression in expressions:
+        loaded = expression != RELOAD
         found = await call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         page.values.append(found["result"].get("value"))
+        while not loaded:
+            await read()
+    while page.downloads_open:
+        await read()
     if view.photograph is not None:
         picture = await call("Page.captureScreenshot", captureBeyondViewport=True)
         view.photograph.write_bytes(base64.b64decode(picture["data"]))
