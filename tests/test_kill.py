@@ -134,6 +134,70 @@ def test_self_critique_goes_on_byte_for_byte(two_folders, tiny_model):
     assert len({row["response"] for row in read_jsonl(killed / "self-feedback.jsonl")}) > 12
 
 
+JUDGE = """
+import time
+
+def judge(prompt, a, b):
+    time.sleep(0.004)
+    return float(len(a) > len(b))
+"""
+
+
+def build_prefs_files(folder: Path, rows: int) -> tuple[object, ...]:
+    """Feedback and a judge in a folder; the line that builds preferences and audits them."""
+    (folder / "judge.py").write_text(JUDGE)
+    write_jsonl(folder / "self-feedback.jsonl", feedback_rows(rows))
+    return (
+        "build-prefs", "--strategy", "best-worst", "--max-length-ratio", 99, "--format", "kto",
+        "--length-balance", "none", "--audit", 60, "--audit-judge", "python:judge.py:judge",
+        "--label-page", "label.html",
+    )  # fmt: skip
+
+
+MADE = ("prefs.jsonl", "prefs.dropped.jsonl", "prefs.kto.jsonl", "label.html")
+
+
+def assert_same_preferences(killed: Path, straight: Path) -> None:
+    for name in MADE:
+        there = [(folder / name).exists() for folder in (killed, straight)]
+        assert there[0] == there[1], name
+        if there[0]:
+            assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
+    audits = [
+        json.loads((folder / "prefs.run.json").read_text())["tallies"]["audit"]
+        for folder in (killed, straight)
+    ]
+    assert audits[0] == audits[1]
+    assert not list(killed.glob("*.tmp"))
+
+
+def test_build_prefs_killed_in_its_audit_judges_nothing_twice(two_folders):
+    straight, killed = two_folders
+    for folder in two_folders:
+        line = build_prefs_files(folder, 80)
+    run(straight, *line)
+    journal = killed / "prefs.journal.jsonl"
+    for answered in (3, 50, 100):
+        kill_when(killed, lambda n=answered: lines_in(journal) >= n, *line)
+        assert lines_in(killed / "prefs.jsonl") == lines_in(straight / "prefs.jsonl")
+    run(killed, *line)
+    assert_same_preferences(killed, straight)
+    keys = [row["key"] for row in read_jsonl(journal)]
+    assert len(keys) == len(set(keys)) == 120
+
+
+def test_build_prefs_killed_while_it_writes_leaves_nothing_half_done(two_folders):
+    straight, killed = two_folders
+    for folder in two_folders:
+        line = build_prefs_files(folder, 4000)
+    run(straight, *line)
+    kill_when(killed, (killed / "prefs.run.json").exists, *line)
+    kill_when(killed, (killed / "prefs.jsonl.tmp").exists, *line)
+    assert not (killed / "prefs.jsonl").exists()
+    run(killed, *line)
+    assert_same_preferences(killed, straight)
+
+
 SFT = ("sft", "--global-batch", 4, "--epochs", 20, "--learning-rate", 1e-3, "--critic-check", 0)
 DPO = ("dpo", "--global-batch", 4, "--epochs", 3, "--save-every", 3, "--learning-rate", 1e-3)
 
