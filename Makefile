@@ -1,5 +1,5 @@
 # make demo: the whole method on a real model, without key or GPU.   make test: lint and every test.
-# make bench: how fast and how frugal calls to an API are, measured here.
+# make bench: how fast and how frugal calls to an API are, measured here; make bench-prefs: build-prefs.
 # Both make their own virtual environment from the pinned set; nothing need be installed before.
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ DEMO ?= build/quickstart
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-prefs clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -41,6 +41,10 @@ test: lint
 # Times on a busy machine mean little; ratios in one run do. `make bench ONLY='kill quota'` runs a part.
 bench: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/collect.py $(ONLY)
+
+# A million rows of feedback in each case: wants 8 GB in the temporary folder, and some minutes.
+bench-prefs: $(INSTALLED)
+	$(BIN)/python bench/prefs.py $(ONLY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
