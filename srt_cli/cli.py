@@ -146,8 +146,9 @@ def _shown_default(default: Any) -> str:
 
 def _without_none(annotation: Any) -> Any:
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        (kept,) = [part for part in typing.get_args(annotation) if part is not type(None)]
-        return kept
+        kept = [part for part in typing.get_args(annotation) if part is not type(None)]
+        # A number or a word is typed as text; the value is checked with the others.
+        return kept[0] if len(kept) == 1 else str
     return annotation
 
 

@@ -84,9 +84,7 @@ class _Run:
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  held until close()
         try:
             for key, value in entries:
-                self._file.write(_LENGTHS.pack(len(key), len(value)))
-                self._file.write(key)
-                self._file.write(value)
+                self._file.write(_LENGTHS.pack(len(key), len(value)) + key + value)
             self._file.flush()
         except OSError:
             self.close()
@@ -97,7 +95,8 @@ class _Run:
         read = self._file.read
         while head := read(_LENGTHS.size):
             key_length, value_length = _LENGTHS.unpack(head)
-            yield read(key_length), read(value_length)
+            entry = read(key_length + value_length)
+            yield entry[:key_length], entry[key_length:]
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what it still holds is of no use

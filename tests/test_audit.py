@@ -108,7 +108,7 @@ def test_a_judge_that_fails_half_way_keeps_what_was_judged(srt, feedback):
         (("--label-page", "l.html"), "--audit goes with --audit-judge or --label-page"),
         (("--min-gain", "auto"), "--min-gain auto needs --audit N --audit-judge SPEC"),
         (("--min-gain", "auto", "--audit", 5, "--label-page", "l.html"), "--min-gain auto needs"),
-        (("--min-gain", "much"), "--min-gain 'much': give points of the score, or auto"),
+        (("--min-gain", "much"), "--min-gain 'much': Input should be a valid number"),
         ((*AUDIT, "--audit-labels", "l.jsonl"), "--audit-labels stands in for --audit-judge"),
         (
             ("--audit-labels", "l.jsonl", "--audit", 5, "--label-page", "l.html"),

@@ -298,8 +298,11 @@ def test_several_files_gzip_and_stdin_are_read(srt, tmp_path, monkeypatch):
 def test_a_configuration_may_give_one_file_where_several_may_be_given(prefs, tmp_path):
     (tmp_path / "srt.toml").write_text('data = "self-feedback.jsonl"\n')
     assert prefs().code == 0
-    (tmp_path / "srt.toml").write_text('[build-prefs]\ndata = ["self-feedback.jsonl"]\n')
+    (tmp_path / "srt.toml").write_text(
+        '[build-prefs]\ndata = ["self-feedback.jsonl"]\nmin-gain = 1\n'
+    )
     assert prefs().code == 0
+    assert prefs(ROWS, "--config", "prefs.run.json").code == 0
 
 
 def test_prompts_of_an_evaluation_are_left_out(prefs, tmp_path):

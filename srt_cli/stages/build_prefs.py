@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import orjson
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from srt_cli.audit import Audit, Auditor
 
 COMMAND = "build-prefs"
-AUTO: Final = "auto"
 SEPARATOR: Final = b"\0"
 """Behind the reason of a dropped row; JSON holds no such byte."""
 
@@ -63,8 +62,8 @@ class BuildPrefs(ApiOptions):
         "integer", "The score that is compared: the one the critic wrote (paper), or the one it "
         "expected by its log-probabilities, which has hardly any ties.",
     )  # fmt: skip
-    min_gain: str = setting(
-        "1", "Smallest blind gain of the refinement (paper: it must exceed the draft's score); auto: "
+    min_gain: float | Literal["auto"] = setting(
+        1.0, "Smallest blind gain of the refinement (paper: it must exceed the draft's score); auto: "
         "where the audit finds --min-precision.", metavar="GAIN|auto",
     )  # fmt: skip
     max_length_ratio: float = setting(
@@ -119,7 +118,7 @@ def run(options: BuildPrefs) -> None:
         total = sum(filter(None, counts)) if None not in counts else None
         rows.read(options.data, options.limit, total)
         auditor = auditor_of(options, run)
-        if options.min_gain == AUTO and auditor is not None:
+        if options.min_gain == "auto" and auditor is not None:
             plan = with_audited_gain(plan, rows, options, auditor, run)
         if options.length_balance != "none":
             plan = with_length_balance(plan, rows, options)
@@ -153,23 +152,14 @@ def check_options(options: BuildPrefs) -> None:
         raise UsageError("--audit-labels stands in for --audit-judge: give one of them.")
     if options.audit_labels is not None and options.audit:
         raise UsageError("--audit-labels names its pairs itself: leave out --audit.")
-    if options.min_gain == AUTO:
-        if options.audit_judge is None and options.audit_labels is None:
-            raise UsageError(
-                "--min-gain auto needs --audit N --audit-judge SPEC, or --audit-labels."
-            )
-        return
-    try:
-        float(options.min_gain)
-    except ValueError:
-        raise UsageError(
-            f"--min-gain {options.min_gain!r}: give points of the score, or auto."
-        ) from None
+    unaudited = options.audit_judge is None and options.audit_labels is None
+    if options.min_gain == "auto" and unaudited:
+        raise UsageError("--min-gain auto needs --audit N --audit-judge SPEC, or --audit-labels.")
 
 
 def plan_of(options: BuildPrefs) -> PairPlan:
     """The options as the builder of pairs takes them; under `auto` any gain will do at first."""
-    gain = 0.0 if options.min_gain == AUTO else float(options.min_gain)
+    gain = 0.0 if options.min_gain == "auto" else options.min_gain
     rules = PairRules(
         gain, options.max_length_ratio, options.hygiene, ExcludedPrompts(options.exclude)
     )
