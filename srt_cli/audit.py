@@ -138,6 +138,8 @@ def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions
     """A model that sees each pair in both orders, without a word of which one was chosen."""
 
     def ask(pairs: Sequence[Preference]) -> list[Verdict]:
+        if any(pair.source == spec for pair in pairs):
+            run.warn(f"{spec} judges pairs that it scored itself: that it agrees says little.")
         asking = Asking.begin(run, options, offline=False)
         try:
             return _ask_judge(asking, spec, pairs)

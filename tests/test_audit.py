@@ -108,6 +108,7 @@ def test_a_judge_that_fails_half_way_keeps_what_was_judged(srt, feedback):
         (("--label-page", "l.html"), "--audit goes with --audit-judge or --label-page"),
         (("--min-gain", "auto"), "--min-gain auto needs --audit N --audit-judge SPEC"),
         (("--min-gain", "auto", "--audit", 5, "--label-page", "l.html"), "--min-gain auto needs"),
+        ((*AUDIT, "--min-precision", 80), "--min-precision is a share above 0, at most 1"),
         (("--min-gain", "much"), "--min-gain 'much': Input should be a valid number"),
         ((*AUDIT, "--audit-labels", "l.jsonl"), "--audit-labels stands in for --audit-judge"),
         (
@@ -121,6 +122,12 @@ def test_options_of_the_audit_that_mean_nothing_together_are_refused(srt, feedba
     assert finished.code == 2
     assert message in finished.stderr
     assert not (feedback / "prefs.run.json").exists()
+
+
+def test_a_judge_of_its_own_pairs_is_warned_of(srt, feedback):
+    rows = [row | {"critic": AUDIT[-1]} for row in read_jsonl(feedback / "self-feedback.jsonl")]
+    write_jsonl(feedback / "self-feedback.jsonl", rows)
+    assert "judges pairs that it scored itself" in srt("build-prefs", *AUDIT).stderr
 
 
 def test_the_audit_can_set_the_gain(srt, feedback):

@@ -126,6 +126,13 @@ def test_when_all_is_dropped_the_filter_to_relax_is_named(prefs, tmp_path, chang
     assert len(read_jsonl(tmp_path / "prefs.dropped.jsonl")) == 4
 
 
+def test_pairs_of_other_settings_do_not_stay_where_none_are_left(prefs, tmp_path):
+    assert prefs(ROWS, "--format", "kto").code == 0
+    assert prefs(ROWS, "--format", "kto", "--min-gain", 9, "--overwrite").code == 1
+    assert not (tmp_path / "prefs.jsonl").exists()
+    assert not (tmp_path / "prefs.kto.jsonl").exists()
+
+
 def broken_gzip(plain: bytes) -> bytes:
     import gzip
 

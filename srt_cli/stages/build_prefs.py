@@ -152,6 +152,8 @@ def check_options(options: BuildPrefs) -> None:
         raise UsageError("--audit-labels stands in for --audit-judge: give one of them.")
     if options.audit_labels is not None and options.audit:
         raise UsageError("--audit-labels names its pairs itself: leave out --audit.")
+    if not 0 < options.min_precision <= 1:
+        raise UsageError("--min-precision is a share above 0, at most 1, e.g. 0.8.")
     unaudited = options.audit_judge is None and options.audit_labels is None
     if options.min_gain == "auto" and unaudited:
         raise UsageError("--min-gain auto needs --audit N --audit-judge SPEC, or --audit-labels.")
@@ -256,8 +258,11 @@ def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) ->
                 export.add_plain(pairs.rows, EXPORTS[name](orjson.loads(value)))
             pairs.add_lines(pairs.rows, [value])
         dropped.commit()
-        for writer in (pairs, *exports.values()) if any_kept else ():
-            writer.commit()
+        for writer in (pairs, *exports.values()):
+            if any_kept:
+                writer.commit()
+            else:  # what an earlier run left there are not the pairs of these settings
+                writer.path.unlink(missing_ok=True)
     finally:
         dropped.discard()
         for writer in (pairs, *exports.values()):
