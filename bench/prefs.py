@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-ROW_BYTES: Final = 1500
 BAR_ROWS_PER_S: Final = 20_000
 BAR_MB: Final = 500
 TEXT: Final = (
@@ -42,29 +41,30 @@ class Measured:
 
 
 def write_feedback(path: Path, rows: int, samples: int = 1) -> None:
-    """Feedback of random words; half a dozen texts in each row, and a score for two of them."""
+    """Feedback of random words: every prompt is its own; other texts come from a stock."""
     chance = random.Random(0)
     vocabulary = TEXT.split()
 
     def text(words: int) -> str:
         return " ".join(chance.choices(vocabulary, k=words)).capitalize() + "."
 
+    stock = {words: [text(words) for _ in range(997)] for words in (20, 70, 72, 55)}
     with open(path, "w") as lines:
         for number in range(rows):
             prompt, sample = divmod(number, samples)
-            row: dict[str, Any] = {
-                "id": str(prompt), "prompt": f"Question {prompt}: " + text(30),
-                "response": text(70),
-                "feedback": {"weaknesses": text(20), "suggestions": text(20),
+            if sample == 0:
+                asked = f"Question {prompt}: {text(30)}"
+            weaknesses, response, refinement, reply = map(chance.choice, stock.values())
+            row = {
+                "id": str(prompt), "prompt": asked, "response": response,
+                "feedback": {"weaknesses": weaknesses, "suggestions": weaknesses,
                              "score": float(chance.randint(1, 8))},
-                "refinement": text(72), "refinement_score": float(chance.randint(4, 10)),
-                "refinement_feedback": None, "status": "ok", "reason": None, "raw": {},
-                "policy": "p", "critic": "c", "sample": sample, "round": 1,
-                "usage": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0,
-                          "reasoning_tokens": 0},
+                "refinement": refinement, "refinement_score": float(chance.randint(4, 10)),
+                "refinement_feedback": None, "status": "ok", "reason": None,
+                "raw": {"critique": reply}, "policy": "p", "critic": "c", "sample": sample,
+                "round": 1, "usage": {"prompt_tokens": 1, "completion_tokens": 2,
+                                      "cached_tokens": 0, "reasoning_tokens": 0},
             }  # fmt: skip
-            short = ROW_BYTES - len(json.dumps(row)) - len(', "critique": ')
-            row["raw"]["critique"] = text(max(1, short // 4))
             lines.write(json.dumps(row) + "\n")
 
 
@@ -72,6 +72,7 @@ def shuffle_lines(path: Path) -> None:
     """Put the lines of a file in another order."""
     lines = path.read_bytes().splitlines(keepends=True)
     random.Random(1).shuffle(lines)
+    path.unlink()  # other cases read the same file
     path.write_bytes(b"".join(lines))
 
 
@@ -100,11 +101,17 @@ def digest_of_lines(path: Path) -> int:
         return sum(int.from_bytes(hashlib.blake2b(line, digest_size=16).digest()) for line in lines)
 
 
+STORE: Final = tempfile.TemporaryDirectory()
+
+
 @contextmanager
 def feedback(rows: int, samples: int = 1) -> Iterator[Path]:
-    """A folder with so many rows of feedback."""
+    """A folder with so many rows of feedback, which are written once for all cases."""
+    made = Path(STORE.name) / f"{rows}-{samples}.jsonl"
+    if not made.exists():
+        write_feedback(made, rows, samples)
     with tempfile.TemporaryDirectory() as name:
-        write_feedback(Path(name) / "self-feedback.jsonl", rows, samples)
+        os.link(made, Path(name) / "self-feedback.jsonl")
         yield Path(name)
 
 
