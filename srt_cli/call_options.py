@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from srt_cli.errors import UsageError
-from srt_cli.models import ModelOptions
+from srt_cli.models import Engine, ModelOptions
 from srt_cli.models.budget import Budget, parse_prices
 from srt_cli.options import runtime
 from srt_cli.records import STATUSES
@@ -30,7 +30,12 @@ class ApiOptions:
     batch: bool = runtime(False, "Use the Batch API: half the price, within 24 hours.")
     batch_poll: float = runtime(60.0, "Seconds between looks at a batch.")
     max_failures: int | None = runtime(None, "Exit 3 when more rows than this failed.")
-    batch_size: int | None = runtime(None, "Rows a batch, for models in process.")
+    batch_size: int | None = runtime(
+        None, "Rows a batch, for models in process; default: what memory holds."
+    )
+    engine: Engine = runtime(
+        "auto", "Of models in process: static batches (CPU) or continuous ones (GPU)."
+    )
     trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
 
     def door(self) -> ModelOptions:
@@ -38,6 +43,7 @@ class ApiOptions:
         return ModelOptions(
             concurrency=self.concurrency,
             batch_size=self.batch_size,
+            engine=self.engine,
             timeout_s=self.timeout,
             trust_remote_code=self.trust_remote_code,
             rpm=self.rpm,

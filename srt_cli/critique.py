@@ -9,7 +9,10 @@ from typing import Final, Literal
 
 from srt_cli.calls import Call
 from srt_cli.critique_summary import Verdict
+from srt_cli.expected_score import TOP_LOGPROBS
 from srt_cli.models import Model, Reply, Request, Task, TaskKind
+from srt_cli.models.loops import is_loop
+from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import (
     Feedback,
     FeedbackRecord,
@@ -18,6 +21,7 @@ from srt_cli.records import (
     Status,
     Usage,
 )
+from srt_cli.scoring import SAMPLE_TEMPERATURE, mean_score
 from srt_cli.templates import (
     IMPROVED_HEADING,
     ParsedCritique,
@@ -29,8 +33,13 @@ from srt_cli.templates import (
 )
 
 BLIND_SCORE_STOP: Final = (IMPROVED_HEADING,)
+LOOPS: Final = "repeats itself without end; cut"
 CriticKind = Literal["critique", "score"]
-CALL_NAMES: Final[dict[CriticKind, str]] = {"critique": "critique", "score": "blind score"}
+Step = Literal["critique", "draft score", "score"]
+"""What is asked of a critic in a row's story; also the name under which its reply is kept."""
+CALL_NAMES: Final[dict[Step, str]] = {
+    "critique": "critique", "draft score": "blind score of the draft", "score": "blind score",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,10 @@ class Critic:
     """How often a reply that cannot be read is asked for again."""
     longer_once: bool = False
     """Whether a reply that was cut off gets one more try with twice the room."""
+    expects: bool = False
+    """Whether log-probabilities are asked for, so that scores have an expectation."""
+    score_samples: int = 1
+    """How many judgements of one answer are averaged."""
 
     def messages(self, prompt: Prompt, response: str) -> list[Message]:
         """The chat that asks for feedback on one response."""
@@ -69,12 +82,16 @@ class Critic:
         *,
         messages: Sequence[Message] | None = None,
         room: int = 1,
+        sample: int = 0,
     ) -> Call:
         """Ask for feedback and refinement (`critique`), or for feedback alone (`score`).
 
-        `messages` replaces the usual question, `room` multiplies the token limit.
+        `messages` replaces the usual question, `room` multiplies the token limit, and a `sample`
+        after the first is drawn at a temperature.
         """
         sampling = self.sampling
+        if sample:
+            sampling = replace(sampling, temperature=SAMPLE_TEMPERATURE)
         if room != 1:
             sampling = replace(sampling, max_new_tokens=room * sampling.max_new_tokens)
         request = _request(
@@ -82,7 +99,10 @@ class Critic:
             sampling,
             Task(kind, prompt, (response,)),
             stop=BLIND_SCORE_STOP if kind == "score" else (),
+            sample=sample,
         )
+        if self.expects and not self.model.spec.startswith(RUNS_CODE_PREFIX):
+            request = replace(request, top_logprobs=TOP_LOGPROBS, logprobs_at="digits")
         return Call(self.model, request, name)
 
 
@@ -125,6 +145,7 @@ class _Story:
     feedback: Feedback | None = None
     refinement: str | None = None
     refinement_score: float | None = None
+    refinement_score_mean: float | None = None
     refinement_feedback: Feedback | None = None
     status: Status = "ok"
     reason: str | None = None
@@ -139,6 +160,10 @@ class _Story:
             return self.end("failed", f"{what}: {reply.error}")
         if reply.finish_reason == "refused":
             return self.end("refused", f"{what}: refused by the model or a content filter")
+        if reply.finish_reason == "loop" or (
+            reply.finish_reason == "length" and is_loop(reply.text.split())
+        ):
+            return self.end("truncated", f"{what}: {LOOPS}")
         if reply.finish_reason == "length":
             return self.end("truncated", f"{what}: cut off at the token limit")
         if not reply.text.strip():
@@ -151,7 +176,7 @@ class _Story:
             self.raw[what] = reply.text
             self.usage = self.usage + reply.usage
         else:
-            self.raw[what] = self.raw.pop(what.split()[0])
+            self.raw[what] = self.raw.pop(what.partition(" unread")[0])
 
     def end(self, status: Status, reason: str) -> bool:
         """The story ends early."""
@@ -167,6 +192,7 @@ class _Story:
             feedback=self.feedback,
             refinement=self.refinement,
             refinement_score=self.refinement_score,
+            refinement_score_mean=self.refinement_score_mean,
             refinement_feedback=self.refinement_feedback,
             status=self.status,
             reason=self.reason,
@@ -184,93 +210,129 @@ def critique_row(
     policy: tuple[Model, Sampling] | None,
     critic: Critic,
     *,
+    scorer: Critic | None = None,
     sample: int = 0,
     rounds: int = 1,
+    stop_when_worse: bool = False,
 ) -> Generator[Call, Reply, list[FeedbackRecord]]:
     """One prompt from draft to blind score; one record a round, each refining the last.
 
-    Without a policy the prompt's own response is the draft. A round that does not end `ok` ends
-    the row: there is nothing to refine further.
+    Without a policy the prompt's own response is the draft. With a `scorer`, every score is its, and
+    the critic writes feedback and refinement alone. A round that does not end `ok` ends the row:
+    there is nothing to refine further.
     """
     policy_spec = policy[0].spec if policy is not None and prompt.response is None else "given"
-    story = _Story(prompt, policy_spec, critic.model.spec, sample, round=1)
+    critic_spec = (scorer or critic).model.spec
+    story = _Story(prompt, policy_spec, critic_spec, sample, round=1)
     if prompt.response is not None:
         story.response = prompt.response
     else:
         assert policy is not None
         reply = yield respond_call(*policy, prompt, sample)
+        cut_off = not story.hear("response", reply) and story.status == "truncated"
         # A draft cut at the limit is still a draft to criticise; what is missing is a weakness.
-        if not story.hear("response", reply) and story.status != "truncated":
+        if story.status != "ok" and (not cut_off or str(story.reason).endswith(LOOPS)):
             return [story.record()]
         story.status, story.reason, story.response = "ok", None, reply.text.strip()
 
     records = []
     for round_number in range(1, rounds + 1):
-        yield from _critique_and_refine(story, critic)
+        yield from _critique_and_refine(story, critic, scorer)
         records.append(story.record())
-        if story.status != "ok":
+        if story.status != "ok" or (stop_when_worse and is_worse(records[-1])):
             break
-        story = _Story(
-            prompt, policy_spec, critic.model.spec, sample, round_number + 1, story.refinement
-        )
+        story = _Story(prompt, policy_spec, critic_spec, sample, round_number + 1, story.refinement)
     return records
 
 
-def _critique_and_refine(story: _Story, critic: Critic) -> Generator[Call, Reply, None]:
+def is_worse(record: FeedbackRecord) -> bool:
+    """Whether the refinement is scored lower than its draft: by belief where known, else by score."""
+    assert record.feedback is not None
+    before, after = record.feedback.score_mean, record.refinement_score_mean
+    if before is not None and after is not None:
+        return after < before
+    return record.gain is not None and record.gain < 0
+
+
+def _critique_and_refine(
+    story: _Story, critic: Critic, scorer: Critic | None
+) -> Generator[Call, Reply, None]:
     assert story.response is not None
-    parsed = yield from _ask_critic(story, critic, "critique", story.response)
-    if parsed is None:
+    written = yield from _ask_critic(story, critic, "critique", story.response)
+    if written is None:
         return
+    parsed, mean = written
     story.feedback = parsed.feedback
     if parsed.problems:
         story.end("unparsed", "critique: " + ", ".join(parsed.problems))
         return
     story.refinement = parsed.refinement
+    assert story.feedback is not None
     assert story.refinement is not None
+    if scorer is not None:
+        scored = yield from _ask_critic(story, scorer, "draft score", story.response)
+        if scored is None or scored[0].score is None:
+            if scored is not None:
+                story.end("unparsed", "draft score: " + ", ".join(scored[0].problems))
+            return
+        mean = scored[1]
+        story.feedback = story.feedback.model_copy(update={"score": scored[0].score})
+    story.feedback = story.feedback.model_copy(update={"score_mean": mean})
 
     # The paper's precaution: a critic that has seen its own feedback scores the refinement higher.
-    blind = yield from _ask_critic(story, critic, "score", story.refinement)
-    if blind is None:
+    judged = yield from _ask_critic(story, scorer or critic, "score", story.refinement)
+    if judged is None:
         return
+    blind, story.refinement_score_mean = judged
     story.refinement_score, story.refinement_feedback = blind.score, blind.feedback
+    if blind.feedback is not None:
+        expected = {"score_mean": story.refinement_score_mean}
+        story.refinement_feedback = blind.feedback.model_copy(update=expected)
     if blind.score is None:
         story.end("unparsed", "score: " + ", ".join(blind.problems))
 
 
 def _ask_critic(
-    story: _Story, critic: Critic, kind: CriticKind, text: str
-) -> Generator[Call, Reply, ParsedCritique | None]:
-    """One judgement of one text; null when no reply came that could be read as one.
+    story: _Story, critic: Critic, step: Step, text: str
+) -> Generator[Call, Reply, tuple[ParsedCritique, float | None] | None]:
+    """One judgement of one text, and its mean score; null when no reply could be read as one.
 
     A reply that was cut off gets more room once, one that lacks a part is asked for again with the
     parser's complaint. Every reply is kept in `raw`.
     """
-    whole = kind == "critique"
-    name = f"{story.prompt.id}/{story.sample} round {story.round} {CALL_NAMES[kind]}"
+    whole = step == "critique"
+    kind: CriticKind = "critique" if whole else "score"
+    name = f"{story.prompt.id}/{story.sample} round {story.round} {CALL_NAMES[step]}"
     messages = critic.messages(story.prompt, text)
     room = 1
     reply = yield critic.call(kind, story.prompt, text, name, messages=messages)
     if reply.finish_reason == "length" and critic.longer_once:
-        story.set_aside(f"{kind} cut off", reply)
+        story.set_aside(f"{step} cut off", reply)
         room = 2
         reply = yield critic.call(
             kind, story.prompt, text, f"{name}, longer", messages=messages, room=room
         )
     for attempt in range(critic.max_reasks + 1):
-        usable = story.hear(kind, reply)
+        usable = story.hear(step, reply)
         parsed = parse_critique(reply.text, expect_refinement=whole)
         unread = bool(parsed.problems) if whole else parsed.score is None
         if not usable or not unread or attempt == critic.max_reasks:
             break
-        story.set_aside(f"{kind} unread {attempt + 1}", None)
+        story.set_aside(f"{step} unread {attempt + 1}", None)
         messages = reask_messages(messages, reply.text, parsed.problems, expect_refinement=whole)
         asked_again = f"{name}, asked again {attempt + 1}"
         reply = yield critic.call(
             kind, story.prompt, text, asked_again, messages=messages, room=room
         )
-    if not usable and whole:
-        story.feedback = parsed.feedback
-    return parsed if usable else None
+    if not usable:
+        story.feedback = parsed.feedback if whole else story.feedback
+        return None
+    if unread:
+        return parsed, None
+    judged = yield from mean_score(critic, story.prompt, text, messages, (reply, parsed), name)
+    story.raw |= {f"{step} {what}": said for what, said in judged.raw.items()}
+    story.usage = story.usage + judged.usage
+    return parsed, judged.mean
 
 
 def blind_score(

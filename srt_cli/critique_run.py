@@ -22,6 +22,7 @@ from srt_cli.call_plan import (
 )
 from srt_cli.calls import Script, conduct, replay
 from srt_cli.critique import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
+from srt_cli.critique_processes import absorb_parts
 from srt_cli.critique_summary import CritiqueSummary
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.journal import Journal
@@ -45,12 +46,16 @@ class Work:
     check: Check | None = None
     samples: int = 1
     rounds: int = 1
+    scorer: Critic | None = None
+    """Who gives the scores, where it is not the critic."""
+    stop_when_worse: bool = False
 
     @property
     def models(self) -> list[Model]:
         """Every model that may be asked, each once."""
         named = [self.critic.model]
         named += [self.policy[0]] if self.policy is not None else []
+        named += [self.scorer.model] if self.scorer is not None else []
         named += [self.check.model] if self.check is not None else []
         return list({id(model): model for model in named}.values())
 
@@ -59,7 +64,13 @@ class Work:
         for prompt in self.prompts():
             for sample in range(self.samples):
                 story = critique_row(
-                    prompt, self.policy, self.critic, sample=sample, rounds=self.rounds
+                    prompt,
+                    self.policy,
+                    self.critic,
+                    scorer=self.scorer,
+                    sample=sample,
+                    rounds=self.rounds,
+                    stop_when_worse=self.stop_when_worse,
                 )
                 yield checked_row(prompt, story, self.check)
 
@@ -110,12 +121,19 @@ def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
     show_estimates(estimates, prices, options)
 
 
-def run_critiques(run: Run, work: Work, options: CallOptions) -> CritiqueSummary:
+def run_critiques(
+    run: Run,
+    work: Work,
+    options: CallOptions,
+    beforehand: Callable[[Journal], bool] | None = None,
+) -> CritiqueSummary:
     """Write the feedback of every prompt to `run.out`, in the order of the input.
 
-    An interrupted run writes what is complete. Raises `TooManyFailures` at the end.
+    `beforehand` may fill the journal in other processes; false when it was interrupted. An
+    interrupted run writes what is complete. Raises `TooManyFailures` at the end.
     """
     journal = run.journal()
+    absorb_parts(journal)
     if options.import_batch is not None:
         _import(options, journal)
     statuses = options.statuses_to_retry()
@@ -125,12 +143,13 @@ def run_critiques(run: Run, work: Work, options: CallOptions) -> CritiqueSummary
     cost = Cost(journal, options, work.budget)
     for model in work.models:
         cost.watch(model)
+    interrupted = beforehand is not None and not beforehand(journal)
     summary = CritiqueSummary()
     finished, expected = 0, work.count * work.samples
     window = 2 * max(model.in_flight for model in work.models)
     writer = OrderedWriter(run.out)
     try:
-        if options.reparse:
+        if options.reparse or interrupted:
             rows = _rows_in_journal(work.scripts(), journal, summary)
         else:
             rows = conduct(work.scripts(), journal, window=window, tally=summary.calls)
@@ -141,8 +160,11 @@ def run_critiques(run: Run, work: Work, options: CallOptions) -> CritiqueSummary
                 finished += 1
                 progress.advance(note=" ".join(filter(None, [summary.note(), cost.note()])))
         writer.commit()
+        if interrupted:
+            raise KeyboardInterrupt
     except (SrtError, KeyboardInterrupt):
-        writer.commit()
+        if not interrupted:
+            writer.commit()
         raise
     finally:
         writer.discard()

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import orjson
 
@@ -23,6 +23,8 @@ from srt_cli.errors import SrtError
 
 SYNC_LINES: Final = 64
 SYNC_SECONDS: Final = 0.5
+ORPHAN_SECONDS: Final = 10.0
+"""How long a process whose parent was killed may take to notice."""
 FORGOTTEN: Final = "forgotten"
 
 
@@ -39,7 +41,8 @@ class Journal:
     does not parse (a torn tail) is skipped and its call is owed again; `unreadable` counts them.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, beside: Path | None = None) -> None:
+        """Open for writing; replies of the journal `beside` are found too, and never changed."""
         self.path = path
         self.unreadable = 0
         self.spent: dict[str, Counter[str]] = {}
@@ -49,14 +52,12 @@ class Journal:
         self._synced_at = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  held until close()
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise SrtError(
-                f"{path}: another srt run is writing here. Wait for it, or choose another --out."
-            ) from None
+        _lock(self._file, path)
         self._end = self._read_index()
+        self._beside_offsets: dict[bytes, int] = {}
+        if beside is not None and beside.exists():
+            self._beside = open(beside, "rb")  # noqa: SIM115  held until close()
+            self._beside_offsets = _offsets_in(self._beside)
 
     def __enter__(self) -> "Journal":
         return self
@@ -82,11 +83,29 @@ class Journal:
     def get(self, key: bytes) -> dict[str, Any] | None:
         """The reply kept under a key; the newest, if a call was made twice."""
         offset = self._offsets.get(key)
-        if offset is None:
-            return None
-        self._file.seek(offset)
-        entry: dict[str, Any] = orjson.loads(self._buffered_line())
-        return entry
+        if offset is not None:
+            self._file.seek(offset)
+            entry: dict[str, Any] = orjson.loads(self._buffered_line())
+            return entry
+        if key in self._beside_offsets:
+            self._beside.seek(self._beside_offsets[key])
+            return _entry_in(self._beside.readline())
+        return None
+
+    def absorb(self, part: Path) -> None:
+        """Take over the replies of another process's journal, and delete that file."""
+        with open(part, "rb+") as lines:
+            _lock(lines, part, wait_s=ORPHAN_SECONDS)
+            for line in lines:
+                entry = _entry_in(line)
+                if entry is None or FORGOTTEN in entry:
+                    continue
+                key = bytes.fromhex(entry["key"])
+                if key not in self:
+                    self._offsets[key] = self._append_line(entry)
+                    self._count(entry)
+            self.sync()
+            part.unlink()
 
     def append(self, key: bytes, call: str, reply: dict[str, Any]) -> None:
         """Keep a reply; `call` says in words what was asked, for people who read the file."""
@@ -165,6 +184,36 @@ class Journal:
             self._file.write(b"\n")
             offset += 1
         return offset
+
+
+def _lock(file: IO[bytes], path: Path, wait_s: float = 0.0) -> None:
+    """Become the one writer of a file, waiting so long for another; else `SrtError`."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                raise SrtError(
+                    f"{path}: another srt run is writing here. Wait for it, or choose another --out."
+                ) from None
+            time.sleep(0.1)
+
+
+def _offsets_in(lines: IO[bytes]) -> dict[bytes, int]:
+    """Where each kept reply of a journal begins."""
+    offsets: dict[bytes, int] = {}
+    start = 0
+    for line in lines:
+        entry = _entry_in(line)
+        if entry is not None and FORGOTTEN in entry:
+            offsets.pop(bytes.fromhex(entry["key"]), None)
+        elif entry is not None:
+            offsets[bytes.fromhex(entry["key"])] = start
+        start += len(line)
+    return offsets
 
 
 def _entry_in(line: bytes) -> dict[str, Any] | None:

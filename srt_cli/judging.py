@@ -29,7 +29,7 @@ TOP_LOGPROBS: Final = 5
 
 def status_of(reply: Reply) -> Status:
     """How a reply ended, as the status of what is made of it."""
-    if reply.finish_reason == "length":
+    if reply.finish_reason in ("length", "loop"):
         return "truncated"
     if reply.finish_reason in ("refused", "failed"):
         return reply.finish_reason

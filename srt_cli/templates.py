@@ -223,6 +223,16 @@ def _take_score(text: str, problems: list[str]) -> tuple[float | None, str]:
     return score, rest
 
 
+def score_digits_at(text: str, score: float) -> int | None:
+    """Where the digits of the score that `parse_critique` read begin in a critic's reply."""
+    masked = _mask_fences(text)
+    improved = _IMPROVED.search(masked)
+    end = improved.start() if improved is not None else len(text)
+    found = [*_SCORE.finditer(masked), *_INLINE_SCORE.finditer(masked)]
+    places = [mark.start("score") for mark in found if float(mark["score"]) == score]
+    return max([place for place in places if place < end] or places, default=None)
+
+
 def _parts(text: str) -> dict[str, str | None]:
     """Weaknesses and suggestions by their headings, in whatever order they stand."""
     masked = _mask_fences(text)

@@ -15,7 +15,8 @@ from srt_cli.records import Message, Prompt, Usage
 if TYPE_CHECKING:
     from srt_cli.models.budget import Budget, Price
 
-FinishReason = Literal["stop", "length", "refused", "failed"]
+FinishReason = Literal["stop", "length", "loop", "refused", "failed"]
+Engine = Literal["auto", "static", "continuous"]
 TaskKind = Literal["respond", "critique", "score", "judge", "check"]
 
 
@@ -40,6 +41,10 @@ class Request:
     seed: int = 0
     sample: int = 0
     top_logprobs: int = 0
+    logprobs_at: Literal["all", "digits"] = "all"
+    """At which tokens log-probabilities are kept: a score needs only those around digits."""
+    continues: bool = False
+    """The last message is the beginning of the reply. Only models with `continues` take it."""
     task: Task | None = None
 
 
@@ -49,6 +54,8 @@ class TokenLogprobs:
 
     token: str
     top: dict[str, float]
+    offset: int | None = None
+    """Characters of the reply's text before this token, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,9 @@ class Model(Protocol):
     in_flight: int
     """How many requests it wants to hold at once."""
     batched: bool
-    """Whether replies depend, in the last bit, on the company they are computed in."""
+    """Whether replies depend, in the last bit, on the wave they are computed in."""
+    continues: bool
+    """Whether it takes requests that continue a reply begun."""
 
     def submit(
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
@@ -116,6 +125,7 @@ class ModelOptions:
 
     concurrency: int | None = None
     batch_size: int | None = None
+    engine: Engine = "auto"
     timeout_s: float = 600.0
     trust_remote_code: bool = False
     rpm: float | None = None
@@ -229,6 +239,10 @@ def canonical_request(model: Model, request: Request) -> dict[str, Any]:
     }
     if request.temperature > 0:
         plain["seed"] = request.seed
+    if request.logprobs_at != "all":
+        plain["logprobs_at"] = request.logprobs_at
+    if request.continues:
+        plain["continues"] = True
     if request.task is not None and model.spec.startswith(RUNS_CODE_PREFIX):
         plain["task"] = [
             request.task.kind,

@@ -67,6 +67,7 @@ class ApiModel:
     parsed: Spec
     options: ModelOptions
     batched: bool = False
+    continues: bool = False
     in_flight: int = field(init=False)
     identity: str = field(init=False)
     price: Price | None = field(init=False)

@@ -59,6 +59,7 @@ class BatchModel:
     options: ModelOptions
     # Whole waves: each becomes one plan, which a resumed run finds again.
     batched: bool = True
+    continues: bool = False
     in_flight: int = MOST_REQUESTS
     identity: str = field(init=False)
     price: Price | None = field(init=False)
@@ -261,6 +262,7 @@ class ExportModel:
     parsed: Spec
     path: Path
     batched: bool = False
+    continues: bool = False
     in_flight: int = MOST_REQUESTS
     identity: str = field(init=False)
     written: int = 0

@@ -30,6 +30,7 @@ class ProgramModel:
     """
 
     batched = False
+    continues = False
     in_flight = 64
 
     def __init__(self, spec: str, location: str) -> None:

@@ -1,87 +1,83 @@
-"""Per-row sampling and stopping for transformers' `generate`: no row depends on its company."""
+"""How the next token is chosen: greedily, or by a draw that depends on its row alone.
 
-import threading
+The draw's noise is a hash of the row's seed and the token's position, so a row is continued in the
+same way in any company, by any engine, on any device, and after a restart.
+"""
+
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import torch
-from transformers import LogitsProcessor, PreTrainedTokenizerBase, StoppingCriteria
 
-TAIL_TOKENS = 24
+MASK: Final = 0xFFFFFFFF
+GOLDEN: Final = 0x9E3779B9
 
 
-class GumbelDraw(LogitsProcessor):
-    """Sample by arg-max: argmax(logits / T + Gumbel noise) is a draw from softmax(logits / T).
+@dataclass(frozen=True)
+class Draw:
+    """How one row draws its next token; `key` is 32 bits of seed and position."""
 
-    Each row has its own generator, so its noise is the same in any batch. Rows with temperature 0
-    stay greedy. `top_p` keeps the smallest set of tokens whose probability reaches it.
+    temperature: float
+    top_p: float
+    key: int
+
+
+def draw_key(seed: int, position: int) -> int:
+    """32 bits for the token at one place of one row."""
+    mixed = (seed ^ (seed >> 32) ^ ((position + 1) * GOLDEN)) & MASK
+    return _mix_integer(_mix_integer(mixed) ^ (seed & MASK))
+
+
+def _mix_integer(value: int) -> int:
+    value ^= value >> 16
+    value = (value * 0x7FEB352D) & MASK
+    value ^= value >> 15
+    value = (value * 0x846CA68B) & MASK
+    return value ^ (value >> 16)
+
+
+def gumbel_noise(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Standard Gumbel noise, (rows, vocabulary), from the low 32 bits of one key a row (int64)."""
+    places = torch.arange(vocabulary, device=keys.device) * GOLDEN
+    mixed = (keys[:, None] + places) & MASK
+    mixed ^= mixed >> 16
+    mixed.mul_(0x7FEB352D).bitwise_and_(MASK)
+    mixed ^= mixed >> 15
+    mixed.mul_(0x846CA68B).bitwise_and_(MASK)
+    mixed ^= mixed >> 16
+    # -log(1 - v) rather than -log(u): the rare large noise is then as finely graded as floats are.
+    exponential = (mixed.float() + 0.5).mul_(-(2.0**-32)).log1p_().neg_()
+    return exponential.log_().neg_()
+
+
+def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """The next token of each row, (rows,), from logits (rows, vocabulary).
+
+    Temperature 0 takes the likeliest. Otherwise argmax(logits / T + Gumbel noise), which is a draw
+    from softmax(logits / T); `top_p` leaves the smallest set whose probability reaches it.
     """
-
-    def __init__(
-        self, temperatures: Sequence[float], top_ps: Sequence[float], seeds: Sequence[int]
-    ) -> None:
-        self._temperatures = temperatures
-        self._top_ps = top_ps
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Logits to noisy logits; (rows, vocabulary) both."""
-        if not any(self._temperatures):
-            return scores
-        scores = scores.float().clone()
-        for row, temperature in enumerate(self._temperatures):
-            if temperature > 0:
-                logits = scores[row] / temperature  # (vocabulary,)
-                if self._top_ps[row] < 1:
-                    logits = _keep_top_p(logits, self._top_ps[row])
-                uniform = torch.rand(logits.shape, generator=self._generators[row])
-                noise = -torch.log(-torch.log(uniform.clamp_min(1e-20)))
-                scores[row] = logits + noise.to(logits.device)
-        return scores
+    drawing = [row for row, draw in enumerate(draws) if draw.temperature > 0]
+    if not drawing:
+        return logits.argmax(-1)
+    whole = len(drawing) == len(draws)
+    rows = torch.tensor(drawing, device=logits.device)
+    chosen = [draws[row] for row in drawing]
+    temperatures = torch.tensor([draw.temperature for draw in chosen], device=logits.device)
+    scores = (logits if whole else logits[rows]).float() / temperatures[:, None]
+    for place, draw in enumerate(chosen):
+        if draw.top_p < 1:
+            scores[place] = keep_top_p(scores[place], draw.top_p)
+    keys = torch.tensor([draw.key for draw in chosen], device=logits.device)
+    drawn = scores.add_(gumbel_noise(keys, logits.shape[-1])).argmax(-1)
+    if whole:
+        return drawn
+    return logits.argmax(-1).index_copy(0, rows, drawn)
 
 
-def _keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
+def keep_top_p(logits: torch.Tensor, top_p: float | torch.Tensor) -> torch.Tensor:
+    """Logits with all but the smallest set that reaches `top_p` at minus infinity; any shape."""
     ordered, order = logits.sort(descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    ordered = ordered.masked_fill(before >= top_p, -torch.inf)
-    return torch.empty_like(logits).scatter(0, order, ordered)
-
-
-class StopTexts(StoppingCriteria):
-    """Ends a row once one of its stop texts stands at the end of what it wrote."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        stops: Sequence[tuple[str, ...]],
-        prompt_width: int,
-    ) -> None:
-        self._tokenizer = tokenizer
-        self._stops = stops
-        self._prompt_width = prompt_width
-        self._done = torch.zeros(len(stops), dtype=torch.bool)
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object
-    ) -> torch.Tensor:
-        """Which rows are done; (rows,)."""
-        start = max(self._prompt_width, input_ids.shape[1] - TAIL_TOKENS)
-        tails = input_ids[:, start:].tolist()
-        for row, stops in enumerate(self._stops):
-            if stops and not self._done[row]:
-                text = str(self._tokenizer.decode(tails[row]))
-                self._done[row] = any(stop in text for stop in stops)
-        return self._done.to(input_ids.device)
-
-
-class Cancelled(StoppingCriteria):
-    """Ends every row at the next token once the run is stopped."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def __call__(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object
-    ) -> torch.Tensor:
-        """Which rows are done: all or none; (rows,)."""
-        rows = input_ids.shape[0]
-        return torch.full((rows,), self._event.is_set(), device=input_ids.device)
+    shares = ordered.softmax(-1)
+    ordered = ordered.masked_fill(shares.cumsum(-1) - shares >= top_p, -torch.inf)
+    return torch.empty_like(logits).scatter(-1, order, ordered)

@@ -289,3 +289,11 @@ def fingerprint_of(name: str) -> str:
 def _digest_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def accelerators() -> list[str | None]:
+    """The GPUs that this process sees, as `CUDA_VISIBLE_DEVICES` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return [name.strip() for name in named.split(",")]
+    return [str(number) for number in range(torch.cuda.device_count())]

@@ -169,7 +169,7 @@ def read_reply(data: Mapping[str, Any], request: Request, attempts: int) -> Repl
         text=text,
         finish_reason=reason,
         usage=_read_usage(data.get("usage") or {}),
-        logprobs=_read_logprobs(choice.get("logprobs")),
+        logprobs=_read_logprobs(choice.get("logprobs"), request),
         attempts=attempts,
     )
 
@@ -187,12 +187,16 @@ def _read_usage(usage: Mapping[str, Any]) -> Usage:
     )
 
 
-def _read_logprobs(logprobs: Mapping[str, Any] | None) -> tuple[TokenLogprobs, ...]:
-    places = (logprobs or {}).get("content") or []
-    return tuple(
-        TokenLogprobs(
-            place["token"],
-            {other["token"]: other["logprob"] for other in place.get("top_logprobs") or []},
-        )
-        for place in places
-    )
+def _read_logprobs(
+    logprobs: Mapping[str, Any] | None, request: Request
+) -> tuple[TokenLogprobs, ...]:
+    found: list[TokenLogprobs] = []
+    offset, behind_digit = 0, False
+    for place in (logprobs or {}).get("content") or []:
+        token = place["token"]
+        has_digit = any("0" <= character <= "9" for character in token)
+        if request.logprobs_at == "all" or has_digit or behind_digit:
+            top = {other["token"]: other["logprob"] for other in place.get("top_logprobs") or []}
+            found.append(TokenLogprobs(token, top, offset))
+        offset, behind_digit = offset + len(token), has_digit
+    return tuple(found)

@@ -1,14 +1,19 @@
 """Stage 2, first half: the tuned model answers, criticises and refines by itself."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from srt_cli.artifacts import open_run, read_manifest
 from srt_cli.call_options import CallOptions
-from srt_cli.critique import Check, Critic, Sampling
+from srt_cli.calls import Script
+from srt_cli.critique import Check, CheckedRow, Critic, Sampling
+from srt_cli.critique_processes import answer_in_processes
 from srt_cli.critique_run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.models import open_model
+from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
 from srt_cli.report.critic import write_critic_report
@@ -23,13 +28,15 @@ class SelfCritique(CallOptions):
     The model is asked in conversation, as it was trained: draft at a temperature, feedback and
     refinement greedily, then the score of the refinement in a fresh conversation that never saw
     the first feedback. With --check, a program says what is really good, and the summary shows
-    whether the model knows.
+    whether the model knows. With --critic, another model gives the scores, or all of the critique.
 
     Examples:
 
       srt self-critique --prompts prompts.jsonl --model models/sft
 
-      srt self-critique --prompts more.jsonl --samples 4 --out self-feedback.jsonl
+      srt self-critique --prompts more.jsonl --samples 4 --score-samples 3
+
+      srt self-critique --model models/dpo --critic models/sft --out round-2.jsonl
     """
 
     prompts: str = setting(
@@ -42,7 +49,23 @@ class SelfCritique(CallOptions):
     max_new_tokens: int = setting(512, "Most tokens of a draft.")
     critic_max_tokens: int = setting(2048, "Most tokens of feedback and refinement (paper: 2048).")
     samples: int = setting(1, "Drafts a prompt (paper: 1).")
-    rounds: int = setting(1, "Refinements in a row (paper: 1).")
+    rounds: int = setting(1, "Refinements in a row, each scored blind (paper: 1).")
+    stop_when_worse: bool = setting(False, "No further round after one that is scored lower.")
+    # Not named critic: the critic of stage 1, set in srt.toml for every command, is not meant.
+    other_critic: str | None = setting(
+        None, "Another critic than the model, e.g. that of stage 1.",
+        flag="--critic", metavar="SPEC",
+    )  # fmt: skip
+    critic_for: Literal["scores", "everything"] = setting(
+        "scores", "What --critic does: give the scores, or write feedback and refinement too."
+    )
+    critic_prompt: Literal["auto", "conversation", "table-1"] = setting(
+        "auto", "How --critic is asked; auto: models in process in conversation, others by Table 1."
+    )
+    expected_score: bool = setting(
+        True, "Beside each score, its expectation under the critic's log-probabilities."
+    )
+    score_samples: int = setting(1, "Judgements averaged for the expected score of each answer.")
     check: str | None = setting(
         None, "A program that knows good answers: python:FILE:CALLABLE.", metavar="SPEC"
     )
@@ -50,43 +73,37 @@ class SelfCritique(CallOptions):
     seed: int = setting(42, "Seed of the drafts; the same seed draws the same drafts.")
     limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
     report: Path | None = runtime(None, "Write a page about the critic's quality.", metavar="FILE")
+    num_processes: int = runtime(1, "Split the rows over so many processes, each with its GPU.")
     overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
 
 
 def run(options: SelfCritique) -> None:
     """Read prompts, let the model criticise itself, write `self-feedback.jsonl`."""
-    if options.samples < 1 or options.rounds < 1:
-        raise UsageError("--samples and --rounds start at 1.")
-    prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
-    refuse_partial_critic(Path(options.model))
-    door = options.door()
-    model = open_model(options.model, door)
-    drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
-    replies = Sampling(options.critic_max_tokens, temperature=0.0, seed=options.seed)
-    check = Check(open_model(options.check), options.good_score) if options.check else None
-
-    run = open_run(
-        COMMAND, options, options.out, inputs=prompts.inputs, overwrite=options.overwrite
-    )
-    work = Work(
-        prompts.read,
-        prompts.count,
-        policy=(model, drafts),
-        critic=Critic(model, replies, in_conversation=True),
-        budget=door.budget,
-        check=check,
-        samples=options.samples,
-        rounds=options.rounds,
-    )
+    if min(options.samples, options.rounds, options.score_samples, options.num_processes) < 1:
+        raise UsageError("--samples, --rounds, --score-samples and --num-processes start at 1.")
+    if options.num_processes > 1:
+        _refuse_processes(options)
+    work, inputs = _open_work(options)
+    run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
     if options.dry_run:
         show_critique_plan(run, work, options)
         return
     if options.report is None and is_done(run, work, options):
         return
+    beforehand = None
+    if options.num_processes > 1 and not options.reparse:
+        beforehand = partial(
+            answer_in_processes,
+            open_scripts=_open_scripts,
+            options=options,
+            processes=options.num_processes,
+            rows=work.count * options.samples,
+        )
     with run:
-        summary = run_critiques(run, work, options)
+        summary = run_critiques(run, work, options, beforehand)
     if options.report is not None:
-        write_critic_report(options.report, f"{options.model} as its own critic", summary)
+        critic = f"with {options.other_critic} as its" if options.other_critic else "as its own"
+        write_critic_report(options.report, f"{options.model} {critic} critic", summary)
     summary.close(f"{options.out}: {summary.rows} rows", f"srt build-prefs --data {options.out}")
 
 
@@ -105,3 +122,71 @@ def refuse_partial_critic(model: Path) -> None:
             f"{model}: was trained with {ablation[0]}, so it writes no whole feedback and its "
             "critiques would not parse. Compare its answers with srt eval instead."
         )
+
+
+def _refuse_processes(options: SelfCritique) -> None:
+    """Caps and rates of an API hold for one process; stdin can be read only once."""
+    specs = [spec for spec in (options.model, options.other_critic) if spec is not None]
+    elsewhere = [spec for spec in specs if parse_spec(spec).kind in ("openai", "http")]
+    if elsewhere:
+        raise UsageError(
+            f"--num-processes is for models in process; {elsewhere[0]} answers many requests at "
+            "once by itself. Leave it out."
+        )
+    if options.prompts == "-":
+        raise UsageError("--num-processes reads the prompts several times: give a file, not -.")
+
+
+def _open_work(options: SelfCritique) -> tuple[Work, Mapping[str, Path]]:
+    """The models and what they are to do, and the files that say so."""
+    prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
+    if options.other_critic is None or options.critic_for == "scores":
+        refuse_partial_critic(Path(options.model))
+    door = options.door()
+    model = open_model(options.model, door)
+    drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
+    replies = Sampling(options.critic_max_tokens, temperature=0.0, seed=options.seed)
+    itself = Critic(model, replies, in_conversation=True)
+    other = _other_critic(options, replies, model, door)
+    scorer = other if options.critic_for == "scores" else None
+    critic = other if other is not None and scorer is None else itself
+    if scorer is not None:
+        scorer = _judging(scorer, options)
+    else:
+        critic = _judging(critic, options)
+    work = Work(
+        prompts.read,
+        prompts.count,
+        policy=(model, drafts),
+        critic=critic,
+        budget=door.budget,
+        check=Check(open_model(options.check), options.good_score) if options.check else None,
+        samples=options.samples,
+        rounds=options.rounds,
+        scorer=scorer,
+        stop_when_worse=options.stop_when_worse,
+    )
+    return work, prompts.inputs
+
+
+def _judging(critic: Critic, options: SelfCritique) -> Critic:
+    """The critic whose scores count, so that they are worth their expectation."""
+    return replace(critic, expects=options.expected_score, score_samples=options.score_samples)
+
+
+def _other_critic(
+    options: SelfCritique, replies: Sampling, model: Model, door: ModelOptions
+) -> Critic | None:
+    if options.other_critic is None:
+        return None
+    same = options.other_critic == options.model
+    critic = model if same else open_model(options.other_critic, door)
+    trained = parse_spec(options.other_critic).kind == "local"
+    asked = {"auto": trained, "conversation": True, "table-1": False}[options.critic_prompt]
+    return Critic(critic, replies, in_conversation=asked)
+
+
+def _open_scripts(options: SelfCritique) -> tuple[Iterable[Script[CheckedRow]], list[Model]]:
+    """What another process needs: every row's script, and the models to close."""
+    work, _ = _open_work(options)
+    return work.scripts(), work.models

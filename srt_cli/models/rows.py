@@ -1,0 +1,174 @@
+"""One request on its way through an engine: its tokens so far, and why it ends.
+
+Both engines, static and continuous, hand each new token to `Row.take`, so that stop texts, limits,
+loops and log-probabilities are the same in both.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs
+from srt_cli.models.loops import is_loop
+from srt_cli.models.sampling import Draw, draw_key
+from srt_cli.records import Usage
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CHECK_LOOP_EVERY: Final = 16
+
+
+@dataclass
+class Loaded:
+    """A model in memory, and what an engine must know of it."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    end_ids: frozenset[int]
+    max_positions: int
+    placement: dict[str, str]
+
+    @property
+    def device(self) -> str:
+        """Where it computes: cpu, cuda, mps."""
+        return self.placement["device"]
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, without control tokens."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @cached_property
+    def digits(self) -> frozenset[int]:
+        """Tokens that hold a digit: where a score may stand."""
+        pieces = self.tokenizer.get_vocab()
+        return frozenset(
+            token
+            for piece, token in pieces.items()
+            if any("0" <= character <= "9" for character in piece)
+        )
+
+
+@dataclass
+class Row:
+    """A request, its future, and what has been written for it."""
+
+    request: Request
+    future: Future[Reply]
+    answered: bool
+    prompt_ids: list[int]
+    loaded: Loaded
+    tokens: list[int] = field(default_factory=list)
+    tops: dict[int, tuple[list[float], list[int]]] = field(default_factory=dict)
+    """Log-probabilities and ids of the likeliest tokens, by place in `tokens`."""
+    finish: FinishReason | None = None
+
+    @cached_property
+    def seed(self) -> int:
+        """The row's own: of its content and sample, never of its place or company."""
+        content = "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in self.request.messages)
+        text = f"{self.request.seed}|{self.request.sample}|{content}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+
+    @property
+    def limit(self) -> int:
+        """The most tokens it may write: as asked, within the model's positions."""
+        room = self.loaded.max_positions - len(self.prompt_ids)
+        return min(self.request.max_tokens, room)
+
+    @cached_property
+    def _tail_tokens(self) -> int:
+        # A token is at least a byte, so a stop text never stands in more tokens than it has bytes.
+        return max((len(stop.encode()) for stop in self.request.stop), default=0) + 1
+
+    def draw(self) -> Draw:
+        """How its next token is drawn."""
+        asked = self.request
+        key = self.key_at(len(self.prompt_ids) + len(self.tokens)) if asked.temperature > 0 else 0
+        return Draw(asked.temperature, asked.top_p, key)
+
+    def key_at(self, position: int) -> int:
+        """The draw's key for the token at a position of prompt and reply; never 0."""
+        return draw_key(self.seed, position) or 1
+
+    def wants_top(self, token: int) -> bool:
+        """Whether the likeliest tokens beside this next one are to be kept."""
+        if not self.request.top_logprobs:
+            return False
+        if self.request.logprobs_at == "all":
+            return True
+        # Also the place behind a digit: the 1 of a 10 is a token of its own in many tokenizers.
+        digits = self.loaded.digits
+        return token in digits or bool(self.tokens and self.tokens[-1] in digits)
+
+    def take(self, token: int, top: tuple[list[float], list[int]] | None = None) -> bool:
+        """Append the next token; true when the row ends with it."""
+        if top is not None:
+            self.tops[len(self.tokens)] = top
+        self.tokens.append(token)
+        if token in self.loaded.end_ids or (self.request.stop and self._stops()):
+            self.finish = "stop"
+        elif len(self.tokens) >= self.limit:
+            self.finish = "length"
+        elif len(self.tokens) % CHECK_LOOP_EVERY == 0 and is_loop(self.tokens):
+            self.finish = "loop"
+        return self.finish is not None
+
+    def start_again(self) -> None:
+        """Forget what was written: the batch did not fit."""
+        self.tokens.clear()
+        self.tops.clear()
+        self.finish = None
+
+    def _stops(self) -> bool:
+        tail = self.loaded.tokenizer.decode(self.tokens[-self._tail_tokens :])
+        return any(stop in str(tail) for stop in self.request.stop)
+
+    def reply(self) -> Reply:
+        """What the row came to; a stop text is cut off."""
+        assert self.finish is not None
+        kept = self.tokens
+        if kept and kept[-1] in self.loaded.end_ids:
+            kept = kept[:-1]
+        text = self.loaded.text_of(kept)
+        stops = [place for stop in self.request.stop if (place := text.find(stop)) >= 0]
+        return Reply(
+            text=text[: min(stops)] if stops else text,
+            finish_reason="stop" if stops else self.finish,
+            usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),
+            logprobs=self._logprobs(len(kept)),
+        )
+
+    def _logprobs(self, count: int) -> tuple[TokenLogprobs, ...]:
+        decode = self.loaded.tokenizer.decode
+        found = []
+        for place, (values, ids) in sorted(self.tops.items()):
+            if place >= count:
+                continue
+            top: dict[str, float] = {}
+            for token, value in zip(ids, values, strict=True):
+                top.setdefault(str(decode([token])), value)
+            offset = len(self.loaded.text_of(self.tokens[:place]))
+            found.append(TokenLogprobs(str(decode([self.tokens[place]])), top, offset))
+        return tuple(found)
+
+
+def top_tokens(
+    logits: "torch.Tensor", rows: Sequence[Row], chosen: Sequence[int]
+) -> list[tuple[list[float], list[int]] | None]:
+    """The likeliest tokens where rows want them, from logits (rows, vocabulary) before any draw."""
+    wanting = [place for place, row in enumerate(rows) if row.wants_top(chosen[place])]
+    tops: list[tuple[list[float], list[int]] | None] = [None] * len(rows)
+    if not wanting:
+        return tops
+    most = max(rows[place].request.top_logprobs for place in wanting)
+    values, ids = logits[wanting].float().log_softmax(-1).topk(min(most, logits.shape[-1]))
+    kept: Any = zip(wanting, values.tolist(), ids.tolist(), strict=True)
+    for place, likely, tokens in kept:
+        count = rows[place].request.top_logprobs
+        tops[place] = likely[:count], tokens[:count]
+    return tops

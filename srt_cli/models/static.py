@@ -1,0 +1,213 @@
+"""The engine for CPUs: batches of like length that shrink as their rows end.
+
+A wave is cut into the same batches whatever part of it is answered already, so that a resumed run
+repeats the floating point of an uninterrupted one.
+"""
+
+import inspect
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+
+from srt_cli.errors import SrtError
+from srt_cli.models.cache import keep_rows, roomy_cache
+from srt_cli.models.meter import Meter
+from srt_cli.models.rows import Loaded, Row, top_tokens
+from srt_cli.models.sampling import choose_tokens
+
+MOST_ROWS: Final = {"cpu": 64, "mps": 16, "cuda": 64}
+# A batch's prompt tokens times rows; bounds the prefill, whose activations are the peak.
+PREFILL_TOKENS: Final = {"cpu": 16_384, "mps": 16_384, "cuda": 131_072}
+MEMORY_SHARE: Final = 0.4
+
+
+@dataclass
+class StaticEngine:
+    """Takes waves of rows and continues them batch by batch, in a thread of its own."""
+
+    loaded: Loaded
+    meter: Meter
+    batch_size: int | None = None
+    _waves: "queue.SimpleQueue[list[Row] | None]" = field(default_factory=queue.SimpleQueue)
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+    _most_rows: int = 1 << 30
+    """What memory was found to hold; falls when a batch runs out of it."""
+
+    def __post_init__(self) -> None:
+        self._worker = threading.Thread(target=self._work, name="static-engine", daemon=True)
+        self._worker.start()
+
+    def add(self, wave: list[Row]) -> None:
+        """Take a wave; the rows' futures resolve as they end."""
+        self._waves.put(wave)
+
+    def close(self) -> None:
+        """Stop at the next token; what has not ended is cancelled."""
+        self._cancelled.set()
+        self._waves.put(None)
+        self._worker.join(timeout=30)
+
+    def _work(self) -> None:
+        while (wave := self._waves.get()) is not None:
+            try:
+                self._run_wave(wave)
+            except BaseException as error:  # a thread has no caller: the futures carry it
+                for row in wave:
+                    if not row.future.done():
+                        row.future.set_exception(error)
+            if self._cancelled.is_set():
+                for row in wave:
+                    row.future.cancel()
+
+    def _run_wave(self, wave: list[Row]) -> None:
+        batches = deque(plan_batches(wave, self.loaded, self.batch_size))
+        while batches and not self._cancelled.is_set():
+            batch = batches.popleft()
+            if all(row.answered for row in batch):
+                continue
+            if len(batch) > self._most_rows:
+                batches.extendleft(reversed(_halves(batch)))
+                continue
+            if not self._run(batch):
+                batches.extendleft(reversed(_halves([row for row in batch if not row.finish])))
+
+    def _run(self, batch: list[Row]) -> bool:
+        """Continue a batch to its end; false when memory ran out, with unended rows as they began."""
+        try:
+            with self.meter.timing(len(batch)):
+                for row in generate(self.loaded, batch, self._cancelled.is_set):
+                    self.meter.tokens += len(row.tokens)
+                    if not row.answered:
+                        row.future.set_result(row.reply())
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            left = [row for row in batch if row.finish is None]
+            if len(left) == 1:
+                raise SrtError(
+                    f"out of memory with a single row of {len(left[0].prompt_ids)} tokens. "
+                    "Lower --max-new-tokens."
+                ) from None
+            for row in left:
+                row.start_again()
+            self._most_rows = max(1, len(left) // 2)
+            self.meter.halvings += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return False
+        return True
+
+
+def _halves(batch: list[Row]) -> list[list[Row]]:
+    middle = (len(batch) + 1) // 2
+    return [half for half in (batch[:middle], batch[middle:]) if half]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch says it in three ways: the accelerators', the CPU allocator's, and Python's own."""
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
+
+
+def plan_batches(wave: list[Row], loaded: Loaded, batch_size: int | None) -> list[list[Row]]:
+    """Cut a wave into batches of like length, the longest first, within the memory's budget."""
+    most_rows = batch_size or MOST_ROWS[loaded.device]
+    most_tokens = _tokens_that_fit(loaded)
+    # Rows of one length are in the order of their seeds: the order of the input is irrelevant.
+    ordered = sorted(wave, key=lambda row: (len(row.prompt_ids), row.seed), reverse=True)
+    batches: list[list[Row]] = []
+    for row in ordered:
+        current = batches[-1] if batches else []
+        rows = len(current) + 1
+        width = len(current[0].prompt_ids) if current else 0
+        longest = max((other.limit for other in (*current, row)), default=0)
+        fits = (
+            rows <= most_rows
+            and width * rows <= PREFILL_TOKENS[loaded.device]
+            and (width + longest) * rows <= most_tokens
+        )
+        if current and fits:
+            current.append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def _tokens_that_fit(loaded: Loaded) -> int:
+    """How many tokens' keys and values fit: of what the machine has, not of what is free now.
+
+    What is free changes from run to run, and a resumed run should cut the same batches.
+    """
+    config: Any = loaded.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = loaded.model.dtype.itemsize
+    bytes_a_token = 2 * config.num_hidden_layers * heads * size * width
+    if loaded.device == "cuda":
+        memory = torch.cuda.get_device_properties(loaded.model.device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(MEMORY_SHARE * memory / bytes_a_token)
+
+
+@torch.inference_mode()
+def generate(loaded: Loaded, batch: Sequence[Row], cancelled: Callable[[], bool]) -> Iterator[Row]:
+    """Continue every row of a batch; yields each as it ends, and computes on with the others.
+
+    A cancelled batch stops at the next token.
+    """
+    live = list(batch)
+    width = max(len(row.prompt_ids) for row in live)
+    pads = [width - len(row.prompt_ids) for row in live]
+    pad = int(loaded.tokenizer.pad_token_id or 0)
+    device = loaded.model.device
+    ids = torch.tensor(
+        [[pad] * left + row.prompt_ids for left, row in zip(pads, live, strict=True)], device=device
+    )  # (rows, width), padded on the left
+    starts = torch.tensor(pads, device=device)  # (rows,)
+    places = torch.arange(width, device=device)
+    positions = (places - starts[:, None]).clamp_min(0)  # (rows, width)
+    cache = roomy_cache(loaded.model.config)
+    forward, cache_name = _forward_of(loaded.model)
+    while live and not cancelled():
+        seen = torch.arange(width, device=device) >= starts[:, None]  # (rows, width so far)
+        output = forward(
+            input_ids=ids,
+            attention_mask=seen,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{cache_name: cache},
+        )
+        logits = output.logits[:, -1]  # (rows, vocabulary)
+        chosen = choose_tokens(logits, [row.draw() for row in live])
+        tokens = chosen.tolist()
+        tops = top_tokens(logits, live, tokens)
+        ended = [
+            place
+            for place, (row, token) in enumerate(zip(live, tokens, strict=True))
+            if row.take(token, tops[place])
+        ]
+        for place in ended:
+            yield live[place]
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        width += 1
+        if ended:
+            order = keep_rows(cache, ended, len(live))
+            live = [live[place] for place in order]
+            ids, positions, starts = ids[order], positions[order], starts[order]
+
+
+def _forward_of(model: Any) -> tuple[Any, str]:
+    """The model's forward, and what it calls its cache (`cache` from transformers 5.24 on)."""
+    names = inspect.signature(model.forward).parameters
+    return model, "cache" if "cache" in names else "past_key_values"
