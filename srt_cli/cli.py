@@ -16,7 +16,7 @@ import typer
 
 import srt_cli
 from srt_cli import console
-from srt_cli.errors import Interrupted, SrtError
+from srt_cli.errors import Ended, Interrupted, SrtError
 from srt_cli.options import flag_of, resolve
 
 
@@ -226,6 +226,6 @@ def _describe_os_error(error: OSError) -> str:
 def _exit(error: SrtError, cause: BaseException | None = None) -> typing.NoReturn:
     if os.environ.get("SRT_TRACEBACK") == "1":
         raise cause or error
-    if str(error):
+    if not isinstance(error, Ended):
         console.fail(str(error))
     sys.exit(error.exit_code)

@@ -53,5 +53,5 @@ class Ended(SrtError):
     """Another process of this run failed and has said why; this one only takes over its code."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__("")
+        super().__init__("another process of this run ended")
         self.exit_code = exit_code

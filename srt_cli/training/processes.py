@@ -6,11 +6,11 @@ decides, prints and writes. The others wait in `follow` for the calls of functio
 stage reads as if it ran alone, and what is not marked cannot happen twice.
 """
 
+import contextlib
 import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from importlib import import_module
@@ -96,9 +96,9 @@ def in_every_process(function: Callable[Arguments, Result]) -> Callable[Argument
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         if _team.size == 1:
             return function(*args, **kwargs)
-        _team.share((f"{function.__module__}:{function.__qualname__}", args, kwargs))
-        _team.listening = False
         with _peers_may_fail():
+            _team.share((f"{function.__module__}:{function.__qualname__}", args, kwargs))
+            _team.listening = False
             try:
                 result = function(*args, **kwargs)
                 _team.wait()
@@ -118,6 +118,8 @@ def run_together(work: Callable[[], None]) -> None:
     Raises `Ended` in the others when the main process has failed: it has said why.
     """
     global _team
+    if _team.size > 1:
+        return work()  # among the others already
     _team = _join()
     try:
         if is_main():
@@ -126,8 +128,10 @@ def run_together(work: Callable[[], None]) -> None:
             console.hush()
             _follow()
     finally:
+        if _team.listening:
+            # Else another process may be gone, and this would wait for it.
+            dist.destroy_process_group()
         _team = Team()
-    dist.destroy_process_group()
 
 
 def _join() -> Team:
@@ -156,7 +160,8 @@ def _lead(work: Callable[[], None]) -> None:
         raise
     finally:
         if _team.listening:
-            _team.share(_Goodbye(code))
+            with _peers_may_fail():
+                _team.share(_Goodbye(code))
 
 
 def _follow() -> None:
@@ -165,6 +170,7 @@ def _follow() -> None:
             heard = _team.share(None)
             if isinstance(heard, _Goodbye):
                 if heard.exit_code:
+                    _give_way()
                     raise Ended(heard.exit_code)
                 return
             name, args, kwargs = heard
@@ -177,6 +183,7 @@ def _follow() -> None:
                 raise
             except SrtError as error:
                 _give_way()
+                console.speak()
                 raise SrtError(f"process {_team.rank}: {error}") from error
 
 
@@ -186,7 +193,7 @@ def _find(name: str) -> Callable[..., object]:
     return function
 
 
-@contextmanager
+@contextlib.contextmanager
 def _peers_may_fail() -> Iterator[None]:
     """A connection that another process closed by dying is that process's error, not ours."""
     try:
@@ -194,7 +201,7 @@ def _peers_may_fail() -> Iterator[None]:
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        time.sleep(GRACE_SECONDS)
+        _give_way()
         raise Ended(1) from error
 
 
@@ -204,6 +211,6 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def _give_way() -> None:
-    """Most errors happen in all processes alike; then the main one says it, and ends the others."""
-    time.sleep(GRACE_SECONDS)
-    console.speak()
+    """Let the process that failed first be the one whose end the launcher sees."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(GRACE_SECONDS)

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -124,16 +125,22 @@ def _supervise(start: Callable[[], Any], count: int) -> None:
     except SignalException:
         raise Ended(130) from None
     except ChildFailedError as error:
-        failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        rank, code = (0, failed[0]) if 0 in failed else next(iter(failed.items()))
-        if code < 0:
-            raise SrtError(
-                f"process {rank} was killed by signal {-code}"
-                f"{', often for want of memory' if code == -9 else ''}. "
-                "Run the same line to go on from the newest checkpoint."
-            ) from None
-        raise Ended(code) from None
+        failed = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+        # torchrun ends the other processes with SIGTERM: that is no cause.
+        for rank, code in failed.items():
+            if code < 0 and code != -signal.SIGTERM:
+                raise SrtError(_describe_killed(rank, -code)) from None
+        spoken = [code for code in failed.values() if code > 0]
+        raise Ended(spoken[0] if spoken else 130) from None
     except (ValueError, ImportError) as error:
         raise SrtError(f"accelerate refuses to start ({error}).") from None
     finally:
         del os.environ[ASKED_FOR]
+
+
+def _describe_killed(rank: int, number: int) -> str:
+    why = ", often for want of memory" if number == signal.SIGKILL else ""
+    return (
+        f"process {rank} was killed by signal {number}{why}. Run the same line to go on from the "
+        "newest checkpoint."
+    )
