@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from srt_cli import console
 from srt_cli.artifacts import (
@@ -76,6 +76,10 @@ class Sft(TrainingOptions):
     mix: tuple[str, ...] = setting(
         (), "Mix in other chats (messages, or prompt and response): WEIGHT of them for each row of "
         "feedback. Several times.", metavar="FILE:WEIGHT",
+    )  # fmt: skip
+    packing: Literal["auto", "bfd", "off"] = setting(
+        "auto", "Put several rows into one pass without padding (bfd), each seeing only itself; auto "
+        "does so where it pays.",
     )  # fmt: skip
     good_score: float = setting(8.0, "From this score on, an answer counts as good.")
     critic_check: int = runtime(
@@ -190,6 +194,7 @@ def _train(
     from srt_cli.models.weights import load_tokenizer
     from srt_cli.training.examples import length_limit, prepare_sft
     from srt_cli.training.keeping import keep_model
+    from srt_cli.training.packing import decide_packing
     from srt_cli.training.policy import load_policy, positions_of
     from srt_cli.training.samples import Sampler
     from srt_cli.training.saving import model_card
@@ -205,13 +210,17 @@ def _train(
     prepared.record(run, run.out / "sft.jsonl")
     run.manifest.models = {model_name: setup.place.describe()}
     console.say(setup.place.sentence())
+    lengths = [len(sequence.input_ids) for sequence in prepared.train]
+    packing = decide_packing(options.packing, setup.place, lengths, setup)
+    run.manifest.tallies["packing"] = vars(packing)
+    console.say(f"rows are {'' if packing.on else 'not '}packed: {packing.reason}")
     policy = partial(load_policy, model_name, setup.place, options)
     _, held_out = split_rows(records, lambda record: record.prompt, options.eval_split)
     shown = (held_out or records)[: options.samples]
     prompts = [as_messages(record.prompt) for record in shown]
     sampler = Sampler(tokenizer, prompts)
     model, trained = train_sft(
-        policy, tokenizer, prepared.train, prepared.held_out, setup, run, sampler
+        policy, tokenizer, prepared.train, prepared.held_out, packing, setup, run, sampler
     )
     run.manifest.tallies["training"] = vars(trained)
     facts: dict[str, Any] = {

@@ -31,6 +31,7 @@ def fingerprint(run: Run, setup: Setup) -> dict[str, Any]:
         "place": {
             "rows a forward pass": setup.micro_batch,
             "processes": setup.processes,
+            "packing": run.manifest.tallies.get("packing", {}).get("on", False),
             "bf16": setup.place.bf16,
         },
     }

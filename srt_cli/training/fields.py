@@ -21,6 +21,8 @@ DECIDED: Final[Mapping[str, str]] = {
     "seed": "--seed", "data_seed": "--seed", "full_determinism": "--deterministic",
     "report_to": "--report-to", "max_length": "--max-length", "beta": "--beta",
     "loss_type": "--loss-type", "label_smoothing": "--label-smoothing", "packing": "--packing",
+    "padding_free": "--packing", "eval_strategy": "--eval-split", "eval_steps": "--eval-every",
+    "eval_on_start": "--eval-split",
     "save_strategy": "--save-every", "save_steps": "--save-every",
     "trust_remote_code": "--trust-remote-code",
 }  # fmt: skip

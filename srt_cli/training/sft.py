@@ -18,6 +18,7 @@ from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config
 from srt_cli.training.meter import MeteredTrainer
 from srt_cli.training.order import LengthGroupedOrder
+from srt_cli.training.packing import Packing, pack, pack_length, packs_a_step
 from srt_cli.training.processes import in_every_process
 from srt_cli.training.rows import keep_rows
 from srt_cli.training.samples import Sampler
@@ -50,15 +51,20 @@ def train_sft(
     tokenizer: PreTrainedTokenizerBase,
     sequences: list[Sequence],
     held_out: list[Sequence],
+    packing: Packing,
     setup: Setup,
     run: Run,
     sampler: Sampler,
 ) -> tuple[PreTrainedModel | PeftModel, Trained]:
     """Fine-tune on the sequences' labels; returns the model, its adapter apart, and the figures."""
-    lengths = [len(sequence.input_ids) for sequence in sequences]
-    rows = keep_rows(columns_of(sequences), run.out)
+    columns = columns_of(sequences)
+    if packing.on:
+        columns = packed(columns, setup)
+    rows = keep_rows(columns, run.out)
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    batches = batch_arguments(len(sequences), len(rows), packing, setup)
     model, trained = _train_everywhere(
-        load_policy, tokenizer, rows, lengths, held_out, setup, run, sampler
+        load_policy, tokenizer, rows, lengths, batches, held_out, setup, run, sampler
     )
     assert model is not None
     return model, trained
@@ -72,12 +78,31 @@ def columns_of(sequences: list[Sequence]) -> dict[str, list[list[int]]]:
     }
 
 
+def packed(columns: dict[str, list[list[int]]], setup: Setup) -> dict[str, list[list[int]]]:
+    """The same rows in packs that cost about as much memory as `--micro-batch` of them."""
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    return pack(columns, pack_length(lengths, setup.micro_batch))
+
+
+def batch_arguments(rows: int, passes: int, packing: Packing, setup: Setup) -> dict[str, Any]:
+    """For `SFTConfig`: how much of the data is a forward pass, and how many passes are a step."""
+    if not packing.on:
+        return {}
+    share = packs_a_step(rows, passes, setup.values.global_batch, setup.processes)
+    return {
+        "padding_free": True,
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": share,
+    }
+
+
 @in_every_process
 def _train_everywhere(
     load_policy: Callable[[], PreTrainedModel | PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     lengths: list[int],
+    batches: dict[str, Any],
     held_out: list[Sequence],
     setup: Setup,
     run: Run,
@@ -88,13 +113,14 @@ def _train_everywhere(
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "packing": False,
     }
+    arguments |= batches
     if held_out:
         arguments |= evaluation_arguments(setup, run.out)
     # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
     config = SFTConfig(**arguments | setup.fields)
     trainer = _OwnSFTTrainer(
         held_out=held_out,
-        order=LengthGroupedOrder(lengths, setup.micro_batch, setup.seed),
+        order=LengthGroupedOrder(lengths, config.per_device_train_batch_size, setup.seed),
         model=load_policy(),
         args=config,
         train_dataset=rows,
