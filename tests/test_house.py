@@ -164,7 +164,7 @@ def test_every_test_that_the_documents_name_exists():
         "docs/preferences.md",
         "docs/recipes.md",
         "docs/training.md",
-    ],  # fmt: skip
+    ],
 )
 def test_every_option_that_the_documents_name_exists(document):
     known = {
