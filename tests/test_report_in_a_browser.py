@@ -46,6 +46,23 @@ def test_it_opens_without_network_or_complaint_and_the_filter_works(report):
     assert page.values[5].startswith("no idea about question number 0")
 
 
+def test_prompts_whose_verdicts_differ_can_be_singled_out(srt, tmp_path):
+    (tmp_path / "p.py").write_text(
+        PROGRAMS
+        + """
+def wavers(prompt, a, b):
+    return float("good" in a) if int(prompt.id[1:]) % 4 else 1.0
+"""
+    )
+    rows = [{"id": f"q{n}", "prompt": f"question number {n}"} for n in range(20)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    assert evaluate(srt, judge="python:p.py:wavers").code == 0
+    click = "changed.click(); document.querySelectorAll('article:not([hidden])').length"
+    page = visit(tmp_path / "report.html", click, "count.textContent", click)
+    # Every fourth is won by whatever is shown first: once by each side.
+    assert page.values == [5, "5 shown", 20]
+
+
 def test_what_a_model_wrote_is_text_and_never_runs(report):
     page = visit(
         report,

@@ -30,8 +30,9 @@ def examples(
             )
             for output in mine
         )
+        differs = " data-differs" if told.differs(mine) else ""
         cards.append(
-            f'<article><p class="prompt">{escape(prompt.text)}</p>'
+            f'<article{differs}><p class="prompt">{escape(prompt.text)}</p>'
             f'<div class="answers">{answers}</div></article>'
         )
     of = len(evidence.prompts)
@@ -45,7 +46,7 @@ def examples(
     return (
         f'<section id="examples"><h2>Examples</h2><p class="tools">'
         '<input id="search" type="search" placeholder="Filter by text" aria-label="Filter by text"> '
-        '<label><input id="changed" type="checkbox"> only where answers differ in verdict</label> '
+        '<label><input id="changed" type="checkbox"> only where verdicts differ</label> '
         f'<span id="count">{shown}</span></p>{"".join(cards)}{link}</section>'
     )
 
@@ -70,6 +71,18 @@ class _Told:
             for contestant, records in evidence.critiques.items()
             for record in records
         }
+
+    def differs(self, outputs: Sequence[Output]) -> bool:
+        """Whether checks, judges or the two orders do not all say the same of these answers."""
+        checked = {output.passed for output in outputs if output.passed is not None}
+        named = [(output.id, f"{output.contestant} {output.use}") for output in outputs]
+        sides = {
+            (verdict.preference > 0.5) - (verdict.preference < 0.5)
+            for name in named
+            for verdict in self.verdicts.get(name, [])
+            if verdict.preference is not None
+        }
+        return len(checked) > 1 or len(sides) > 1
 
     def marks_of(self, output: Output) -> list[str]:
         """Check, verdicts and scores in a few words each; the verdict first."""

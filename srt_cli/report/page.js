@@ -4,10 +4,7 @@ const changed = document.getElementById("changed");
 const count = document.getElementById("count");
 const cards = [...document.querySelectorAll("article")];
 const texts = cards.map((card) => card.textContent.toLowerCase());
-const differs = cards.map((card) => {
-  const marks = [...card.querySelectorAll(".marks")].map((mark) => mark.textContent.split(" · ")[0]);
-  return new Set(marks).size > 1;
-});
+const differs = cards.map((card) => card.hasAttribute("data-differs"));
 const total = count.textContent;
 function filter() {
   const wanted = search.value.trim().toLowerCase();
