@@ -17,9 +17,8 @@ from srt_cli.stats.drift import APART, SelfBias, self_bias
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
 from srt_cli.tables import (
     Table,
-    figure_with_interval,
+    figures_as_rows,
     score_with_error,
-    share,
     share_with_interval,
     shorten,
 )
@@ -175,61 +174,43 @@ def _against(
 
 
 def quality_tables(found: Sequence[CriticQuality]) -> list[Table]:
-    """What the critiques are like, and, with a scorer, what their scores are worth."""
-    texts = Table(
-        "critiques",
-        ["", "rows", "whole", "about the answer", "its language", "generic", "words"],
-        [
-            [
-                shorten(each.file),
-                str(each.rows),
-                share_with_interval(each.valid),
-                share_with_interval(each.grounded),
-                share(each.same_language),
-                share_with_interval(each.generic),
-                f"{each.words.value:.0f}" if each.words else "-",
-            ]
-            for each in found
-        ],
-    )
-    scored = [(shorten(each.file), each.outside) for each in found if each.outside is not None]
-    if not scored:
-        return [texts]
-    gains = Table(
-        "their scores against an outside scorer",
-        ["", "bias", "own gain", "outside", "inflation", "false accepts"],
-        [
-            [
-                name,
-                score_with_error(outside.bias.bias if outside.bias else None, "+"),
-                score_with_error(outside.own_gain, "+"),
-                score_with_error(outside.outside_gain, "+"),
-                score_with_error(outside.inflation, "+"),
-                share_with_interval(outside.false_accepts),
-            ]
-            for name, outside in scored
-        ],
-    )
-    agreements = [(name, outside.agreement) for name, outside in scored if outside.agreement]
-    return [texts, gains, *([score_agreement_table(agreements)] if agreements else [])]
-
-
-def score_agreement_table(found: Sequence[tuple[str, ScoreAgreement]]) -> Table:
-    """How two scores of the same answers go together, one row a pair of scorers."""
-    columns = ["", "rank corr. [95 %]", "tau-b", "kappa, quadratic", "alpha, ordinal", "apart", "n"]
-    cells = [
-        [
-            name,
-            figure_with_interval(each.spearman),
-            figure_with_interval(each.kendall),
-            figure_with_interval(each.weighted_kappa),
-            figure_with_interval(each.alpha_ordinal),
-            f"{each.mean_distance.value:.2f}" if each.mean_distance else "-",
-            str(each.n),
-        ]
-        for name, each in found
+    """What the critiques are like, and, with a scorer, what their scores are worth; a column a file."""
+    names = [each.file for each in found]
+    texts = [
+        ("rows", [str(each.rows) for each in found]),
+        ("whole", [share_with_interval(each.valid) for each in found]),
+        ("about the answer", [share_with_interval(each.grounded) for each in found]),
+        ("in its language", [share_with_interval(each.same_language) for each in found]),
+        ("generic", [share_with_interval(each.generic) for each in found]),
+        ("words", [f"{each.words.value:.0f}" if each.words else "-" for each in found]),
     ]
-    return Table("own and outside scores of the same answers", columns, cells)
+    tables = [figures_as_rows("critiques", names, texts)]
+    scored = [each.outside for each in found if each.outside is not None]
+    if not scored:
+        return tables
+    biases = [each.bias for each in scored]
+    agreements = [each.agreement for each in scored]
+    scores = [
+        ("bias, own - outside", [score_with_error(b.bias if b else None, "+") for b in biases]),
+        ("  one-sided (dskew)", [score_with_error(b.skewness if b else None) for b in biases]),
+        ("  rank correlation", [score_with_error(a.spearman if a else None) for a in agreements]),
+        ("  tau-b", [score_with_error(a.kendall if a else None) for a in agreements]),
+        (
+            "  kappa, quadratic",
+            [score_with_error(a.weighted_kappa if a else None) for a in agreements],
+        ),
+        (
+            "  alpha, ordinal",
+            [score_with_error(a.alpha_ordinal if a else None) for a in agreements],
+        ),
+        ("refining gains, own", [score_with_error(each.own_gain, "+") for each in scored]),
+        ("refining gains, outside", [score_with_error(each.outside_gain, "+") for each in scored]),
+        ("inflation", [score_with_error(each.inflation, "+") for each in scored]),
+        ("false accepts", [share_with_interval(each.false_accepts) for each in scored]),
+    ]
+    scorer = shorten(scored[0].scorer, 40)
+    tables.append(figures_as_rows(f"their scores, against {scorer}", names, scores))
+    return tables
 
 
 def warnings_of(found: Sequence[CriticQuality]) -> list[str]:

@@ -11,7 +11,7 @@ from srt_cli.labelled_pairs import Pair, ScoredPair
 from srt_cli.stats.bootstrap import bootstrap_mean
 from srt_cli.stats.drift import APART
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
-from srt_cli.tables import Table, score_with_error, share, share_with_interval, shorten
+from srt_cli.tables import Table, figures_as_rows, score_with_error, share_with_interval
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,14 @@ def count_pairs(critic: str, pairs: Sequence[Pair], scored: Sequence[ScoredPair]
     )
 
 
-def pairs_table(found: list[PairAccuracy]) -> Table:
-    """One row a critic."""
-    columns = ["", "right [95 %]", "ties out", "ties", "unread", "gap", "longer wins"]
-    cells = [
-        [
-            shorten(each.critic),
-            share_with_interval(each.accuracy),
-            share(each.without_ties),
-            str(each.ties),
-            str(each.unread),
-            score_with_error(each.gap, "+"),
-            share(each.longer_wins),
-        ]
-        for each in found
+def pairs_table(found: Sequence[PairAccuracy]) -> Table:
+    """One column a critic."""
+    rows = [
+        ("right", [share_with_interval(each.accuracy) for each in found]),
+        ("  ties out", [share_with_interval(each.without_ties) for each in found]),
+        ("ties", [str(each.ties) for each in found]),
+        ("unread", [str(each.unread) for each in found]),
+        ("score gap", [score_with_error(each.gap, "+") for each in found]),
+        ("the longer is chosen", [share_with_interval(each.longer_wins) for each in found]),
     ]
-    return Table("scores chosen above rejected", columns, cells)
+    return figures_as_rows("scores chosen above rejected", [each.critic for each in found], rows)

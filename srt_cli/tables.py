@@ -19,6 +19,15 @@ class Table:
     cells: list[list[str]]
 
 
+def figures_as_rows(
+    title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
+) -> Table:
+    """A table of a few things with many figures: a column each, so that it fits a terminal."""
+    short = short_names(names)
+    columns = ["", *(shorten(short[name], 18) for name in names)]
+    return Table(title, columns, [[label, *cells] for label, cells in rows])
+
+
 def shorten(name: str, longest: int = 22) -> str:
     """A name cut in its middle, where the least is told."""
     if len(name) <= longest:
