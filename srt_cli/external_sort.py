@@ -16,6 +16,7 @@ MEMORY_BYTES: Final = 48 << 20
 BYTES_BESIDES: Final = 160
 """What an entry takes in memory besides its bytes."""
 MOST_RUNS: Final = 64
+BUFFER_BYTES: Final = 1 << 18
 _LENGTHS: Final = struct.Struct("<II")
 
 
@@ -81,7 +82,9 @@ class _Run:
     """Sorted entries in a file."""
 
     def __init__(self, folder: Path, entries: Iterable[Entry]) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  held until close()
+        self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115  held until close()
+            dir=folder, buffering=BUFFER_BYTES
+        )
         try:
             for key, value in entries:
                 self._file.write(_LENGTHS.pack(len(key), len(value)) + key + value)

@@ -13,7 +13,7 @@ class NearDuplicates:
     """An index of prompts; two are alike when they share enough runs of three words.
 
     The share is Jaccard's: runs in both over runs in either, estimated from 128 permutations
-    (standard error at most 0.045). Memory grows by about 1.2 KB a prompt.
+    (standard error at most 0.045). Memory grows by about 1.6 KB a prompt.
     """
 
     def __init__(self, threshold: float) -> None:

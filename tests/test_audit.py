@@ -144,9 +144,10 @@ def test_the_audit_can_set_the_gain(srt, feedback):
     assert (tallies["audit"]["right"], tallies["audit"]["wrong"]) == (len(kept), 0)
     assert (feedback / "prefs.journal.jsonl").read_bytes().count(b"\n") == 120
     assert srt(*line, 0.95).code == 0
-    other = srt(*line, 0.5)
-    assert other.code == 1
-    assert "was built with a gain of 4, and the audit now asks for 1" in other.stderr
+    for _ in range(2):
+        other = srt(*line, 0.5)
+        assert other.code == 1
+        assert "was built with a gain of 4, and the audit now asks for 1" in other.stderr
     assert read_jsonl(feedback / "prefs.jsonl") == kept
 
 

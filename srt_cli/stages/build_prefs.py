@@ -183,6 +183,8 @@ def with_audited_gain(
     plan: PairPlan, rows: GroupedRows, options: BuildPrefs, auditor: "Auditor", run: Run
 ) -> PairPlan:
     """Ask for the gain from which the auditor finds enough labels right."""
+    earlier = run.earlier.tallies if run.earlier is not None else {}
+    run.manifest.tallies = dict(earlier)  # of the pairs that stand there until others do
     picked = auditor.picker(options.audit, options.seed)
     for decision in decide(rows, plan, "pairing for the audit"):
         if decision.kept is not None:
@@ -195,10 +197,10 @@ def with_audited_gain(
             f"--min-gain auto: {audit.sentence()}. Lower --min-precision, have more pairs judged, or "
             "give a gain."
         )
-    earlier = run.earlier.tallies.get("min_gain") if run.earlier is not None else None
-    if earlier not in (None, gain) and options.out.exists():
+    before = earlier.get("min_gain", gain)
+    if before != gain and options.out.exists():
         raise SrtError(
-            f"{options.out}: was built with a gain of {earlier:g}, and the audit now asks for {gain:g}. "
+            f"{options.out}: was built with a gain of {before:g}, and the audit now asks for {gain:g}. "
             "Choose another --out, or replace it with --overwrite."
         )
     console.say(f"{audit.sentence()}; --min-gain auto: {gain:g}")
