@@ -43,7 +43,7 @@ def feedback_row(number: int, sentences: int) -> dict[str, Any]:
         "response": SENTENCE * (1 + sentences % 3),
         "feedback": {"weaknesses": "Too long.", "suggestions": "Say it once.", "score": 4},
         "refinement": SENTENCE * (1 + sentences),
-        "refinement_score": 8,
+        "refinement_score": 8, "refinement_feedback": None, "reason": None,
         "status": "ok", "policy": "bench", "critic": "bench", "sample": 0, "round": 1,
         "raw": {}, "usage": {},
     }  # fmt: skip

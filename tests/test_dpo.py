@@ -49,3 +49,30 @@ def test_manifest_and_terminal_say_which_weights_were_the_reference(train, tmp_p
     manifest = json.loads((tmp_path / "models/dpo/run.json").read_text())
     assert manifest["models"]["reference"]["spec"] == str(tiny_model)
     assert len(manifest["models"]["reference"]["weights"]) == 16
+
+
+def test_a_live_reference_is_the_model_that_training_starts_from(srt, tmp_path, tiny_model):
+    """TRL alone would load it from the path in the model's configuration: the adapter's base."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from srt_cli.models.weights import load_tokenizer
+    from srt_cli.training.lora import Adapters, lora_config
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = get_peft_model(base, lora_config(Adapters(4, 8, 0.0, dora=False, rslora=False)))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "tuned")
+    load_tokenizer(str(tiny_model)).save_pretrained(tmp_path / "tuned")
+    write_jsonl(tmp_path / "prefs.jsonl", pair_rows(8))
+    line = ("dpo", "--model", "tuned", "--global-batch", 4, "--learning-rate", 1e-3, "--beta", 0.1)
+    losses = []
+    for out, more in (("before", ()), ("live", ("--set", "precompute_ref_log_probs=false"))):
+        finished = srt(*line, "--out", out, *more)
+        assert finished.code == 0, finished.stderr
+        losses.append([row["loss"] for row in read_jsonl(tmp_path / out / "metrics.jsonl")])
+    assert losses[1][0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

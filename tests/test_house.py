@@ -163,6 +163,7 @@ def test_every_test_that_the_documents_name_exists():
         "docs/eval.md",
         "docs/preferences.md",
         "docs/recipes.md",
+        "docs/scale.md",
         "docs/training.md",
     ],
 )
@@ -176,6 +177,12 @@ def test_every_option_that_the_documents_name_exists(document):
     known |= {"--no-" + flag.removeprefix("--") for flag in known}
     # Of srt itself, of other tools.
     known |= {"--config", "--version", "--help", "--output_path"}
+    # Of torchrun, accelerate launch and Slurm.
+    known |= {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
+    known |= {"--shutdown-timeout", "--config_file", "--num_machines", "--num_processes"}
+    known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--nodes"}
+    known |= {"--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"}
+    known |= {"--tensor-parallel-size", "--data-parallel-size"}
     lines = [line for line in (ROOT / document).read_text().splitlines() if "vllm " not in line]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-_]*[a-z]", "\n".join(lines)))
     assert not named - known

@@ -51,5 +51,7 @@ def load_policy(
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(resolve_source(adapter)), is_trainable=True)
+    if options.method == "full":
+        model.requires_grad_(True)  # peft leaves weights that carried an adapter frozen
     model.train()
     return model
