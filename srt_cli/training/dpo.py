@@ -114,8 +114,12 @@ def _train_everywhere(
     return whole_model(trainer, setup.adapters), trained
 
 
-def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+def _without_dropout(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     disable_dropout_in_model(model)
+    if isinstance(model, PeftModel):
+        for adapter in model.peft_config.values():
+            # Of an adapter that is gone on with TRL makes a frozen copy, with the dropout it finds here.
+            adapter.lora_dropout = 0.0
     return model
 
 
