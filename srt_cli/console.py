@@ -78,6 +78,24 @@ def talk_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     _print_table(_talk, title, columns, rows)
 
 
+def marked(title: str, stretches: Sequence[tuple[str, str]]) -> None:
+    """A result as running text: of each stretch, text and label; what has no label stands back.
+
+    A labelled stretch is coloured and stands between brackets, so that it shows without colour too.
+    """
+    text = Text()
+    for content, label in stretches:
+        if label:
+            text.append(f"⟦{label}: ", style="bold green")
+            text.append(content, style="green")
+            text.append("⟧", style="bold green")
+        else:
+            text.append(content, style="dim")
+    _result.print(Text(title, style="bold"))
+    _result.print(text, soft_wrap=True)
+    _result.print()
+
+
 def _print_table(
     console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:

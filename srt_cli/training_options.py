@@ -83,6 +83,15 @@ class TrainingOptions:
         None, "How the processes share the work: multi_gpu, fsdp2, zero2, zero3, or a FILE of "
         "accelerate.", metavar="NAME|FILE",
     )  # fmt: skip
+    dry_run: bool = runtime(
+        False, "Show the plan: rows, tokens, steps, memory, where values come from. Writes nothing."
+    )
+    probe: bool = runtime(
+        False, "With --dry-run: make a few steps on a copy that is thrown away, to tell the time."
+    )
+    show_masks: int = runtime(
+        0, "With --dry-run: show the first N rows, with what is trained marked."
+    )
     save_every: int | None = runtime(
         None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
     )

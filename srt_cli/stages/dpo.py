@@ -24,6 +24,8 @@ from srt_cli.training_rows import split_rows
 
 if TYPE_CHECKING:
     from srt_cli.training.loop import Trained
+    from srt_cli.training.objective import Objective
+    from srt_cli.training.planning import PairWork
     from srt_cli.training.setup import Setup
 
 COMMAND: Final = "dpo"
@@ -97,6 +99,11 @@ def prefer(options: Dpo) -> None:
     refuse_idle_smoothing(chosen.loss_type, options.label_smoothing is not None, smoothing)
     refuse_odd_weights(options)
     setup = set_up(options, chosen.values, COMMAND)
+    objective = objective_of(options, chosen, smoothing)
+    if options.dry_run:
+        advice = advise_on_size(options, COMMAND, parameters)
+        _show_plan(options, chosen, setup, model_name, objective, advice)
+        return
     if options.overwrite:
         clear_directory(options.out)
     run = open_run(
@@ -118,7 +125,7 @@ def prefer(options: Dpo) -> None:
         with run:
             if advice := advise_on_size(options, COMMAND, parameters):
                 run.warn(advice)
-            trained = _train(options, chosen, setup, model_name, pairs, smoothing, run)
+            trained = _train(options, chosen, setup, model_name, pairs, objective, run)
             if not options.keep_checkpoints:
                 clear_checkpoints(options.out)
         console.say(
@@ -202,30 +209,105 @@ def refuse_odd_weights(options: Dpo) -> None:
         )
 
 
+def objective_of(options: Dpo, chosen: Chosen, smoothing: float) -> "Objective":
+    """What is optimised, from options and recipe."""
+    from srt_cli.training.objective import Objective
+
+    return Objective(chosen.loss_type, chosen.beta, smoothing, options.nll_weight, options.ld_alpha)
+
+
+def why_not_of_this_model(options: Dpo) -> str | None:
+    """A warning when the preferences hold another model's answers; null when they do not."""
+    writer = model_that_wrote(options.prefs)
+    if writer is None or options.model is None:
+        return None
+    one, other = Path(writer).expanduser(), Path(options.model).expanduser()
+    if one == other or (one.exists() and other.exists() and one.samefile(other)):
+        return None
+    return (
+        f"{options.prefs} holds answers of {writer}, and {options.model} is trained on them: it learns "
+        "to tell apart what it would not have written. Leave --model away to train their writer, or go "
+        "on if that is meant."
+    )
+
+
+def _prepare(
+    options: Dpo, chosen: Chosen, setup: "Setup", model_name: str, pairs: list[Preference]
+) -> "PairWork":
+    """Everything that a training needs to know before its weights are loaded."""
+    from srt_cli.models.weights import load_tokenizer
+    from srt_cli.training.examples import length_limit, longest_side, prepare_dpo
+    from srt_cli.training.fitting import fit
+    from srt_cli.training.memory import Batch
+    from srt_cli.training.planning import PairWork
+    from srt_cli.training.policy import positions_of
+
+    tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
+    limit = length_limit(chosen.values.max_length, positions_of(model_name), options.truncation)
+    prepared = prepare_dpo(
+        tokenizer, pairs, limit, eval_split=options.eval_split, loss_type=chosen.loss_type,
+        refuse=not options.dry_run,
+    )  # fmt: skip
+    batch = Batch(2 * setup.micro_batch, max(map(longest_side, prepared.train)))
+    four_bit = options.method == "qlora"
+    fitted = fit(setup, model_name, batch, setup.accumulation, four_bit=four_bit)
+    return PairWork(tokenizer, prepared, limit, fitted)
+
+
+def _show_plan(
+    options: Dpo,
+    chosen: Chosen,
+    setup: "Setup",
+    model_name: str,
+    objective: "Objective",
+    advice: str | None,
+) -> None:
+    from srt_cli.training.dpo import train_dpo
+    from srt_cli.training.plan import show_plan
+    from srt_cli.training.planning import plan_dpo
+    from srt_cli.training.policy import load_policy
+    from srt_cli.training.probe import probe, probe_setup, rows_needed
+    from srt_cli.training.samples import Sampler
+
+    pairs = list(read_records(options.prefs, Preference.model_validate, limit=options.limit))
+    work = _prepare(options, chosen, setup, model_name, pairs)
+    setup = work.fit.setup
+    measured = None
+    if options.probe:
+        rows = work.prepared.train[: rows_needed(setup)]
+        policy = partial(load_policy, model_name, setup.place, options)
+        measured = probe(
+            COMMAND,
+            lambda run: train_dpo(
+                policy, work.tokenizer, rows, [], objective, probe_setup(setup), run,
+                Sampler(work.tokenizer, []),
+            ),
+        )  # fmt: skip
+    warnings = [text for text in (advice, why_not_of_this_model(options)) if text]
+    show_plan(plan_dpo(work, len(pairs), chosen, options.show_masks, measured, warnings))
+
+
 def _train(
     options: Dpo,
     chosen: Chosen,
     setup: "Setup",
     model_name: str,
     pairs: list[Preference],
-    smoothing: float,
+    objective: "Objective",
     run: Run,
 ) -> "Trained":
-    from srt_cli.models.weights import base_of, fingerprint_of, load_tokenizer
+    from srt_cli.models.weights import base_of, fingerprint_of
     from srt_cli.training.dpo import train_dpo
-    from srt_cli.training.examples import length_limit, prepare_dpo
     from srt_cli.training.keeping import keep_model
-    from srt_cli.training.objective import Objective
-    from srt_cli.training.policy import load_policy, positions_of
+    from srt_cli.training.policy import load_policy
     from srt_cli.training.samples import Sampler
     from srt_cli.training.saving import model_card
 
-    tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
-    limit = length_limit(chosen.values.max_length, positions_of(model_name), options.truncation)
-    prepared = prepare_dpo(
-        tokenizer, pairs, limit, eval_split=options.eval_split, loss_type=chosen.loss_type
-    )
+    work = _prepare(options, chosen, setup, model_name, pairs)
+    tokenizer, prepared, setup = work.tokenizer, work.prepared, work.fit.setup
     prepared.record(run, run.out / "dpo.jsonl")
+    if warning := why_not_of_this_model(options):
+        run.warn(warning)
     run.manifest.models = {
         "policy": {"spec": model_name, **setup.place.describe()},
         "reference": {
@@ -238,9 +320,6 @@ def _train(
     goes_on = options.adapter == "continue"
     base = base_of(model_name) if goes_on else model_name
     policy = partial(load_policy, base, setup.place, options, model_name if goes_on else None)
-    objective = Objective(
-        chosen.loss_type, chosen.beta, smoothing, options.nll_weight, options.ld_alpha
-    )
     _, held_out = split_rows(pairs, lambda pair: pair.prompt, options.eval_split)
     shown = (held_out or pairs)[: options.samples]
     sampler = Sampler(tokenizer, [pair.prompt for pair in shown])

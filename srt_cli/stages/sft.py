@@ -18,7 +18,7 @@ from srt_cli.artifacts import (
 from srt_cli.critic_check import check_critic
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
-from srt_cli.recipes import advise_on_size, choose_hyperparameters
+from srt_cli.recipes import Chosen, advise_on_size, choose_hyperparameters
 from srt_cli.records import FeedbackRecord, as_messages
 from srt_cli.training_options import TrainingOptions
 from srt_cli.training_rows import (
@@ -34,6 +34,7 @@ from srt_cli.training_rows import (
 
 if TYPE_CHECKING:
     from srt_cli.training.loop import Trained
+    from srt_cli.training.planning import Work
     from srt_cli.training.setup import Setup
 
 COMMAND: Final = "sft"
@@ -110,6 +111,10 @@ def fine_tune(options: Sft) -> None:
     parameters = count_parameters(model_name)
     chosen = choose_hyperparameters(options, COMMAND, parameters)
     setup = set_up(options, chosen.values, COMMAND)
+    if options.dry_run:
+        advice = advise_on_size(options, COMMAND, parameters)
+        _show_plan(options, chosen, setup, targets, mixes, model_name, advice)
+        return
     if options.overwrite:
         clear_directory(options.out)
     run = open_run(
@@ -181,6 +186,72 @@ def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
         raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped}.")
 
 
+def _prepare(
+    options: Sft,
+    setup: "Setup",
+    targets: Targets,
+    mixes: list[Mix],
+    model_name: str,
+    records: list[FeedbackRecord],
+) -> "Work":
+    """Everything that a training needs to know before its weights are loaded."""
+    from srt_cli.models.weights import load_tokenizer
+    from srt_cli.training.examples import length_limit, prepare_sft
+    from srt_cli.training.fitting import fit
+    from srt_cli.training.packing import decide_packing, sft_passes
+    from srt_cli.training.planning import Work
+    from srt_cli.training.policy import positions_of
+
+    tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
+    limit = length_limit(setup.values.max_length, positions_of(model_name), options.truncation)
+    prepared = prepare_sft(
+        tokenizer, records, targets, mixes, limit, good_score=options.good_score,
+        eval_split=options.eval_split, seed=options.seed, refuse=not options.dry_run,
+    )  # fmt: skip
+    lengths = [len(sequence.input_ids) for sequence in prepared.train]
+    packing = decide_packing(options.packing, lengths, setup)
+    batch, passes = sft_passes(lengths, packing, setup)
+    fitted = fit(setup, model_name, batch, passes, four_bit=options.method == "qlora")
+    return Work(tokenizer, prepared, limit, packing, fitted)
+
+
+def _show_plan(
+    options: Sft,
+    chosen: Chosen,
+    setup: "Setup",
+    targets: Targets,
+    mixes: list[Mix],
+    model_name: str,
+    advice: str | None,
+) -> None:
+    from srt_cli.training.plan import show_plan
+    from srt_cli.training.planning import plan_sft
+    from srt_cli.training.policy import load_policy
+    from srt_cli.training.probe import probe, probe_setup, rows_needed
+    from srt_cli.training.samples import Sampler
+    from srt_cli.training.sft import train_sft
+
+    records = list(read_records(options.data, FeedbackRecord.model_validate, limit=options.limit))
+    kept, fallen = keep_teaching_rows(records)
+    if not kept:
+        raise SrtError(f"{options.data}: no row is left to train on.")
+    work = _prepare(options, setup, targets, mixes, model_name, kept)
+    setup = work.fit.setup
+    rows = work.prepared.train[: rows_needed(setup)]
+    measured = None
+    if options.probe:
+        policy = partial(load_policy, model_name, setup.place, options)
+        measured = probe(
+            COMMAND,
+            lambda run: train_sft(
+                policy, work.tokenizer, rows, [], work.packing, probe_setup(setup), run,
+                Sampler(work.tokenizer, []),
+            ),
+        )  # fmt: skip
+    work.prepared.fallen = fallen + work.prepared.fallen
+    show_plan(plan_sft(work, len(records), chosen, options.show_masks, measured, advice))
+
+
 def _train(
     options: Sft,
     setup: "Setup",
@@ -191,29 +262,22 @@ def _train(
     fallen: list[Fallen],
     run: Run,
 ) -> "Trained":
-    from srt_cli.models.weights import load_tokenizer
-    from srt_cli.training.examples import length_limit, prepare_sft
     from srt_cli.training.keeping import keep_model
-    from srt_cli.training.packing import decide_packing
-    from srt_cli.training.policy import load_policy, positions_of
+    from srt_cli.training.policy import load_policy
     from srt_cli.training.samples import Sampler
     from srt_cli.training.saving import model_card
     from srt_cli.training.sft import train_sft
 
-    tokenizer = load_tokenizer(model_name, chat_template=options.chat_template)
-    limit = length_limit(setup.values.max_length, positions_of(model_name), options.truncation)
-    prepared = prepare_sft(
-        tokenizer, records, targets, mixes, limit,
-        good_score=options.good_score, eval_split=options.eval_split, seed=options.seed,
+    work = _prepare(options, setup, targets, mixes, model_name, records)
+    tokenizer, prepared, packing, setup = (
+        work.tokenizer, work.prepared, work.packing, work.fit.setup
     )  # fmt: skip
     prepared.fallen = fallen + prepared.fallen
     prepared.record(run, run.out / "sft.jsonl")
-    run.manifest.models = {model_name: setup.place.describe()}
-    console.say(setup.place.sentence())
-    lengths = [len(sequence.input_ids) for sequence in prepared.train]
-    packing = decide_packing(options.packing, setup.place, lengths, setup)
     run.manifest.tallies["packing"] = vars(packing)
     console.say(f"rows are {'' if packing.on else 'not '}packed: {packing.reason}")
+    run.manifest.models = {model_name: setup.place.describe()}
+    console.say(setup.place.sentence())
     policy = partial(load_policy, model_name, setup.place, options)
     _, held_out = split_rows(records, lambda record: record.prompt, options.eval_split)
     shown = (held_out or records)[: options.samples]

@@ -81,11 +81,13 @@ def prepare_sft(
     good_score: float,
     eval_split: float,
     seed: int,
+    refuse: bool = True,
 ) -> Prepared[Sequence]:
     """Token ids and masks of feedback records and of the chats mixed in.
 
     A mix's weight counts against the feedback records that are trained on. Raises `SrtError` for a
-    row that does not fit (unless it may be dropped), and for one that would teach nothing.
+    row that does not fit (unless it may be dropped, or `refuse` is False, for a plan), and for one
+    that would teach nothing.
     """
     train, held_out = split_rows(records, lambda record: record.prompt, eval_split)
     require_both_sides(train, held_out, eval_split)
@@ -107,6 +109,7 @@ def prepare_sft(
         lambda sequence: len(sequence.input_ids),
         limit,
         "sequences",
+        refuse,
     )
     check_labels(prepared.train + prepared.held_out, end_of_turn_id(tokenizer))
     _describe_sequences(prepared)
@@ -188,6 +191,7 @@ def prepare_dpo(
     *,
     eval_split: float,
     loss_type: str,
+    refuse: bool = True,
 ) -> Prepared[PairIds]:
     """Token ids of preference pairs; pairs of two equal answers fall out.
 
@@ -200,7 +204,7 @@ def prepare_dpo(
     def encode(some: SequenceOf[Preference]) -> list[tuple[PairIds, Record]]:
         return [(preference_ids(tokenizer, pair), pair) for pair in some]
 
-    prepared = _fit(encode(train), encode(held_out), longest_side, limit, "pairs")
+    prepared = _fit(encode(train), encode(held_out), longest_side, limit, "pairs", refuse)
     prepared.fallen = fallen + prepared.fallen
     prepared.warnings = warnings + prepared.warnings
     _describe_pairs(prepared, loss_type)
@@ -278,11 +282,12 @@ def _fit(
     length_of: Callable[[Example], int],
     limit: LengthLimit,
     kind: Literal["sequences", "pairs"],
+    refuse: bool,
 ) -> Prepared[Example]:
     """Examples within the limit; longer ones are refused, or fall out. They are never cut."""
     everything = train + held_out
     long = [(example, row) for example, row in everything if length_of(example) > limit.tokens]
-    if long and limit.truncation == "refuse":
+    if long and refuse and limit.truncation == "refuse":
         worst, _ = max(long, key=lambda pair: length_of(pair[0]))
         raise SrtError(
             f"{len(long)} of {len(everything)} {kind} exceed {limit.named} "

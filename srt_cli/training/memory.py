@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 from accelerate import init_empty_weights
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -28,7 +28,7 @@ FOUR_BIT_BYTES: Final = 0.56
 """A parameter of QLoRA's base: 4 bits, and the scales of its blocks."""
 OPTIMIZER_BYTES: Final = {"adamw": 8.0, "adam": 8.0, "8bit": 2.0, "sgd": 0.0, "adafactor": 0.1}
 """A trained parameter, by what the optimizer's name holds; the last that fits counts."""
-HEAD_TILE: Final = 4096 * 32768
+HEAD_TOKENS, HEAD_WIDTH = 4096, 32768
 """TRL computes the head in tiles of so many logits."""
 
 
@@ -82,8 +82,11 @@ def estimate_memory(
     gradients = sum(p.nbytes for p in trained)
     frozen = sum(p.numel() * FOUR_BIT_BYTES if four_bit else p.nbytes for p in base)
     weights = int(frozen) + gradients
-    with fake:
-        peak = _peak_of_pass(model, place, batch, passes=2 if accumulates else 1)
+    try:
+        with fake:
+            peak = _peak_of_pass(model, place, batch, passes=2 if accumulates else 1)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # an operation that cannot be run without data
     moments = next(
         bytes_ for named, bytes_ in reversed(OPTIMIZER_BYTES.items()) if named in optimizer
     )
@@ -136,29 +139,41 @@ def _put_on_device(model: Any, fake: FakeTensorMode) -> None:
 
 
 def _peak_of_pass(model: Any, place: TrainingPlace, batch: Batch, passes: int) -> int:
-    shape = (batch.rows, batch.tokens)
-    ids = torch.zeros(shape, dtype=torch.long)
-    labels = torch.ones(shape, dtype=torch.long)
-    mask = torch.ones(shape, dtype=torch.long)
+    inputs: dict[str, Any] = {
+        name: torch.ones((batch.rows, batch.tokens), dtype=torch.long)
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+    head = 0
+    forward: Callable[..., Any] = model
+    if place.placement.device == "cuda":
+        # There the head's tiles are folded in place, by kernels that need data: counted instead.
+        whole = model.get_base_model() if isinstance(model, PeftModel) else model
+        forward, head = whole.base_model, _head_bytes(whole.config.get_text_config(), batch)
+        del inputs["labels"]
+    else:
+        inputs["fused_lm_head"] = True
     with _LiveBytes() as live:
         for _ in range(passes):
             with torch.autocast("cpu", torch.bfloat16, enabled=place.bf16):
-                output = model(
-                    input_ids=ids, attention_mask=mask, labels=labels, use_cache=False,
-                    fused_lm_head=True,
-                )  # fmt: skip
-            loss = -output.log_probs.sum()
+                output = forward(**inputs, use_cache=False)
+            loss = output.last_hidden_state.sum() if head else -output.log_probs.sum()
             del output
             loss.backward()
             del loss
-    return live.peak
+    return int(live.peak) + head
+
+
+def _head_bytes(config: Any, batch: Batch) -> int:
+    tokens = batch.rows * batch.tokens
+    tile = 2 * min(tokens, HEAD_TOKENS) * min(int(config.vocab_size), HEAD_WIDTH)
+    return tile + 4 * tokens * int(config.hidden_size)
 
 
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors made while it is on, and the most there were at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known: set[int] = set()
 

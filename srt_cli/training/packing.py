@@ -12,8 +12,8 @@ from typing import Final, Literal
 from datasets import Dataset
 from trl import pack_dataset
 
+from srt_cli.training.memory import Batch
 from srt_cli.training.order import LengthGroupedOrder
-from srt_cli.training.place import TrainingPlace
 from srt_cli.training.setup import Setup
 
 PackingChoice = Literal["auto", "bfd", "off"]
@@ -29,13 +29,11 @@ class Packing:
     reason: str
 
 
-def decide_packing(
-    choice: PackingChoice, place: TrainingPlace, lengths: SequenceOf[int], setup: Setup
-) -> Packing:
+def decide_packing(choice: PackingChoice, lengths: SequenceOf[int], setup: Setup) -> Packing:
     """`--packing`; auto packs where attention skips what lies between rows, or padding costs more."""
     if choice != "auto":
         return Packing(choice == "bfd", f"--packing {choice}")
-    if place.attention == "flash_attention_2":
+    if setup.place.attention == "flash_attention_2":
         return Packing(True, "flash attention computes each row of a pack apart")
     padding = padding_share(lengths, setup.micro_batch, setup.seed)
     found = f"rows of like length share a pass, and {padding:.0%} of its tokens are padding"
@@ -76,3 +74,14 @@ def pack(columns: dict[str, list[list[int]]], tokens: int) -> dict[str, list[lis
 def packs_a_step(rows: int, packs: int, global_batch: int, processes: int) -> int:
     """Packs a process takes a step, so that a step has about `global_batch` rows over all of them."""
     return max(1, round(global_batch * packs / rows / processes))
+
+
+def sft_passes(lengths: SequenceOf[int], packing: Packing, setup: Setup) -> tuple[Batch, int]:
+    """The largest forward pass, and how many of them a process makes a step."""
+    if not packing.on:
+        return Batch(setup.micro_batch, max(lengths)), setup.accumulation
+    tokens = pack_length(lengths, setup.micro_batch)
+    packs = -(-sum(lengths) // tokens)
+    return Batch(1, tokens), packs_a_step(
+        len(lengths), packs, setup.values.global_batch, setup.processes
+    )

@@ -24,6 +24,7 @@ class TrainingPlace:
     """As transformers' `attn_implementation` names it."""
     checkpointing: bool
     """Whether activations are computed again in the backward pass instead of kept."""
+    checkpointing_reason: str = "not decided yet"
 
     def describe(self) -> dict[str, Any]:
         """Device, weights' dtype, autocast, attention, and why."""
@@ -31,16 +32,21 @@ class TrainingPlace:
             "bf16_autocast": self.bf16,
             "attention": self.attention,
             "activation_checkpointing": self.checkpointing,
+            "activation_checkpointing_reason": self.checkpointing_reason,
         }
 
     def sentence(self) -> str:
         """For the terminal."""
         dtype = str(self.placement.dtype).removeprefix("torch.")
-        return f"training on {self.placement.device}, {dtype} weights: {self.placement.reason}"
+        twice = "activations computed twice" if self.checkpointing else "activations kept"
+        return (
+            f"training on {self.placement.device}, {dtype} weights: {self.placement.reason}; "
+            f"{twice}: {self.checkpointing_reason}"
+        )
 
 
 def decide_training_place(method: Method) -> TrainingPlace:
-    """Device and formats for this machine.
+    """Device and formats for this machine; `fitting` decides about checkpointing later.
 
     Weights that are trained stay float32, with bfloat16 products where the device computes them;
     weights that only carry adapters are bfloat16 there. Raises `SrtError` for qlora without
@@ -60,7 +66,7 @@ def decide_training_place(method: Method) -> TrainingPlace:
         placement = Placement(found.device, found.dtype, reason)
     on_gpu = found.device == "cuda"
     attention = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
-    return TrainingPlace(placement, bf16, attention, checkpointing=on_gpu)
+    return TrainingPlace(placement, bf16, attention, checkpointing=False)
 
 
 def sharding() -> Literal["fsdp", "zero"] | None:

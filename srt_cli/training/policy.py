@@ -16,7 +16,9 @@ def count_parameters(name: str) -> int | None:
         source = str(resolve_source(base_of(name)))
         config = AutoConfig.from_pretrained(source, local_files_only=True)
         with init_empty_weights():
-            return int(AutoModelForCausalLM.from_config(config).num_parameters())
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()  # building without data has untied what the configuration ties
+        return int(model.num_parameters())
     except (OSError, ValueError, KeyError):
         return None
 

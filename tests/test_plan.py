@@ -1,0 +1,243 @@
+"""The plan before a training: what it shows, that it writes nothing, and that its figures hold."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from test_dpo import pair_rows
+from test_sft import feedback_rows
+
+MEASURE = """
+import sys
+from srt_cli import cli
+import srt_cli.training.dpo as dpo, srt_cli.training.sft as sft
+import srt_cli.training.keeping, srt_cli.training.packing, srt_cli.training.samples
+
+def of_status(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
+
+def measured(train):
+    def measure(*args, **kwargs):
+        trained = train(*args, **kwargs)
+        print("peak", of_status("VmHWM") - before)
+        sys.stdout.flush()
+        import os
+        os._exit(0)
+    return measure
+
+sft.train, dpo.train = measured(sft.train), measured(dpo.train)
+before = of_status("VmRSS")
+cli.main()
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(24))
+    write_jsonl(tmp_path / "prefs.jsonl", pair_rows(24))
+
+
+def files_in(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_plan_of_sft_names_rows_tokens_values_memory_and_steps(srt, data, tmp_path, tiny_model):
+    rows = [*feedback_rows(24), feedback_rows(1, id="x", status="unparsed", feedback=None)[0]]
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    before = files_in(tmp_path)
+    line = ("--model", tiny_model, "--epochs", 2, "--global-batch", 8, "--learning-rate", 1e-3)
+    plan = srt("sft", *line, "--dry-run", "--eval-split", 0.3)
+    assert plan.code == 0, plan.stderr
+    assert files_in(tmp_path) == before
+    assert re.search(r"read +25\b", plan.stdout)
+    assert re.search(r"dropped: unparsed +1\b", plan.stdout)
+    for part in ("prompt", "response", "feedback", "refinement", "whole row"):
+        assert re.search(rf"^ *{part} +\d+", plan.stdout, re.MULTILINE)
+    assert re.search(r"learning_rate +0.001 +given", plan.stdout)
+    assert re.search(r"warmup +0.1 +SRT paper", plan.stdout)
+    assert "lora_r" not in plan.stdout
+    for part in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "together",
+        "free on this cpu",
+    ):
+        assert re.search(rf"{part} +\d+\.\d\d", plan.stdout)
+    done = srt("sft", *line, "--eval-split", 0.3, "--critic-check", 0, "--samples", 0)
+    assert done.code == 0, done.stderr
+    steps = sum("loss" in row for row in read_jsonl(tmp_path / "models/sft/metrics.jsonl"))
+    assert f"{steps} steps: 2 epochs of" in plan.stdout
+
+
+def test_the_plan_of_dpo_leaves_nothing_behind_not_even_with_a_probe(
+    srt, data, tmp_path, tiny_model, monkeypatch
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    before = files_in(tmp_path)
+    plan = srt("dpo", "--model", tiny_model, "--dry-run", "--probe", "--global-batch", 8)
+    assert plan.code == 0, plan.stderr
+    assert files_in(tmp_path).keys() == before.keys()
+    assert re.search(
+        r"about \d+ s, at [\d,]+ tokens/s \(measured in \d+ s of real steps", plan.stdout
+    )
+    for part in ("prompt", "chosen", "rejected"):
+        assert re.search(rf"^ *{part} +\d+", plan.stdout, re.MULTILINE)
+    assert re.search(r"reference \(its log-probs are computed beforehand\) +0.00", plan.stdout)
+    assert re.search(r"beta +0.01 +SRT paper", plan.stdout)
+
+
+def test_masks_are_shown_between_brackets_without_colour(srt, data, tiny_model):
+    line = ("sft", "--model", tiny_model, "--dry-run", "--show-masks", 1)
+    plan = srt(*line, "--loss-on", "response,refinement")
+    assert "⟦response: It is 0.<|im_end|>⟧" in plan.stdout
+    assert "⟦refinement: \n\n### Improved Response\nIt is the number 0 in words.<|im_end|>⟧" in (
+        plan.stdout
+    )
+    assert "⟦feedback" not in plan.stdout
+    assert "\x1b[" not in plan.stdout
+    pairs = srt("dpo", "--model", tiny_model, "--dry-run", "--show-masks", 1)
+    assert "⟦chosen: It is the number 0 in words.<|im_end|>⟧" in pairs.stdout
+    assert "⟦rejected: It is 0.<|im_end|>⟧" in pairs.stdout
+
+
+def test_the_plan_counts_what_exceeds_the_length_where_a_run_refuses(
+    srt, data, tmp_path, tiny_model
+):
+    long = feedback_rows(1, id="long", response="word " * 300)[0]
+    write_jsonl(tmp_path / "feedback.jsonl", [*feedback_rows(4), long])
+    plan = srt("sft", "--model", tiny_model, "--dry-run", "--max-length", 200)
+    assert plan.code == 0, plan.stderr
+    assert "1 rows exceed --max-length 200: a run would refuse them. Raise" in plan.stdout
+
+
+def test_preferences_of_another_model_are_warned_of(srt, data, tmp_path, tiny_model):
+    for name, settings in {"prefs": {}, "self-feedback": {"model": "models/other"}}.items():
+        manifest = {"command": "x", "settings": settings, "runtime": {}}
+        if name == "prefs":
+            manifest["inputs"] = {"data": {"path": "self-feedback.jsonl"}}
+        (tmp_path / f"{name}.run.json").write_text(json.dumps(manifest))
+    plan = srt("dpo", "--model", tiny_model, "--dry-run")
+    assert "prefs.jsonl holds answers of models/other" in plan.stderr
+
+
+# --- Memory ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def middle_model(tiny_model, tmp_path_factory) -> Path:
+    """A Llama of six layers and 26M random parameters: big enough for its memory to be measured."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from srt_cli.models.weights import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("middle") / "model"
+    tokenizer = load_tokenizer(str(tiny_model))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("command", "method"), [("sft", "full"), ("sft", "lora"), ("dpo", "full")])
+def test_the_estimate_is_within_a_quarter_of_the_real_peak(
+    srt, tmp_path, middle_model, command, method
+):
+    words = "several words of an answer that goes on " * 12
+    feedback = feedback_rows(4, response=words, refinement=words)
+    write_jsonl(tmp_path / "feedback.jsonl", feedback)
+    pairs = [row | {"chosen": [{"role": "assistant", "content": words}]} for row in pair_rows(4)]
+    write_jsonl(tmp_path / "prefs.jsonl", pairs)
+    line = [command, "--model", str(middle_model), "--method", method, "--epochs", "1",
+            "--global-batch", "4", "--micro-batch", "2", "--samples", "0"]  # fmt: skip
+    plan = srt(*line, "--dry-run")
+    estimated = float(re.search(r"together +(\d+\.\d\d)", plan.stdout)[1]) * 2**30
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, *line], cwd=tmp_path, capture_output=True, text=True,
+        check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    measured = int(re.search(r"peak (\d+)", run.stdout)[1])
+    assert estimated == pytest.approx(measured, rel=0.25)
+
+
+def test_checkpointing_is_chosen_only_where_memory_needs_it(tiny_model):
+    from dataclasses import replace
+
+    from srt_cli.recipes import choose_hyperparameters
+    from srt_cli.stages.sft import Sft
+    from srt_cli.training import fitting
+    from srt_cli.training.memory import Batch
+    from srt_cli.training.setup import set_up
+
+    options = Sft()
+    setup = set_up(options, choose_hyperparameters(options, "sft", None).values, "sft")
+    decided = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for free in (2**40, 2**20):
+            patch.setattr(fitting, "available_memory", lambda setup, free=free: free)
+            decided[free] = fitting.fit(setup, str(tiny_model), Batch(8, 1024), 4, four_bit=False)
+    roomy, tight = decided[2**40], decided[2**20]
+    assert not roomy.setup.place.checkpointing
+    assert tight.setup.place.checkpointing
+    assert not tight.fits
+    assert tight.memory.activations < roomy.memory.activations
+    assert "GiB without it, and 1024.0 are free" in roomy.setup.place.checkpointing_reason
+    on_gpu = replace(setup.place.placement, device="cuda")
+    place = replace(setup.place, placement=on_gpu, bf16=True)
+    from srt_cli.training.memory import estimate_memory
+
+    arguments = {"four_bit": False, "accumulates": True, "live_reference": False,
+                 "optimizer": "adamw_torch_fused", "checkpointing": False}  # fmt: skip
+    gpu = estimate_memory(str(tiny_model), place, None, Batch(8, 1024), **arguments)
+    assert 0 < gpu.activations < roomy.memory.activations
+
+
+def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model):
+    from srt_cli.training.lora import Adapters
+    from srt_cli.training.memory import Batch, estimate_memory
+    from srt_cli.training.place import decide_training_place
+    from srt_cli.training.policy import count_parameters
+
+    parameters = count_parameters(str(tiny_model))
+    place = decide_training_place("full")
+
+    def estimate(adapters=None, **changes):
+        arguments = {"four_bit": False, "accumulates": False, "live_reference": False,
+                     "optimizer": "adamw_torch_fused", "checkpointing": False}  # fmt: skip
+        return estimate_memory(
+            str(tiny_model), place, adapters, Batch(1, 16), **arguments | changes
+        )
+
+    full = estimate()
+    assert (full.weights, full.gradients) == (4 * parameters, 4 * parameters)
+    assert full.optimizer == 8 * parameters
+    assert full.reference == 0
+    assert estimate(live_reference=True).reference == 4 * parameters
+    assert estimate(optimizer="adamw_8bit").optimizer == 2 * parameters
+    lora = estimate(Adapters(4, 8, 0.0, False, False))
+    assert lora.gradients == lora.weights - 4 * parameters
+    four_bit = estimate(Adapters(4, 8, 0.0, False, False), four_bit=True)
+    assert four_bit.weights == pytest.approx(0.56 * parameters + lora.gradients, rel=0.01)
