@@ -50,5 +50,9 @@ bench-prefs: $(INSTALLED)
 bench-train: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/train.py
 
+# Generation in process against transformers' generate, on SmolLM2 and this machine's cores.
+bench-generate: $(INSTALLED)
+	HF_HUB_OFFLINE=1 $(BIN)/python bench/generate.py $(FLAGS)
+
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -7,6 +7,7 @@ sees it.
 
 import heapq
 import queue
+import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
@@ -51,6 +52,12 @@ class Tally:
     from_journal: int = 0
     failed: int = 0
     completion_tokens: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def speed(self) -> str:
+        """Tokens written a second, in words; nothing where none were."""
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        return f"{self.completion_tokens / seconds:.0f} tokens/s" if self.completion_tokens else ""
 
 
 @dataclass

@@ -158,7 +158,8 @@ def run_critiques(
                 writer.add(index, row.records)
                 summary.add(row.records, row.verdicts)
                 finished += 1
-                progress.advance(note=" ".join(filter(None, [summary.note(), cost.note()])))
+                notes = [summary.note(), summary.calls.speed(), cost.note()]
+                progress.advance(note=" ".join(filter(None, notes)))
         writer.commit()
         if interrupted:
             raise KeyboardInterrupt

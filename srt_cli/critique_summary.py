@@ -72,6 +72,48 @@ def _share(count: int, total: int) -> str:
 
 
 @dataclass
+class Beliefs:
+    """Integer scores against expected ones, over the rows that have both for draft and refinement."""
+
+    pairs: int = 0
+    integer_ties: int = 0
+    expected_ties: int = 0
+    decided: int = 0
+    same_order: int = 0
+    integer_and_expected: Moments = field(default_factory=Moments)
+
+    def add(self, record: FeedbackRecord) -> None:
+        """Count one row, if its scores have expectations."""
+        feedback, after = record.feedback, record.refinement_score_mean
+        if feedback is None or feedback.score_mean is None or after is None:
+            return
+        assert record.refinement_score is not None
+        gain, expected = record.refinement_score - feedback.score, after - feedback.score_mean
+        self.pairs += 1
+        self.integer_ties += gain == 0
+        self.expected_ties += expected == 0
+        if gain and expected:
+            self.decided += 1
+            self.same_order += (gain > 0) == (expected > 0)
+        self.integer_and_expected.add(feedback.score, feedback.score_mean)
+        self.integer_and_expected.add(record.refinement_score, after)
+
+    def sentence(self) -> str:
+        """For the end of a run."""
+        return (
+            f"expected scores: {self.pairs} pairs, of which {self.integer_ties} tie by integer and "
+            f"{self.expected_ties} by expectation; where both decide, the order is the same in "
+            f"{_share(self.same_order, self.decided)}; correlation "
+            f"{_shown(self.integer_and_expected.correlation, '+.2f')}"
+        )
+
+    def tallies(self) -> dict[str, Any]:
+        """The manifest's form."""
+        counts = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        return counts | {"correlation": self.integer_and_expected.correlation}
+
+
+@dataclass
 class CritiqueSummary:
     """Counts over all rows of a run, filled row by row."""
 
@@ -92,6 +134,7 @@ class CritiqueSummary:
     forms: Counter[str] = field(default_factory=Counter)
     """How the critic's replies came to be read: as asked, mended, longer, asked again, unread."""
     length_and_score: Moments = field(default_factory=Moments)
+    beliefs: Beliefs = field(default_factory=Beliefs)
     weaknesses: Counter[int] = field(default_factory=Counter)
     """Digests of what was criticised, to find a critic that always says the same."""
 
@@ -111,6 +154,7 @@ class CritiqueSummary:
             if record.refinement_score is not None:
                 self.blind_scores[record.refinement_score] += 1
             if record.status == "ok" and record.gain is not None:
+                self.beliefs.add(record)
                 self._add_refinement(record, record.gain)
 
     def _add_feedback(self, record: FeedbackRecord, feedback: Feedback) -> None:
@@ -234,6 +278,8 @@ class CritiqueSummary:
             "repeated_weaknesses": self.repeated_weaknesses,
             "replies": dict(sorted(self.forms.items())),
         }
+        if self.beliefs.pairs:
+            tallies["expected_scores"] = self.beliefs.tallies()
         if self.verdicts:
             for name, refined in (("drafts", False), ("refinements", True)):
                 table = self.confusion(refined=refined)
@@ -263,6 +309,8 @@ class CritiqueSummary:
                 f"{_shown(self.repeated_weaknesses, '.0%')} of the weaknesses are said of several "
                 "answers"
             )
+        if self.beliefs.pairs:
+            console.say(self.beliefs.sentence())
         odd = {form: n for form, n in self.forms.most_common() if form != "as asked"}
         if odd:
             named = ", ".join(f"{count} {form}" for form, count in odd.items())

@@ -55,7 +55,7 @@ def read_belief(text: str, digits_at: int, logprobs: Sequence[TokenLogprobs]) ->
 
     `digits_at` counts characters of the reply, as the log-probabilities' offsets do.
     """
-    for place, following in zip(logprobs, [*logprobs[1:], None], strict=True):
+    for place, following in zip(logprobs, [*logprobs[1:], None], strict=False):
         if place.offset is None or not place.top:
             continue
         if not place.offset <= digits_at < place.offset + len(place.token):

@@ -29,6 +29,8 @@ class Answer:
     refusal: str | None = None
     completion_tokens: int = 7
     top_logprobs: dict[str, float] | None = None
+    logprobs: dict[str, Any] | None = None
+    """Of every token, as the API spells them; `top_logprobs` is short for one token's."""
 
 
 Behaviour = Callable[[dict[str, Any], int], Answer]
@@ -132,6 +134,8 @@ def response_body(answer: Answer) -> dict[str, Any]:
     if answer.top_logprobs is not None:
         top = [{"token": t, "logprob": p, "bytes": None} for t, p in answer.top_logprobs.items()]
         choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+    if answer.logprobs is not None:
+        choice["logprobs"] = answer.logprobs
     usage = {
         "prompt_tokens": 11,
         "completion_tokens": answer.completion_tokens,

@@ -373,3 +373,46 @@ def test_a_disk_that_fills_up_while_saving_is_said_and_the_run_goes_on(tmp_path,
     assert manifest(out)["status"] == "failed"
     run(tmp_path, *line)
     assert (out / "config.json").exists()
+
+
+def test_self_critique_in_two_processes_goes_on_after_a_kill(two_folders, tiny_model):
+    straight, killed = two_folders
+    for folder in two_folders:
+        write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(16)])
+    line = ("self-critique", "--model", tiny_model, "--batch-size", 2,
+            "--max-new-tokens", 24, "--critic-max-tokens", 24)  # fmt: skip
+    run(straight, *line)
+
+    def some_are_answered() -> bool:
+        return sum(map(lines_in, killed.glob("self-feedback.journal.part-*.jsonl"))) >= 4
+
+    kill_when(killed, some_are_answered, *line, "--num-processes", 2)
+    assert not (killed / "self-feedback.jsonl").exists()
+    run(killed, *line, "--num-processes", 2)
+    first = (straight / "self-feedback.jsonl").read_bytes()
+    assert (killed / "self-feedback.jsonl").read_bytes() == first
+    assert not list(killed.glob("*.part-*"))
+
+
+def test_a_process_that_is_killed_leaves_its_rows_to_the_others(tmp_path, tiny_model):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(8)])
+    line = ("self-critique", "--model", tiny_model, "--batch-size", 2, "--num-processes", 2,
+            "--max-new-tokens", 24, "--critic-max-tokens", 24)  # fmt: skip
+    process = subprocess.Popen(
+        command(*line), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    part = tmp_path / "self-feedback.journal.part-1.jsonl"
+    while not lines_in(part):
+        assert process.poll() is None
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    worker = next(
+        child
+        for child in map(int, children)
+        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+    )
+    os.kill(worker, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "a process ended early (exit -9); its rows are made here" in stderr
+    assert lines_in(tmp_path / "self-feedback.jsonl") == 8

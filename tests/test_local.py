@@ -1,12 +1,18 @@
 """Models in this process: company changes nothing, stop texts stop, and nothing is forged."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from srt_cli.errors import SrtError
-from srt_cli.models import ModelOptions, Request, open_model
+from srt_cli.models import ModelOptions, Request, open_model, static
+from srt_cli.models.loops import is_loop
+from srt_cli.models.sampling import Draw, choose_tokens, draw_key, gumbel_noise
 from srt_cli.models.weights import fingerprint_of, load_weights
 from srt_cli.records import Message
 
@@ -23,11 +29,178 @@ def ask(model, wanted):
     return [future.result(120) for future in model.submit(wanted)]
 
 
-@pytest.fixture
-def model(tiny_model):
-    opened = open_model(str(tiny_model), ModelOptions(batch_size=4))
+@pytest.fixture(params=["static", "continuous"])
+def model(tiny_model, request):
+    opened = open_model(str(tiny_model), ModelOptions(batch_size=4, engine=request.param))
     yield opened
     opened.close()
+
+
+def test_both_engines_write_the_same_greedy_and_drawn_replies(tiny_model):
+    wanted = [
+        *requests(TEXTS, max_tokens=40),
+        *requests(TEXTS, temperature=0.9),
+        *requests(TEXTS[:3], temperature=0.9, top_p=0.5),
+        *requests(TEXTS[:3], top_logprobs=2),
+    ]
+    replies = {}
+    for engine in ("static", "continuous"):
+        opened = open_model(str(tiny_model), ModelOptions(engine=engine))
+        replies[engine] = ask(opened, wanted)
+        opened.close()
+    for one, other in zip(*replies.values(), strict=True):
+        assert (one.text, one.finish_reason, one.usage) == (
+            other.text, other.finish_reason, other.usage,
+        )  # fmt: skip
+        for place, same in zip(one.logprobs, other.logprobs, strict=True):
+            assert (place.token, list(place.top)) == (same.token, list(same.top))
+            assert list(place.top.values()) == pytest.approx(list(same.top.values()), abs=1e-3)
+
+
+def test_greedy_replies_are_those_of_generate(tiny_model):
+    from srt_cli.models.chat import encode_chat
+    from srt_cli.models.weights import load_tokenizer
+
+    tokenizer, weights = load_tokenizer(str(tiny_model)), load_weights(str(tiny_model))
+    opened = open_model(str(tiny_model))
+    for wanted, reply in zip(requests(TEXTS), ask(opened, requests(TEXTS)), strict=True):
+        ids = encode_chat(tokenizer, wanted.messages, add_generation_prompt=True)
+        output = weights.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+        assert reply.text == tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    opened.close()
+
+
+def test_a_new_request_enters_while_another_is_under_way(tiny_model):
+    opened = open_model(str(tiny_model), ModelOptions(engine="continuous"))
+    (long,) = opened.submit(requests(["long"], max_tokens=400))
+    (short,) = opened.submit(requests(["short"], max_tokens=4))
+    assert short.result(60).usage.completion_tokens == 4
+    assert not long.done()
+    opened.close()
+    assert long.cancelled()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("planted"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, monkeypatch, error):
+    plain = open_model(str(tiny_model))
+    replies = ask(plain, requests(TEXTS))
+    plain.close()
+    choose, sizes = static.choose_tokens, []
+
+    def fail_when_large(logits, draws):
+        sizes.append(len(logits))
+        if len(logits) > 3:
+            raise error
+        return choose(logits, draws)
+
+    monkeypatch.setattr(static, "choose_tokens", fail_when_large)
+    short_of_memory = open_model(str(tiny_model))
+    assert ask(short_of_memory, requests(TEXTS)) == replies
+    described = short_of_memory.describe()
+    assert described["halved_for_memory"] == 2
+    ask(short_of_memory, requests(TEXTS[:6]))
+    assert max(sizes[-20:]) <= 3  # the limit that was found is kept
+    short_of_memory.close()
+
+
+def test_a_row_alone_that_does_not_fit_is_said(tiny_model, monkeypatch):
+    def fail(logits, draws):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(static, "choose_tokens", fail)
+    opened = open_model(str(tiny_model))
+    (future,) = opened.submit(requests(["x"]))
+    with pytest.raises(SrtError, match=r"single row of \d+ tokens. Lower --max-new-tokens"):
+        future.result(60)
+    opened.close()
+
+
+def test_rows_leave_a_batch_as_they_end(tiny_model, monkeypatch):
+    choose, sizes = static.choose_tokens, []
+
+    def watch(logits, draws):
+        sizes.append(len(logits))
+        return choose(logits, draws)
+
+    monkeypatch.setattr(static, "choose_tokens", watch)
+    opened = open_model(str(tiny_model))
+    lengths = [2, 9, 4, 9, 6]
+    wanted = [
+        replace(requests([text])[0], max_tokens=n) for text, n in zip(TEXTS, lengths, strict=False)
+    ]
+    together = ask(opened, wanted)
+    assert sizes == [5, 5, 4, 4, 3, 3, 2, 2, 2]
+    assert together == [ask(opened, [one])[0] for one in wanted]
+    opened.close()
+
+
+def test_a_reply_that_repeats_itself_is_cut(tiny_model, monkeypatch):
+    def always_the_same(logits, draws):
+        return torch.full((len(logits),), 1000)
+
+    monkeypatch.setattr(static, "choose_tokens", always_the_same)
+    opened = open_model(str(tiny_model))
+    (reply,) = ask(opened, requests(["x"], max_tokens=500))
+    assert (reply.finish_reason, reply.usage.completion_tokens) == ("loop", 128)
+    opened.close()
+
+
+@pytest.mark.parametrize(
+    ("written", "loops"),
+    [
+        ([7] * 128, True),
+        ([1, 2, 3] * 43, True),
+        (list(range(32)) * 4, True),
+        (list(range(33)) * 4, False),
+        ([*([7] * 127), 8], False),
+        ([7] * 127, False),
+    ],
+)
+def test_what_counts_as_a_loop(written, loops):
+    assert is_loop(written) == loops
+
+
+def test_log_probs_are_kept_only_around_digits_when_a_score_is_wanted(model):
+    whole = ask(model, requests(TEXTS, max_tokens=60, top_logprobs=3))
+    digits = ask(model, requests(TEXTS, max_tokens=60, top_logprobs=3, logprobs_at="digits"))
+    assert [reply.text for reply in whole] == [reply.text for reply in digits]
+    for all_places, kept in zip(whole, digits, strict=True):
+        behind = [False, *(any(map(str.isdecimal, place.token)) for place in all_places.logprobs)]
+        wanted = [
+            place.offset
+            for place, after_digit in zip(all_places.logprobs, behind, strict=False)
+            if any(c in "0123456789" for c in place.token) or after_digit
+        ]
+        assert [place.offset for place in kept.logprobs] == wanted
+
+
+def test_a_reply_that_was_begun_is_continued(model):
+    (whole,) = ask(model, requests(["x"]))
+    begun = whole.text[:9]
+    turns = (Message(role="user", content="x"), Message(role="assistant", content=begun))
+    (rest,) = ask(model, [Request(turns, max_tokens=4, continues=True)])
+    assert rest.usage.prompt_tokens > whole.usage.prompt_tokens
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 4000))
+def test_the_noise_of_a_draw_depends_on_its_key_alone(seed, position):
+    key = draw_key(seed, position)
+    assert 0 <= key < 2**32
+    alone = gumbel_noise(torch.tensor([key]), 50)
+    together = gumbel_noise(torch.tensor([key ^ 1, key, 5]), 50)
+    assert torch.equal(alone[0], together[1])
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
+    draws = [Draw(1.0, 1.0, draw_key(11, place)) for place in range(4000)]
+    shares = choose_tokens(logits, draws).bincount(minlength=4) / 4000
+    assert shares.tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.025)
+    cut = [Draw(1.0, 0.7, draw_key(11, place)) for place in range(400)]
+    assert set(choose_tokens(logits[:400], cut).tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

