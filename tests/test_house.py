@@ -165,6 +165,8 @@ def test_every_test_that_the_documents_name_exists():
         "docs/recipes.md",
         "docs/scale.md",
         "docs/training.md",
+        "docs/performance.md",
+        "docs/method.md",
     ],
 )
 def test_every_option_that_the_documents_name_exists(document):
