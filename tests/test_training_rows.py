@@ -89,7 +89,7 @@ def test_a_split_that_leaves_a_side_empty_is_refused(sft):
 # --- Validation loss ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packing", ["off"])
+@pytest.mark.parametrize("packing", ["off", "bfd"])
 def test_the_loss_of_each_part_is_that_of_transformers_alone(sft, tmp_path, tiny_model, packing):
     """Before the first step, on rows of different lengths; independent of TRL."""
     import torch
@@ -97,7 +97,7 @@ def test_the_loss_of_each_part_is_that_of_transformers_alone(sft, tmp_path, tiny
 
     rows = [row | {"response": "It is. " * (n % 5 + 1)} for n, row in enumerate(feedback_rows(24))]
     write_jsonl(tmp_path / "feedback.jsonl", rows)
-    finished = sft("--eval-split", 0.3)
+    finished = sft("--eval-split", 0.3, "--packing", packing)
     assert finished.code == 0, finished.stderr
     held_out = [row for row in rows if is_held_out(row["prompt"], 0.3)]
     assert f"{len(held_out)} held out" in finished.stderr

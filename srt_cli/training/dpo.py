@@ -12,12 +12,14 @@ from trl.trainer.utils import disable_dropout_in_model
 from srt_cli.artifacts import Run
 from srt_cli.training.arguments import training_arguments
 from srt_cli.training.evaluation import evaluation_arguments
+from srt_cli.training.examples import longest_side
 from srt_cli.training.gathering import whole_model
 from srt_cli.training.health import DpoStart
 from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config
 from srt_cli.training.meter import MeteredTrainer
 from srt_cli.training.objective import Objective
+from srt_cli.training.order import LengthGroupedOrder
 from srt_cli.training.place import sharding
 from srt_cli.training.processes import in_every_process
 from srt_cli.training.rows import keep_rows
@@ -31,7 +33,17 @@ TOLERANCE_BF16: Final = 1e-2
 
 
 class _TokenisedDPOTrainer(MeteredTrainer, DPOTrainer):
-    """A DPOTrainer whose rows are token ids already: the very ids that generation uses."""
+    """A DPOTrainer whose rows are token ids already: the very ids that generation uses.
+
+    It takes them in the order it is given, which puts pairs of like length together.
+    """
+
+    def __init__(self, *, order: LengthGroupedOrder, **arguments: Any) -> None:
+        self._order = order
+        super().__init__(**arguments)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedOrder:
+        return self._order
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -54,8 +66,9 @@ def train_dpo(
     """
     rows = keep_rows(columns_of(pairs), run.out)
     held_rows = keep_rows(columns_of(held_out), run.out) if held_out else None
+    lengths = [longest_side(pair) for pair in pairs]
     model, trained = _train_everywhere(
-        load_policy, tokenizer, rows, held_rows, objective, setup, run, sampler
+        load_policy, tokenizer, rows, lengths, held_rows, objective, setup, run, sampler
     )
     assert model is not None
     return model, trained
@@ -75,6 +88,7 @@ def _train_everywhere(
     load_policy: Callable[[], PreTrainedModel | PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
+    lengths: list[int],
     held_out: Dataset | None,
     objective: Objective,
     setup: Setup,
@@ -93,7 +107,8 @@ def _train_everywhere(
     # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
     config = DPOConfig(**arguments | setup.fields)
     policy = _without_dropout(load_policy())
-    trainer = _TokenisedDPOTrainer(  # type: ignore[call-arg]
+    trainer = _TokenisedDPOTrainer(
+        order=LengthGroupedOrder(lengths, config.per_device_train_batch_size, setup.seed),
         model=policy,
         ref_model=_without_dropout(load_policy())
         if _needs_reference_model(config, setup)
