@@ -20,6 +20,9 @@ from srt_cli.errors import Ended, Interrupted, SrtError
 from srt_cli.options import flag_of, resolve
 
 
+STOPPED: Final = "stopped; what is complete is written. Run the same line to go on."
+
+
 class Stage(NamedTuple):
     """Where a command lives; its module's `run` takes an instance of its options class."""
 
@@ -85,7 +88,10 @@ def _command(command: str) -> Callable[..., None]:
         given = {name: value for name, value in flags.items() if value not in (None, [])}
         options = resolve(options_class, command, given, config_file, every_option_name)
         console.quiet_libraries()
-        run(options)
+        try:
+            run(options)
+        except KeyboardInterrupt:  # which click would swallow
+            raise Interrupted(STOPPED) from None
 
     # A stage's own options first, then those that it shares with others.
     fields = sorted(
@@ -209,7 +215,7 @@ def main() -> None:
         named = [argument for argument in sys.argv[1:] if argument in STAGES]
         build_app(only=named[0] if named else "")(standalone_mode=True)
     except KeyboardInterrupt:
-        _exit(Interrupted("stopped; what is complete is written. Run the same line to go on."))
+        _exit(Interrupted(STOPPED))
     except SrtError as error:
         _exit(error)
     except OSError as error:

@@ -110,6 +110,7 @@ def test_ctrl_c_writes_what_is_complete_and_exits_130(tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
+    assert "error: stopped; what is complete is written" in stderr
     assert "Traceback" not in stderr
     written = lines_in(tmp_path / "feedback.jsonl")
     assert 0 < written < 2000
@@ -249,6 +250,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_130(tmp_path, straight_sft, tiny_m
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
+    assert "error: stopped; what is complete is written" in stderr
     assert "Traceback" not in stderr
     assert '"status": "interrupted"' in (out / "run.json").read_text()
     assert list(out.glob("checkpoints/checkpoint-*/whole"))

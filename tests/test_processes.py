@@ -130,7 +130,8 @@ def test_only_the_main_process_speaks_and_writes(two, folder):
     files = {path.name for path in (folder / "two/dpo-full").iterdir()}
     assert files == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json",
-        "metrics.jsonl", "model.safetensors", "run.json", "tokenizer.json", "tokenizer_config.json",
+        "metrics.jsonl", "model.safetensors", "run.json", "samples.jsonl", "tokenizer.json",
+        "tokenizer_config.json", "training.html",
     }  # fmt: skip
     manifest = json.loads((folder / "two/dpo-full/run.json").read_text())
     assert manifest["status"] == "complete"
