@@ -19,7 +19,6 @@ from srt_cli import console
 from srt_cli.errors import Ended, Interrupted, SrtError
 from srt_cli.options import flag_of, resolve
 
-
 STOPPED: Final = "stopped; what is complete is written. Run the same line to go on."
 
 
