@@ -173,13 +173,14 @@ def judge_pairs(
     """Have pairs judged, in the order given; the first alone tells whether the judge gives odds."""
 
     def ask(part: Sequence[Shown]) -> list[Judgment]:
-        return asking.ask(label, (judge_pair(judge, *pair, sample) for pair in part), len(part))
+        scripts = (judge_pair(judge, *pair, sample) for pair in part)
+        return asking.ask(label, scripts, len(part)) if part else []
 
     alone = 1 if judge.asks_for_letter and not judge.known else 0
     first = ask(shown[:alone])
     if alone and judge.without_logprobs:
         _say_that_odds_are_missing(judge)
-    return [*first, *ask(shown[alone:])] if len(shown) > alone else first
+    return [*first, *ask(shown[alone:])]
 
 
 def _say_that_odds_are_missing(judge: Judge) -> None:
