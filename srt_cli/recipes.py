@@ -15,6 +15,9 @@ LORA_FACTOR: Final = 10.0
 LORA_FACTOR_SOURCE: Final = "10 times the rate for all weights (LoRA Without Regret, 2025)"
 
 
+UNSTATED: Final = ("weight_decay", "max_grad_norm", "lora_r", "lora_alpha", "lora_dropout")
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One stage of one recipe. Rates are for all weights of a model of 1B to 30B parameters."""
@@ -37,6 +40,8 @@ class Recipe:
     lora_dropout: float = 0.0
     beta: float = 0.0
     loss_type: LossType = "sigmoid"
+    silent_on: tuple[str, ...] = UNSTATED
+    """Values that its authors do not state: there the ones above are our choice."""
 
 
 SFT: Final[Mapping[RecipeName, Recipe]] = {
@@ -44,13 +49,14 @@ SFT: Final[Mapping[RecipeName, Recipe]] = {
     "tulu2": Recipe(
         "open-instruct, configs/train_configs/sft/tulu2_7b.yaml", 2e-5, "linear", 0.03, 3, 128, 4096,
         large_learning_rate=1e-5, lora_learning_rate=1e-4, lora_alpha=16, lora_dropout=0.1,
+        silent_on=("max_grad_norm",),
     ),
     "tulu3": Recipe(
         "open-instruct, docs/tulu3.md", 5e-6, "linear", 0.03, 2, 128, 4096, large_learning_rate=2e-6
     ),
     "zephyr": Recipe(
         "alignment-handbook, recipes/zephyr-7b-beta", 2e-5, "cosine", 0.1, 1, 128, 2048,
-        lora_r=16, lora_alpha=16,
+        lora_r=16, lora_alpha=16, silent_on=("weight_decay", "max_grad_norm", "lora_dropout"),
     ),
     "smol": Recipe(
         "alignment-handbook, recipes/smollm2/sft/config_smol.yaml", 1e-3, "cosine", 0.1, 2, 128, 8192
@@ -59,7 +65,8 @@ SFT: Final[Mapping[RecipeName, Recipe]] = {
 
 DPO: Final[Mapping[RecipeName, Recipe]] = {
     "srt": Recipe(
-        "SRT paper (arXiv 2406.07168), section 4.1", 5e-7, "cosine", 0.1, 1, 32, 8192, beta=0.01
+        "SRT paper (arXiv 2406.07168), section 4.1", 5e-7, "cosine", 0.1, 1, 32, 8192, beta=0.01,
+        silent_on=("global_batch", "max_length", *UNSTATED),
     ),
     "tulu2": Recipe(
         "open-instruct, configs/train_configs/dpo/default.yaml", 5e-7, "linear", 0.1, 3, 32, 2048,
@@ -72,6 +79,7 @@ DPO: Final[Mapping[RecipeName, Recipe]] = {
     "zephyr": Recipe(
         "alignment-handbook, recipes/zephyr-7b-beta", 5e-7, "cosine", 0.1, 1, 128, 1024,
         lora_r=128, lora_alpha=128, beta=0.01,
+        silent_on=("weight_decay", "max_grad_norm", "lora_dropout"),
     ),
     "smol": Recipe(
         "alignment-handbook, recipes/smollm2/dpo/config_smol.yaml", 1e-6, "cosine", 0.1, 2, 128,
@@ -80,6 +88,7 @@ DPO: Final[Mapping[RecipeName, Recipe]] = {
     "apo": Recipe(
         "alignment-handbook, recipes/smollm3/dpo/apo.yaml", 1e-6, "cosine", 0.1, 1, 32, 24576,
         max_grad_norm=0.2, beta=0.05, loss_type="apo_zero",
+        silent_on=("weight_decay", "lora_r", "lora_alpha", "lora_dropout"),
     ),
 }  # fmt: skip
 
@@ -138,7 +147,9 @@ def choose_hyperparameters(
     for name in names:
         given = getattr(options, name)
         values[name] = defaults[name] if given is None else given
-        sources[name] = "given" if given is not None else recipe.source
+        silent = f"srt's choice; {recipe.source} does not state it"
+        published = silent if name in recipe.silent_on else recipe.source
+        sources[name] = "given" if given is not None else published
     if options.learning_rate is None:
         sources["learning_rate"] = rate_source
     beta, loss_type = values.pop("beta", 0.0), values.pop("loss_type", "sigmoid")

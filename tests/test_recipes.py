@@ -55,7 +55,11 @@ def test_what_is_given_wins_and_is_called_given():
     chosen = choose_hyperparameters(Sft(learning_rate=3e-4, warmup=0.0), "sft", None)
     assert (chosen.values.learning_rate, chosen.values.warmup) == (3e-4, 0.0)
     assert chosen.sources["learning_rate"] == chosen.sources["warmup"] == "given"
-    assert "SRT paper" in chosen.sources["epochs"]
+    assert chosen.sources["epochs"] == "SRT paper (arXiv 2406.07168), section 4.1"
+    assert chosen.sources["lora_r"].startswith("srt's choice; SRT paper")
+    dpo = choose_hyperparameters(Dpo(), "dpo", None).sources
+    assert dpo["beta"].startswith("SRT paper")
+    assert dpo["global_batch"].startswith("srt's choice")
 
 
 def test_the_manifest_holds_the_values_and_the_next_run_is_held_to_them(srt, tmp_path, tiny_model):
