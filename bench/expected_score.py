@@ -34,7 +34,8 @@ def rank_correlation(scores: list[float], truths: list[float]) -> str:
 
 def main() -> None:
     spec = importlib.util.spec_from_file_location("critic", QUICKSTART / "critic.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     critic = importlib.util.module_from_spec(spec)
     sys.modules["critic"] = critic
     spec.loader.exec_module(critic)
