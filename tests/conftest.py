@@ -68,6 +68,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.fixture
+def two_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """One for the uninterrupted run, one for the run that is killed."""
+    folders = tmp_path / "straight", tmp_path / "killed"
+    for folder in folders:
+        folder.mkdir()
+    return folders
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as it ships in a package of the development environment."""

@@ -34,10 +34,10 @@ def smollm2_tokenizer(smollm2):
 
 
 @pytest.fixture(scope="module")
-def plain_tokenizer(tiny_model, tmp_path_factory):
+def plain_tokenizer(smollm2, tmp_path_factory):
     template = tmp_path_factory.mktemp("template") / "plain.jinja"
     template.write_text(PLAIN_TEMPLATE)
-    return load_tokenizer(str(tiny_model), chat_template=template)
+    return load_tokenizer(str(smollm2), chat_template=template)
 
 
 def record(**changes) -> FeedbackRecord:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import read_jsonl, write_jsonl
-from test_kill import kill_when, lines_in, run
+from killing import kill_when, lines_in, run
 
 pytestmark = pytest.mark.smollm2
 
