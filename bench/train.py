@@ -85,7 +85,7 @@ def write_pairs(folder: Path, model: str) -> int:
 
 def seconds_of_srt(folder: Path, command: str, *flags: object) -> float:
     """Seconds of the training steps of one `srt` run."""
-    line = [command, "--out", folder / "out", "--overwrite", "--epochs", 1, *flags]
+    line = [command, "--out", folder / "out", "--overwrite", "--epochs", 1, "--samples", 0, *flags]
     call(folder, "-m", "srt_cli", *line)
     manifest = json.loads((folder / "out/run.json").read_text())
     return float(manifest["tallies"]["training"]["seconds"])
