@@ -91,8 +91,13 @@ def seconds_of_srt(folder: Path, command: str, *flags: object) -> float:
     return float(manifest["tallies"]["training"]["seconds"])
 
 
-def seconds_of_trl(folder: Path, model: str, settings: Mapping[str, Any]) -> float:
-    """Seconds of the training steps of one `trl sft` run, as it prints them."""
+def seconds_of_trl(
+    folder: Path, model: str, settings: Mapping[str, Any], threads: int | None = None
+) -> float:
+    """Seconds of the training steps of one `trl sft` run, as it prints them.
+
+    Its launcher gives a CPU run one thread unless `threads` says otherwise.
+    """
     config = {
         "model_name_or_path": model,
         "datasets": [{"path": "json", "data_files": str(folder / "trl/rows.jsonl")}],
@@ -101,17 +106,20 @@ def seconds_of_trl(folder: Path, model: str, settings: Mapping[str, Any]) -> flo
         **settings,
     }  # fmt: skip
     (folder / "trl/config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    printed = call(folder, *TRL, "sft", "--config", folder / "trl/config.yaml")
+    line = (*TRL, "sft", "--config", folder / "trl/config.yaml")
+    printed = call(folder, *line, threads=threads)
     found = re.search(r"'train_runtime': '?([\d.]+)", printed)
     if found is None:
         raise SystemExit(f"trl sft printed no train_runtime:\n{printed[-2000:]}")
     return float(found[1])
 
 
-def call(folder: Path, *line: object) -> str:
+def call(folder: Path, *line: object, threads: int | None = None) -> str:
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "trl/cache"), "COLUMNS": "200",
     }  # fmt: skip
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
     done = subprocess.run(
         [sys.executable, *map(str, line)], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -150,7 +158,9 @@ def compare_sft(folder: Path, model: str, rounds: int) -> dict[str, float]:
     }  # fmt: skip
     contestants = {
         "srt sft": lambda: seconds_of_srt(folder, "sft", "--critic-check", 0, *ours),
-        "trl sft, equal settings": lambda: seconds_of_trl(folder, model, equal),
+        "trl sft, equal settings": lambda: seconds_of_trl(
+            folder, model, equal, threads=os.cpu_count()
+        ),
         "trl sft, its defaults": lambda: seconds_of_trl(folder, model, {"use_cpu": True}),
     }
     print(f"sft, {ROWS} rows, {tokens} tokens:")
