@@ -7,9 +7,9 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
-from srt_cli.audit import count_audit
-from srt_cli.hand_labels import key_of, text_key
-from srt_cli.pairing import Pairing, Sample, refined_of
+from srt_cli.pairs.audit import count_audit
+from srt_cli.pairs.hand_labels import key_of, text_key
+from srt_cli.pairs.pairing import Pairing, Sample, refined_of
 from srt_cli.records import Message, Preference
 from srt_cli.stages.dpo import Dpo, label_smoothing_of
 

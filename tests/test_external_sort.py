@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srt_cli.external_sort import MOST_RUNS, ExternalSort
+from srt_cli.pairs.external_sort import MOST_RUNS, ExternalSort
 
 entries = st.lists(st.tuples(st.binary(max_size=3), st.binary(max_size=200)), max_size=60)
 

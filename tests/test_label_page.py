@@ -8,7 +8,7 @@ from browser import CHROMIUM, RELOAD, visit
 from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
-from srt_cli.hand_labels import key_of
+from srt_cli.pairs.hand_labels import key_of
 from srt_cli.records import Preference
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")

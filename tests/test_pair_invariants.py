@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from test_build_prefs import record
 
 from srt_cli.artifacts import to_line
-from srt_cli.external_sort import ExternalSort
-from srt_cli.grouped_rows import GroupedRows
-from srt_cli.length_balance import Shape, balance_lengths
-from srt_cli.pair_building import PairPlan, decide
-from srt_cli.pair_rules import ExcludedPrompts, PairRules
-from srt_cli.pair_summary import PairSummary
-from srt_cli.pairing import line_of, preference_of
+from srt_cli.pairs.building import PairPlan, decide
+from srt_cli.pairs.external_sort import ExternalSort
+from srt_cli.pairs.grouped_rows import GroupedRows
+from srt_cli.pairs.length_balance import Shape, balance_lengths
+from srt_cli.pairs.pairing import line_of, preference_of
+from srt_cli.pairs.rules import ExcludedPrompts, PairRules
+from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Feedback, Message
 
 scores = st.one_of(st.integers(1, 10).map(float), st.floats(1, 10))

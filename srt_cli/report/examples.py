@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Final
 
-from srt_cli.contest import Contest
-from srt_cli.evidence import Evidence
+from srt_cli.evaluation.contest import Contest
+from srt_cli.evaluation.evidence import Evidence
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Scored
 
 LEAST_ALIKE: Final = 0.3

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from srt_cli.hand_labels import key_of, text_key
-from srt_cli.pairing import fingerprint_of
+from srt_cli.pairs.hand_labels import key_of, text_key
+from srt_cli.pairs.pairing import fingerprint_of
 from srt_cli.records import Preference, Prompt
 from srt_cli.report.shell import write_page
 

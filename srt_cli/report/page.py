@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Final
 
 import srt_cli
-from srt_cli.contest import Contest, Row
-from srt_cli.contest_tables import footnotes_of, tables_of, warnings_of
-from srt_cli.drift_table import drift_tables
-from srt_cli.evidence import Evidence
+from srt_cli.evaluation.contest import Contest, Row
+from srt_cli.evaluation.contest_tables import footnotes_of, tables_of, warnings_of
+from srt_cli.evaluation.drift_table import drift_tables
+from srt_cli.evaluation.evidence import Evidence
 from srt_cli.records import STATUSES
 from srt_cli.report.examples import examples
 from srt_cli.report.plot import Interval, bar_plot, interval_plot

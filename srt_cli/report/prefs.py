@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import srt_cli
-from srt_cli.pair_summary import PairSummary
+from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Preference, Prompt
 from srt_cli.report.plot import Interval, bar_plot, interval_plot
 from srt_cli.report.shell import html_table, write_page
 from srt_cli.tables import Table
 
 if TYPE_CHECKING:
-    from srt_cli.audit import Audit
+    from srt_cli.pairs.audit import Audit
 
 
 def write_prefs_report(path: Path, name: str, summary: PairSummary, audit: "Audit | None") -> None:

@@ -11,19 +11,19 @@ from srt_cli import console
 from srt_cli.artifacts import DroppedRows, OrderedWriter, Run, dropped_path, open_run
 from srt_cli.call_options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.external_sort import ExternalSort
-from srt_cli.grouped_rows import GroupedRows
-from srt_cli.length_balance import Balance, balance_lengths
 from srt_cli.options import runtime, setting
-from srt_cli.pair_building import PairPlan, decide
-from srt_cli.pair_exports import EXPORTS, Format, export_path
-from srt_cli.pair_rules import ExcludedPrompts, PairRules, advice_for
-from srt_cli.pair_summary import PairSummary
-from srt_cli.pairing import Picker, Sample, ScoreKind, Strategy, line_of
+from srt_cli.pairs.building import PairPlan, decide
+from srt_cli.pairs.exports import EXPORTS, Format, export_path
+from srt_cli.pairs.external_sort import ExternalSort
+from srt_cli.pairs.grouped_rows import GroupedRows
+from srt_cli.pairs.length_balance import Balance, balance_lengths
+from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, line_of
+from srt_cli.pairs.rules import ExcludedPrompts, PairRules, advice_for
+from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Preference
 
 if TYPE_CHECKING:
-    from srt_cli.audit import Audit, Auditor
+    from srt_cli.pairs.audit import Audit, Auditor
 
 COMMAND = "build-prefs"
 SEPARATOR: Final = b"\0"
@@ -172,7 +172,7 @@ def auditor_of(options: BuildPrefs, run: Run) -> "Auditor | None":
     """Who looks at pairs from outside: people, by their saved answers, a model, or nobody."""
     if options.audit_labels is None and options.audit_judge is None:
         return None
-    from srt_cli.audit import outside_judge, people
+    from srt_cli.pairs.audit import outside_judge, people
 
     if options.audit_labels is not None:
         return people(options.audit_labels, options.min_precision)

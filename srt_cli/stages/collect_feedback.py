@@ -6,9 +6,9 @@ from pathlib import Path
 from srt_cli import console
 from srt_cli.artifacts import open_run
 from srt_cli.call_options import CallOptions
-from srt_cli.critique import Critic, Sampling
-from srt_cli.critique_run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.errors import UsageError
+from srt_cli.feedback.critique import Critic, Sampling
+from srt_cli.feedback.critique_run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.models import open_model
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from

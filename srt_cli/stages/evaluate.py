@@ -11,7 +11,8 @@ from srt_cli.artifacts import (
     template_input,
 )
 from srt_cli.asking import Asking
-from srt_cli.contestants import (
+from srt_cli.errors import UsageError
+from srt_cli.evaluation.contestants import (
     Answered,
     Contestant,
     Use,
@@ -22,12 +23,11 @@ from srt_cli.contestants import (
     read_outputs,
     score_output,
 )
-from srt_cli.critique import Critic, Sampling
-from srt_cli.errors import UsageError
-from srt_cli.eval_options import Evaluate
-from srt_cli.evidence import Evidence, write_evidence
-from srt_cli.judging import Judge, Twice, ask_again, judge_pairs, orders_of
-from srt_cli.labelled_pairs import Pair, ScoredPair, ask_pairs, read_pairs
+from srt_cli.evaluation.evidence import Evidence, write_evidence
+from srt_cli.evaluation.judging import Judge, Twice, ask_again, judge_pairs, orders_of
+from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair, ask_pairs, read_pairs
+from srt_cli.evaluation.options import Evaluate
+from srt_cli.feedback.critique import Critic, Sampling
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.prompts import prompts_from
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Scored
@@ -48,7 +48,7 @@ def run(options: Evaluate) -> None:
     _refuse_contradictions(options, judges)
     pairs = list(read_pairs(options.pairs, options.limit)) if options.pairs else []
     if options.objective:
-        from srt_cli.objective import read_objective
+        from srt_cli.evaluation.objective import read_objective
 
         # A wrong file or name is said before any work is done.
         read_objective(options.objective, [reference, *options.model])
@@ -83,7 +83,7 @@ def run(options: Evaluate) -> None:
             scores=scores, critiques=critiques, pairs=pairs, scored_pairs=paired,
         )  # fmt: skip
         write_evidence(options.out, evidence)
-        from srt_cli.eval_figures import close_contest, write_figures
+        from srt_cli.evaluation.figures import close_contest, write_figures
 
         contest = write_figures(run, options, evidence)
     console.say(asking.cost.sentence())
@@ -120,7 +120,7 @@ def _count_saved(options: Evaluate) -> bool:
         raise UsageError("--annotations, --pairs and --feedback: choose one of them.")
     if not any(chosen):
         return False
-    from srt_cli.eval_saved import count_annotations, judge_feedback, score_pairs
+    from srt_cli.evaluation.saved import count_annotations, judge_feedback, score_pairs
 
     if options.annotations:
         count_annotations(options, COMMAND)

@@ -9,10 +9,10 @@ from typing import Literal
 from srt_cli.artifacts import open_run, read_manifest
 from srt_cli.call_options import CallOptions
 from srt_cli.calls import Script
-from srt_cli.critique import Check, CheckedRow, Critic, Sampling
-from srt_cli.critique_processes import answer_in_processes
-from srt_cli.critique_run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.feedback.critique import Check, CheckedRow, Critic, Sampling
+from srt_cli.feedback.critique_processes import answer_in_processes
+from srt_cli.feedback.critique_run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from

@@ -15,8 +15,8 @@ from srt_cli.artifacts import (
     read_records,
     template_input,
 )
-from srt_cli.critic_check import check_critic
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.feedback.critic_check import check_critic
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.recipes import Chosen, advise_on_size, choose_hyperparameters
 from srt_cli.records import FeedbackRecord, as_messages

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from srt_cli.artifacts import describe_invalid, read_records, read_rows, write_json
 from srt_cli.errors import SrtError
-from srt_cli.judging import Orders, output_of
+from srt_cli.evaluation.judging import Orders, output_of
 from srt_cli.records import Judgment, Output, Prompt, Usage, content_id
 
 NEEDED: Final = ("instruction", "output_1", "output_2", "preference")

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from itertools import chain
 
-from srt_cli.critic_quality import AgainstOutside
-from srt_cli.drift import Stage
+from srt_cli.evaluation.critic_quality import AgainstOutside
+from srt_cli.evaluation.drift import Stage
 from srt_cli.stats.rates import Estimate
 from srt_cli.tables import (
     Table,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from srt_cli.artifacts import read_records
 from srt_cli.errors import SrtError
-from srt_cli.pairing import digest, fingerprint_of
+from srt_cli.pairs.pairing import digest, fingerprint_of
 from srt_cli.records import HandLabel, Preference
 
 

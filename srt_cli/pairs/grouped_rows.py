@@ -16,8 +16,8 @@ import orjson
 
 from srt_cli import console
 from srt_cli.artifacts import read_records
-from srt_cli.external_sort import ExternalSort
-from srt_cli.pairing import Strategy, group_key
+from srt_cli.pairs.external_sort import ExternalSort
+from srt_cli.pairs.pairing import Strategy, group_key
 from srt_cli.records import FeedbackRecord
 
 POSITION_BYTES: Final = 8

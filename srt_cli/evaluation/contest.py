@@ -7,16 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from srt_cli.drift import Stage
-from srt_cli.judge_quality import (
+from srt_cli.evaluation.drift import Stage
+from srt_cli.evaluation.judge_quality import (
     JudgesAgree,
     RepeatsItself,
     SelfPreference,
     judges_agree,
     self_preferences,
 )
-from srt_cli.judging import Orders
-from srt_cli.labels import AgreesWithPeople
+from srt_cli.evaluation.judging import Orders
+from srt_cli.evaluation.labels import AgreesWithPeople
+from srt_cli.evaluation.verdicts import (
+    Comparison,
+    Judged,
+    compare_all,
+    count_verdicts,
+    preferences_by_pair,
+)
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
 from srt_cli.stats.rates import (
@@ -28,13 +35,6 @@ from srt_cli.stats.rates import (
     ratio_of_means,
 )
 from srt_cli.tables import short_names
-from srt_cli.verdicts import (
-    Comparison,
-    Judged,
-    compare_all,
-    count_verdicts,
-    preferences_by_pair,
-)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from typing import Final
 
 import orjson
 
-from srt_cli.grouped_rows import Group, GroupedRows, Row
-from srt_cli.length_balance import LengthCut, Shape
-from srt_cli.near_duplicates import NearDuplicates
-from srt_cli.pair_rules import PairRules, near_duplicates_of, text_of
-from srt_cli.pairing import STRATEGIES, Pairing, Refined, ScoreKind, Strategy, refined_of
+from srt_cli.pairs.grouped_rows import Group, GroupedRows, Row
+from srt_cli.pairs.length_balance import LengthCut, Shape
+from srt_cli.pairs.near_duplicates import NearDuplicates
+from srt_cli.pairs.pairing import STRATEGIES, Pairing, Refined, ScoreKind, Strategy, refined_of
+from srt_cli.pairs.rules import PairRules, near_duplicates_of, text_of
 
 FAR: Final = 2**63
 

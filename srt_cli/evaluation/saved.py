@@ -5,24 +5,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 from srt_cli import console
-from srt_cli.annotations import read_annotations
 from srt_cli.artifacts import open_run, read_records, write_json
 from srt_cli.asking import Asking
-from srt_cli.critic_quality import (
+from srt_cli.errors import TooManyFailures, UsageError
+from srt_cli.evaluation.annotations import read_annotations
+from srt_cli.evaluation.critic_quality import (
     OutsideScores,
     critic_quality,
     quality_tables,
     score_record,
     warnings_of,
 )
-from srt_cli.critique import Critic, Sampling
-from srt_cli.errors import TooManyFailures, UsageError
-from srt_cli.eval_figures import close_contest, write_figures
-from srt_cli.eval_options import Evaluate
-from srt_cli.evidence import Evidence
-from srt_cli.labelled_pairs import ask_pairs, read_pairs
+from srt_cli.evaluation.evidence import Evidence
+from srt_cli.evaluation.figures import close_contest, write_figures
+from srt_cli.evaluation.labelled_pairs import ask_pairs, read_pairs
+from srt_cli.evaluation.options import Evaluate
+from srt_cli.evaluation.pair_accuracy import count_pairs, pairs_table
+from srt_cli.feedback.critique import Critic, Sampling
 from srt_cli.models import parse_spec
-from srt_cli.pair_accuracy import count_pairs, pairs_table
 from srt_cli.records import FeedbackRecord
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from srt_cli.calls import Call
-from srt_cli.critique_summary import Verdict
-from srt_cli.expected_score import TOP_LOGPROBS
+from srt_cli.feedback.critique_summary import Verdict
+from srt_cli.feedback.expected_score import TOP_LOGPROBS
+from srt_cli.feedback.scoring import SAMPLE_TEMPERATURE, mean_score
 from srt_cli.models import Model, Reply, Request, Task, TaskKind
 from srt_cli.models.loops import is_loop
 from srt_cli.options import RUNS_CODE_PREFIX
@@ -21,7 +22,6 @@ from srt_cli.records import (
     Status,
     Usage,
 )
-from srt_cli.scoring import SAMPLE_TEMPERATURE, mean_score
 from srt_cli.templates import (
     IMPROVED_HEADING,
     ParsedCritique,

@@ -7,7 +7,7 @@ paper does not say what it does with them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srt_cli.labelled_pairs import Pair, ScoredPair
+from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair
 from srt_cli.stats.bootstrap import bootstrap_mean
 from srt_cli.stats.drift import APART
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from srt_cli.critic_quality import SCORES, CriticQuality
-from srt_cli.labelled_pairs import ScoredPair
-from srt_cli.pair_accuracy import PairAccuracy
+from srt_cli.evaluation.critic_quality import SCORES, CriticQuality
+from srt_cli.evaluation.labelled_pairs import ScoredPair
+from srt_cli.evaluation.pair_accuracy import PairAccuracy
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Output, Scored
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement
 from srt_cli.stats.diversity import distinct_pairs, diversity_change, self_bleu
@@ -24,7 +24,7 @@ from srt_cli.stats.rates import (
 )
 
 if TYPE_CHECKING:
-    from srt_cli.contest import Contest, Row
+    from srt_cli.evaluation.contest import Contest, Row
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from srt_cli.artifacts import OrderedWriter
-from srt_cli.eval_options import beside
-from srt_cli.judging import Orders, Twice
-from srt_cli.labelled_pairs import Pair, ScoredPair
+from srt_cli.evaluation.judging import Orders, Twice
+from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair
+from srt_cli.evaluation.options import beside
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Record, Scored
 
 

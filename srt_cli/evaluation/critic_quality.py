@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from srt_cli.calls import Call
-from srt_cli.critique import Critic, blind_score
-from srt_cli.evidence import with_blind_scores
+from srt_cli.evaluation.evidence import with_blind_scores
+from srt_cli.feedback.critique import Critic, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Prompt, Scored
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement

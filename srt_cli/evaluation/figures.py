@@ -3,23 +3,23 @@
 from pathlib import Path
 
 from srt_cli import console
-from srt_cli.annotations import export_alpaca_eval
 from srt_cli.artifacts import Run, write_json
-from srt_cli.contest import Contest, count_contest
-from srt_cli.contest_tables import footnotes_of, tables_of, warnings_of
-from srt_cli.critic_quality import own_quality
-from srt_cli.drift import DriftMaterial, drift_of
-from srt_cli.drift_table import alarm_notes
 from srt_cli.errors import TooManyFailures
-from srt_cli.eval_options import Evaluate, beside
-from srt_cli.evidence import Evidence
-from srt_cli.judge_quality import repeats_itself
-from srt_cli.labels import agree_with_people, read_labels
-from srt_cli.objective import read_objective
-from srt_cli.pair_accuracy import count_pairs
+from srt_cli.evaluation.annotations import export_alpaca_eval
+from srt_cli.evaluation.contest import Contest, count_contest
+from srt_cli.evaluation.contest_tables import footnotes_of, tables_of, warnings_of
+from srt_cli.evaluation.critic_quality import own_quality
+from srt_cli.evaluation.drift import DriftMaterial, drift_of
+from srt_cli.evaluation.drift_table import alarm_notes
+from srt_cli.evaluation.evidence import Evidence
+from srt_cli.evaluation.judge_quality import repeats_itself
+from srt_cli.evaluation.labels import agree_with_people, read_labels
+from srt_cli.evaluation.objective import read_objective
+from srt_cli.evaluation.options import Evaluate, beside
+from srt_cli.evaluation.pair_accuracy import count_pairs
+from srt_cli.evaluation.verdicts import preferences_by_pair
 from srt_cli.report.page import write_report
 from srt_cli.report.shell import write_markdown
-from srt_cli.verdicts import preferences_by_pair
 
 
 def write_figures(run: Run, options: Evaluate, evidence: Evidence) -> Contest:

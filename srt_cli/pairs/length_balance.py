@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from srt_cli.external_sort import ExternalSort
+from srt_cli.pairs.external_sort import ExternalSort
 
 Balance = Literal["none", "margin", "subset", "matched"]
 STEPS_A_DOUBLING: Final = 4

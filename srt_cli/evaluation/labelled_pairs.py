@@ -11,8 +11,8 @@ from typing import Any
 from srt_cli.artifacts import read_rows
 from srt_cli.asking import Asking
 from srt_cli.calls import Call
-from srt_cli.critique import Critic, Sampling, blind_score
 from srt_cli.errors import SrtError
+from srt_cli.feedback.critique import Critic, Sampling, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import Prompt
 

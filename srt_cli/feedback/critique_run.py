@@ -21,10 +21,10 @@ from srt_cli.call_plan import (
     show_estimates,
 )
 from srt_cli.calls import Script, conduct, replay
-from srt_cli.critique import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
-from srt_cli.critique_processes import absorb_parts
-from srt_cli.critique_summary import CritiqueSummary
 from srt_cli.errors import SrtError, TooManyFailures
+from srt_cli.feedback.critique import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
+from srt_cli.feedback.critique_processes import absorb_parts
+from srt_cli.feedback.critique_summary import CritiqueSummary
 from srt_cli.journal import Journal
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens

@@ -3,13 +3,13 @@
 from itertools import combinations
 from typing import Final
 
-from srt_cli.contest import Contest, Row
-from srt_cli.drift_table import drift_tables
-from srt_cli.judge_quality import judge_tables
-from srt_cli.labels import people_table
+from srt_cli.evaluation.contest import Contest, Row
+from srt_cli.evaluation.drift_table import drift_tables
+from srt_cli.evaluation.judge_quality import judge_tables
+from srt_cli.evaluation.labels import people_table
+from srt_cli.evaluation.verdicts import Comparison, Judged
 from srt_cli.stats.rates import PairedDifference
 from srt_cli.tables import Table, p_value, share_with_error, share_with_interval, shorten
-from srt_cli.verdicts import Comparison, Judged
 
 LC_NOTES: Final = {
     "alpaca_eval": "Equal length: the length-controlled win rate of AlpacaEval 2.",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from srt_cli.length_balance import LengthCut
-from srt_cli.pair_building import Decision
-from srt_cli.pairing import Sample
+from srt_cli.pairs.building import Decision
+from srt_cli.pairs.length_balance import LengthCut
+from srt_cli.pairs.pairing import Sample
 from srt_cli.records import Preference
 from srt_cli.tables import Table
 

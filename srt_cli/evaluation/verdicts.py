@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
 
-from srt_cli.judging import Orders
+from srt_cli.evaluation.judging import Orders
 from srt_cli.records import Judgment, Output, Prompt
 from srt_cli.stats.length_control import (
     LengthControlled,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from srt_cli.artifacts import Run
 from srt_cli.calls import Call, conduct
-from srt_cli.critique import Critic, Sampling
-from srt_cli.critique_summary import show_confusion
+from srt_cli.feedback.critique import Critic, Sampling
+from srt_cli.feedback.critique_summary import show_confusion
 from srt_cli.journal import Journal
 from srt_cli.models import Reply, open_model
 from srt_cli.records import FeedbackRecord, Prompt

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from srt_cli.judging import Twice
+from srt_cli.evaluation.judging import Twice
 from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
 from srt_cli.tables import (

@@ -1,0 +1,1 @@
+"""Comparing models: judging, counting, and whether a critic drifts."""

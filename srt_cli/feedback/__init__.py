@@ -1,0 +1,1 @@
+"""One row of feedback: draft, critique, refinement, scores, by whichever critic."""

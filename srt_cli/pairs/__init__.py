@@ -1,0 +1,1 @@
+"""From feedback to preference pairs: choosing, balancing, auditing, writing."""
