@@ -179,7 +179,7 @@ def test_every_option_that_the_documents_name_exists(document):
     known |= {"--no-" + flag.removeprefix("--") for flag in known}
     # Of srt itself, of other tools.
     known |= {"--config", "--version", "--help", "--output_path"}
-    known |= {"--gpu"}  # of bench/train.py
+    known |= {"--gpu", "--max-tokens"}  # of the benches
     # Of torchrun, accelerate launch and Slurm.
     known |= {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
     known |= {"--shutdown-timeout", "--config_file", "--num_machines", "--num_processes"}
