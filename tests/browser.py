@@ -14,6 +14,9 @@ import aiohttp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
+PAUSE = "/* the browser gets two seconds for itself */"
+"""An expression that stands for a pause."""
+
 RELOAD = "location.reload()"
 """An expression after which the page is awaited again."""
 
@@ -129,6 +132,9 @@ async def _drive(
     while not loaded:
         await read()
     for expression in expressions:
+        if expression == PAUSE:
+            await asyncio.sleep(2)
+            continue
         loaded = expression != RELOAD
         found = await call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from browser import CHROMIUM, RELOAD, visit
+from browser import CHROMIUM, PAUSE, RELOAD, visit
 from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
@@ -73,12 +73,9 @@ def test_keys_judge_undo_and_save_and_the_answers_come_back(page, srt, tmp_path)
     assert "(5 right, 0 wrong, 1 ties, 0 unread)" in finished.stderr
 
 
-# Another renderer may show the page anew, and the browser hands it what was stored a moment later.
-WAIT = "(() => { const end = Date.now() + 1000; while (Date.now() < end); })()"
-
-
 def test_answers_are_kept_when_the_page_is_opened_again(page):
-    seen = visit(page, JUDGE, JUDGE, WAIT, RELOAD, PROGRESS, press("u"), WAIT, RELOAD, PROGRESS)
+    # Another renderer may show the page anew; the browser hands it a moment later what was stored.
+    seen = visit(page, JUDGE, JUDGE, PAUSE, RELOAD, PROGRESS, press("u"), PAUSE, RELOAD, PROGRESS)
     assert seen.complaints == []
     assert [value for value in seen.values if isinstance(value, str)] == [
         "2 of 6 judged", "1 of 6 judged",
