@@ -76,3 +76,10 @@ def test_a_live_reference_is_the_model_that_training_starts_from(srt, tmp_path, 
         losses.append([row["loss"] for row in read_jsonl(tmp_path / out / "metrics.jsonl")])
     assert losses[1][0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_training_that_lies_in_its_warm_up_says_that_it_changed_nothing(train, tmp_path):
+    finished = train("--global-batch", 8, "--samples", 0)
+    assert "lay in the warm-up, at learning rate 0, and changed nothing" in finished.stderr
+    other = train("--global-batch", 8, "--samples", 0, "--warmup", 0, "--out", tmp_path / "other")
+    assert "changed nothing" not in other.stderr

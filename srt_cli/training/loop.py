@@ -104,6 +104,11 @@ def train(
         raise AgreedStop
     if watch.stopped_early:
         run.manifest.progress += ", stopped early"
+    if watch.steps and not any(row["learning_rate"] for row in watch.steps):
+        run.warn(
+            "the whole training lay in the warm-up, at learning rate 0, and changed nothing. Pass "
+            "--warmup 0, a smaller --global-batch, or more data."
+        )
     run.manifest.tallies |= {"samples": summarise(sampler.rows)} if sampler.rows else {}
     return _come_to(watch, state.global_step, time.monotonic() - started)
 
