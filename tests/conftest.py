@@ -108,29 +108,28 @@ def smollm2(smollm2_gguf: Path, cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(smollm2: Path, cache: Path) -> Path:
+def tiny_model(cache: Path) -> Path:
     """A two-layer Llama of random weights, with SmolLM2's chat template and control tokens.
 
-    Its vocabulary is small: with SmolLM2's own, the head alone would be most of a test's time.
+    Its vocabulary is small: with SmolLM2's own, the head alone would be most of a test's time. It is
+    kept in a file, for what it was learnt from must not change with the sources.
     """
     from filelock import FileLock
 
     folder = cache / "tiny-model"
     with FileLock(cache / "tiny-model.lock"):
         if not folder.exists():
-            _make_tiny_model(smollm2, folder)
+            _make_tiny_model(folder)
     return folder
 
 
-def _make_tiny_model(tokenizer_from: Path, folder: Path) -> None:
+def _make_tiny_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from srt_cli.models.weights import load_tokenizer
 
-    texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))]
-    texts += [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("srt_cli/**/*.py"))]
-    tokenizer = load_tokenizer(str(tokenizer_from)).train_new_from_iterator(texts, 2048)
+    tokenizer = load_tokenizer(str(ROOT / "tests/tiny_tokenizer"))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
