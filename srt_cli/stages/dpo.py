@@ -136,12 +136,9 @@ def prefer(options: Dpo) -> None:
 
 
 def _finish(options: Dpo) -> None:
-    if options.push_to_hub is not None:
-        from srt_cli.models.hub import push_model
+    from srt_cli.training.keeping import finish_training
 
-        address = push_model(options.out, options.push_to_hub, public=options.hub_public)
-        console.say(f"uploaded to {address}")
-    console.finish(f"{options.out}: a model", f"srt eval --model {options.out}")
+    finish_training(options, options.out, f"srt eval --model {options.out}")
 
 
 def what_the_reference_is(options: Dpo, model_name: str, base: str) -> str:

@@ -154,12 +154,9 @@ def fine_tune(options: Sft) -> None:
 
 
 def _finish(options: Sft) -> None:
-    if options.push_to_hub is not None:
-        from srt_cli.models.hub import push_model
+    from srt_cli.training.keeping import finish_training
 
-        address = push_model(options.out, options.push_to_hub, public=options.hub_public)
-        console.say(f"uploaded to {address}")
-    console.finish(f"{options.out}: a model", f"srt self-critique --model {options.out}")
+    finish_training(options, options.out, f"srt self-critique --model {options.out}")
 
 
 def _trained_before(run: Run) -> "Trained | None":

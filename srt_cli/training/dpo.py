@@ -17,9 +17,8 @@ from srt_cli.training.gathering import whole_model
 from srt_cli.training.health import DpoStart
 from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config
-from srt_cli.training.meter import MeteredTrainer
 from srt_cli.training.objective import Objective
-from srt_cli.training.order import LengthGroupedOrder
+from srt_cli.training.order import LengthGroupedOrder, OrderedTrainer
 from srt_cli.training.place import sharding
 from srt_cli.training.processes import in_every_process
 from srt_cli.training.rows import keep_rows
@@ -32,18 +31,8 @@ TOLERANCE_FP32: Final = 1e-4
 TOLERANCE_BF16: Final = 1e-2
 
 
-class _TokenisedDPOTrainer(MeteredTrainer, DPOTrainer):
-    """A DPOTrainer whose rows are token ids already: the very ids that generation uses.
-
-    It takes them in the order it is given, which puts pairs of like length together.
-    """
-
-    def __init__(self, *, order: LengthGroupedOrder, **arguments: Any) -> None:
-        self._order = order
-        super().__init__(**arguments)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedOrder:
-        return self._order
+class _TokenisedDPOTrainer(OrderedTrainer, DPOTrainer):
+    """A DPOTrainer whose rows are token ids already: the very ids that generation uses."""
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset

@@ -218,3 +218,16 @@ WARNINGS: Final[Mapping[str, Rule]] = {
 
 def _mean(rows: Rows, name: str) -> float:
     return fmean(float(row[name]) for row in rows)
+
+
+# --- At the end --------------------------------------------------------------------------------
+
+
+def never_left_warm_up(rows: Rows) -> str | None:
+    """A finished training whose every step had a learning rate of 0."""
+    if not rows or any(row["learning_rate"] for row in rows):
+        return None
+    return (
+        "the whole training lay in the warm-up, at learning rate 0, and changed nothing. Pass "
+        "--warmup 0, a smaller --global-batch, or more data."
+    )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from srt_cli import console
 from srt_cli.artifacts import Run
 from srt_cli.errors import SrtError
+from srt_cli.models.hub import push_model
 from srt_cli.models.weights import Placement, load_weights
 from srt_cli.training.checkpoints import full_disk_in_one_sentence
 from srt_cli.training.merging import merge, name_base
@@ -141,3 +142,11 @@ def _take_back(out: Path) -> None:
     """A directory without its last file is no model."""
     for name in LAST:
         (out / name).unlink(missing_ok=True)
+
+
+def finish_training(options: TrainingOptions, out: Path, then: str) -> None:
+    """Upload the model if that was asked for, and say where it is and which command is next."""
+    if options.push_to_hub is not None:
+        address = push_model(out, options.push_to_hub, public=options.hub_public)
+        console.say(f"uploaded to {address}")
+    console.finish(f"{out}: a model", then)

@@ -22,7 +22,7 @@ from srt_cli.training.checkpoints import (
     newest_checkpoint,
     refuse_other_training,
 )
-from srt_cli.training.health import DpoStart
+from srt_cli.training.health import DpoStart, never_left_warm_up
 from srt_cli.training.meter import MeteredTrainer, meter_for, throughput
 from srt_cli.training.processes import AgreedStop, is_main, team
 from srt_cli.training.samples import SAMPLES, Sampler, summarise
@@ -104,11 +104,8 @@ def train(
         raise AgreedStop
     if watch.stopped_early:
         run.manifest.progress += ", stopped early"
-    if watch.steps and not any(row["learning_rate"] for row in watch.steps):
-        run.warn(
-            "the whole training lay in the warm-up, at learning rate 0, and changed nothing. Pass "
-            "--warmup 0, a smaller --global-batch, or more data."
-        )
+    if warning := never_left_warm_up(watch.steps):
+        run.warn(warning)
     run.manifest.tallies |= {"samples": summarise(sampler.rows)} if sampler.rows else {}
     return _come_to(watch, state.global_step, time.monotonic() - started)
 

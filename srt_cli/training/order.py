@@ -2,8 +2,12 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from datasets import Dataset
 from torch.utils.data import Sampler
+
+from srt_cli.training.meter import MeteredTrainer
 
 PASSES_A_POOL = 16
 
@@ -45,3 +49,14 @@ class LengthGroupedOrder(Sampler[int]):
         rest = [each for each in passes if len(each) < self._micro_batch]
         draw.shuffle(whole)
         return iter([index for each in whole + rest for index in each])
+
+
+class OrderedTrainer(MeteredTrainer):
+    """A trainer that takes rows in the order it is given, which puts those of like length together."""
+
+    def __init__(self, *, order: LengthGroupedOrder, **arguments: Any) -> None:
+        self._order = order
+        super().__init__(**arguments)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedOrder:
+        return self._order

@@ -16,8 +16,7 @@ from srt_cli.training.evaluation import evaluation_arguments, loss_by_part
 from srt_cli.training.gathering import whole_model
 from srt_cli.training.loop import Trained, train
 from srt_cli.training.lora import lora_config
-from srt_cli.training.meter import MeteredTrainer
-from srt_cli.training.order import LengthGroupedOrder
+from srt_cli.training.order import LengthGroupedOrder, OrderedTrainer
 from srt_cli.training.packing import Packing, pack, pack_length, packs_a_step
 from srt_cli.training.processes import in_every_process
 from srt_cli.training.rows import keep_rows
@@ -26,18 +25,12 @@ from srt_cli.training.sequences import Sequence
 from srt_cli.training.setup import Setup
 
 
-class _OwnSFTTrainer(MeteredTrainer, SFTTrainer):
-    """An SFTTrainer that takes rows in the order it is given, and evaluates by part."""
+class _OwnSFTTrainer(OrderedTrainer, SFTTrainer):
+    """An SFTTrainer that evaluates by part."""
 
-    def __init__(
-        self, *, order: LengthGroupedOrder, held_out: list[Sequence], **arguments: Any
-    ) -> None:
-        self._order = order
+    def __init__(self, *, held_out: list[Sequence], **arguments: Any) -> None:
         self._held_out = held_out
         super().__init__(**arguments)
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedOrder:
-        return self._order
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], *_: Any, metric_key_prefix: str = "eval", **__: Any
