@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", default=_weights_of_the_demo())
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=ROWS // 2)
+    parser.add_argument("--batch-size", type=int, default=ROWS)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--runs", type=int, default=1)
     chosen = parser.parse_args()

@@ -43,6 +43,21 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:rows, :, :end] for room in self._room)
         return self.keys, self.values
 
+    def room_for(
+        self, rows: int, tokens: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of so many rows and tokens, to be written in place; empty at first."""
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+            _, heads, _, size = like.shape
+            capacity = int(GROWTH * tokens) + SPARE_TOKENS
+            shape = (rows, heads, capacity, size)
+            # Zeros, for what masks leave out is multiplied by nought, and memory may hold NaN.
+            self._room = like.new_zeros(shape), like.new_zeros(shape)
+        keys, values = (room[:rows, :, :tokens] for room in self._room)
+        self.keys, self.values = keys, values
+        return keys, values
+
     def keep(self, order: Sequence[int]) -> None:
         """Keep these rows, in this order; a row that stays in its place costs nothing."""
         tokens = self.get_seq_length()

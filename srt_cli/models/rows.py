@@ -5,6 +5,7 @@ loops and log-probabilities are the same in both.
 """
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -41,6 +42,12 @@ class Loaded:
     def text_of(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without control tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    @cached_property
+    def cache_name(self) -> str:
+        """What the model's forward calls its cache: `cache` from transformers 5.24 on."""
+        names = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in names else "past_key_values"
 
     @cached_property
     def digits(self) -> frozenset[int]:

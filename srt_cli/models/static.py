@@ -4,7 +4,6 @@ A wave is cut into the same batches whatever part of it is answered already, so 
 repeats the floating point of an uninterrupted one.
 """
 
-import inspect
 import os
 import queue
 import threading
@@ -16,14 +15,13 @@ from typing import Any, Final
 import torch
 
 from srt_cli.errors import SrtError
-from srt_cli.models.cache import keep_rows, roomy_cache
+from srt_cli.models.cache import keep_rows
 from srt_cli.models.meter import Meter
+from srt_cli.models.prefill import forward, read_prompts, tokens_read_at_once
 from srt_cli.models.rows import Loaded, Row, top_tokens
 from srt_cli.models.sampling import choose_tokens
 
-MOST_ROWS: Final = {"cpu": 64, "mps": 16, "cuda": 64}
-# A batch's prompt tokens times rows; bounds the prefill, whose activations are the peak.
-PREFILL_TOKENS: Final = {"cpu": 16_384, "mps": 16_384, "cuda": 131_072}
+MOST_ROWS: Final = {"cpu": 128, "mps": 16, "cuda": 64}
 MEMORY_SHARE: Final = 0.4
 
 
@@ -122,6 +120,7 @@ def plan_batches(wave: list[Row], loaded: Loaded, batch_size: int | None) -> lis
     """Cut a wave into batches of like length, the longest first, within the memory's budget."""
     most_rows = batch_size or MOST_ROWS[loaded.device]
     most_tokens = _tokens_that_fit(loaded)
+    most_read = tokens_read_at_once(loaded)
     # Rows of one length are in the order of their seeds: the order of the input is irrelevant.
     ordered = sorted(wave, key=lambda row: (len(row.prompt_ids), row.seed), reverse=True)
     batches: list[list[Row]] = []
@@ -132,7 +131,7 @@ def plan_batches(wave: list[Row], loaded: Loaded, batch_size: int | None) -> lis
         longest = max((other.limit for other in (*current, row)), default=0)
         fits = (
             rows <= most_rows
-            and width * rows <= PREFILL_TOKENS[loaded.device]
+            and width * rows <= most_read
             and (width + longest) * rows <= most_tokens
         )
         if current and fits:
@@ -166,29 +165,15 @@ def generate(loaded: Loaded, batch: Sequence[Row], cancelled: Callable[[], bool]
     A cancelled batch stops at the next token.
     """
     live = list(batch)
+    read = read_prompts(loaded, [row.prompt_ids for row in live], cancelled)
+    if read is None:
+        return
+    cache, logits = read.cache, read.logits
     width = max(len(row.prompt_ids) for row in live)
-    pads = [width - len(row.prompt_ids) for row in live]
-    pad = int(loaded.tokenizer.pad_token_id or 0)
-    device = loaded.model.device
-    ids = torch.tensor(
-        [[pad] * left + row.prompt_ids for left, row in zip(pads, live, strict=True)], device=device
-    )  # (rows, width), padded on the left
-    starts = torch.tensor(pads, device=device)  # (rows,)
-    places = torch.arange(width, device=device)
-    positions = (places - starts[:, None]).clamp_min(0)  # (rows, width)
-    cache = roomy_cache(loaded.model.config)
-    forward, cache_name = _forward_of(loaded.model)
-    while live and not cancelled():
-        seen = torch.arange(width, device=device) >= starts[:, None]  # (rows, width so far)
-        output = forward(
-            input_ids=ids,
-            attention_mask=seen,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_name: cache},
-        )
-        logits = output.logits[:, -1]  # (rows, vocabulary)
+    device = logits.device
+    positions = torch.tensor([len(row.prompt_ids) for row in live], device=device)  # (rows,)
+    starts = width - positions  # where each row begins behind its padding
+    while not cancelled():
         chosen = choose_tokens(logits, [row.draw() for row in live])
         tokens = chosen.tolist()
         tops = top_tokens(logits, live, tokens)
@@ -199,15 +184,18 @@ def generate(loaded: Loaded, batch: Sequence[Row], cancelled: Callable[[], bool]
         ]
         for place in ended:
             yield live[place]
-        ids, positions = chosen[:, None], positions[:, -1:] + 1
-        width += 1
+        if len(ended) == len(live):
+            return
         if ended:
             order = keep_rows(cache, ended, len(live))
             live = [live[place] for place in order]
-            ids, positions, starts = ids[order], positions[order], starts[order]
-
-
-def _forward_of(model: Any) -> tuple[Any, str]:
-    """The model's forward, and what it calls its cache (`cache` from transformers 5.24 on)."""
-    names = inspect.signature(model.forward).parameters
-    return model, "cache" if "cache" in names else "past_key_values"
+            chosen, positions, starts = chosen[order], positions[order], starts[order]
+        width += 1
+        logits = forward(
+            loaded,
+            cache,
+            input_ids=chosen[:, None],
+            attention_mask=torch.arange(width, device=device) >= starts[:, None],
+            position_ids=positions[:, None],
+        )
+        positions = positions + 1

@@ -1,0 +1,130 @@
+"""Prompts of a batch are read in groups, and what they begin with in common once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srt_cli.models import prefill
+from srt_cli.models.prefill import groups_of_like_length, read_prompts, shared_beginning
+from srt_cli.models.rows import Loaded
+
+BEGINNING = [5, 9, 13, 2, 8, 40, 41, 42, 43]
+
+
+def never():
+    return False
+
+
+def with_a_window(tiny_model):
+    """A model whose layers keep only the last 8 tokens."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, sliding_window=8,
+        )
+    ).eval()  # fmt: skip
+
+
+def plain(tiny_model):
+    from srt_cli.models.weights import load_weights
+
+    return load_weights(str(tiny_model))
+
+
+@pytest.fixture(params=[plain, with_a_window])
+def loaded(tiny_model, request):
+    from srt_cli.models.weights import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    return Loaded(request.param(tiny_model), tokenizer, frozenset(), 2048, {"device": "cpu"})
+
+
+def logits_alone(loaded, ids):
+    with torch.inference_mode():
+        return loaded.model(torch.tensor([ids])).logits[0, -1]
+
+
+@pytest.mark.parametrize("beginning", [[], BEGINNING])
+def test_every_prompt_is_read_as_if_alone(loaded, beginning, monkeypatch):
+    monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 24)
+    prompts = [beginning + list(range(start, 60, 7)) for start in (1, 2, 15, 30, 30, 50)]
+    with torch.inference_mode():
+        read = read_prompts(loaded, prompts, never)
+        for place, ids in enumerate(prompts):
+            torch.testing.assert_close(read.logits[place], logits_alone(loaded, ids))
+        # What the cache holds is what they are continued from.
+        width = len(prompts[0])
+        starts = torch.tensor([[width - len(ids)] for ids in prompts])
+        following = prefill.forward(
+            loaded,
+            read.cache,
+            input_ids=torch.full((len(prompts), 1), 3),
+            attention_mask=torch.arange(width + 1) >= starts,
+            position_ids=width - starts,
+        )
+    for place, ids in enumerate(prompts):
+        torch.testing.assert_close(following[place], logits_alone(loaded, [*ids, 3]))
+
+
+def test_a_common_beginning_is_read_once_and_short_prompts_are_not_padded_to_long_ones(
+    tiny_model, monkeypatch
+):
+    monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 12)
+    weights, shapes = plain(tiny_model), []
+    weights.register_forward_pre_hook(
+        lambda module, given, named: shapes.append(tuple(named["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    from srt_cli.models.weights import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    loaded = Loaded(weights, tokenizer, frozenset(), 2048, {"device": "cpu"})
+    rests = [[50] * 20, [51] * 6, [52] * 5, [53] * 2, [54]]
+    with torch.inference_mode():
+        read_prompts(loaded, [BEGINNING + rest for rest in rests], never)
+    assert shapes == [(1, 9), (1, 20), (2, 6), (2, 2)]
+
+
+def test_reading_stops_between_groups_when_cancelled(tiny_model, monkeypatch):
+    from srt_cli.models.weights import load_tokenizer
+
+    monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 4)
+    tokenizer = load_tokenizer(str(tiny_model))
+    loaded = Loaded(plain(tiny_model), tokenizer, frozenset(), 2048, {"device": "cpu"})
+    answers = iter([False, True])
+    with torch.inference_mode():
+        assert read_prompts(loaded, [[1, 2, 3, 4]] * 3, lambda: next(answers)) is None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "shared"),
+    [
+        ([BEGINNING], 0),  # nobody to share with
+        ([[*BEGINNING, 1, 2], [*BEGINNING, 3]], 9),
+        ([[*BEGINNING, 1], [*BEGINNING]], 8),  # each keeps a token of its own
+        ([BEGINNING[:8], BEGINNING[:8]], 0),  # seven are not worth a pass
+        ([[*BEGINNING, 1], [*BEGINNING, 2], [7, *BEGINNING]], 0),
+    ],
+)
+def test_what_prompts_begin_with_in_common(prompts, shared):
+    assert shared_beginning(prompts) == shared
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.integers(10, 200), min_size=1, max_size=40),
+    shared=st.integers(0, 9),
+    most=st.integers(1, 500),
+)
+def test_groups_hold_every_prompt_once_within_their_bound(lengths, shared, most):
+    prompts = [[1] * length for length in sorted(lengths, reverse=True)]
+    groups = list(groups_of_like_length(prompts, shared, most))
+    assert [first for first, _ in groups] == [0, *(last for _, last in groups[:-1])]
+    assert groups[-1][1] == len(prompts)
+    for first, last in groups:
+        width = len(prompts[first]) - shared
+        assert (last - first) * width <= most or last - first == 1
