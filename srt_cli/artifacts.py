@@ -142,20 +142,25 @@ class OrderedWriter:
 
     def add(self, index: int, records: Iterable[Record]) -> None:
         """Take the records that input row `index` became (none is allowed)."""
-        self.add_lines(index, [to_line(record) for record in records])
+        self._add(index, [to_line(record) for record in records])
 
     def add_plain(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Take rows in another tool's form."""
         option = orjson.OPT_APPEND_NEWLINE
-        self.add_lines(index, [orjson.dumps(dict(row), option=option) for row in rows])
+        self._add(index, [orjson.dumps(dict(row), option=option) for row in rows])
 
-    def add_lines(self, index: int, lines: list[bytes]) -> None:
-        """Take lines that are JSON already, each with its newline."""
+    def _add(self, index: int, lines: list[bytes]) -> None:
         self.rows += len(lines)
         self._waiting[index] = b"".join(lines)
         while self._next in self._waiting:
             self._file.write(self._waiting.pop(self._next))
             self._next += 1
+
+    def append(self, line: bytes) -> None:
+        """Take the line behind all that were given; the quick way of those that come in order."""
+        self._file.write(line)
+        self._next += 1
+        self.rows += 1
 
     def commit(self) -> None:
         """Write what still waits behind a gap, sync, and put the file in its place."""
@@ -523,7 +528,6 @@ class DroppedRows:
     def __init__(self, artifact: Path) -> None:
         self.path = dropped_path(artifact)
         self.reasons: Counter[str] = Counter()
-        self._count = 0
         self._writer = OrderedWriter(self.path)
 
     def add(self, identifier: str, reason: str, row: Record) -> None:
@@ -533,8 +537,7 @@ class DroppedRows:
 
     def add_line(self, reason: str, line: bytes) -> None:
         """Note one row by its whole line, as a `Dropped` record is written."""
-        self._writer.add_lines(self._count, [line])
-        self._count += 1
+        self._writer.append(line)
         self.reasons[reason] += 1
 
     def commit(self) -> None:

@@ -17,6 +17,7 @@ import orjson
 from srt_cli import console
 from srt_cli.artifacts import read_records
 from srt_cli.pairs.external_sort import ExternalSort
+from srt_cli.pairs.feedback_row import FeedbackRow
 from srt_cli.pairs.pairing import Strategy, group_key
 from srt_cli.records import FeedbackRecord
 
@@ -28,7 +29,7 @@ PROGRESS_EVERY: Final = 2000
 class Row:
     """A row of the input, its line, and where it stood."""
 
-    record: FeedbackRecord
+    record: FeedbackRow
     line: bytes
     position: int
 
@@ -87,7 +88,7 @@ class GroupedRows:
                     if rows and rows[-1].line == line:
                         repeated.append((rows[-1], position))
                     else:
-                        rows.append(Row(FeedbackRecord.model_validate_json(line), line, position))
+                        rows.append(Row(FeedbackRow.of_line(line), line, position))
                     done += 1
                 yield Group(rows, repeated)
                 if done - shown >= PROGRESS_EVERY:

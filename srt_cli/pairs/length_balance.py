@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from srt_cli.pairs.external_sort import ExternalSort
 
@@ -21,8 +21,7 @@ GROUP_BYTES: Final = 2
 _FIGURES: Final = struct.Struct("<qd")
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """What balancing looks at in a pair."""
 
     gap: int

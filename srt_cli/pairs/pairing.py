@@ -13,6 +13,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 import orjson
 
+from srt_cli.pairs.feedback_row import FeedbackRow
 from srt_cli.records import FeedbackRecord, Message, Preference, as_messages
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
@@ -24,7 +25,7 @@ class Candidate(NamedTuple):
 
     text: str
     score: float
-    record: FeedbackRecord
+    record: FeedbackRow
 
     @property
     def order(self) -> tuple[float, int, str]:
@@ -56,24 +57,22 @@ class Pairing(NamedTuple):
         return digest(_transcript(self.chosen.record.prompt), self.chosen.text, self.rejected.text)
 
 
-def refined_of(record: FeedbackRecord, kind: ScoreKind) -> Refined | str:
+def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
     """What a row holds, or the reason for which it can be in no pair at all."""
-    if record.status != "ok":
-        return record.status
-    response, feedback, refinement = record.response, record.feedback, record.refinement
-    before_score, after_score = None, record.refinement_score
-    if feedback is not None:
-        before_score = feedback.score
+    if row.status != "ok":
+        return row.status
+    response, refinement = row.response, row.refinement
+    before_score, after_score = row.score, row.refinement_score
     if response is None or refinement is None or before_score is None or after_score is None:
         return "incomplete"
-    if kind == "expected" and feedback is not None:
-        before_score, after_score = feedback.score_mean, record.refinement_score_mean
+    if kind == "expected":
+        before_score, after_score = row.score_mean, row.refinement_score_mean
         if before_score is None or after_score is None:
             return "no expected score"
     draft, refined = response.strip(), refinement.strip()
     if not draft or not refined:
         return "empty"
-    return Refined(Candidate(draft, before_score, record), Candidate(refined, after_score, record))
+    return Refined(Candidate(draft, before_score, row), Candidate(refined, after_score, row))
 
 
 def candidates_of(rows: Sequence[Refined]) -> list[Candidate]:
@@ -145,10 +144,10 @@ def group_key(record: FeedbackRecord, strategy: Strategy) -> bytes:
 
     The prompt's text counts, not its id, which another file may give to another prompt.
     """
-    key = digest(_transcript(record.prompt))
-    if strategy == "refine":
-        key += digest((record.response or "").strip(), (record.refinement or "").strip())
-    return key
+    prompt = _transcript(record.prompt)
+    if strategy != "refine":
+        return digest(prompt)
+    return digest(prompt, (record.response or "").strip(), (record.refinement or "").strip())
 
 
 def preference_of(pairing: Pairing) -> Preference:
@@ -169,12 +168,13 @@ def line_of(pairing: Pairing) -> bytes:
     """A pair as its JSONL line: `artifacts.to_line(preference_of(pairing))`, much faster."""
     chosen, rejected = pairing
     record = chosen.record
+    prompt = record.prompt
     return orjson.dumps(
         {
             "id": pair_id(record),
-            "prompt": [
-                {"role": turn.role, "content": turn.content} for turn in as_messages(record.prompt)
-            ],
+            "prompt": [{"role": "user", "content": prompt}]
+            if isinstance(prompt, str)
+            else [{"role": turn.role, "content": turn.content} for turn in prompt],
             "chosen": [{"role": "assistant", "content": chosen.text}],
             "rejected": [{"role": "assistant", "content": rejected.text}],
             "chosen_score": chosen.score,
@@ -185,7 +185,7 @@ def line_of(pairing: Pairing) -> bytes:
     )
 
 
-def pair_id(record: FeedbackRecord) -> str:
+def pair_id(record: FeedbackRow) -> str:
     """The id of the pair whose chosen answer a record holds."""
     first = record.sample == 0 and record.round == 1
     return record.id if first else f"{record.id}/{record.sample}/{record.round}"

@@ -258,7 +258,7 @@ def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) ->
                 continue
             for name, export in exports.items():
                 export.add_plain(pairs.rows, EXPORTS[name](orjson.loads(value)))
-            pairs.add_lines(pairs.rows, [value])
+            pairs.append(value)
         dropped.commit()
         for writer in (pairs, *exports.values()):
             if any_kept:

@@ -33,6 +33,7 @@ _ONLY_WORDS: Final = "".join(
 )
 MAIN_SHARE: Final = 0.6
 LOOKED_AT: Final = 2000
+MOST_OF_A_REFUSAL: Final = 200
 # A prompt that names one of these may well be answered in their script.
 _LANGUAGES: Final = {
     "ARABIC": ("arabic", "persian", "farsi", "urdu"),
@@ -99,19 +100,33 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
 
 def faults_of(text: str) -> list[str]:
     """What makes one text no answer by itself: repeating, leaking a template, refusing."""
-    plain = " ".join(text.lower().split())
-    return _faults(plain, words_of(plain))
+    lower = text.lower()
+    return _faults(lower, words_of(lower))
 
 
-def _faults(plain: str, words: Sequence[str]) -> list[str]:
+def _faults(lower: str, words: Sequence[str]) -> list[str]:
     found = []
     if _repeats(words):
         found.append("repeating")
-    if any(mark in plain for mark in LEAKED):
+    if _leaks(lower):
         found.append("template leakage")
-    if _REFUSAL.match(plain):
+    if _refuses(lower):
         found.append("refusal")
     return found
+
+
+def _leaks(lower: str) -> bool:
+    # One of these stands in every mark; hardly any text holds one, and they are found quickly.
+    if not ("[[" in lower or "###" in lower or "<|" in lower or "model_identifier" in lower):
+        return False
+    plain = " ".join(lower.split())
+    return any(mark in plain for mark in LEAKED)
+
+
+def _refuses(lower: str) -> bool:
+    if not lower.lstrip().startswith(("i", "as")):
+        return False
+    return _REFUSAL.match(" ".join(lower[:MOST_OF_A_REFUSAL].split())) is not None
 
 
 def _repeats(words: Sequence[str]) -> bool:
