@@ -12,7 +12,7 @@ from typing import IO, Final
 Entry = tuple[bytes, bytes]
 """Key and value; entries are ordered by both."""
 
-MEMORY_BYTES: Final = 48 << 20
+MEMORY_BYTES: Final = 80 << 20
 BYTES_BESIDES: Final = 160
 """What an entry takes in memory besides its bytes."""
 MOST_RUNS: Final = 64
