@@ -53,11 +53,29 @@ class Tally:
     failed: int = 0
     completion_tokens: int = 0
     started: float = field(default_factory=time.monotonic)
+    elsewhere: int = 0
+    """Calls that other processes made for this run; they too are found in the journal."""
+
+    @property
+    def known_before(self) -> int:
+        """Calls that the journal answered and nobody had to make."""
+        return max(0, self.from_journal - self.elsewhere)
+
+    def made_elsewhere(self, calls: int, tokens: int) -> None:
+        """Count what other processes made for this run."""
+        self.elsewhere += calls
+        self.paid += calls
+        self.completion_tokens += tokens
+
+    @property
+    def seconds(self) -> float:
+        """The wall time since the run began."""
+        return max(time.monotonic() - self.started, 1e-3)
 
     def speed(self) -> str:
         """Tokens written a second, in words; nothing where none were."""
-        seconds = max(time.monotonic() - self.started, 1e-3)
-        return f"{self.completion_tokens / seconds:.0f} tokens/s" if self.completion_tokens else ""
+        speed = self.completion_tokens / self.seconds
+        return f"{speed:.0f} tokens/s" if self.completion_tokens else ""
 
 
 @dataclass

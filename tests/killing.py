@@ -41,6 +41,45 @@ def kill_when(folder: Path, ready: Callable[[], bool], *arguments: object) -> No
     process.wait()
 
 
+def spawned_by(parent: int) -> list[int]:
+    """Worker processes that a command has started, Python's own helper left out."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [
+        int(child) for child in children if "spawn_main" in _read(Path(f"/proc/{child}/cmdline"))
+    ]
+
+
+def is_loading(parent: int) -> bool:
+    """Whether a worker process has begun to import what it needs."""
+    return any("pydantic_core" in _read(Path(f"/proc/{n}/maps")) for n in spawned_by(parent))
+
+
+def wait_until_gone(session: int) -> None:
+    """Fail unless every process of a session ends within a few seconds."""
+    deadline = time.monotonic() + 10
+    while left := _alive_in(session):
+        assert time.monotonic() < deadline, f"orphans: {left}"
+        time.sleep(0.05)
+
+
+def _alive_in(session: int) -> list[str]:
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        content = _read(stat)
+        state, _, _, its_session = (content.rpartition(")")[2].split() or ["Z", "", "", "0"])[:4]
+        if int(its_session) == session and state != "Z":
+            alive.append(content[:80])
+    return alive
+
+
+def _read(path: Path) -> str:
+    """A file of /proc; empty when the process has just gone."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 

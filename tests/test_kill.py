@@ -8,7 +8,16 @@ import time
 from pathlib import Path
 
 from conftest import read_jsonl, write_jsonl
-from killing import command, environment, kill_when, lines_in, run
+from killing import (
+    command,
+    environment,
+    is_loading,
+    kill_when,
+    lines_in,
+    run,
+    spawned_by,
+    wait_until_gone,
+)
 from test_sft import feedback_rows
 
 CRITIC = """
@@ -178,14 +187,49 @@ def test_a_process_that_is_killed_leaves_its_rows_to_the_others(tmp_path, tiny_m
     while not lines_in(part):
         assert process.poll() is None
         time.sleep(0.002)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    worker = next(
-        child
-        for child in map(int, children)
-        if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-    )
+    worker = spawned_by(process.pid)[0]
     os.kill(worker, signal.SIGKILL)
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert "a process ended early (exit -9); its rows are made here" in stderr
     assert lines_in(tmp_path / "self-feedback.jsonl") == 8
+
+
+def test_ctrl_c_reaches_two_processes_and_keeps_what_is_done(two_folders, tiny_model):
+    straight, stopped = two_folders
+    for folder in two_folders:
+        write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(16)])
+    line = ("self-critique", "--model", tiny_model, "--batch-size", 2,
+            "--max-new-tokens", 24, "--critic-max-tokens", 24)  # fmt: skip
+    run(straight, *line)
+    line += ("--num-processes", 2)
+
+    def some_are_answered(parent: int) -> bool:
+        return sum(map(lines_in, stopped.glob("self-feedback.journal.part-*.jsonl"))) >= 4
+
+    # The first while the processes load their libraries, the second while they answer.
+    for ready in (is_loading, some_are_answered):
+        process = subprocess.Popen(
+            command(*line), cwd=stopped, env=environment(), stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        while not ready(process.pid):
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "error: stopped; what is complete is written" in stderr
+        assert "Traceback" not in stderr
+        assert "ended early" not in stderr
+        wait_until_gone(process.pid)
+        assert not list(stopped.glob("*.part-*"))
+        assert '"status": "interrupted"' in (stopped / "self-feedback.run.json").read_text()
+    kept = read_jsonl(stopped / "self-feedback.journal.jsonl")
+    assert len(kept) >= 4
+    run(stopped, *line)
+    first = (straight / "self-feedback.jsonl").read_bytes()
+    assert (stopped / "self-feedback.jsonl").read_bytes() == first
+    journal = read_jsonl(stopped / "self-feedback.journal.jsonl")
+    assert journal[: len(kept)] == kept
+    assert len({row["key"] for row in journal}) == len(journal)

@@ -177,9 +177,24 @@ def test_processes_write_the_file_that_one_would_and_so_does_the_other_engine(
     criticise(srt, *line, model=tiny_model)
     criticise(srt, *line, "--engine", "continuous", "--out", "one.jsonl", model=tiny_model)
     assert (folder / "one.jsonl").read_bytes() == (folder / "self-feedback.jsonl").read_bytes()
-    criticise(srt, *line, "--num-processes", 2, "--out", "two.jsonl", model=tiny_model)
+    finished = criticise(srt, *line, "--num-processes", 2, "--out", "two.jsonl", model=tiny_model)
     assert (folder / "two.jsonl").read_bytes() == (folder / "self-feedback.jsonl").read_bytes()
     assert not list(folder.glob("*.part-*"))
+    alone, together = (what_was_made(folder / f"{name}.run.json") for name in ("one", "two"))
+    assert together == alone
+    assert "taken from the journal" not in finished.stderr
+    # The speed is that of all tokens over the whole time, the start of the processes included.
+    seconds = int(re.search(r"in 2 processes: 3/3 in (\d+) s", finished.stderr)[1])
+    speed = int(re.search(r"criticising: 3/3 .* (\d+) tokens/s", finished.stderr)[1])
+    assert 0 < speed <= together["completion_tokens"] / max(seconds - 0.5, 0.1) + 1
+
+
+def what_was_made(manifest):
+    content = json.loads(manifest.read_text())
+    (model,) = content["models"].values()
+    return {name: content["tallies"][name] for name in ("calls_made", "calls_from_journal")} | {
+        name: model[name] for name in ("completion_tokens", "device", "dtype", "halved_for_memory")
+    }
 
 
 @pytest.mark.parametrize(

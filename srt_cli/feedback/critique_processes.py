@@ -10,9 +10,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from multiprocessing import connection
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -42,6 +44,24 @@ class Share(Generic[Options]):
     accelerator: str | None
 
 
+@dataclass(frozen=True)
+class _Word:
+    """What a process says when a row is done."""
+
+    tokens: int
+    models: dict[str, dict[str, Any]]
+
+
+@dataclass
+class Answered:
+    """What the processes came to."""
+
+    whole: bool = False
+    """They went through all rows; false when they were interrupted."""
+    models: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By spec, how each process's model last described itself."""
+
+
 def part_paths(main: Path) -> list[Path]:
     """Journals that processes left beside a journal."""
     stem = main.name.removesuffix(".jsonl")
@@ -56,50 +76,90 @@ def absorb_parts(journal: Journal) -> None:
 
 def answer_in_processes(
     journal: Journal,
+    tally: Tally,
     open_scripts: Callable[[Options], tuple[Iterable[Script[Any]], list[Model]]],
     options: Options,
     *,
     processes: int,
     rows: int,
-) -> bool:
-    """Have every row's calls made by so many processes; false when it was interrupted.
+) -> Answered:
+    """Have every row's calls made by so many processes, and counted.
 
     Raises `SrtError` when a process met an error of the user's; one that was killed is only named.
     """
     from srt_cli.models.weights import accelerators
 
     places = accelerators() or [None]
-    context = multiprocessing.get_context("spawn")
     stem = journal.path.name.removesuffix(".jsonl")
-    workers = {}
     journal.sync()
-    for index in range(processes):
-        part = journal.path.with_name(f"{stem}.part-{index + 1}.jsonl")
-        place = places[index % len(places)]
-        share = Share(
-            open_scripts, options, index, processes, part, journal.path, os.getpid(), place
+    before = _spent(journal)
+    shares = [
+        Share(
+            open_scripts,
+            options,
+            index,
+            processes,
+            part=journal.path.with_name(f"{stem}.part-{index + 1}.jsonl"),
+            main=journal.path,
+            parent=os.getpid(),
+            accelerator=places[index % len(places)],
         )
-        receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=_answer, args=(share, sender), daemon=True)
-        worker.start()
-        sender.close()
-        workers[receiver] = worker
+        for index in range(processes)
+    ]
+    workers: dict[Any, Any] = {}
+    problems: list[str] = []
+    answered = Answered()
+    last_words: dict[Any, _Word] = {}
     try:
-        problems = _listen(dict(workers), rows)
-        finished = True
+        with _deaf_to_ctrl_c():
+            for share in shares:
+                _start(share, workers)
+        problems = _listen(dict(workers), rows, last_words)
+        answered.whole = True
     except KeyboardInterrupt:
-        problems, finished = [], False
+        pass
     finally:
         for worker in workers.values():
             worker.terminate()
+        for worker in workers.values():
             worker.join()
         absorb_parts(journal)
     if problems:
         raise SrtError(problems[0])
-    return finished
+    made = _spent(journal) - before
+    tally.made_elsewhere(made["calls"], made["completion_tokens"])
+    for word in last_words.values():
+        for spec, described in word.models.items():
+            answered.models.setdefault(spec, []).append(described)
+    return answered
 
 
-def _listen(workers: dict[Any, Any], rows: int) -> list[str]:
+def _spent(journal: Journal) -> Counter[str]:
+    return sum(journal.spent.values(), Counter())
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Ctrl-C reaches the whole group; a process that starts in here never hears it: we decide."""
+    # Python's own helper process would end this when it starts.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _start(share: Share[Any], workers: dict[Any, Any]) -> None:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_answer, args=(share, sender), daemon=True)
+    worker.start()
+    sender.close()
+    workers[receiver] = worker
+
+
+def _listen(workers: dict[Any, Any], rows: int, last_words: dict[Any, _Word]) -> list[str]:
     """Show the processes' progress until all have ended; gives the errors that they met."""
     problems: list[str] = []
     tokens, started = 0, time.monotonic()
@@ -108,7 +168,7 @@ def _listen(workers: dict[Any, Any], rows: int) -> list[str]:
             ready: list[Any] = list(connection.wait(list(workers)))
             for receiver in ready:
                 try:
-                    said: str | int = receiver.recv()
+                    said: str | _Word = receiver.recv()
                 except (EOFError, OSError):
                     worker = workers.pop(receiver)
                     worker.join()
@@ -120,7 +180,8 @@ def _listen(workers: dict[Any, Any], rows: int) -> list[str]:
                 if isinstance(said, str):
                     problems.append(said)
                     continue
-                tokens += said
+                last_words[receiver] = said
+                tokens += said.tokens
                 speed = tokens / max(time.monotonic() - started, 1e-3)
                 progress.advance(note=f"{speed:.0f} tokens/s" if tokens else "")
     return problems
@@ -133,8 +194,6 @@ def _answer(share: Share[Options], sender: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     if share.accelerator is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = share.accelerator
-    # Ctrl-C reaches the whole group; the parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(share.parent,), daemon=True).start()
     console.quiet_libraries()
     models: list[Model] = []
@@ -144,7 +203,8 @@ def _answer(share: Share[Options], sender: Any) -> None:
         tally, before = Tally(), 0
         with Journal(share.part, beside=share.main) as journal:
             for _ in conduct(mine, journal, window=WINDOW, tally=tally):
-                sender.send(tally.completion_tokens - before)
+                described = {model.spec: model.describe() for model in models}
+                sender.send(_Word(tally.completion_tokens - before, described))
                 before = tally.completion_tokens
     except SrtError as error:
         sender.send(str(error))

@@ -20,14 +20,15 @@ from srt_cli.call_plan import (
     prices_of,
     show_estimates,
 )
-from srt_cli.calls import Script, conduct, replay
+from srt_cli.calls import Script, Tally, conduct, replay
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.feedback.critique import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
-from srt_cli.feedback.critique_processes import absorb_parts
+from srt_cli.feedback.critique_processes import Answered, absorb_parts
 from srt_cli.feedback.critique_summary import CritiqueSummary
 from srt_cli.journal import Journal
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
+from srt_cli.models.meter import together
 from srt_cli.records import Prompt
 
 NEXT_STEPS: Final = {"respond": ("critique", "score"), "critique": ("score",)}
@@ -91,8 +92,14 @@ def is_done(run: Run, work: Work, options: CallOptions) -> bool:
     return True
 
 
-def _describe_models(work: Work) -> dict[str, dict[str, Any]]:
-    return {model.spec: {"identity": model.identity, **model.describe()} for model in work.models}
+def _describe_models(work: Work, elsewhere: Answered, seconds: float) -> dict[str, dict[str, Any]]:
+    """Every model's description, the other processes' share included."""
+    models = {}
+    for model in work.models:
+        described = {"identity": model.identity, **model.describe()}
+        others = elsewhere.models.get(model.spec)
+        models[model.spec] = together([described, *others], seconds) if others else described
+    return models
 
 
 def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
@@ -125,12 +132,12 @@ def run_critiques(
     run: Run,
     work: Work,
     options: CallOptions,
-    beforehand: Callable[[Journal], bool] | None = None,
+    beforehand: Callable[[Journal, Tally], Answered] | None = None,
 ) -> CritiqueSummary:
     """Write the feedback of every prompt to `run.out`, in the order of the input.
 
-    `beforehand` may fill the journal in other processes; false when it was interrupted. An
-    interrupted run writes what is complete. Raises `TooManyFailures` at the end.
+    `beforehand` may fill the journal in other processes. An interrupted run writes what is
+    complete. Raises `TooManyFailures` at the end.
     """
     journal = run.journal()
     absorb_parts(journal)
@@ -143,8 +150,11 @@ def run_critiques(
     cost = Cost(journal, options, work.budget)
     for model in work.models:
         cost.watch(model)
-    interrupted = beforehand is not None and not beforehand(journal)
     summary = CritiqueSummary()
+    elsewhere = Answered(whole=True)
+    if beforehand is not None:
+        elsewhere = beforehand(journal, summary.calls)
+    interrupted = not elsewhere.whole
     finished, expected = 0, work.count * work.samples
     window = 2 * max(model.in_flight for model in work.models)
     writer = OrderedWriter(run.out)
@@ -173,7 +183,7 @@ def run_critiques(
         run.manifest.tallies = summary.tallies()
         run.manifest.usage = {"total": summary.usage}
         run.manifest.cost = cost.describe()
-        run.manifest.models = _describe_models(work)
+        run.manifest.models = _describe_models(work, elsewhere, summary.calls.seconds)
         for model in work.models:
             model.close()
     _close(run, summary, options, finished, expected)

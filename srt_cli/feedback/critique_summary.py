@@ -264,7 +264,7 @@ class CritiqueSummary:
             "rows": self.rows,
             "statuses": dict(sorted(self.statuses.items())),
             "calls_made": self.calls.paid,
-            "calls_from_journal": self.calls.from_journal,
+            "calls_from_journal": self.calls.known_before,
             "draft_scores": {f"{score:g}": n for score, n in sorted(self.draft_scores.items())},
             "mean_gain": self.mean_gain,
             "better": self.better,
@@ -290,9 +290,9 @@ class CritiqueSummary:
         """Tell the user what the critic did, where the result is, and the next command."""
         parts = " · ".join(f"{count} {status}" for status, count in self.statuses.most_common())
         console.say(f"rows: {parts}")
-        if self.calls.from_journal:
+        if self.calls.known_before:
             console.say(
-                f"calls: {self.calls.paid} made, {self.calls.from_journal} taken from the journal"
+                f"calls: {self.calls.paid} made, {self.calls.known_before} taken from the journal"
             )
         if self.mean_gain is not None:
             console.say(

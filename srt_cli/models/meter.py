@@ -1,9 +1,12 @@
 """What generation in this process came to, for the manifest."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Final
+
+ADDED: Final = ("completion_tokens", "batches", "halved_for_memory")
 
 
 @dataclass
@@ -37,3 +40,15 @@ class Meter:
             "largest_batch": self.largest_batch,
             "halved_for_memory": self.halvings,
         }
+
+
+def together(described: Sequence[Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    """One description of a model that was open in several processes for so long."""
+    whole: dict[str, Any] = {}
+    for one in described:
+        whole |= one
+    if "completion_tokens" in whole:
+        whole |= {name: sum(one[name] for one in described) for name in ADDED}
+        whole["largest_batch"] = max(one["largest_batch"] for one in described)
+        whole["tokens_per_second"] = round(whole["completion_tokens"] / max(seconds, 1e-3), 1)
+    return whole
