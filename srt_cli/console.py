@@ -227,5 +227,7 @@ def quiet_libraries() -> None:
     talkative = "httpx2 httpcore2 openai transformers trl datasets accelerate huggingface_hub"
     for name in talkative.split():
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It prints a traceback of what then reaches us, and is often mended.
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -78,10 +78,13 @@ class Model(Protocol):
     """Enters the journal key: the same identity and request mean the same reply."""
     in_flight: int
     """How many requests it wants to hold at once."""
-    batched: bool
-    """Whether replies depend, in the last bit, on the wave they are computed in."""
     continues: bool
     """Whether it takes requests that continue a reply begun."""
+
+    @property
+    def batched(self) -> bool:
+        """Whether replies depend, in the last bit, on the wave they are computed in."""
+        ...
 
     def submit(
         self, requests: Sequence[Request], answered: Sequence[bool] = ()

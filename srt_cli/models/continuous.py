@@ -2,137 +2,44 @@
 
 transformers owns the paged cache, sizes it by the memory there is, shares the blocks of equal
 prefixes (a critique begins as its draft does), and runs the loop. Here its logits processors draw
-each row's tokens, and its outputs become our rows' tokens.
+each row's tokens, and its outputs become our rows' tokens. What cannot be batched so, be it a model
+or another version of transformers, is answered in static batches.
 """
 
+import gc
 import queue
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
 
+from srt_cli import console
 from srt_cli.errors import SrtError
-from srt_cli.models import Reply
 from srt_cli.models.meter import Meter
+from srt_cli.models.processors import Processors, features_of
 from srt_cli.models.rows import Loaded, Row
-from srt_cli.models.sampling import gumbel_noise, keep_top_p
+from srt_cli.models.static import StaticEngine, is_out_of_memory
 
 POLL_S: Final = 0.05
-GREEDY: Final = 0
-"""The key of a row that draws nothing."""
 HALVINGS: Final = 5
-CPU_BLOCKS: Final = 64
+TOO_SMALL: Final = "No requests can be scheduled"
+"""What transformers says when a single row does not fit its cache."""
+CPU_CACHE_TOKENS: Final = 16_384
 CPU_BATCH_TOKENS: Final = 512
+BLOCK_TOKENS: Final = 16
+"""Only whole blocks are shared, so they are small where no kernel asks for larger ones."""
 
 
 def why_not_continuous(loaded: Loaded) -> str | None:
-    """Why a model cannot be batched continuously; null when it can."""
+    """Why a model cannot be batched continuously; null when it can, as far as one can see."""
     if not hasattr(loaded.model, "init_continuous_batching"):
         return "transformers cannot batch this model continuously"
     kinds = set(getattr(loaded.model.config.get_text_config(), "layer_types", None) or [])
     odd = kinds - {"full_attention", "sliding_attention"}
     return f"layers of type {', '.join(sorted(odd))}" if odd else None
-
-
-class _PerRow(ContinuousBatchingLogitsProcessor):
-    """A processor with one 32-bit argument a row, read from the rows under way."""
-
-    supported_kwargs: dict[str, type] = {}  # noqa: RUF012  as transformers declares it
-    ignored_kwargs: tuple[str, ...] = ()
-
-    def __init__(self, rows: dict[str, Row]) -> None:
-        self.rows = rows
-
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        """What stands where no row is: the bits of 1.0."""
-        int32_tensor.copy_(torch.ones_like(int32_tensor, dtype=torch.float32).view(torch.int32))
-
-    def rows_of(self, requests: Sequence[Any]) -> list[tuple[Row | None, int]]:
-        """Each request's row, and the position that its next token will have."""
-        return [
-            (self.rows.get(request.state.request_id), request.state.position_offset)
-            for request in requests
-        ]
-
-
-class _Record(_PerRow):
-    """Keeps the likeliest tokens before any draw; needs a loop without graphs and look-ahead."""
-
-    def __init__(self, rows: dict[str, Row]) -> None:
-        super().__init__(rows)
-        self.tops: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._wanting: list[tuple[int, str, int]] = []
-        self._most = 1
-
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        self._wanting = []
-        for place, (row, position) in enumerate(self.rows_of(requests_with_new_token)):
-            if row is not None and row.request.top_logprobs:
-                name = requests_with_new_token[place].state.request_id
-                self._wanting.append((place, name, position - len(row.prompt_ids)))
-                self._most = max(self._most, row.request.top_logprobs)
-        return torch.zeros(len(requests_with_new_token), dtype=torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        if self._wanting:
-            places = [place for place, _, _ in self._wanting]
-            values, ids = scores[places].float().log_softmax(-1).topk(self._most)
-            kept = zip(self._wanting, values.cpu(), ids.cpu(), strict=True)
-            for (_, name, token), value, chosen in kept:
-                self.tops[name, token] = value, chosen
-        return scores
-
-    def take(self, name: str, row: Row, token: int) -> tuple[list[float], list[int]] | None:
-        """What was kept for a row's next token, if the row wants it."""
-        kept = self.tops.pop((name, len(row.tokens)), None)
-        if kept is None or not row.wants_top(token):
-            return None
-        count = row.request.top_logprobs
-        return kept[0][:count].tolist(), kept[1][:count].tolist()
-
-
-class _Temperature(_PerRow):
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        asked = [
-            row and row.request.temperature for row, _ in self.rows_of(requests_with_new_token)
-        ]
-        return torch.tensor([value or 1.0 for value in asked]).view(torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        return scores / tensor_arg[: scores.shape[0]].view(torch.float32)[:, None]
-
-
-class _TopP(_PerRow):
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        asked = [
-            row.request.top_p if row else 1.0 for row, _ in self.rows_of(requests_with_new_token)
-        ]
-        return torch.tensor(asked).view(torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        return keep_top_p(scores, tensor_arg[: scores.shape[0]].view(torch.float32)[:, None])
-
-
-class _Noise(_PerRow):
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        keys = []
-        for row, position in self.rows_of(requests_with_new_token):
-            draws = row is not None and row.request.temperature > 0
-            keys.append(row.key_at(position) if row is not None and draws else GREEDY)
-        return torch.tensor(keys, dtype=torch.int64).to(torch.int32)  # the low 32 bits
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        keys = tensor_arg[: scores.shape[0]].to(torch.int64)
-        noise = gumbel_noise(keys, scores.shape[-1])
-        return torch.where((keys != GREEDY)[:, None], scores + noise, scores)
 
 
 @dataclass
@@ -146,24 +53,42 @@ class ContinuousEngine:
     _waiting: list[Row] = field(default_factory=list)
     _under_way: dict[str, Row] = field(default_factory=dict)
     _cancelled: threading.Event = field(default_factory=threading.Event)
+    _ended: threading.Event = field(default_factory=threading.Event)
+    _error: BaseException | None = None
+    """Why it ended, if nobody closed it."""
+    _static: StaticEngine | None = None
+    """Takes over where continuous batching is not possible."""
     _features: frozenset[str] = frozenset()
     _manager: Any = None
-    _record: _Record | None = None
+    _processors: Processors | None = None
+    _attention: str | None = None
+    """The model's own; a manager may change it."""
     _count: int = 0
     _memory_share: float = 1.0
+    _has_spoken: bool = False
+    """Whether any manager has made a token, so that this model can be batched."""
 
     def __post_init__(self) -> None:
         self._worker = threading.Thread(target=self._work, name="continuous-engine", daemon=True)
         self._worker.start()
 
+    @property
+    def batched(self) -> bool:
+        """Whether rows had better come in whole waves."""
+        return self._static is not None
+
     def add(self, wave: list[Row]) -> None:
         """Take rows; their futures resolve as they end, in any order."""
         self._inbox.put([row for row in wave if not row.answered])
+        if self._ended.is_set():
+            self._give_up([])
 
     def close(self) -> None:
         """Stop at the next token; what has not ended is cancelled."""
         self._cancelled.set()
         self._inbox.put(None)
+        if self._static is not None:
+            self._static.close()
         self._worker.join(timeout=30)
 
     def _work(self) -> None:
@@ -176,16 +101,26 @@ class ContinuousEngine:
                         with self.meter.timing(len(self._under_way)):
                             self._listen()
         except BaseException as error:  # a thread has no caller: the futures carry it
-            for row in self._rows_left():
-                row.future.set_exception(error)
+            self._error = error
         finally:
-            for row in self._rows_left():
-                row.future.cancel()
+            self._ended.set()
+            self._give_up([*self._waiting, *self._under_way.values()])
             self._stop_manager()
 
-    def _rows_left(self) -> list[Row]:
-        rows = [*self._waiting, *self._under_way.values()]
-        return [row for row in rows if not row.future.done()]
+    def _give_up(self, rows: list[Row]) -> None:
+        """Nobody will answer these rows, nor those that still arrive."""
+        while not self._inbox.empty():
+            try:
+                rows += self._inbox.get_nowait() or []
+            except queue.Empty:  # another thread was quicker
+                break
+        for row in rows:
+            if row.future.done():
+                continue
+            if self._error is not None:
+                row.future.set_exception(self._error)
+            else:
+                row.future.cancel()
 
     def _receive(self) -> None:
         """Take in what was submitted; waits only while there is nothing else to do."""
@@ -196,11 +131,19 @@ class ContinuousEngine:
 
     def _admit(self) -> None:
         """Hand waiting rows to the manager; one that lacks a feature is reopened once it is empty."""
-        needed = self._features.union(*map(_features_of, self._waiting))
+        if self._static is not None:
+            self._static.add(self._waiting)
+            self._waiting = []
+            return
+        needed = self._features.union(*map(features_of, self._waiting))
         if self._manager is None or needed != self._features:
-            if self._under_way:
+            if self._under_way or not self._waiting:
                 return
-            self._open_manager(needed)
+            try:
+                self._open_manager(needed)
+            except Exception as error:  # whatever a model or another transformers objects to
+                self._recover(str(error) or type(error).__name__)
+                return
         for row in self._waiting:
             name = f"row-{self._count}"
             self._count += 1
@@ -221,6 +164,9 @@ class ContinuousEngine:
             if output.error is not None:
                 self._recover(str(output.error))
                 return
+            if self._processors is not None and not self._processors.were_asked:
+                self._fall_back("this version of transformers would draw replies in its own way")
+                return
             self._hear(output)
             output = None
             if not self._manager.output_router.output_queue.empty():
@@ -232,54 +178,76 @@ class ContinuousEngine:
         row = self._under_way.get(output.request_id)
         if row is None:
             return
+        self._has_spoken = True
+        record = self._processors.record if self._processors is not None else None
         for token in output.generated_tokens[len(row.tokens) :]:
-            record = self._record
             top = record.take(output.request_id, row, token) if record is not None else None
             if row.take(token, top):
                 break
         if row.finish is None:
             return
+        row.future.set_result(row.reply())
+        self.meter.tokens += len(row.tokens)
         del self._under_way[output.request_id]
         if not output.is_finished():
             self._manager.cancel_request(output.request_id)
-        self.meter.tokens += len(row.tokens)
-        row.future.set_result(row.reply())
 
     def _recover(self, error: str) -> None:
-        """Start what is under way again, with half the memory where it ran out."""
+        """Start again what is under way: with half the memory, or in static batches.
+
+        Raises `SrtError` when neither can help.
+        """
+        reason = error.strip().splitlines()[0] if error.strip() else "no reason given"
+        if is_out_of_memory(error):
+            if self.meter.halvings >= HALVINGS:
+                raise SrtError("out of memory also with small batches. Lower --max-new-tokens.")
+            self.meter.halvings += 1
+            self._memory_share /= 2
+            self._take_back()
+        elif TOO_SMALL in error or not self._has_spoken:
+            self._fall_back(f"continuous batching failed: {reason}")
+        else:
+            raise SrtError(
+                f"continuous batching stopped ({reason}). Run the same line with --engine static."
+            )
+
+    def _take_back(self) -> None:
+        """Stop the manager; its rows wait again, as they began."""
         rows, self._under_way = list(self._under_way.values()), {}
         self._stop_manager()
-        short = "memory" in error.lower() or "No requests can be scheduled" in error
-        if not short or self.meter.halvings >= HALVINGS:
-            for row in rows:
-                row.future.set_result(Reply(text="", finish_reason="failed", error=error))
-            if short:
-                raise SrtError("out of memory also with small batches. Lower --max-new-tokens.")
-            return
-        self.meter.halvings += 1
-        self._memory_share /= 2
         for row in rows:
             row.start_again()
         self._waiting = rows + self._waiting
 
+    def _fall_back(self, reason: str) -> None:
+        """From here on in static batches."""
+        self._take_back()
+        if self._attention is not None:
+            self.loaded.model.set_attn_implementation(self._attention)
+        self.loaded.placement |= {"engine": f"static batches ({reason})"}
+        console.warn(f"{reason}; rows are answered in static batches instead.")
+        self._static = StaticEngine(self.loaded, self.meter, self.batch_size)
+
     def _open_manager(self, features: frozenset[str]) -> None:
         self._stop_manager()
         self._features = features
-        self._record = _Record(self._under_way) if "tops" in features else None
+        self._processors = Processors(features, self._under_way)
+        records = "tops" in features
         config = ContinuousBatchingConfig(
             max_requests_per_batch=self.batch_size,
             # What is recorded in Python must not be left to a graph, nor run ahead.
-            use_cuda_graph=False if self._record is not None else None,
-            use_async_batching=False if self._record is not None else None,
+            use_cuda_graph=False if records else None,
+            use_async_batching=False if records else None,
         )
         if self.loaded.device == "cpu":
             # transformers would take the whole memory of the machine for its cache.
-            config.num_blocks = max(1, int(CPU_BLOCKS * self._memory_share))
+            config.num_blocks = max(1, int(CPU_CACHE_TOKENS * self._memory_share / BLOCK_TOKENS))
             config.max_batch_tokens = CPU_BATCH_TOKENS
         elif self._memory_share < 1:
             config.max_memory_percent = 0.8 * self._memory_share
         model: Any = self.loaded.model
-        self._manager = model.init_continuous_batching(
+        self._attention = self._attention or model.config._attn_implementation
+        manager = model.init_continuous_batching(
             generation_config=GenerationConfig(
                 do_sample=False,
                 eos_token_id=sorted(self.loaded.end_ids),
@@ -287,29 +255,19 @@ class ContinuousEngine:
             ),
             continuous_batching_config=config,
         )
-        self._manager.logit_processor = self._processors(features)
-        self._manager.start()
-
-    def _processors(self, features: frozenset[str]) -> ContinuousBatchingLogitsProcessorList:
-        rows = self._under_way
-        chain: list[_PerRow] = [self._record] if self._record is not None else []
-        if "draws" in features:
-            chain.append(_Temperature(rows))
-            chain += [_TopP(rows)] if "top_p" in features else []
-            chain.append(_Noise(rows))
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList(chain))
-        processors.tensors_required = len(chain)
-        return processors
+        resolved = manager.continuous_batching_config
+        if not resolved.max_blocks_per_request:  # no kernel that reads blocks by itself
+            resolved.page_size = BLOCK_TOKENS
+        manager.logit_processor = self._processors.for_manager()
+        self._manager = manager
+        manager.start()
 
     def _stop_manager(self) -> None:
-        if self._manager is not None:
-            self._manager.stop(block=True, timeout=30, hard_stop=True)
-            self._manager = None
-
-
-def _features_of(row: Row) -> frozenset[str]:
-    """What the manager must be able to do for a row."""
-    asked = row.request
-    draws = {"draws"} if asked.temperature > 0 else set()
-    draws |= {"top_p"} if draws and asked.top_p < 1 else set()
-    return frozenset(draws | ({"tops"} if asked.top_logprobs else set()))
+        if self._manager is None:
+            return
+        self._manager.stop(block=True, timeout=30, hard_stop=True)
+        self._manager = None
+        # Its error, if it met one, has held the cache until now.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

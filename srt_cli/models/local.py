@@ -21,6 +21,8 @@ IN_FLIGHT_CONTINUOUS: Final = 1024
 
 
 class _Engine(Protocol):
+    @property
+    def batched(self) -> bool: ...
     def add(self, wave: "list[Any]") -> None: ...
     def close(self) -> None: ...
 
@@ -34,8 +36,8 @@ class LocalModel:
     options: ModelOptions
     continues: bool = True
     identity: str = field(init=False)
-    batched: bool = field(init=False)
     in_flight: int = field(init=False)
+    _continuous: bool = field(init=False)
     _meter: Meter = field(default_factory=Meter)
     _placement: dict[str, str] = field(default_factory=dict)
     _loaded: Any = None
@@ -48,11 +50,15 @@ class LocalModel:
 
         self.identity = f"local:{fingerprint_of(self.name)}"
         on_gpu = decide_placement().device == "cuda"
-        continuous = self.options.engine == "continuous" or (
+        self._continuous = self.options.engine == "continuous" or (
             self.options.engine == "auto" and on_gpu
         )
-        self.batched = not continuous
-        self.in_flight = IN_FLIGHT_CONTINUOUS if continuous else WAVE
+        self.in_flight = IN_FLIGHT_CONTINUOUS if self._continuous else WAVE
+
+    @property
+    def batched(self) -> bool:
+        """As the engine is; one that falls back to static batches says so from then on."""
+        return self._engine.batched if self._engine is not None else not self._continuous
 
     def submit(
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
@@ -98,7 +104,7 @@ class LocalModel:
         if self._engine is None:
             # Loaded here and not in the engine's thread, so that a bad model is the caller's error.
             self._loaded = _load(self.name, self.options)
-            self._engine = _open_engine(self._loaded, self._meter, self.options, not self.batched)
+            self._engine = _open_engine(self._loaded, self._meter, self.options, self._continuous)
             self._placement = self._loaded.placement
         return self._engine
 
@@ -135,9 +141,12 @@ def _open_engine(loaded: Any, meter: Meter, options: ModelOptions, continuous: b
 
     if not continuous:
         return StaticEngine(loaded, meter, options.batch_size)
-    from srt_cli.models.continuous import ContinuousEngine, why_not_continuous
+    try:
+        from srt_cli.models.continuous import ContinuousEngine, why_not_continuous
 
-    reason = why_not_continuous(loaded)
+        reason = why_not_continuous(loaded)
+    except ImportError as error:  # it is a young part of transformers, and moves
+        reason = f"this version of transformers lacks a part: {error}"
     if reason is not None:
         loaded.placement |= {"engine": f"static batches ({reason})"}
         return StaticEngine(loaded, meter, options.batch_size)

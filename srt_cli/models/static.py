@@ -23,6 +23,12 @@ from srt_cli.models.sampling import choose_tokens
 
 MOST_ROWS: Final = {"cpu": 128, "mps": 16, "cuda": 64}
 MEMORY_SHARE: Final = 0.4
+OUT_OF_MEMORY: Final = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "more than available memory",
+)
 
 
 @dataclass
@@ -34,6 +40,7 @@ class StaticEngine:
     batch_size: int | None = None
     _waves: "queue.SimpleQueue[list[Row] | None]" = field(default_factory=queue.SimpleQueue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
+    batched: bool = True
     _most_rows: int = 1 << 30
     """What memory was found to hold; falls when a batch runs out of it."""
 
@@ -84,7 +91,9 @@ class StaticEngine:
                     if not row.answered:
                         row.future.set_result(row.reply())
         except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
+                not is_out_of_memory(str(error))
+            ):
                 raise
             left = [row for row in batch if row.finish is None]
             if len(left) == 1:
@@ -107,13 +116,10 @@ def _halves(batch: list[Row]) -> list[list[Row]]:
     return [half for half in (batch[:middle], batch[middle:]) if half]
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch says it in three ways: the accelerators', the CPU allocator's, and Python's own."""
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError)
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )
+def is_out_of_memory(message: str) -> bool:
+    """Whether an error's text says so: an accelerator's, the CPU allocator's, or transformers'."""
+    said = message.lower()
+    return any(words in said for words in OUT_OF_MEMORY)
 
 
 def plan_batches(wave: list[Row], loaded: Loaded, batch_size: int | None) -> list[list[Row]]:
