@@ -229,14 +229,14 @@ def test_layers_that_are_no_attention_are_answered_in_static_batches(tiny_model,
 def test_a_critique_reads_only_what_its_draft_has_not(tiny_model, at_step):
     """Tokens are counted as they go through the model."""
     computed = at_step(lambda call: False, None)
-    model = opened(tiny_model)
+    model = open_model(str(tiny_model), ModelOptions(engine="continuous", logprobs=True))
     prompt = Message(role="user", content="word and more " * 12)
-    (draft,) = ask(model, [Request((prompt,), max_tokens=4)])
+    (draft,) = ask(model, [Request((prompt,), max_tokens=4, temperature=0.7)])
     assert sum(computed) == draft.usage.prompt_tokens + 3  # the last token is read by nobody
     computed.clear()
     turns = (prompt, Message(role="assistant", content=draft.text),
              Message(role="user", content="Criticise it."))  # fmt: skip
-    (critique,) = ask(model, [Request(turns, max_tokens=4)])
+    (critique,) = ask(model, [Request(turns, max_tokens=4, top_logprobs=2)])
     shared = critique.usage.prompt_tokens + 3 - sum(computed)
     assert draft.usage.prompt_tokens - 16 < shared <= draft.usage.prompt_tokens + 4
     assert shared % 16 == 0

@@ -129,6 +129,8 @@ class ModelOptions:
     concurrency: int | None = None
     batch_size: int | None = None
     engine: Engine = "auto"
+    logprobs: bool = False
+    """Log-probabilities will be asked for: an engine that must prepare for it does so at once."""
     timeout_s: float = 600.0
     trust_remote_code: bool = False
     rpm: float | None = None

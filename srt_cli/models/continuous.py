@@ -49,6 +49,8 @@ class ContinuousEngine:
     loaded: Loaded
     meter: Meter
     batch_size: int | None = None
+    features: frozenset[str] = frozenset()
+    """What rows need of a manager, as far as is known; another need costs its cache."""
     _inbox: "queue.SimpleQueue[list[Row] | None]" = field(default_factory=queue.SimpleQueue)
     _waiting: list[Row] = field(default_factory=list)
     _under_way: dict[str, Row] = field(default_factory=dict)
@@ -58,7 +60,6 @@ class ContinuousEngine:
     """Why it ended, if nobody closed it."""
     _static: StaticEngine | None = None
     """Takes over where continuous batching is not possible."""
-    _features: frozenset[str] = frozenset()
     _manager: Any = None
     _processors: Processors | None = None
     _attention: str | None = None
@@ -135,8 +136,8 @@ class ContinuousEngine:
             self._static.add(self._waiting)
             self._waiting = []
             return
-        needed = self._features.union(*map(features_of, self._waiting))
-        if self._manager is None or needed != self._features:
+        needed = self.features.union(*map(features_of, self._waiting))
+        if self._manager is None or needed != self.features:
             if self._under_way or not self._waiting:
                 return
             try:
@@ -230,7 +231,7 @@ class ContinuousEngine:
 
     def _open_manager(self, features: frozenset[str]) -> None:
         self._stop_manager()
-        self._features = features
+        self.features = features
         self._processors = Processors(features, self._under_way)
         records = "tops" in features
         config = ContinuousBatchingConfig(

@@ -150,7 +150,8 @@ def _open_engine(loaded: Any, meter: Meter, options: ModelOptions, continuous: b
     if reason is not None:
         loaded.placement |= {"engine": f"static batches ({reason})"}
         return StaticEngine(loaded, meter, options.batch_size)
-    return ContinuousEngine(loaded, meter, options.batch_size)
+    expected = frozenset({"tops"} if options.logprobs else set())
+    return ContinuousEngine(loaded, meter, options.batch_size, expected)
 
 
 def _load(name: str, options: ModelOptions) -> Any:

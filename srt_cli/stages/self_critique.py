@@ -142,7 +142,7 @@ def _open_work(options: SelfCritique) -> tuple[Work, Mapping[str, Path]]:
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
     if options.other_critic is None or options.critic_for == "scores":
         refuse_partial_critic(Path(options.model))
-    door = options.door()
+    door = replace(options.door(), logprobs=options.expected_score)
     model = open_model(options.model, door)
     drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
     replies = Sampling(options.critic_max_tokens, temperature=0.0, seed=options.seed)
