@@ -96,6 +96,21 @@ def test_the_plan_of_dpo_leaves_nothing_behind_not_even_with_a_probe(
     assert re.search(r"beta +0.01 +SRT paper", plan.stdout)
 
 
+@pytest.mark.parametrize(
+    ("global_batch", "said"),
+    [
+        (64, "1 step: 1 epoch of 1, each of 24 rows in 12 forward passes"),
+        (16, "2 steps: 1 epoch of 2, each of up to 16 rows in 8 forward passes"),
+        (8, "3 steps: 1 epoch of 3, each of 8 rows in 4 forward passes"),
+        (2, "12 steps: 1 epoch of 12, each of 2 rows in 1 forward pass\n"),
+    ],
+)
+def test_the_plan_says_what_a_step_really_takes(srt, data, tiny_model, global_batch, said):
+    plan = srt("dpo", "--model", tiny_model, "--dry-run", "--epochs", 1, "--global-batch",
+               global_batch, "--micro-batch", 2)  # fmt: skip
+    assert said in plan.stdout
+
+
 def test_masks_are_shown_between_brackets_without_colour(srt, data, tiny_model):
     line = ("sft", "--model", tiny_model, "--dry-run", "--show-masks", 1)
     plan = srt(*line, "--loss-on", "response,refinement")

@@ -171,13 +171,23 @@ def _show_steps(plan: Plan) -> None:
 
 def describe_steps(steps: Steps, setup: Setup) -> str:
     """How rows, passes and steps hang together, in one sentence."""
-    rows = min(steps.rows, setup.values.global_batch)
-    each = "about" if steps.packed else "up to"
+    most = setup.values.global_batch
+    if steps.packed and steps.rows > most:
+        rows = f"about {most}"
+    elif steps.rows % most and steps.rows > most:
+        rows = f"up to {most}"
+    else:
+        rows = str(min(steps.rows, most))
+    passes = min(steps.accumulation, steps.passes_an_epoch)
     return (
-        f"{steps.total} steps: {steps.epochs:g} epochs of {steps.an_epoch}, each of {each} {rows} rows "
-        f"in {steps.accumulation} forward passes"
+        f"{_many(steps.total, 'step')}: {_many(steps.epochs, 'epoch')} of {steps.an_epoch}, "
+        f"each of {rows} rows in {_many(passes, 'forward pass', 'es')}"
         + (f" of each of {setup.processes} processes" if setup.processes > 1 else "")
     )
+
+
+def _many(count: float, noun: str, plural: str = "s") -> str:
+    return f"{count:g} {noun}{'' if count == 1 else plural}"
 
 
 def duration(seconds: float) -> str:
