@@ -3,9 +3,12 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -88,7 +91,9 @@ def test_the_plan_of_dpo_leaves_nothing_behind_not_even_with_a_probe(
     assert plan.code == 0, plan.stderr
     assert files_in(tmp_path).keys() == before.keys()
     assert re.search(
-        r"about \d+ s, at [\d,]+ tokens/s \(measured in \d+ s of real steps", plan.stdout
+        r"about [\d.]+ s \([\d.]+ s of it for the reference's log-probs\), at [\d,]+ tokens/s "
+        r"\(measured in [\d.]+ s of real steps\)",
+        plan.stdout,
     )
     for part in ("prompt", "chosen", "rejected"):
         assert re.search(rf"^ *{part} +\d+", plan.stdout, re.MULTILINE)
@@ -151,25 +156,34 @@ def test_preferences_of_another_model_are_warned_of(srt, data, tmp_path, tiny_mo
 @pytest.fixture(scope="module")
 def middle_model(tiny_model, tmp_path_factory) -> Path:
     """A Llama of six layers and 26M random parameters: big enough for its memory to be measured."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6}
+    return random_llama(tiny_model, tmp_path_factory.mktemp("middle") / "model", sizes)
+
+
+@pytest.fixture(scope="module")
+def small_model(tiny_model, tmp_path_factory) -> Path:
+    """A Llama of four layers and 6M random parameters, whose passes take a while."""
+    sizes = {"hidden_size": 320, "intermediate_size": 1024, "num_hidden_layers": 4}
+    return random_llama(tiny_model, tmp_path_factory.mktemp("small") / "model", sizes)
+
+
+def random_llama(tiny_model, folder, sizes) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from srt_cli.models.weights import load_tokenizer
 
-    folder = tmp_path_factory.mktemp("middle") / "model"
     tokenizer = load_tokenizer(str(tiny_model))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **sizes,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -257,3 +271,55 @@ def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model):
     assert lora.gradients == lora.weights - 4 * parameters
     four_bit = estimate(Adapters(4, 8, 0.0, False, False), four_bit=True)
     assert four_bit.weights == pytest.approx(0.56 * parameters + lora.gradients, rel=0.01)
+
+
+# --- Time --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def processor_time(monkeypatch):
+    """Clocks that stand still while other programs have the processor."""
+    from srt_cli.training import dpo, meter, probe
+
+    for module in (dpo, meter, probe):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=time.process_time))
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_the_time_is_within_a_quarter_of_the_real_training(
+    srt, tmp_path, small_model, command, processor_time
+):
+    """Steps of 8 passes, where the probe's have 2, and rows of many lengths, the shortest first."""
+    words = "several words of an answer that goes on "
+    write_jsonl(
+        tmp_path / "feedback.jsonl",
+        [
+            feedback_rows(1, id=str(n), prompt=f"p {n}", response=words * (1 + n // 4))[0]
+            for n in range(32)
+        ],
+    )
+    write_jsonl(
+        tmp_path / "prefs.jsonl",
+        [
+            row | {"chosen": [{"role": "assistant", "content": words * (1 + n // 4)}]}
+            for n, row in enumerate(pair_rows(16))
+        ],
+    )
+    line = [command, "--model", small_model, "--epochs", 1, "--global-batch", 8, "--micro-batch", 1,
+            "--samples", 0, "--out", "model"]  # fmt: skip
+    line += ["--packing", "off", "--critic-check", 0] if command == "sft" else []
+    ratios: list[float] = []
+    while len(ratios) < 3 and not (ratios and within_a_quarter(ratios[0])):
+        plan = srt(*line, "--dry-run", "--probe")
+        assert plan.code == 0, plan.stderr
+        estimated = float(re.search(r"about ([\d.]+) s", plan.stdout)[1])
+        done = srt(*line, "--overwrite")
+        assert done.code == 0, done.stderr
+        real = sum(row.get("seconds", 0) for row in read_jsonl(tmp_path / "model/metrics.jsonl"))
+        tallies = json.loads((tmp_path / "model/run.json").read_text())["tallies"]
+        ratios.append(estimated / (real + tallies.get("reference_seconds", 0)))
+    assert within_a_quarter(statistics.median(ratios)), ratios
+
+
+def within_a_quarter(ratio):
+    return 0.75 <= ratio <= 1.25

@@ -260,10 +260,11 @@ def _show_plan(
     advice: str | None,
 ) -> None:
     from srt_cli.training.dpo import train_dpo
+    from srt_cli.training.examples import longest_side
     from srt_cli.training.plan import show_plan
     from srt_cli.training.planning import plan_dpo
     from srt_cli.training.policy import load_policy
-    from srt_cli.training.probe import probe, probe_setup, rows_needed
+    from srt_cli.training.probe import probe, probe_setup, rows_of_probe
     from srt_cli.training.samples import Sampler
 
     pairs = list(read_records(options.prefs, Preference.model_validate, limit=options.limit))
@@ -271,7 +272,8 @@ def _show_plan(
     setup = work.fit.setup
     measured = None
     if options.probe:
-        rows = work.prepared.train[: rows_needed(setup)]
+        train = work.prepared.train
+        rows = rows_of_probe(train, [longest_side(pair) for pair in train], setup)
         policy = partial(load_policy, model_name, setup.place, options)
         measured = probe(
             COMMAND,

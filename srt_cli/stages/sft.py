@@ -224,7 +224,7 @@ def _show_plan(
     from srt_cli.training.plan import show_plan
     from srt_cli.training.planning import plan_sft
     from srt_cli.training.policy import load_policy
-    from srt_cli.training.probe import probe, probe_setup, rows_needed
+    from srt_cli.training.probe import probe, probe_setup, rows_of_probe
     from srt_cli.training.samples import Sampler
     from srt_cli.training.sft import train_sft
 
@@ -234,9 +234,10 @@ def _show_plan(
         raise SrtError(f"{options.data}: no row is left to train on.")
     work = _prepare(options, setup, targets, mixes, model_name, kept)
     setup = work.fit.setup
-    rows = work.prepared.train[: rows_needed(setup)]
     measured = None
     if options.probe:
+        train = work.prepared.train
+        rows = rows_of_probe(train, [len(sequence.input_ids) for sequence in train], setup)
         policy = partial(load_policy, model_name, setup.place, options)
         measured = probe(
             COMMAND,

@@ -1,5 +1,6 @@
 """Stage 2's training: TRL's DPOTrainer on our own token ids."""
 
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -33,6 +34,15 @@ TOLERANCE_BF16: Final = 1e-2
 
 class _TokenisedDPOTrainer(OrderedTrainer, DPOTrainer):
     """A DPOTrainer whose rows are token ids already: the very ids that generation uses."""
+
+    reference_seconds: float = 0.0
+    """How long the reference's log-probs took, before the first step."""
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+        started = time.monotonic()
+        found: Dataset = super()._precompute_ref_logps(*args, **kwargs)
+        self.reference_seconds += time.monotonic() - started
+        return found
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset
@@ -109,6 +119,7 @@ def _train_everywhere(
         # An adapter that is gone on with brings its own.
         peft_config=None if isinstance(policy, PeftModel) else lora_config(setup.adapters),
     )
+    run.manifest.tallies["reference_seconds"] = trainer.reference_seconds
     start = DpoStart(
         beta=objective.beta,
         loss=objective.first_loss(),

@@ -41,11 +41,25 @@ class Steps:
 class Measured:
     """What a probe found."""
 
-    tokens_per_second: float
+    seconds_a_token: float
+    """Of forward and backward passes."""
+    seconds_an_update: float
+    """Of the optimizer, once a step."""
+    reference_seconds_a_token: float
+    """Of the reference's log-probs, which are computed once, before the first step."""
     seconds: float
-    """How long the probe's own steps took."""
+    """How long the probe itself took."""
     peak_bytes: int | None
     """On a GPU, the most that was allocated."""
+
+    def seconds_of(self, steps: Steps) -> float:
+        """How long the steps of a training take."""
+        tokens = steps.tokens_an_epoch * steps.epochs
+        return tokens * self.seconds_a_token + steps.total * self.seconds_an_update
+
+    def seconds_of_reference(self, steps: Steps) -> float:
+        """How long it takes to compute the reference's log-probs beforehand."""
+        return steps.tokens_an_epoch * self.reference_seconds_a_token
 
 
 @dataclass(frozen=True)
@@ -160,13 +174,19 @@ def _show_steps(plan: Plan) -> None:
     if plan.packing is not None:
         console.result(plan.packing)
     if plan.measured is not None:
-        seconds = steps.tokens_an_epoch * steps.epochs / plan.measured.tokens_per_second
-        peak = plan.measured.peak_bytes
-        console.result(
-            f"about {duration(seconds)}, at {plan.measured.tokens_per_second:,.0f} tokens/s "
-            f"(measured in {plan.measured.seconds:.0f} s of real steps"
-            + (f"; they took {peak / GIB:.1f} GiB)" if peak is not None else ")")
-        )
+        _show_time(steps, plan.measured)
+
+
+def _show_time(steps: Steps, measured: Measured) -> None:
+    training, reference = measured.seconds_of(steps), measured.seconds_of_reference(steps)
+    speed = steps.tokens_an_epoch * steps.epochs / training
+    before = f" ({duration(reference)} of it for the reference's log-probs)" if reference else ""
+    peak = measured.peak_bytes
+    console.result(
+        f"about {duration(training + reference)}{before}, at {speed:,.0f} tokens/s "
+        f"(measured in {duration(measured.seconds)} of real steps"
+        + (f"; they took {peak / GIB:.1f} GiB)" if peak is not None else ")")
+    )
 
 
 def describe_steps(steps: Steps, setup: Setup) -> str:
@@ -192,6 +212,8 @@ def _many(count: float, noun: str, plural: str = "s") -> str:
 
 def duration(seconds: float) -> str:
     """A time as people say it."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 5400:
