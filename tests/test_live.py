@@ -2,10 +2,13 @@
 
 import json
 import math
+import sqlite3
+import subprocess
 
 import pytest
 import torch
 from conftest import read_jsonl, write_jsonl
+from killing import command, environment
 from test_dpo import pair_rows
 from test_sft import feedback_rows
 
@@ -165,6 +168,48 @@ def test_tensorboard_gets_the_metrics_and_nobody_else_does(sft, tmp_path):
         assert content.count(name) == 4
     assert sft("--epochs", 2, "--samples", 0, "--out", "models/quiet").code == 0
     assert not (tmp_path / "models/quiet/tensorboard").exists()
+
+
+def tracked(tmp_path, tiny_model, tracker, **variables):
+    """A training that reports, in a process of its own: trackers keep state, and read it early."""
+    pytest.importorskip(tracker)
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows())
+    line = command(*SFT, "--model", tiny_model, "--epochs", 2, "--report-to", tracker)
+    ours = {name: value for name, value in environment().items() if not name.startswith("WANDB_")}
+    return subprocess.run(
+        line, cwd=tmp_path, capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL, env=ours | variables,
+    )  # fmt: skip
+
+
+def test_wandb_gets_the_metrics_also_where_there_is_no_network(tmp_path, tiny_model):
+    done = tracked(tmp_path, tiny_model, "wandb", WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    for name in (b"train/loss", b"train/tokens_per_second", b"train/learning_rate"):
+        assert content.count(name) >= 4
+    assert b"models/sft" in content
+    assert b"\x03srt" in content  # the project, with its length
+
+
+def test_wandb_without_an_account_is_one_sentence(tmp_path, tiny_model):
+    done = tracked(tmp_path, tiny_model, "wandb", NETRC=str(tmp_path / "none"))
+    assert done.returncode == 1
+    assert "error: --report-to wandb: No API key configured" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_trackio_gets_the_metrics_and_keeps_off_stdout(tmp_path, tiny_model):
+    done = tracked(tmp_path, tiny_model, "trackio", TRACKIO_DIR=str(tmp_path / "trackio"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("models/sft: a model")
+    with sqlite3.connect(tmp_path / "trackio" / "srt.db") as kept:
+        rows = kept.execute("select run_name, metrics from metrics").fetchall()
+    kept_steps = [json.loads(metrics) for _, metrics in rows if b"train/loss" in metrics]
+    steps = [row for row in read_jsonl(tmp_path / "models/sft/metrics.jsonl") if "loss" in row]
+    assert [row["train/loss"] for row in kept_steps] == [row["loss"] for row in steps]
+    assert {name for name, _ in rows} == {"models/sft"}
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio"])

@@ -27,7 +27,7 @@ from srt_cli.training.meter import MeteredTrainer, meter_for, throughput
 from srt_cli.training.processes import AgreedStop, is_main, team
 from srt_cli.training.samples import SAMPLES, Sampler, summarise
 from srt_cli.training.setup import Setup
-from srt_cli.training.trackers import keep_events_beside
+from srt_cli.training.trackers import keep_events_beside, tracking
 from srt_cli.training.watch import METRICS, Watch, best_evaluation
 
 
@@ -87,7 +87,8 @@ def train(
     frozen = setup.adapters is not None
     trainer.meter = meter_for(trainer.model, setup.place, setup.processes, base_frozen=frozen)
     started = time.monotonic()
-    with console.progress("training", None) as progress:
+    trackers = setup.report_to if is_main() else ()
+    with tracking(trackers, run.out), console.progress("training", None) as progress:
         watch = Watch(
             run, trainer.meter, sampler, progress, start, mark, setup.save_every,
             setup.early_stopping,

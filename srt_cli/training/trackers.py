@@ -1,6 +1,9 @@
 """Trackers that the metrics also go to: transformers' own integrations, only when asked for."""
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -42,3 +45,40 @@ def keep_events_beside(trainer: Trainer, out: Path) -> None:
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(out / EVENTS)
+
+
+@contextlib.contextmanager
+def tracking(names: Sequence[str], out: Path) -> Iterator[None]:
+    """Open what needs an account before the first step, and close it; trackers talk on stderr.
+
+    Raises `SrtError` when Weights & Biases will not take the run.
+    """
+    if not names:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        finish = _open_wandb(out) if "wandb" in names else None
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if finish is not None:
+                finish(exit_code=int(failed))
+
+
+def _open_wandb(out: Path) -> Any:
+    """Begin the run that transformers' integration will find; gives what ends it."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    try:
+        # The integration itself would take the project huggingface.
+        wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=str(out))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise SrtError(
+            f"--report-to wandb: {reason}. To keep the run on this machine instead, set "
+            "WANDB_MODE=offline."
+        ) from error
+    return wandb.finish
