@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache
 from srt_cli.models.cache import RoomyLayer, roomy_cache
 from srt_cli.models.rows import Loaded
 
-GROUP_TOKENS: Final = {"cpu": 1024, "mps": 4096, "cuda": 32_768}
+GROUP_TOKENS: Final = {"cpu": 768, "mps": 4096, "cuda": 32_768}
 """Tokens of a group, padding and all: enough to keep the arithmetic busy."""
 FEWEST_SHARED: Final = 8
 """A shorter beginning is not worth a pass of its own."""

@@ -17,6 +17,7 @@ import torch
 from srt_cli.errors import SrtError
 from srt_cli.models.cache import keep_rows
 from srt_cli.models.meter import Meter
+from srt_cli.models.packed import pack_weights
 from srt_cli.models.prefill import forward, read_prompts, tokens_read_at_once
 from srt_cli.models.rows import Loaded, Row, top_tokens
 from srt_cli.models.sampling import choose_tokens
@@ -45,6 +46,8 @@ class StaticEngine:
     """What memory was found to hold; falls when a batch runs out of it."""
 
     def __post_init__(self) -> None:
+        if pack_weights(self.loaded.model):
+            self.loaded.placement |= {"weights": "packed for oneDNN"}
         self._worker = threading.Thread(target=self._work, name="static-engine", daemon=True)
         self._worker.start()
 
