@@ -4,15 +4,16 @@ torch multiplies by a plain weight as it lies, which for the few rows of a decod
 step of 16 rows takes about half the time with packed weights, one of 64 two thirds.
 """
 
-import os
 from functools import partial
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from srt_cli.models.weights import own_memory_bytes
+
 MEMORY_SHARE: Final = 1 / 8
-"""Of the machine's memory; the packed weights stand beside the plain ones."""
+"""Of the memory; the packed weights stand beside the plain ones."""
 
 
 def pack_weights(model: nn.Module) -> bool:
@@ -23,8 +24,7 @@ def pack_weights(model: nn.Module) -> bool:
     layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
     if not layers or not _is_supported(layers[0]):
         return False
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if sum(layer.weight.nbytes for layer in layers) > MEMORY_SHARE * memory:
+    if sum(layer.weight.nbytes for layer in layers) > MEMORY_SHARE * own_memory_bytes():
         return False
     for layer in layers:
         layer.__dict__["forward"] = _packed_forward(layer)

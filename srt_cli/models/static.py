@@ -4,7 +4,6 @@ A wave is cut into the same batches whatever part of it is answered already, so 
 repeats the floating point of an uninterrupted one.
 """
 
-import os
 import queue
 import threading
 from collections import deque
@@ -21,6 +20,7 @@ from srt_cli.models.packed import pack_weights
 from srt_cli.models.prefill import forward, read_prompts, tokens_read_at_once
 from srt_cli.models.rows import Loaded, Row, top_tokens
 from srt_cli.models.sampling import choose_tokens
+from srt_cli.models.weights import own_memory_bytes
 
 MOST_ROWS: Final = {"cpu": 128, "mps": 16, "cuda": 64}
 MEMORY_SHARE: Final = 0.4
@@ -163,7 +163,7 @@ def _tokens_that_fit(loaded: Loaded) -> int:
     if loaded.device == "cuda":
         memory = torch.cuda.get_device_properties(loaded.model.device).total_memory
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = own_memory_bytes()
     return int(MEMORY_SHARE * memory / bytes_a_token)
 
 

@@ -56,6 +56,16 @@ def decide_placement() -> Placement:
     return Placement("cpu", torch.float32, "on CPUs float32 is faster than bfloat16")
 
 
+def own_memory_bytes() -> int:
+    """What this process may count as its own of the machine's memory: the share it has of the cores.
+
+    Not what is free now, which differs from run to run.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = os.cpu_count() or 1
+    return memory * min(torch.get_num_threads(), cores) // cores
+
+
 def load_tokenizer(name: str, *, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, hub name or GGUF file, with a pad token that ends nothing.
 
