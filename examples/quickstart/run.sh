@@ -12,9 +12,9 @@ started=$SECONDS
 
 srt collect-feedback --prompts "$here/prompts.jsonl" --model "$base" --critic "python:$here/critic.py:critique" --max-new-tokens 28
 srt sft --epochs 2 --learning-rate 2e-4 --global-batch 4 --loss-on feedback,refinement --refinement-feedback
-srt self-critique --prompts "$here/self-prompts.jsonl" --check "python:$here/critic.py:check" --max-new-tokens 28 --critic-max-tokens 110
-srt build-prefs
-srt dpo --learning-rate 5e-6 --beta 0.1 --global-batch 8
+srt self-critique --prompts "$here/self-prompts.jsonl" --check "python:$here/critic.py:check" --max-new-tokens 28 --critic-max-tokens 110 --samples 4
+srt build-prefs --strategy best-worst
+srt dpo --learning-rate 1e-5 --beta 0.1 --global-batch 8 --epochs 4 --warmup 0
 srt eval --prompts "$here/heldout.jsonl" --model models/sft --model models/dpo --judge "python:$here/critic.py:judge" --check "python:$here/critic.py:check" --use response --use refinement --max-new-tokens 28 --critic-max-tokens 110
 
 echo "done in $(((SECONDS - started) / 60)) min $(((SECONDS - started) % 60)) s, in $PWD"
