@@ -118,6 +118,8 @@ def test_samples_that_grow_shrink_or_no_longer_end():
     endless = health.length_drift(samples(start, (9, [20, 20, 20, 20], False)))
     assert "0% end by themselves, where 100% did" in endless
     assert health.length_drift(samples(start, (9, [25, 25, 25, 25], True))) is None
+    one_loop = samples(start, (9, [20, 20, 20, 500], True))
+    assert health.length_drift(one_loop) is None  # a mean would say that all have grown
     assert health.length_drift(samples(start)) is None
     assert health.length_drift([]) is None
     assert health.length_drift(samples((0, [20], True), (9, [90], True))) is None

@@ -185,7 +185,7 @@ def length_drift(samples: Rows) -> str | None:
     if samples[0]["step"] == samples[-1]["step"] or len(last) < ENOUGH_SAMPLES:
         return None
     stopped, stops = (fmean(s["stopped"] for s in part) for part in (first, last))
-    before, now = (fmean(s["tokens"] for s in part) for part in (first, last))
+    before, now = (median(s["tokens"] for s in part) for part in (first, last))
     if stops < stopped / 2:
         return (
             f"of the samples {stops:.0%} end by themselves, where {stopped:.0%} did at the start: the "
