@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -23,6 +24,9 @@ settings.load_profile("srt")
 
 
 ROOT = Path(__file__).parents[1]
+
+# A shell lets its background jobs ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Finished(NamedTuple):

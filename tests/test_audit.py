@@ -7,7 +7,9 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
+from srt_cli.artifacts import to_line
 from srt_cli.pairs.audit import count_audit
+from srt_cli.pairs.feedback_row import FeedbackRow
 from srt_cli.pairs.hand_labels import key_of, text_key
 from srt_cli.pairs.pairing import Pairing, Sample, refined_of
 from srt_cli.records import Message, Preference
@@ -256,7 +258,8 @@ def test_the_sample_does_not_depend_on_the_order_of_the_pairs():
     def sample(order):
         drawn = Sample(10, seed=3)
         for number in order:
-            row = refined_of(record(id=str(number), prompt=f"q{number}"), "integer")
+            line = to_line(record(id=str(number), prompt=f"q{number}"))
+            row = refined_of(FeedbackRow.of_line(line), "integer")
             drawn.offer(str(number).encode(), Pairing(row.refinement, row.draft))
         return [each.id for each in drawn.pairs()]
 
