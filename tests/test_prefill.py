@@ -35,12 +35,16 @@ def plain(tiny_model):
     return load_weights(str(tiny_model))
 
 
-@pytest.fixture(params=[plain, with_a_window])
-def loaded(tiny_model, request):
+def load(make, tiny_model):
     from srt_cli.models.weights import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_model))
-    return Loaded(request.param(tiny_model), tokenizer, frozenset(), 2048, {"device": "cpu"})
+    return Loaded(make(tiny_model), tokenizer, frozenset(), 2048, {"device": "cpu"})
+
+
+@pytest.fixture(params=[plain, with_a_window])
+def loaded(tiny_model, request):
+    return load(request.param, tiny_model)
 
 
 def logits_alone(loaded, ids):
@@ -74,15 +78,11 @@ def test_a_common_beginning_is_read_once_and_short_prompts_are_not_padded_to_lon
     tiny_model, monkeypatch
 ):
     monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 12)
-    weights, shapes = plain(tiny_model), []
-    weights.register_forward_pre_hook(
+    loaded, shapes = load(plain, tiny_model), []
+    loaded.model.register_forward_pre_hook(
         lambda module, given, named: shapes.append(tuple(named["input_ids"].shape)),
         with_kwargs=True,
     )
-    from srt_cli.models.weights import load_tokenizer
-
-    tokenizer = load_tokenizer(str(tiny_model))
-    loaded = Loaded(weights, tokenizer, frozenset(), 2048, {"device": "cpu"})
     rests = [[50] * 20, [51] * 6, [52] * 5, [53] * 2, [54]]
     with torch.inference_mode():
         read_prompts(loaded, [BEGINNING + rest for rest in rests], never)
@@ -90,11 +90,8 @@ def test_a_common_beginning_is_read_once_and_short_prompts_are_not_padded_to_lon
 
 
 def test_reading_stops_between_groups_when_cancelled(tiny_model, monkeypatch):
-    from srt_cli.models.weights import load_tokenizer
-
     monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 4)
-    tokenizer = load_tokenizer(str(tiny_model))
-    loaded = Loaded(plain(tiny_model), tokenizer, frozenset(), 2048, {"device": "cpu"})
+    loaded = load(plain, tiny_model)
     answers = iter([False, True])
     with torch.inference_mode():
         assert read_prompts(loaded, [[1, 2, 3, 4]] * 3, lambda: next(answers)) is None

@@ -18,7 +18,7 @@ from srt_cli.stats.agreement import (
     score_agreement,
 )
 from srt_cli.stats.confusion import confusion
-from srt_cli.stats.hygiene import degenerate_outputs
+from srt_cli.stats.hygiene import LEAKED, degenerate_outputs, faults_of
 from srt_cli.stats.length_control import difficulties_of, length_controlled_win_rate
 from srt_cli.stats.rates import (
     clustered_error,
@@ -344,3 +344,14 @@ def test_llmbars_published_figures_come_out_when_counted_its_way(judge):
     assert len(same) == expected["n"]
     assert pass_rate(same).value == pytest.approx(expected["position_consistency"], abs=1e-6)
     assert pass_rate(calls).value == pytest.approx(expected["first_slot_rate"], abs=1e-6)
+
+
+@pytest.mark.parametrize("mark", LEAKED)
+def test_every_mark_of_a_leak_is_found_however_it_is_spaced(mark):
+    text = f"An answer.\n\n{mark.upper().replace(' ', chr(10) + '  ')} and more"
+    assert faults_of(text) == ["template leakage"]
+
+
+def test_a_refusal_is_seen_behind_any_space():
+    assert faults_of("\n" * 300 + "I  cannot   help with that.") == ["refusal"]
+    assert faults_of("I cannot praise it enough.") == []

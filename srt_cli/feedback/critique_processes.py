@@ -162,7 +162,7 @@ def _start(share: Share[Any], workers: dict[Any, Any]) -> None:
 def _listen(workers: dict[Any, Any], rows: int, last_words: dict[Any, _Word]) -> list[str]:
     """Show the processes' progress until all have ended; gives the errors that they met."""
     problems: list[str] = []
-    tokens, started = 0, time.monotonic()
+    written = Tally()
     with console.progress(f"criticising in {len(workers)} processes", rows) as progress:
         while workers:
             ready: list[Any] = list(connection.wait(list(workers)))
@@ -181,9 +181,8 @@ def _listen(workers: dict[Any, Any], rows: int, last_words: dict[Any, _Word]) ->
                     problems.append(said)
                     continue
                 last_words[receiver] = said
-                tokens += said.tokens
-                speed = tokens / max(time.monotonic() - started, 1e-3)
-                progress.advance(note=f"{speed:.0f} tokens/s" if tokens else "")
+                written.completion_tokens += said.tokens
+                progress.advance(note=written.speed())
     return problems
 
 

@@ -33,7 +33,6 @@ _ONLY_WORDS: Final = "".join(
 )
 MAIN_SHARE: Final = 0.6
 LOOKED_AT: Final = 2000
-MOST_OF_A_REFUSAL: Final = 200
 # A prompt that names one of these may well be answered in their script.
 _LANGUAGES: Final = {
     "ARABIC": ("arabic", "persian", "farsi", "urdu"),
@@ -124,9 +123,10 @@ def _leaks(lower: str) -> bool:
 
 
 def _refuses(lower: str) -> bool:
+    # Few texts begin as a refusal does; only those are worth a plain copy.
     if not lower.lstrip().startswith(("i", "as")):
         return False
-    return _REFUSAL.match(" ".join(lower[:MOST_OF_A_REFUSAL].split())) is not None
+    return _REFUSAL.match(" ".join(lower.split())) is not None
 
 
 def _repeats(words: Sequence[str]) -> bool:
