@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from srt_cli.journal import Journal
+from srt_cli.runs.journal import Journal
 
 HERE: Final = Path(__file__).parent
 FEEDBACK: Final = "feedback.jsonl"

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from srt_cli import console
 from srt_cli.models import ModelOptions, Request
 from srt_cli.models.chat import encode_chat, end_of_turn_id
-from srt_cli.models.local import LocalModel
+from srt_cli.models.local.local import LocalModel
 from srt_cli.models.weights import load_tokenizer, load_weights
 from srt_cli.records import Message
 

@@ -58,7 +58,7 @@ STAGES: Final = {
         "Teach the tuned model to prefer its refinements over its drafts.",
     ),
     "eval": Stage(
-        "srt_cli.stages.evaluate",
+        "srt_cli.stages.evaluate.run",
         "Evaluate",
         "Compare models with a reference on held-out prompts, and write a report.",
     ),

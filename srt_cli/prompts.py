@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from srt_cli.artifacts import describe_invalid, read_rows
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.records import Prompt
+from srt_cli.runs.jsonl import describe_invalid, read_rows
 
 HUB_PREFIX: Final = "hf:"
 

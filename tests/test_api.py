@@ -13,7 +13,7 @@ from loopback_server import Answer, LoopbackServer, as_policy_and_critic
 
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, open_model
-from srt_cli.models.limits import AdaptiveLimit, Pace, parse_duration_s
+from srt_cli.models.api.limits import AdaptiveLimit, Pace, parse_duration_s
 from srt_cli.records import Message
 
 
@@ -32,9 +32,9 @@ def serve():
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr("srt_cli.models.api.FIRST_BACKOFF_S", 0.01)
-    monkeypatch.setattr("srt_cli.models.limits.DEFAULT_PAUSE_S", 0.05)
-    monkeypatch.setattr("srt_cli.models.api.DEFAULT_PAUSE_S", 0.05)
+    monkeypatch.setattr("srt_cli.models.api.client.FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr("srt_cli.models.api.limits.DEFAULT_PAUSE_S", 0.05)
+    monkeypatch.setattr("srt_cli.models.api.client.DEFAULT_PAUSE_S", 0.05)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 

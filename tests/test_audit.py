@@ -7,12 +7,12 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
-from srt_cli.artifacts import to_line
 from srt_cli.pairs.audit import count_audit
 from srt_cli.pairs.feedback_row import FeedbackRow
 from srt_cli.pairs.hand_labels import key_of, text_key
 from srt_cli.pairs.pairing import Pairing, Sample, refined_of
 from srt_cli.records import Message, Preference
+from srt_cli.runs.jsonl import to_line
 from srt_cli.stages.dpo import Dpo, label_smoothing_of
 
 JUDGES = """

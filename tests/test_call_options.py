@@ -11,7 +11,7 @@ from loopback_server import Answer, LoopbackServer, as_policy_and_critic
 
 from srt_cli.options import flag_of
 from srt_cli.stages.collect_feedback import CollectFeedback
-from srt_cli.stages.evaluate import Evaluate
+from srt_cli.stages.evaluate.run import Evaluate
 from srt_cli.stages.self_critique import SelfCritique
 
 TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("*.py"))

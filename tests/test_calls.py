@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srt_cli.calls import Call, Tally, conduct
+from srt_cli.calls.conduct import Call, Tally, conduct
 from srt_cli.errors import QuotaError
-from srt_cli.journal import Journal
 from srt_cli.models import Reply, Request
 from srt_cli.records import Message
+from srt_cli.runs.journal import Journal
 
 
 class Echo:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srt_cli.errors import SrtError
-from srt_cli.journal import Journal, request_key
+from srt_cli.runs.journal import Journal, request_key
 
 KEYS = [request_key({"n": n}) for n in range(5)]
 
@@ -57,7 +57,7 @@ def test_a_second_writer_is_refused(tmp_path):
 def test_kill_9_leaves_every_finished_append_behind(tmp_path):
     path = tmp_path / "x.journal.jsonl"
     program = (
-        "import sys; from pathlib import Path; from srt_cli.journal import *\n"
+        "import sys; from pathlib import Path; from srt_cli.runs.journal import *\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "for n in range(5): journal.append(request_key({'n': n}), 'c', {'text': str(n)})\n"
         "print('done', flush=True); input()"
@@ -79,7 +79,7 @@ def test_a_full_disk_tears_no_line(tmp_path):
     resource = pytest.importorskip("resource")
     path = tmp_path / "x.journal.jsonl"
     program = (
-        "import resource, signal, sys; from pathlib import Path; from srt_cli.journal import *\n"
+        "import resource, signal, sys; from pathlib import Path; from srt_cli.runs.journal import *\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
         "journal = Journal(Path(sys.argv[1]))\n"

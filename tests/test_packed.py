@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from srt_cli.models import packed
-from srt_cli.models.packed import pack_weights
+from srt_cli.models.local import packed
+from srt_cli.models.local.packed import pack_weights
 from srt_cli.models.weights import load_weights
 
 IDS = torch.tensor([[5, 9, 13, 2, 8], [1, 2, 3, 4, 5]])

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_build_prefs import record
 
-from srt_cli.artifacts import to_line
 from srt_cli.pairs.building import PairPlan, decide
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.grouped_rows import GroupedRows
@@ -20,6 +19,7 @@ from srt_cli.pairs.pairing import line_of, preference_of
 from srt_cli.pairs.rules import ExcludedPrompts, PairRules
 from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Feedback, Message
+from srt_cli.runs.jsonl import to_line
 
 scores = st.one_of(st.integers(1, 10).map(float), st.floats(1, 10))
 texts = st.text("ab c.", max_size=12)

@@ -216,10 +216,10 @@ def test_the_estimate_is_within_a_quarter_of_the_real_peak(
 def test_checkpointing_is_chosen_only_where_memory_needs_it(tiny_model):
     from dataclasses import replace
 
-    from srt_cli.recipes import choose_hyperparameters
     from srt_cli.stages.sft import Sft
     from srt_cli.training import fitting
     from srt_cli.training.memory import Batch
+    from srt_cli.training.recipes import choose_hyperparameters
     from srt_cli.training.setup import set_up
 
     options = Sft()

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srt_cli.models import prefill
-from srt_cli.models.prefill import groups_of_like_length, read_prompts, shared_beginning
-from srt_cli.models.rows import Loaded
+from srt_cli.models.local import prefill
+from srt_cli.models.local.prefill import groups_of_like_length, read_prompts, shared_beginning
+from srt_cli.models.local.rows import Loaded
 
 BEGINNING = [5, 9, 13, 2, 8, 40, 41, 42, 43]
 

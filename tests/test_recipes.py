@@ -7,9 +7,9 @@ from conftest import write_jsonl
 from test_dpo import pair_rows
 from test_sft import feedback_rows
 
-from srt_cli.recipes import RECIPES, advise_on_size, choose_hyperparameters
 from srt_cli.stages.dpo import Dpo
 from srt_cli.stages.sft import Sft
+from srt_cli.training.recipes import RECIPES, advise_on_size, choose_hyperparameters
 
 # Rate for all weights at 7B and at 70B, rate of LoRA at 7B; schedule, warm-up, epochs, batch.
 EXPECTED = {

@@ -8,12 +8,12 @@ from srt_cli.models.chat import encode_chat, end_of_turn_id
 from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, Usage
 from srt_cli.templates import CRITIQUE_REQUEST
+from srt_cli.training.rows import PARTS
 from srt_cli.training.sequences import (
     feedback_sequence,
     preference_ids,
     refinement_feedback_sequence,
 )
-from srt_cli.training_rows import PARTS
 
 SYSTEM = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "

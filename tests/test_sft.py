@@ -156,8 +156,8 @@ def test_the_first_loss_is_that_of_transformers_alone(train, tmp_path, tiny_mode
 
     from srt_cli.models.weights import load_tokenizer
     from srt_cli.records import FeedbackRecord
+    from srt_cli.training.rows import PARTS
     from srt_cli.training.sequences import feedback_sequence
-    from srt_cli.training_rows import PARTS
 
     write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
     train("--epochs", 1, "--micro-batch", 2)

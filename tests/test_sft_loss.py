@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import FeedbackRecord
+from srt_cli.training.rows import FEEDBACK_PARTS
 from srt_cli.training.sequences import feedback_sequence
-from srt_cli.training_rows import FEEDBACK_PARTS
 
 ROWS = [
     row | {"response": "It is. " * (1 + 3 * (n % 3)), "refinement": "So it is. " * (1 + n % 4)}

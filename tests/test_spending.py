@@ -312,7 +312,7 @@ def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("srt_cli.models.batch.BatchModel._collect", killed)
+        patch.setattr("srt_cli.models.api.batch.BatchModel._collect", killed)
         assert collect(srt, server, *BATCH).code == 130
     assert len(server.batches) == 1
     again = collect(srt, server, *BATCH)

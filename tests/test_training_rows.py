@@ -12,13 +12,7 @@ from srt_cli.errors import SrtError, UsageError
 from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import Message
 from srt_cli.templates import CRITIQUE_REQUEST
-from srt_cli.training.sequences import (
-    Sequence,
-    chat_sequence,
-    feedback_sequence,
-    refinement_sequence,
-)
-from srt_cli.training_rows import (
+from srt_cli.training.rows import (
     PARTS,
     draw_chats,
     is_held_out,
@@ -26,6 +20,12 @@ from srt_cli.training_rows import (
     parse_targets,
     read_chats,
     split_rows,
+)
+from srt_cli.training.sequences import (
+    Sequence,
+    chat_sequence,
+    feedback_sequence,
+    refinement_sequence,
 )
 
 QUICK = ("--global-batch", 4, "--learning-rate", 1e-2, "--epochs", 1)

@@ -10,10 +10,10 @@ from typing import Final, Literal
 import orjson
 from pydantic import ValidationError
 
-from srt_cli.artifacts import describe_invalid, read_records, read_rows, write_json
 from srt_cli.errors import SrtError
 from srt_cli.evaluation.judging import Orders, output_of
 from srt_cli.records import Judgment, Output, Prompt, Usage, content_id
+from srt_cli.runs.jsonl import describe_invalid, read_records, read_rows, write_json
 
 NEEDED: Final = ("instruction", "output_1", "output_2", "preference")
 TEXTS: Final = ("instruction", "output_1", "output_2")

@@ -7,13 +7,13 @@ from typing import Any, Final, Literal
 
 import orjson
 
-from srt_cli.artifacts import read_rows
-from srt_cli.calls import Call
+from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
 from srt_cli.evaluation.judging import output_of, status_of
-from srt_cli.feedback.critique import Critic, Sampling, respond_call
+from srt_cli.feedback.story import Critic, Sampling, respond_call
 from srt_cli.models import Model, Reply, Request, Task
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
+from srt_cli.runs.jsonl import read_rows
 from srt_cli.templates import ParsedCritique, parse_critique, parse_preference
 
 Use = Literal["response", "refinement"]

@@ -5,9 +5,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from srt_cli.calls import Call
+from srt_cli.calls.conduct import Call
 from srt_cli.evaluation.evidence import with_blind_scores
-from srt_cli.feedback.critique import Critic, blind_score
+from srt_cli.feedback.story import Critic, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Prompt, Scored
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement

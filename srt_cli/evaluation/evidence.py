@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from srt_cli.artifacts import OrderedWriter
 from srt_cli.evaluation.judging import Orders, Twice
 from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair
-from srt_cli.evaluation.options import beside
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Record, Scored
+from srt_cli.runs.jsonl import OrderedWriter
+from srt_cli.stages.evaluate.options import beside
 
 
 @dataclass(frozen=True)

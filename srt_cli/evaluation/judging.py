@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from srt_cli import console
-from srt_cli.asking import Asking
-from srt_cli.calls import Call
+from srt_cli.calls.asking import Asking
+from srt_cli.calls.conduct import Call
 from srt_cli.models import Model, Reply, Request, Task
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import Judgment, Output, Prompt, Status

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from srt_cli.artifacts import read_rows
-from srt_cli.asking import Asking
-from srt_cli.calls import Call
+from srt_cli.calls.asking import Asking
+from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
-from srt_cli.feedback.critique import Critic, Sampling, blind_score
+from srt_cli.feedback.story import Critic, Sampling, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import Prompt
+from srt_cli.runs.jsonl import read_rows
 
 
 @dataclass(frozen=True)

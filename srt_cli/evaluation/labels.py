@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from srt_cli.artifacts import read_rows
 from srt_cli.errors import SrtError
 from srt_cli.records import Output
+from srt_cli.runs.jsonl import read_rows
 from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.rates import Estimate
 from srt_cli.tables import Table, score_with_error, share, share_with_interval, shorten

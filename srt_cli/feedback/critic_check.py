@@ -4,13 +4,13 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from srt_cli.artifacts import Run
-from srt_cli.calls import Call, conduct
-from srt_cli.feedback.critique import Critic, Sampling
-from srt_cli.feedback.critique_summary import show_confusion
-from srt_cli.journal import Journal
+from srt_cli.calls.conduct import Call, conduct
+from srt_cli.feedback.story import Critic, Sampling
+from srt_cli.feedback.summary import show_confusion
 from srt_cli.models import Reply, open_model
 from srt_cli.records import FeedbackRecord, Prompt
+from srt_cli.runs.journal import Journal
+from srt_cli.runs.run import Run
 from srt_cli.stats.confusion import Confusion, confusion
 from srt_cli.templates import parse_critique
 

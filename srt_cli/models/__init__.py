@@ -214,18 +214,18 @@ def open_model(spec: str, options: ModelOptions | None = None) -> Model:
 
         return ProgramModel(spec, parsed.name)
     if parsed.kind == "local":
-        from srt_cli.models.local import LocalModel
+        from srt_cli.models.local.local import LocalModel
 
         return LocalModel(spec, parsed.name, options)
     if options.export_to is not None:
-        from srt_cli.models.batch import ExportModel
+        from srt_cli.models.api.batch import ExportModel
 
         return ExportModel(spec, parsed, options.export_to)
     if options.batch_poll_s is not None:
-        from srt_cli.models.batch import BatchModel
+        from srt_cli.models.api.batch import BatchModel
 
         return BatchModel(spec, parsed, options)
-    from srt_cli.models.api import ApiModel
+    from srt_cli.models.api.client import ApiModel
 
     return ApiModel(spec, parsed, options)
 

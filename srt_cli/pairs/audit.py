@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from srt_cli.artifacts import Run
-from srt_cli.asking import Asking
-from srt_cli.call_options import ApiOptions
+from srt_cli.calls.asking import Asking
+from srt_cli.calls.options import ApiOptions
 from srt_cli.evaluation.judging import Judge, Order, judge_pairs, output_of
 from srt_cli.pairs.hand_labels import HandLabels
 from srt_cli.pairs.pairing import Picker, Sample, Wanted, fingerprint_of
 from srt_cli.records import Output, Preference, Prompt
+from srt_cli.runs.run import Run
 from srt_cli.stats.rates import Estimate, pass_rate
 from srt_cli.tables import Table, share_with_interval
 

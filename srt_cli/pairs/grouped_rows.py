@@ -15,11 +15,11 @@ from typing import Any, Final
 import orjson
 
 from srt_cli import console
-from srt_cli.artifacts import read_records
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.feedback_row import FeedbackRow
 from srt_cli.pairs.pairing import Strategy, group_key
 from srt_cli.records import FeedbackRecord
+from srt_cli.runs.jsonl import read_records
 
 POSITION_BYTES: Final = 8
 PROGRESS_EVERY: Final = 2000

@@ -6,10 +6,10 @@ which text is the refinement, and nothing depends on which side a text was shown
 
 from pathlib import Path
 
-from srt_cli.artifacts import read_records
 from srt_cli.errors import SrtError
 from srt_cli.pairs.pairing import digest, fingerprint_of
 from srt_cli.records import HandLabel, Preference
+from srt_cli.runs.jsonl import read_records
 
 
 def key_of(pair: Preference) -> str:

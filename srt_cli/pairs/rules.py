@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from srt_cli.artifacts import read_rows
 from srt_cli.pairs.near_duplicates import NearDuplicates
 from srt_cli.pairs.pairing import Pairing, digest
 from srt_cli.prompts import read_prompts
 from srt_cli.records import Message, Prompt, as_messages
+from srt_cli.runs.jsonl import read_rows
 from srt_cli.stats.hygiene import faults_of, is_in_another_script
 
 TIE: Final = "tie"

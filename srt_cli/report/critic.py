@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 import srt_cli
-from srt_cli.feedback.critique_summary import CritiqueSummary
+from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.report.plot import bar_plot
 from srt_cli.report.shell import html_table, write_page
 

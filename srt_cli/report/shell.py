@@ -5,7 +5,7 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from srt_cli.artifacts import write_atomically
+from srt_cli.runs.jsonl import write_atomically
 from srt_cli.tables import Table
 
 

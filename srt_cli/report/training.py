@@ -9,9 +9,9 @@ from typing import Any, Final
 import orjson
 
 import srt_cli
-from srt_cli.artifacts import Manifest
 from srt_cli.report.curves import Curve, line_plot
 from srt_cli.report.shell import html_table, write_page
+from srt_cli.runs.run import Manifest
 
 PAGE: Final = "training.html"
 Rows = Sequence[Mapping[str, Any]]

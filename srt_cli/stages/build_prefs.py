@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import orjson
 
 from srt_cli import console
-from srt_cli.artifacts import DroppedRows, OrderedWriter, Run, dropped_path, open_run
-from srt_cli.call_options import ApiOptions
+from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.options import runtime, setting
 from srt_cli.pairs.building import PairPlan, decide
@@ -21,6 +20,8 @@ from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, line_of
 from srt_cli.pairs.rules import ExcludedPrompts, PairRules, advice_for
 from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Preference
+from srt_cli.runs.jsonl import DroppedRows, OrderedWriter, dropped_path
+from srt_cli.runs.run import Run, open_run
 
 if TYPE_CHECKING:
     from srt_cli.pairs.audit import Audit, Auditor

@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srt_cli import console
-from srt_cli.artifacts import open_run
-from srt_cli.call_options import CallOptions
+from srt_cli.calls.options import CallOptions
 from srt_cli.errors import UsageError
-from srt_cli.feedback.critique import Critic, Sampling
-from srt_cli.feedback.critique_run import Work, is_done, run_critiques, show_critique_plan
+from srt_cli.feedback.run import Work, is_done, run_critiques, show_critique_plan
+from srt_cli.feedback.story import Critic, Sampling
 from srt_cli.models import open_model
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
 from srt_cli.prompts import prompts_from
 from srt_cli.report.critic import write_critic_report
+from srt_cli.runs.run import open_run
 
 COMMAND = "collect-feedback"
 

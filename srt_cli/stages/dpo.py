@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from srt_cli import console
-from srt_cli.artifacts import (
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.records import Preference
+from srt_cli.runs.jsonl import read_records
+from srt_cli.runs.run import (
     Run,
     clear_directory,
     inherited,
     open_run,
     read_manifest,
-    read_records,
     template_input,
 )
-from srt_cli.errors import SrtError, UsageError
-from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
-from srt_cli.recipes import Chosen, advise_on_size, choose_hyperparameters
-from srt_cli.records import Preference
-from srt_cli.training_options import LossType, TrainingOptions
-from srt_cli.training_rows import split_rows
+from srt_cli.training.options import LossType, TrainingOptions
+from srt_cli.training.recipes import Chosen, advise_on_size, choose_hyperparameters
+from srt_cli.training.rows import split_rows
 
 if TYPE_CHECKING:
     from srt_cli.training.loop import Trained

@@ -6,17 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from srt_cli.artifacts import open_run, read_manifest
-from srt_cli.call_options import CallOptions
-from srt_cli.calls import Script
+from srt_cli.calls.conduct import Script
+from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.feedback.critique import Check, CheckedRow, Critic, Sampling
-from srt_cli.feedback.critique_processes import answer_in_processes
-from srt_cli.feedback.critique_run import Work, is_done, run_critiques, show_critique_plan
+from srt_cli.feedback.processes import answer_in_processes
+from srt_cli.feedback.run import Work, is_done, run_critiques, show_critique_plan
+from srt_cli.feedback.story import Check, CheckedRow, Critic, Sampling
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
 from srt_cli.report.critic import write_critic_report
+from srt_cli.runs.run import open_run, read_manifest
 
 COMMAND = "self-critique"
 

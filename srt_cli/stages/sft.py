@@ -7,21 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from srt_cli import console
-from srt_cli.artifacts import (
-    Run,
-    clear_directory,
-    inherited,
-    open_run,
-    read_records,
-    template_input,
-)
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic_check import check_critic
 from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
-from srt_cli.recipes import Chosen, advise_on_size, choose_hyperparameters
 from srt_cli.records import FeedbackRecord, as_messages
-from srt_cli.training_options import TrainingOptions
-from srt_cli.training_rows import (
+from srt_cli.runs.jsonl import read_records
+from srt_cli.runs.run import Run, clear_directory, inherited, open_run, template_input
+from srt_cli.training.options import TrainingOptions
+from srt_cli.training.recipes import Chosen, advise_on_size, choose_hyperparameters
+from srt_cli.training.rows import (
     Fallen,
     Mix,
     Targets,

@@ -10,8 +10,9 @@ from typing import Any, Final
 import orjson
 from safetensors import SafetensorError
 
-from srt_cli.artifacts import InputFile, Manifest, Run, write_json
 from srt_cli.errors import SrtError
+from srt_cli.runs.jsonl import write_json
+from srt_cli.runs.run import InputFile, Manifest, Run
 from srt_cli.training.arguments import CHECKPOINTS
 from srt_cli.training.setup import Setup
 

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from srt_cli.artifacts import Run
+from srt_cli.runs.run import Run
 from srt_cli.training.arguments import training_arguments
+from srt_cli.training.batches import keep_rows
 from srt_cli.training.evaluation import evaluation_arguments
 from srt_cli.training.examples import longest_side
 from srt_cli.training.gathering import whole_model
@@ -22,7 +23,6 @@ from srt_cli.training.objective import Objective
 from srt_cli.training.order import LengthGroupedOrder, OrderedTrainer
 from srt_cli.training.place import sharding
 from srt_cli.training.processes import in_every_process
-from srt_cli.training.rows import keep_rows
 from srt_cli.training.samples import Sampler
 from srt_cli.training.sequences import PairIds
 from srt_cli.training.setup import Setup

@@ -10,9 +10,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from srt_cli.training.checkpoints import newest_checkpoint
 from srt_cli.training.processes import team
+from srt_cli.training.rows import FEEDBACK_PARTS, PARTS
 from srt_cli.training.sequences import IGNORED, Sequence
 from srt_cli.training.setup import Setup
-from srt_cli.training_rows import FEEDBACK_PARTS, PARTS
 
 EVALUATIONS_A_RUN: Final = 10
 

@@ -10,16 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import end_of_turn_id
 from srt_cli.records import FeedbackRecord, Preference, Record
-from srt_cli.training.sequences import (
-    PairIds,
-    Sequence,
-    chat_sequence,
-    feedback_sequence,
-    preference_ids,
-    refinement_feedback_sequence,
-    refinement_sequence,
-)
-from srt_cli.training_rows import (
+from srt_cli.training.rows import (
     PARTS,
     Chat,
     Fallen,
@@ -30,6 +21,15 @@ from srt_cli.training_rows import (
     read_chats,
     require_both_sides,
     split_rows,
+)
+from srt_cli.training.sequences import (
+    PairIds,
+    Sequence,
+    chat_sequence,
+    feedback_sequence,
+    preference_ids,
+    refinement_feedback_sequence,
+    refinement_sequence,
 )
 
 LENGTH_RATIO_TO_WARN_AT: Final = 1.3

@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from srt_cli import console
-from srt_cli.artifacts import Run
 from srt_cli.errors import SrtError
 from srt_cli.models.hub import push_model
 from srt_cli.models.weights import Placement, load_weights
+from srt_cli.runs.run import Run
 from srt_cli.training.checkpoints import full_disk_in_one_sentence
 from srt_cli.training.merging import merge, name_base
+from srt_cli.training.options import TrainingOptions
 from srt_cli.training.saving import LAST, save_model
 from srt_cli.training.setup import Setup
-from srt_cli.training_options import TrainingOptions
 
 PROBED_ROWS: Final = 4
 PROBED_TOKENS: Final = 64

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from srt_cli.errors import UsageError
-from srt_cli.training_options import TrainingOptions
+from srt_cli.training.options import TrainingOptions
 
 Options = TypeVar("Options", bound=TrainingOptions)
 

@@ -14,8 +14,8 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from srt_cli import console
-from srt_cli.artifacts import Run
 from srt_cli.report.training import write_training_page
+from srt_cli.runs.run import Run
 from srt_cli.training.checkpoints import (
     fingerprint,
     full_disk_in_one_sentence,

@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 
-from srt_cli.recipes import Hyperparameters
-from srt_cli.training_options import TrainingOptions
+from srt_cli.training.options import TrainingOptions
+from srt_cli.training.recipes import Hyperparameters
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from srt_cli.models.weights import Placement, load_weights
+from srt_cli.training.options import TrainingOptions
 from srt_cli.training.setup import Setup
-from srt_cli.training_options import TrainingOptions
 
 ADAPTER: Final = "adapter"
 REFERENCE: Final = "ref"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from srt_cli.errors import UsageError
-from srt_cli.training_options import LossType
+from srt_cli.training.options import LossType
 
 SMOOTHED: Final[tuple[LossType, ...]] = ("robust", "exo_pair", "aot", "aot_unpaired")
 """The losses in which TRL uses `label_smoothing`; in the others it does nothing."""

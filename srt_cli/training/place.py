@@ -10,7 +10,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from srt_cli.errors import SrtError
 from srt_cli.models.weights import Placement, decide_placement
-from srt_cli.training_options import Method
+from srt_cli.training.options import Method
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from srt_cli import console
-from srt_cli.recipes import Chosen
 from srt_cli.training.fitting import GIB, Fit
+from srt_cli.training.recipes import Chosen
 from srt_cli.training.setup import Setup
 
 BINS: Final = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

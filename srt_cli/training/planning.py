@@ -7,15 +7,15 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srt_cli.recipes import Chosen
 from srt_cli.training.examples import LengthLimit, longest_side
 from srt_cli.training.fitting import Fit
 from srt_cli.training.packing import Packing, pack_length, sft_passes
 from srt_cli.training.plan import Measured, Plan, Steps
+from srt_cli.training.recipes import Chosen
+from srt_cli.training.rows import PARTS, Fallen, Prepared
 from srt_cli.training.sequences import IGNORED, PairIds
 from srt_cli.training.sequences import Sequence as TokenSequence
 from srt_cli.training.setup import Setup
-from srt_cli.training_rows import PARTS, Fallen, Prepared
 
 Stretches = list[tuple[str, str]]
 

@@ -6,8 +6,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from srt_cli.models.weights import base_of, load_weights, resolve_source
 from srt_cli.training.lora import quantization
+from srt_cli.training.options import TrainingOptions
 from srt_cli.training.place import TrainingPlace, sharding
-from srt_cli.training_options import TrainingOptions
 
 
 def count_parameters(name: str) -> int | None:

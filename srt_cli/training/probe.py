@@ -21,7 +21,7 @@ from torch.optim.optimizer import (
 )
 
 from srt_cli import console
-from srt_cli.artifacts import Manifest, Run
+from srt_cli.runs.run import Manifest, Run
 from srt_cli.training.order import LengthGroupedOrder
 from srt_cli.training.plan import Measured
 from srt_cli.training.setup import Setup

@@ -1,33 +1,247 @@
-"""Training rows on disk: made once by the main process, mapped into memory by every process."""
+"""Which rows a training sees: those that teach, a share held out, and other chats mixed in."""
 
-import os
-import shutil
-from collections.abc import Mapping
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Generic, Literal, NamedTuple, TypeVar
 
-from datasets import Dataset, Features, Value, load_from_disk
-from datasets import Sequence as ListOf
+from pydantic import ValidationError
 
-from srt_cli.training.arguments import CHECKPOINTS
+from srt_cli import console
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.records import FeedbackRecord, Message, Prompt, Record, as_messages, content_id
+from srt_cli.runs.jsonl import DroppedRows, read_rows
+from srt_cli.runs.run import Run
+from srt_cli.templates import FEEDBACK_FIELDS, FeedbackField
 
-TOKEN_ID: Final = "int32"
+Part = Literal["response", "feedback", "refinement", "mix"]
+PARTS: Final[tuple[Part, ...]] = ("response", "feedback", "refinement", "mix")
+"""What may bear loss: the three parts of a feedback record, and the answers of mixed-in chats."""
+FEEDBACK_PARTS: Final = PARTS[:3]
+
+Row = TypeVar("Row")
+Example = TypeVar("Example")
+Name = TypeVar("Name", bound=str)
 
 
-def keep_rows(columns: Mapping[str, list[list[int]]], out: Path) -> Dataset:
-    """Columns of token ids as a data set on disk, beside the checkpoints and gone with them.
+class Fallen(NamedTuple):
+    """A row that is not trained on, and why."""
 
-    Rows of the same content are found again, and with them what TRL keeps beside them: a resumed
-    dpo need not compute the reference's log-probs anew.
+    id: str
+    reason: str
+    row: Record
+
+
+@dataclass
+class Prepared(Generic[Example]):
+    """What a training will see, what is held out, and what fell out on the way."""
+
+    train: list[Example]
+    held_out: list[Example] = field(default_factory=list)
+    fallen: list[Fallen] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    tallies: dict[str, Any] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    """For the terminal: what came of the rows."""
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many rows fell out, per reason."""
+        return Counter(row.reason for row in self.fallen)
+
+    def record(self, run: Run, dropped_beside: Path) -> None:
+        """Write down in the run what fell out, and say the rest."""
+        write_dropped(dropped_beside, self.fallen)
+        run.manifest.tallies |= self.tallies | {"dropped": dict(self.reasons)}
+        for sentence in self.sentences:
+            console.say(sentence)
+        for warning in self.warnings:
+            run.warn(warning)
+
+
+def write_dropped(beside: Path, fallen: Sequence[Fallen]) -> Path:
+    """Write the rows that fell out, with their reasons, into a file beside the output."""
+    dropped = DroppedRows(beside)
+    for row in fallen:
+        dropped.add(*row)
+    dropped.commit()
+    return dropped.path
+
+
+# --- Rows that teach ---------------------------------------------------------------------------
+
+
+def why_not_trained(record: FeedbackRecord) -> str | None:
+    """The paper's two rules (section 4.1); null when a row passes both."""
+    if record.status != "ok":
+        return record.status
+    if record.gain is None:
+        return "incomplete"
+    if record.gain < 0:
+        return "refinement scored lower"
+    return None
+
+
+def keep_teaching_rows(
+    records: Iterable[FeedbackRecord],
+) -> tuple[list[FeedbackRecord], list[Fallen]]:
+    """Rows that pass the paper's rules, and the others."""
+    kept, fallen = [], []
+    for record in records:
+        reason = why_not_trained(record)
+        if reason is None:
+            kept.append(record)
+        else:
+            fallen.append(Fallen(record.id, reason, record))
+    return kept, fallen
+
+
+def parse_names(text: str, known: Sequence[Name], flag: str) -> tuple[Name, ...]:
+    """Names joined by commas, in the order of `known`; raises `UsageError` for another name."""
+    named = [name.strip() for name in text.split(",") if name.strip()]
+    if not named or set(named) - set(known):
+        raise UsageError(f"{flag} {text!r}: name some of {', '.join(known)}, joined by commas.")
+    return tuple(name for name in known if name in named)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What of a feedback record is trained (paper, Eq. 1; Table 6 for what may be left out)."""
+
+    loss_on: tuple[Part, ...]
+    drop: tuple[FeedbackField, ...] = ()
+    refinement_only: bool = False
+    refinement_feedback: bool = False
+
+    @property
+    def whole_feedback(self) -> bool:
+        """Whether the model learns to write feedback that can be read: with every field."""
+        return "feedback" in self.loss_on and not self.drop and not self.refinement_only
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model learns to score."""
+        return "score" not in self.drop and not self.refinement_only
+
+
+def parse_targets(
+    loss_on: str, drop: str | None, refinement_only: bool, refinement_feedback: bool
+) -> Targets:
+    """The options as targets; raises `UsageError` where one of them would do nothing."""
+    parts = parse_names(loss_on, FEEDBACK_PARTS, "--loss-on")
+    dropped = parse_names(drop, FEEDBACK_FIELDS, "--drop") if drop else ()
+    if refinement_only and (dropped or refinement_feedback):
+        other = "--drop" if dropped else "--refinement-feedback"
+        raise UsageError(
+            f"--refinement-only trains no feedback, so {other} would do nothing. Pass one of them."
+        )
+    if refinement_only and "refinement" not in parts:
+        raise UsageError(f"--refinement-only trains no {loss_on}. Leave --loss-on away.")
+    if parts == ("feedback",) and dropped == FEEDBACK_FIELDS:
+        raise UsageError("--drop leaves nothing of the feedback that --loss-on names.")
+    return Targets(parts, dropped, refinement_only, refinement_feedback)
+
+
+# --- The held-out share ------------------------------------------------------------------------
+
+
+def is_held_out(prompt: str | list[Message], share: float) -> bool:
+    """Whether a prompt's rows are held out from training: about `share` of all prompts are.
+
+    It follows from the prompt's own words alone (not their case or spacing). So rows that are
+    added move no other row, and no prompt stands on both sides.
     """
-    features = Features({name: ListOf(Value(TOKEN_ID)) for name in columns})
-    made = Dataset.from_dict(dict(columns), features=features)
-    folder = out / CHECKPOINTS / f"rows-{made._fingerprint}"
-    if not folder.is_dir():
-        half = folder.with_suffix(".half")
-        shutil.rmtree(half, ignore_errors=True)
-        made.save_to_disk(half)
-        os.replace(half, folder)
-    kept = load_from_disk(str(folder))
-    assert isinstance(kept, Dataset)
-    return kept
+    words = [
+        turn.model_copy(update={"content": " ".join(turn.content.casefold().split())})
+        for turn in as_messages(prompt)
+    ]
+    digest = hashlib.blake2b(content_id(words).encode(), digest_size=8, person=b"srt eval split")
+    return int.from_bytes(digest.digest()) < share * 2**64
+
+
+def split_rows(
+    rows: Sequence[Row], prompt_of: Callable[[Row], str | list[Message]], share: float
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on, and rows held out."""
+    if not 0 <= share < 1:
+        raise UsageError(f"--eval-split {share:g}: give a share of the prompts, from 0 to below 1.")
+    held_out = [is_held_out(prompt_of(row), share) for row in rows]
+    train = [row for row, held in zip(rows, held_out, strict=True) if not held]
+    return train, [row for row, held in zip(rows, held_out, strict=True) if held]
+
+
+def require_both_sides(train: Sequence[Row], held_out: Sequence[Row], share: float) -> None:
+    """Raise `SrtError` when a share was to be held out, and one side is empty."""
+    rows = len(train) + len(held_out)
+    if share and rows and not (train and held_out):
+        side, turn = ("hold out", "Raise") if train else ("train on", "Lower")
+        raise SrtError(
+            f"--eval-split {share:g} of {rows} rows leaves none to {side}. "
+            f"{turn} it, or leave it away."
+        )
+
+
+# --- Other chats, mixed in ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mix:
+    """`--mix FILE:WEIGHT`: so many of the file's chats for each feedback row."""
+
+    path: Path
+    weight: float
+
+
+class Chat(Record):
+    """A conversation whose assistant turns are trained."""
+
+    id: str
+    messages: list[Message]
+
+
+def parse_mix(text: str) -> Mix:
+    """`FILE:WEIGHT`; raises `UsageError` for another form or a weight that is not above 0."""
+    path, colon, weight = text.rpartition(":")
+    try:
+        share = float(weight)
+    except ValueError:
+        share = 0.0
+    if not colon or not path or not 0 < share < float("inf"):
+        raise UsageError(
+            f"--mix {text}: write FILE:WEIGHT, e.g. chats.jsonl:0.5 for one of its chats to two "
+            "feedback rows."
+        )
+    return Mix(Path(path), share)
+
+
+def read_chats(path: Path) -> list[Chat]:
+    """Rows with `messages`, or with a prompt and a response, as chats that end with an answer.
+
+    Raises `SrtError` naming file and line of a row without an answer.
+    """
+    chats = []
+    for number, row in read_rows(path):
+        try:
+            chats.append(_chat(path, number, row))
+        except (ValueError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise SrtError(f"{path}:{number}: {reason}. --mix takes chats with answers.") from None
+    return chats
+
+
+def _chat(path: Path, number: int, row: Mapping[str, Any]) -> Chat:
+    prompt = Prompt.from_row(row)
+    if not prompt.response or not prompt.response.strip():
+        raise ValueError("no response, and no assistant's turn at the end")
+    answer = Message(role="assistant", content=prompt.response)
+    return Chat(id=f"{path.name}:{number}", messages=[*prompt.messages, answer])
+
+
+def draw_chats(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
+    """`count` chats in the order of a seeded shuffle; begun anew when there are fewer."""
+    order = list(chats)
+    random.Random(seed).shuffle(order)
+    return [order[position % len(order)] for position in range(count)]

@@ -9,11 +9,11 @@ from typing import Any, Final
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from srt_cli.artifacts import Run
 from srt_cli.models.chat import end_of_turn_id
 from srt_cli.models.weights import ADAPTER_CONFIG, generation_config_for
+from srt_cli.runs.run import Run
 from srt_cli.training.loop import Trained
-from srt_cli.training_options import TrainingOptions
+from srt_cli.training.options import TrainingOptions
 
 HALF: Final = "half-saved"
 LAST: Final = ("config.json", ADAPTER_CONFIG)

@@ -17,7 +17,7 @@ from srt_cli.errors import SrtError
 from srt_cli.models.chat import encode_chat, end_of_turn_id
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, as_messages
 from srt_cli.templates import CRITIQUE_REQUEST, FeedbackField, render_feedback, render_refinement
-from srt_cli.training_rows import PARTS, Part
+from srt_cli.training.rows import PARTS, Part
 
 IGNORED: Final = -100
 

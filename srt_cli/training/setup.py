@@ -9,13 +9,13 @@ from trl import DPOConfig, SFTConfig
 
 from srt_cli import console
 from srt_cli.errors import UsageError
-from srt_cli.recipes import Hyperparameters, StageName
 from srt_cli.training.fields import parse_fields
 from srt_cli.training.lora import Adapters, adapters_of
+from srt_cli.training.options import TrainingOptions
 from srt_cli.training.place import TrainingPlace, decide_training_place
 from srt_cli.training.processes import team
+from srt_cli.training.recipes import Hyperparameters, StageName
 from srt_cli.training.trackers import check_trackers
-from srt_cli.training_options import TrainingOptions
 
 CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
     "sft": SFTConfig,

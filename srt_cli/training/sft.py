@@ -10,8 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from srt_cli.artifacts import Run
+from srt_cli.runs.run import Run
 from srt_cli.training.arguments import training_arguments
+from srt_cli.training.batches import keep_rows
 from srt_cli.training.evaluation import evaluation_arguments, loss_by_part
 from srt_cli.training.gathering import whole_model
 from srt_cli.training.loop import Trained, train
@@ -19,7 +20,6 @@ from srt_cli.training.lora import lora_config
 from srt_cli.training.order import LengthGroupedOrder, OrderedTrainer
 from srt_cli.training.packing import Packing, pack, pack_length, packs_a_step
 from srt_cli.training.processes import in_every_process
-from srt_cli.training.rows import keep_rows
 from srt_cli.training.samples import Sampler
 from srt_cli.training.sequences import Sequence
 from srt_cli.training.setup import Setup

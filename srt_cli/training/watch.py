@@ -9,9 +9,9 @@ from typing import Any, Final
 import orjson
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from srt_cli.artifacts import Run
 from srt_cli.console import ProgressLine
 from srt_cli.errors import SrtError
+from srt_cli.runs.run import Run
 from srt_cli.training import health
 from srt_cli.training.arguments import CHECKPOINTS
 from srt_cli.training.checkpoints import mark_whole

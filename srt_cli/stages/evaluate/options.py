@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from srt_cli.call_options import ApiOptions
+from srt_cli.calls.options import ApiOptions
 from srt_cli.evaluation.contestants import Use
 from srt_cli.evaluation.judging import Orders, Verdicts
 from srt_cli.options import runtime, setting

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions, Reply, Request
-from srt_cli.models.meter import Meter
+from srt_cli.models.local.meter import Meter
 from srt_cli.records import Message
 
 WAVE: Final = 256
@@ -110,7 +110,7 @@ class LocalModel:
 
     def _row(self, request: Request, future: Future[Reply], answered: bool) -> Any:
         """A request for the engine; one that cannot fit the model is answered at once."""
-        from srt_cli.models.rows import Row
+        from srt_cli.models.local.rows import Row
 
         prompt_ids = _encode(self._loaded, request)
         if len(prompt_ids) < self._loaded.max_positions:
@@ -137,12 +137,12 @@ def _encode(loaded: Any, request: Request) -> list[int]:
 
 
 def _open_engine(loaded: Any, meter: Meter, options: ModelOptions, continuous: bool) -> _Engine:
-    from srt_cli.models.static import StaticEngine
+    from srt_cli.models.local.static import StaticEngine
 
     if not continuous:
         return StaticEngine(loaded, meter, options.batch_size)
     try:
-        from srt_cli.models.continuous import ContinuousEngine, why_not_continuous
+        from srt_cli.models.local.continuous import ContinuousEngine, why_not_continuous
 
         reason = why_not_continuous(loaded)
     except ImportError as error:  # it is a young part of transformers, and moves
@@ -156,7 +156,7 @@ def _open_engine(loaded: Any, meter: Meter, options: ModelOptions, continuous: b
 
 def _load(name: str, options: ModelOptions) -> Any:
     from srt_cli.models.chat import check_template, end_of_turn_id
-    from srt_cli.models.rows import Loaded
+    from srt_cli.models.local.rows import Loaded
     from srt_cli.models.weights import decide_placement, load_tokenizer, load_weights
 
     tokenizer = load_tokenizer(name)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
 from srt_cli.errors import UsageError
-from srt_cli.training_options import LearningRateSchedule, LossType, RecipeName, TrainingOptions
+from srt_cli.training.options import LearningRateSchedule, LossType, RecipeName, TrainingOptions
 
 StageName = Literal["sft", "dpo"]
 

@@ -18,10 +18,10 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from srt_cli import console
 from srt_cli.errors import SrtError
-from srt_cli.models.meter import Meter
-from srt_cli.models.processors import Processors, features_of
-from srt_cli.models.rows import Loaded, Row
-from srt_cli.models.static import StaticEngine, is_out_of_memory
+from srt_cli.models.local.meter import Meter
+from srt_cli.models.local.processors import Processors, features_of
+from srt_cli.models.local.rows import Loaded, Row
+from srt_cli.models.local.static import StaticEngine, is_out_of_memory
 
 POLL_S: Final = 0.05
 HALVINGS: Final = 5

@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from transformers import Cache, DynamicCache
 
-from srt_cli.models.cache import RoomyLayer, roomy_cache
-from srt_cli.models.rows import Loaded
+from srt_cli.models.local.cache import RoomyLayer, roomy_cache
+from srt_cli.models.local.rows import Loaded
 
 GROUP_TOKENS: Final = {"cpu": 768, "mps": 4096, "cuda": 32_768}
 """Tokens of a group, padding and all: enough to keep the arithmetic busy."""

@@ -18,8 +18,7 @@ from typing import Any, Final
 
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, Spec
-from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of
-from srt_cli.models.limits import (
+from srt_cli.models.api.limits import (
     DEFAULT_PAUSE_S,
     HIGHEST_LIMIT,
     LONGEST_PAUSE_S,
@@ -27,7 +26,8 @@ from srt_cli.models.limits import (
     Pace,
     RateLimit,
 )
-from srt_cli.models.wire import Endpoint, NoAnswer, Refused, read_reply
+from srt_cli.models.api.openai_chat import Endpoint, NoAnswer, Refused, read_reply
+from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of
 from srt_cli.records import Usage
 
 MOST_ATTEMPTS: Final = 5

@@ -7,12 +7,12 @@ from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
-from srt_cli.calls import Call
-from srt_cli.feedback.critique_summary import Verdict
+from srt_cli.calls.conduct import Call
 from srt_cli.feedback.expected_score import TOP_LOGPROBS
-from srt_cli.feedback.scoring import SAMPLE_TEMPERATURE, mean_score
+from srt_cli.feedback.scores import SAMPLE_TEMPERATURE, mean_score
+from srt_cli.feedback.summary import Verdict
 from srt_cli.models import Model, Reply, Request, Task, TaskKind
-from srt_cli.models.loops import is_loop
+from srt_cli.models.local.loops import is_loop
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import (
     Feedback,

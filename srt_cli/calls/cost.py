@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from srt_cli import console
-from srt_cli.call_options import ApiOptions
-from srt_cli.journal import Journal
+from srt_cli.calls.options import ApiOptions
 from srt_cli.models import Model, parse_spec
 from srt_cli.models.budget import (
     BYTES_A_TOKEN,
@@ -21,6 +20,7 @@ from srt_cli.models.budget import (
     prices_published,
 )
 from srt_cli.records import Usage
+from srt_cli.runs.journal import Journal
 
 # Lengths of replies before any has been seen, in tokens; the run's own limits cap them.
 EXPECTED_TOKENS: Final = {"respond": 250, "critique": 450, "score": 180, "judge": 150}

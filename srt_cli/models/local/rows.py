@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs
-from srt_cli.models.loops import is_loop
-from srt_cli.models.sampling import Draw, draw_key
+from srt_cli.models.local.loops import is_loop
+from srt_cli.models.local.sampling import Draw, draw_key
 from srt_cli.records import Usage
 
 if TYPE_CHECKING:

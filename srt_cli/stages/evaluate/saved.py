@@ -5,8 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from srt_cli import console
-from srt_cli.artifacts import open_run, read_records, write_json
-from srt_cli.asking import Asking
+from srt_cli.calls.asking import Asking
 from srt_cli.errors import TooManyFailures, UsageError
 from srt_cli.evaluation.annotations import read_annotations
 from srt_cli.evaluation.critic_quality import (
@@ -17,13 +16,15 @@ from srt_cli.evaluation.critic_quality import (
     warnings_of,
 )
 from srt_cli.evaluation.evidence import Evidence
-from srt_cli.evaluation.figures import close_contest, write_figures
 from srt_cli.evaluation.labelled_pairs import ask_pairs, read_pairs
-from srt_cli.evaluation.options import Evaluate
 from srt_cli.evaluation.pair_accuracy import count_pairs, pairs_table
-from srt_cli.feedback.critique import Critic, Sampling
+from srt_cli.feedback.story import Critic, Sampling
 from srt_cli.models import parse_spec
 from srt_cli.records import FeedbackRecord
+from srt_cli.runs.jsonl import read_records, write_json
+from srt_cli.runs.run import open_run
+from srt_cli.stages.evaluate.figures import close_contest, write_figures
+from srt_cli.stages.evaluate.options import Evaluate
 
 
 def count_annotations(options: Evaluate, command: str) -> None:

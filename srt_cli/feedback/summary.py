@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from srt_cli import console
-from srt_cli.calls import Tally
+from srt_cli.calls.conduct import Tally
 from srt_cli.records import Feedback, FeedbackRecord, Usage
 from srt_cli.stats.confusion import Confusion, confusion
 from srt_cli.templates import is_as_asked

@@ -16,13 +16,13 @@ import openai
 import orjson
 
 from srt_cli import console
-from srt_cli.artifacts import read_rows
 from srt_cli.errors import QuotaError, SrtError, UsageError
-from srt_cli.journal import Journal, request_key
 from srt_cli.models import ModelOptions, Reply, Request, Spec, canonical_request, reply_to_plain
-from srt_cli.models.api import TOKEN_FIELDS, address_of, chat_body
+from srt_cli.models.api.client import TOKEN_FIELDS, address_of, chat_body
+from srt_cli.models.api.openai_chat import read_reply
 from srt_cli.models.budget import Budget, Price, most_tokens, price_of
-from srt_cli.models.wire import read_reply
+from srt_cli.runs.journal import Journal, request_key
+from srt_cli.runs.jsonl import read_rows
 
 MOST_REQUESTS: Final = 50_000
 MOST_BYTES: Final = 200_000_000

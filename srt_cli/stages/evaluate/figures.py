@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from srt_cli import console
-from srt_cli.artifacts import Run, write_json
 from srt_cli.errors import TooManyFailures
 from srt_cli.evaluation.annotations import export_alpaca_eval
 from srt_cli.evaluation.contest import Contest, count_contest
@@ -15,11 +14,13 @@ from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.judge_quality import repeats_itself
 from srt_cli.evaluation.labels import agree_with_people, read_labels
 from srt_cli.evaluation.objective import read_objective
-from srt_cli.evaluation.options import Evaluate, beside
 from srt_cli.evaluation.pair_accuracy import count_pairs
 from srt_cli.evaluation.verdicts import preferences_by_pair
 from srt_cli.report.page import write_report
 from srt_cli.report.shell import write_markdown
+from srt_cli.runs.jsonl import write_json
+from srt_cli.runs.run import Run
+from srt_cli.stages.evaluate.options import Evaluate, beside
 
 
 def write_figures(run: Run, options: Evaluate, evidence: Evidence) -> Contest:

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from srt_cli import console
-from srt_cli.journal import Journal, request_key
 from srt_cli.models import (
     Model,
     Reply,
@@ -25,6 +24,7 @@ from srt_cli.models import (
     reply_from_plain,
     reply_to_plain,
 )
+from srt_cli.runs.journal import Journal, request_key
 
 QUICK_FINISH_S: Final = 1.0
 LONG_FINISH_S: Final = 60.0

@@ -4,13 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from srt_cli import console
-from srt_cli.artifacts import (
-    inherited,
-    open_run,
-    read_manifest,
-    template_input,
-)
-from srt_cli.asking import Asking
+from srt_cli.calls.asking import Asking
 from srt_cli.errors import UsageError
 from srt_cli.evaluation.contestants import (
     Answered,
@@ -26,11 +20,12 @@ from srt_cli.evaluation.contestants import (
 from srt_cli.evaluation.evidence import Evidence, write_evidence
 from srt_cli.evaluation.judging import Judge, Twice, ask_again, judge_pairs, orders_of
 from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair, ask_pairs, read_pairs
-from srt_cli.evaluation.options import Evaluate
-from srt_cli.feedback.critique import Critic, Sampling
+from srt_cli.feedback.story import Critic, Sampling
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.prompts import prompts_from
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Scored
+from srt_cli.runs.run import inherited, open_run, read_manifest, template_input
+from srt_cli.stages.evaluate.options import Evaluate
 from srt_cli.templates import read_judge_template
 
 COMMAND = "eval"
@@ -83,7 +78,7 @@ def run(options: Evaluate) -> None:
             scores=scores, critiques=critiques, pairs=pairs, scored_pairs=paired,
         )  # fmt: skip
         write_evidence(options.out, evidence)
-        from srt_cli.evaluation.figures import close_contest, write_figures
+        from srt_cli.stages.evaluate.figures import close_contest, write_figures
 
         contest = write_figures(run, options, evidence)
     console.say(asking.cost.sentence())
@@ -120,7 +115,7 @@ def _count_saved(options: Evaluate) -> bool:
         raise UsageError("--annotations, --pairs and --feedback: choose one of them.")
     if not any(chosen):
         return False
-    from srt_cli.evaluation.saved import count_annotations, judge_feedback, score_pairs
+    from srt_cli.stages.evaluate.saved import count_annotations, judge_feedback, score_pairs
 
     if options.annotations:
         count_annotations(options, COMMAND)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from srt_cli import console
-from srt_cli.calls import Script, Tally, conduct
+from srt_cli.calls.conduct import Script, Tally, conduct
 from srt_cli.errors import SrtError
-from srt_cli.journal import Journal
 from srt_cli.models import Model
+from srt_cli.runs.journal import Journal
 
 Options = TypeVar("Options")
 WINDOW: Final = 512

@@ -4,14 +4,14 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from srt_cli.calls import Call
+from srt_cli.calls.conduct import Call
 from srt_cli.feedback.expected_score import TOP_LOGPROBS, read_belief, zero_share
 from srt_cli.models import Reply, Request
 from srt_cli.records import Message, Prompt, Usage
 from srt_cli.templates import ParsedCritique, parse_critique, score_digits_at
 
 if TYPE_CHECKING:
-    from srt_cli.feedback.critique import Critic
+    from srt_cli.feedback.story import Critic
 
 SAMPLE_TEMPERATURE: Final = 0.7
 """Of the judgements after the first: at temperature 0 they would all be the same."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from srt_cli import console
-from srt_cli.artifacts import OrderedWriter, Run
-from srt_cli.call_options import CallOptions
-from srt_cli.call_plan import (
+from srt_cli.calls.conduct import Script, Tally, conduct, replay
+from srt_cli.calls.cost import (
     EXPECTED_TOKENS,
     Cost,
     Estimate,
@@ -20,16 +19,18 @@ from srt_cli.call_plan import (
     prices_of,
     show_estimates,
 )
-from srt_cli.calls import Script, Tally, conduct, replay
+from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
-from srt_cli.feedback.critique import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
-from srt_cli.feedback.critique_processes import Answered, absorb_parts
-from srt_cli.feedback.critique_summary import CritiqueSummary
-from srt_cli.journal import Journal
+from srt_cli.feedback.processes import Answered, absorb_parts
+from srt_cli.feedback.story import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
+from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
-from srt_cli.models.meter import together
+from srt_cli.models.local.meter import together
 from srt_cli.records import Prompt
+from srt_cli.runs.journal import Journal
+from srt_cli.runs.jsonl import OrderedWriter
+from srt_cli.runs.run import Run
 
 NEXT_STEPS: Final = {"respond": ("critique", "score"), "critique": ("score",)}
 
@@ -220,7 +221,7 @@ def _close(
 
 
 def _import(options: CallOptions, journal: Journal) -> None:
-    from srt_cli.models.batch import import_replies
+    from srt_cli.models.api.batch import import_replies
 
     assert options.import_batch is not None
     taken, without = import_replies(options.import_batch, journal)

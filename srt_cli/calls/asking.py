@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from srt_cli import console
-from srt_cli.artifacts import Run
-from srt_cli.call_options import ApiOptions
-from srt_cli.call_plan import Cost
-from srt_cli.calls import Script, Tally, conduct, replay
+from srt_cli.calls.conduct import Script, Tally, conduct, replay
+from srt_cli.calls.cost import Cost
+from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError
-from srt_cli.journal import Journal
 from srt_cli.models import Model, ModelOptions, open_model
+from srt_cli.runs.journal import Journal
+from srt_cli.runs.run import Run
 
 Result = TypeVar("Result")
 

@@ -15,8 +15,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
-from srt_cli.models.rows import Row
-from srt_cli.models.sampling import gumbel_noise, keep_top_p
+from srt_cli.models.local.rows import Row
+from srt_cli.models.local.sampling import gumbel_noise, keep_top_p
 
 GREEDY: Final = 0
 """The key of a row that draws nothing."""

@@ -14,12 +14,12 @@ from typing import Any, Final
 import torch
 
 from srt_cli.errors import SrtError
-from srt_cli.models.cache import keep_rows
-from srt_cli.models.meter import Meter
-from srt_cli.models.packed import pack_weights
-from srt_cli.models.prefill import forward, read_prompts, tokens_read_at_once
-from srt_cli.models.rows import Loaded, Row, top_tokens
-from srt_cli.models.sampling import choose_tokens
+from srt_cli.models.local.cache import keep_rows
+from srt_cli.models.local.meter import Meter
+from srt_cli.models.local.packed import pack_weights
+from srt_cli.models.local.prefill import forward, read_prompts, tokens_read_at_once
+from srt_cli.models.local.rows import Loaded, Row, top_tokens
+from srt_cli.models.local.sampling import choose_tokens
 from srt_cli.models.weights import own_memory_bytes
 
 MOST_ROWS: Final = {"cpu": 128, "mps": 16, "cuda": 64}

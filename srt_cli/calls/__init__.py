@@ -1,0 +1,1 @@
+"""Many rows side by side, asked under one journal and one budget."""

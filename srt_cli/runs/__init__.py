@@ -1,0 +1,1 @@
+"""Lines on disk, and the run around them."""

@@ -1,0 +1,232 @@
+"""Lines in and out: JSONL, gzip, what fell out, and files that are whole or not there."""
+
+import contextlib
+import gzip
+import hashlib
+import os
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import orjson
+from pydantic import ValidationError
+
+from srt_cli.errors import SrtError
+from srt_cli.records import Dropped, Record
+
+Row = TypeVar("Row")
+
+
+DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) of a JSONL file, a `.gz` of one, or stdin (`-`).
+
+    Raises `SrtError` naming file and line for what is not UTF-8, not JSON, or not an object.
+    """
+    if path.is_dir():
+        raise SrtError(f"{path}: is a directory, where a JSONL file is expected.")
+    try:
+        with _open_lines(path) as lines:
+            yield from _parse_lines(path, lines)
+    except FileNotFoundError:
+        raise SrtError(f"{path}: no such file.{_hint_for_missing(path)}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SrtError(f"{path}: not a readable gzip file ({error}).") from error
+
+
+def _open_lines(path: Path) -> contextlib.AbstractContextManager[Iterable[bytes]]:
+    if str(path) == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def _parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    empty = True
+    for number, line in enumerate(lines, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        empty = False
+        try:
+            row = orjson.loads(line)
+        except orjson.JSONDecodeError as error:
+            raise SrtError(f"{path}:{number}: {_why_not_json(line, error)}") from None
+        if not isinstance(row, dict):
+            hint = " This is a JSON array: write one record a line (jq -c '.[]')."
+            raise SrtError(
+                f"{path}:{number}: not a JSON object.{hint if isinstance(row, list) else ''}"
+            )
+        yield number, row
+    if empty:
+        raise SrtError(f"{path}: the file is empty. It needs one JSON record a line.")
+
+
+def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as decoding:
+        return f"not UTF-8 (byte {decoding.start + 1}). Convert it: iconv -f LATIN1 -t UTF-8."
+    if text.strip() in ("[", "{"):
+        return "not one JSON record a line. Convert it: jq -c '.[]' FILE.json > FILE.jsonl."
+    return f"not valid JSON ({error.msg}, column {error.colno}). Mend or delete this line."
+
+
+def _hint_for_missing(path: Path) -> str:
+    makers = {
+        "prompts.jsonl": "Make one: a JSON record a line, with a field prompt. Or pass --prompts.",
+        "feedback.jsonl": "Make it first: srt collect-feedback.",
+        "self-feedback.jsonl": "Make it first: srt self-critique.",
+        "prefs.jsonl": "Make it first: srt build-prefs.",
+    }
+    return f" {makers[path.name]}" if path.name in makers else " Check the path."
+
+
+def read_records(
+    path: Path, parse: Callable[[Mapping[str, Any]], Row], *, limit: int | None = None
+) -> Iterator[Row]:
+    """Read an artifact of ours, naming file and line of a record that does not fit."""
+    for position, (number, row) in enumerate(read_rows(path)):
+        if limit is not None and position >= limit:
+            return
+        try:
+            yield parse(row)
+        except ValidationError as error:
+            raise SrtError(f"{path}:{number}: {describe_invalid(error)}") from None
+
+
+def describe_invalid(error: ValidationError) -> str:
+    """What is wrong with a record, in one sentence that names the field."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the record"
+    return f"{where}: {first['msg'].lower()}. Was this file written by another version or tool?"
+
+
+class OrderedWriter:
+    """Write rows in index order although they finish in any order; renamed into place at the end.
+
+    Rows wait as bytes only until the ones before them are there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  held until commit()
+        self._waiting: dict[int, bytes] = {}
+        self._next = 0
+        self.rows = 0
+
+    def add(self, index: int, records: Iterable[Record]) -> None:
+        """Take the records that input row `index` became (none is allowed)."""
+        self._add(index, [to_line(record) for record in records])
+
+    def add_plain(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Take rows in another tool's form."""
+        option = orjson.OPT_APPEND_NEWLINE
+        self._add(index, [orjson.dumps(dict(row), option=option) for row in rows])
+
+    def _add(self, index: int, lines: list[bytes]) -> None:
+        self.rows += len(lines)
+        self._waiting[index] = b"".join(lines)
+        while self._next in self._waiting:
+            self._file.write(self._waiting.pop(self._next))
+            self._next += 1
+
+    def append(self, line: bytes) -> None:
+        """Take the line behind all that were given; the quick way of those that come in order."""
+        self._file.write(line)
+        self._next += 1
+        self.rows += 1
+
+    def commit(self) -> None:
+        """Write what still waits behind a gap, sync, and put the file in its place."""
+        for index in sorted(self._waiting):
+            self._file.write(self._waiting[index])
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+
+    def discard(self) -> None:
+        """Leave nothing behind."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def to_line(record: Record) -> bytes:
+    """A record as its JSONL line."""
+    return orjson.dumps(record.model_dump(mode="json"), option=orjson.OPT_APPEND_NEWLINE)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write an indented JSON file atomically."""
+    write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_data_file(path: Path) -> bool:
+    """Whether a path names a data file; anything else is a model directory (`models/v1.0` too)."""
+    return not path.is_dir() and (path.is_file() or path.name.endswith(DATA_SUFFIXES))
+
+
+def dropped_path(artifact: Path) -> Path:
+    """Where the rows that fell out of an artifact stand."""
+    return artifact.with_name(artifact.name.removesuffix(".jsonl") + ".dropped.jsonl")
+
+
+class DroppedRows:
+    """Counts what falls out of an artifact by reason, and writes `X.dropped.jsonl` beside it."""
+
+    def __init__(self, artifact: Path) -> None:
+        self.path = dropped_path(artifact)
+        self.reasons: Counter[str] = Counter()
+        self._writer = OrderedWriter(self.path)
+
+    def add(self, identifier: str, reason: str, row: Record) -> None:
+        """Note one row and why it fell out."""
+        dropped = Dropped(id=identifier, reason=reason, row=row.model_dump(mode="json"))
+        self.add_line(reason, to_line(dropped))
+
+    def add_line(self, reason: str, line: bytes) -> None:
+        """Note one row by its whole line, as a `Dropped` record is written."""
+        self._writer.append(line)
+        self.reasons[reason] += 1
+
+    def commit(self) -> None:
+        """Put the file in its place, or take an old one away when nothing fell out."""
+        if self.reasons:
+            self._writer.commit()
+        else:
+            self._writer.discard()
+            self.path.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Leave nothing half-written behind; harmless after `commit`."""
+        self._writer.discard()
