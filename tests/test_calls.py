@@ -143,3 +143,30 @@ def test_any_mix_of_row_lengths_comes_out_whole(tmp_path_factory, lengths, windo
     with Journal(path) as journal:
         results = dict(conduct(scripts, journal, window=window))
     assert {n: len(said) for n, said in results.items()} == dict(enumerate(lengths))
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "reason", "is_beginning"),
+    [
+        (Reply("A whole answer.", "stop"), "ok", None, False),
+        (Reply(" \n", "stop"), "unparsed", "empty reply", False),
+        (Reply("Half an ans", "length"), "truncated", "cut off at the token limit", True),
+        (
+            Reply("", "length"),
+            "truncated",
+            "the token limit was reached before any text",
+            False,
+        ),
+        (Reply("so " * 300, "length"), "truncated", "repeats itself without end; cut", False),
+        (Reply("so so so", "loop"), "truncated", "repeats itself without end; cut", False),
+        (
+            Reply("I cannot", "refused"),
+            "refused",
+            "refused by the model or a content filter",
+            False,
+        ),
+        (Reply("", "failed", error="timed out"), "failed", "timed out", False),
+    ],
+)
+def test_a_reply_says_itself_what_became_of_it(reply, status, reason, is_beginning):
+    assert (reply.status, reply.reason, reply.is_beginning) == (status, reason, is_beginning)

@@ -12,7 +12,6 @@ from srt_cli.feedback.expected_score import TOP_LOGPROBS
 from srt_cli.feedback.scores import SAMPLE_TEMPERATURE, mean_score
 from srt_cli.feedback.summary import Verdict
 from srt_cli.models import Model, Reply, Request, Task, TaskKind
-from srt_cli.models.local.loops import is_loop
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import (
     Feedback,
@@ -33,7 +32,6 @@ from srt_cli.templates import (
 )
 
 BLIND_SCORE_STOP: Final = (IMPROVED_HEADING,)
-LOOPS: Final = "repeats itself without end; cut"
 CriticKind = Literal["critique", "score"]
 Step = Literal["critique", "draft score", "score"]
 """What is asked of a critic in a row's story; also the name under which its reply is kept."""
@@ -156,18 +154,8 @@ class _Story:
         """Take in a reply; false when it is no usable text, with the status saying why."""
         self.raw[what] = reply.text
         self.usage = self.usage + reply.usage
-        if reply.finish_reason == "failed":
-            return self.end("failed", f"{what}: {reply.error}")
-        if reply.finish_reason == "refused":
-            return self.end("refused", f"{what}: refused by the model or a content filter")
-        if reply.finish_reason == "loop" or (
-            reply.finish_reason == "length" and is_loop(reply.text.split())
-        ):
-            return self.end("truncated", f"{what}: {LOOPS}")
-        if reply.finish_reason == "length":
-            return self.end("truncated", f"{what}: cut off at the token limit")
-        if not reply.text.strip():
-            return self.end("unparsed", f"{what}: empty reply")
+        if reply.status != "ok":
+            return self.end(reply.status, f"{what}: {reply.reason}")
         return True
 
     def set_aside(self, what: str, reply: Reply | None) -> None:
@@ -229,9 +217,8 @@ def critique_row(
     else:
         assert policy is not None
         reply = yield respond_call(*policy, prompt, sample)
-        cut_off = not story.hear("response", reply) and story.status == "truncated"
         # A draft cut at the limit is still a draft to criticise; what is missing is a weakness.
-        if story.status != "ok" and (not cut_off or str(story.reason).endswith(LOOPS)):
+        if not story.hear("response", reply) and not reply.is_beginning:
             return [story.record()]
         story.status, story.reason, story.response = "ok", None, reply.text.strip()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from srt_cli.errors import UsageError
 from srt_cli.options import RUNS_CODE_PREFIX
-from srt_cli.records import Message, Prompt, Usage
+from srt_cli.records import Message, Prompt, Status, Usage
 
 if TYPE_CHECKING:
     from srt_cli.models.budget import Budget, Price
@@ -60,7 +60,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Reply:
-    """A finished call: the text as it came, or the reason why none came (`finish_reason` failed)."""
+    """A finished call: the text as it came, or the error why none came (`finish_reason` failed).
+
+    What became of it is decided here, once: `status` and, in words, `reason`.
+    """
 
     text: str
     finish_reason: FinishReason
@@ -68,6 +71,44 @@ class Reply:
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
     attempts: int = 1
+
+    @property
+    def status(self) -> Status:
+        """`ok` for a whole text; an empty one is `unparsed`, one that was cut off `truncated`."""
+        if self.finish_reason in ("refused", "failed"):
+            return self.finish_reason
+        if self.finish_reason in ("length", "loop"):
+            return "truncated"
+        return "ok" if self.text.strip() else "unparsed"
+
+    @property
+    def reason(self) -> str | None:
+        """Why the status is not `ok`; None when it is."""
+        if self.status == "truncated" and not self.text.strip():
+            return "the token limit was reached before any text"
+        if self.status == "truncated":
+            loops = "repeats itself without end; cut"
+            return loops if self.loops else "cut off at the token limit"
+        reasons = {
+            "failed": str(self.error),
+            "refused": "refused by the model or a content filter",
+            "unparsed": "empty reply",
+        }
+        return reasons.get(self.status)
+
+    @property
+    def loops(self) -> bool:
+        """Whether the text was cut because it repeats itself without end."""
+        from srt_cli.models.local.loops import is_loop
+
+        if self.finish_reason == "length":
+            return is_loop(self.text.split())
+        return self.finish_reason == "loop"
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether the text is cut off at the token limit, and sound as far as it goes."""
+        return self.status == "truncated" and not self.loops and bool(self.text.strip())
 
 
 class Model(Protocol):
