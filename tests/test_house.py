@@ -46,7 +46,10 @@ def module_name(path: Path) -> str:
 def test_nothing_imports_a_stage_but_the_command_line(path):
     if path.name == "cli.py":
         return
-    assert not {name for name in imports_of(path) if name.startswith("srt_cli.stages.")}
+    # `evaluate` is a stage of several files, which import each other.
+    own = "srt_cli.stages.evaluate." if path.parent.name == "evaluate" else "-"
+    stages = {name for name in imports_of(path) if name.startswith("srt_cli.stages.")}
+    assert not {name for name in stages if not name.startswith(own)}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)

@@ -8,7 +8,6 @@ from srt_cli.evaluation.judging import Orders, Twice
 from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Record, Scored
 from srt_cli.runs.jsonl import OrderedWriter
-from srt_cli.stages.evaluate.options import beside
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,11 @@ class Evidence:
     pairs: Sequence[Pair] = ()
     scored_pairs: Mapping[str, Sequence[ScoredPair]] = field(default_factory=dict)
     """By contestant: its scores of both sides of each of `pairs`."""
+
+
+def beside(out: Path, name: str) -> Path:
+    """Where a further file of an evaluation goes: two in one folder do not overwrite each other."""
+    return out.with_name(name if out.stem == "eval" else f"{out.stem}.{name}")
 
 
 def write_evidence(out: Path, evidence: Evidence) -> None:

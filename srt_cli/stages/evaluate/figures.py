@@ -10,7 +10,7 @@ from srt_cli.evaluation.contest_tables import footnotes_of, tables_of, warnings_
 from srt_cli.evaluation.critic_quality import own_quality
 from srt_cli.evaluation.drift import DriftMaterial, drift_of
 from srt_cli.evaluation.drift_table import alarm_notes
-from srt_cli.evaluation.evidence import Evidence
+from srt_cli.evaluation.evidence import Evidence, beside
 from srt_cli.evaluation.judge_quality import repeats_itself
 from srt_cli.evaluation.labels import agree_with_people, read_labels
 from srt_cli.evaluation.objective import read_objective
@@ -20,7 +20,7 @@ from srt_cli.report.page import write_report
 from srt_cli.report.shell import write_markdown
 from srt_cli.runs.jsonl import write_json
 from srt_cli.runs.run import Run
-from srt_cli.stages.evaluate.options import Evaluate, beside
+from srt_cli.stages.evaluate.options import Evaluate
 
 
 def write_figures(run: Run, options: Evaluate, evidence: Evidence) -> Contest:

@@ -106,8 +106,3 @@ class Evaluate(ApiOptions):
     offline: bool = runtime(False, "Only replay the journal; send nothing.")
     examples: int = runtime(100, "Prompts shown one by one in the report.")
     overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
-
-
-def beside(out: Path, name: str) -> Path:
-    """Where a further file of an evaluation goes: two in one folder do not overwrite each other."""
-    return out.with_name(name if out.stem == "eval" else f"{out.stem}.{name}")
