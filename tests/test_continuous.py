@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM
 from transformers.generation.continuous_batching import continuous_api
 
 from srt_cli.errors import SrtError
-from srt_cli.models import ModelOptions, Request, continuous, open_model
+from srt_cli.models import ModelOptions, Request, open_model
+from srt_cli.models.local import continuous
 from srt_cli.records import Message
 
 
@@ -180,12 +181,41 @@ def test_a_manager_of_another_shape_is_not_waited_for(tiny_model, static_replies
     model.close()
 
 
+def test_a_queue_of_results_that_has_moved_is_not_looked_for(
+    tiny_model, static_replies, monkeypatch
+):
+    expected = static_replies(requests(TEXTS))
+    monkeypatch.setattr(continuous_api.OutputRouter, "__getattribute__", _without_queue)
+    model = opened(tiny_model)
+    assert ask(model, requests(TEXTS)) == expected
+    assert in_static_batches(model, "no attribute 'output_queue'")
+    model.close()
+
+
+def _without_queue(self, name):
+    if name == "output_queue":
+        raise AttributeError("'OutputRouter' has no attribute 'output_queue'")
+    return object.__getattribute__(self, name)
+
+
+def test_requests_that_are_taken_in_another_way_go_in_static_batches(
+    tiny_model, static_replies, monkeypatch
+):
+    expected = static_replies(requests(TEXTS))
+    manager = continuous_api.ContinuousBatchingManager
+    monkeypatch.setattr(manager, "add_request", lambda self, prompt: None)
+    model = opened(tiny_model)
+    assert ask(model, requests(TEXTS)) == expected
+    assert in_static_batches(model, "unexpected keyword argument")
+    model.close()
+
+
 def test_a_part_that_transformers_has_moved_is_no_error(tiny_model, static_replies, monkeypatch):
     expected = static_replies(requests(TEXTS))
     part = "transformers.generation.continuous_batching.cb_logits_processors"
     monkeypatch.setitem(sys.modules, part, None)
     for name in ("continuous", "processors"):
-        monkeypatch.delitem(sys.modules, f"srt_cli.models.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"srt_cli.models.local.{name}", raising=False)
     model = opened(tiny_model)
     assert ask(model, requests(TEXTS)) == expected
     assert in_static_batches(model, "lacks a part")

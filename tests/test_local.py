@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from srt_cli.errors import SrtError
-from srt_cli.models import ModelOptions, Request, open_model, static
-from srt_cli.models.local.loops import is_loop
+from srt_cli.models import ModelOptions, Request, is_loop, open_model
+from srt_cli.models.local import static
 from srt_cli.models.local.sampling import Draw, choose_tokens, draw_key, gumbel_noise
 from srt_cli.models.weights import fingerprint_of, load_weights
 from srt_cli.records import Message

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from srt_cli.models.local import packed
-from srt_cli.models.local.packed import pack_weights
+from srt_cli.models.local import static
+from srt_cli.models.local.static import pack_weights
 from srt_cli.models.weights import load_weights
 
 IDS = torch.tensor([[5, 9, 13, 2, 8], [1, 2, 3, 4, 5]])
@@ -45,9 +45,9 @@ def test_models_that_cannot_be_packed_are_left_alone(monkeypatch):
     assert not pack_weights(half)
     assert not pack_weights(torch.nn.Sequential(torch.nn.ReLU()))
     layer = torch.nn.Linear(6, 4)
-    monkeypatch.setattr(packed, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(static, "PACKED_SHARE", 0)
     assert not pack_weights(torch.nn.Sequential(layer))
     monkeypatch.undo()
-    monkeypatch.setattr(packed, "_multiply", lambda operation, weights, bias, states: states[:, :4])
+    monkeypatch.setattr(static, "_multiply", lambda operation, weights, bias, states: states[:, :4])
     assert not pack_weights(torch.nn.Sequential(layer))
     assert "forward" not in vars(layer)

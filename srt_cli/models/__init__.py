@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from srt_cli.errors import UsageError
 from srt_cli.options import RUNS_CODE_PREFIX
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "loop", "refused", "failed"]
 Engine = Literal["auto", "static", "continuous"]
 TaskKind = Literal["respond", "critique", "score", "judge", "check"]
+LOOP_LENGTH: Final = 128
+PERIODS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,6 @@ class Reply:
     @property
     def loops(self) -> bool:
         """Whether the text was cut because it repeats itself without end."""
-        from srt_cli.models.local.loops import is_loop
-
         if self.finish_reason == "length":
             return is_loop(self.text.split())
         return self.finish_reason == "loop"
@@ -269,6 +269,17 @@ def open_model(spec: str, options: ModelOptions | None = None) -> Model:
     from srt_cli.models.api.client import ApiModel
 
     return ApiModel(spec, parsed, options)
+
+
+def is_loop(written: Sequence[object]) -> bool:
+    """Whether the last 128 tokens (or words) are one run of them, four times or more in a row."""
+    if len(written) < LOOP_LENGTH:
+        return False
+    tail = written[-LOOP_LENGTH:]
+    return any(
+        tail[-1] == tail[-1 - period] and tail[period:] == tail[:-period]
+        for period in range(1, LOOP_LENGTH // PERIODS + 1)
+    )
 
 
 def canonical_request(model: Model, request: Request) -> dict[str, Any]:

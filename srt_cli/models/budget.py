@@ -101,20 +101,6 @@ def likely_prompt_tokens(request: Request) -> int:
 
 
 @dataclass
-class Spending:
-    """What one model's calls have come to."""
-
-    price: Price | None
-    calls: int = 0
-    usage: Usage = field(default_factory=Usage)
-
-    @property
-    def cost(self) -> float | None:
-        """Dollars; None when the price is not known."""
-        return None if self.price is None else self.price.cost(self.usage)
-
-
-@dataclass
 class Budget:
     """Caps that all models of a run share; safe to use from their threads.
 

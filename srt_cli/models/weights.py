@@ -56,6 +56,19 @@ def decide_placement() -> Placement:
     return Placement("cpu", torch.float32, "on CPUs float32 is faster than bfloat16")
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How weights are loaded to be trained; the defaults are for a model that only generates."""
+
+    attention: str | None = None
+    quantization: QuantizationConfigMixin | None = None
+    move: bool = True
+    """Onto the device of the placement; else they stay where transformers put them."""
+
+
+GENERATES: Final = Loading()
+
+
 def own_memory_bytes() -> int:
     """What this process may count as its own of the machine's memory: the share it has of the cores.
 
@@ -85,21 +98,18 @@ def load_weights(
     *,
     placement: Placement | None = None,
     trust_remote_code: bool = False,
-    attention: str | None = None,
-    quantization: QuantizationConfigMixin | None = None,
-    move: bool = True,
+    loading: Loading = GENERATES,
 ) -> PreTrainedModel:
     """The model of a directory, hub name or GGUF file, on its device, in eval mode.
 
     A directory with an adapter loads its base and the adapter merged into it. Only safetensors are
-    read. Without `move` it stays where it was loaded. Raises `SrtError` in one sentence when it
-    cannot be had.
+    read. Raises `SrtError` in one sentence when it cannot be had.
     """
     placement = placement or decide_placement()
     source = resolve_source(name)
     adapter = Path(source) / ADAPTER_CONFIG
     if adapter.is_file():
-        if quantization is not None:
+        if loading.quantization is not None:
             raise SrtError(
                 f"{name} is an adapter, and merging it needs weights that are not quantised. "
                 "Train with --method lora, or pass a merged model."
@@ -112,8 +122,8 @@ def load_weights(
         dtype=placement.dtype,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
-        attn_implementation=attention,
-        quantization_config=quantization,
+        attn_implementation=loading.attention,
+        quantization_config=loading.quantization,
         output_loading_info=True,
     )
     # transformers fills what is missing with random numbers, and says so only in its log.
@@ -121,7 +131,7 @@ def load_weights(
         named = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
         raise SrtError(f"{name}: the checkpoint lacks {len(missing)} of its tensors ({named}).")
     assert isinstance(model, PreTrainedModel)
-    if quantization is not None or not move:
+    if loading.quantization is not None or not loading.move:
         return model  # placed while it was loaded, and not to be moved
     moved: PreTrainedModel = model.to(placement.device).eval()  # type: ignore[arg-type]
     return moved

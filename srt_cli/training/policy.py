@@ -4,7 +4,7 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from srt_cli.models.weights import base_of, load_weights, resolve_source
+from srt_cli.models.weights import Loading, base_of, load_weights, resolve_source
 from srt_cli.training.lora import quantization
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.place import TrainingPlace, sharding
@@ -47,9 +47,11 @@ def load_policy(
         name,
         placement=place.placement,
         trust_remote_code=options.trust_remote_code,
-        attention=place.attention,
-        quantization=quantization() if options.method == "qlora" else None,
-        move=sharding() is None,
+        loading=Loading(
+            attention=place.attention,
+            quantization=quantization() if options.method == "qlora" else None,
+            move=sharding() is None,
+        ),
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(resolve_source(adapter)), is_trainable=True)

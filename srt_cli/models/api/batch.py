@@ -28,7 +28,7 @@ MOST_REQUESTS: Final = 50_000
 MOST_BYTES: Final = 200_000_000
 MOST_ROUNDS: Final = 5
 ENDPOINT: Final = "/v1/chat/completions"
-WINDOW: Final = "24h"
+COMPLETION_WINDOW: Final = "24h"
 PLAN: Final = "srt_plan"
 DEAD: Final = ("failed", "cancelled", "cancelling")
 ENDED: Final = ("completed", "expired", "failed", "cancelled")
@@ -164,7 +164,7 @@ class BatchModel:
         batch = self._client.batches.create(
             input_file_id=file.id,
             endpoint=ENDPOINT,
-            completion_window=WINDOW,
+            completion_window=COMPLETION_WINDOW,
             metadata={PLAN: digest},
         )
         console.say(f"batch {batch.id}: {len(plan)} requests submitted")

@@ -18,9 +18,9 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from srt_cli import console
 from srt_cli.errors import SrtError
-from srt_cli.models.local.meter import Meter
+from srt_cli.models.local.meter import Throughput
 from srt_cli.models.local.processors import Processors, features_of
-from srt_cli.models.local.rows import Loaded, Row
+from srt_cli.models.local.rows import Generation, Loaded
 from srt_cli.models.local.static import StaticEngine, is_out_of_memory
 
 POLL_S: Final = 0.05
@@ -47,13 +47,13 @@ class ContinuousEngine:
     """Hands rows to transformers' manager as they come, and takes their tokens as they are made."""
 
     loaded: Loaded
-    meter: Meter
+    meter: Throughput
     batch_size: int | None = None
     features: frozenset[str] = frozenset()
     """What rows need of a manager, as far as is known; another need costs its cache."""
-    _inbox: "queue.SimpleQueue[list[Row] | None]" = field(default_factory=queue.SimpleQueue)
-    _waiting: list[Row] = field(default_factory=list)
-    _under_way: dict[str, Row] = field(default_factory=dict)
+    _inbox: "queue.SimpleQueue[list[Generation] | None]" = field(default_factory=queue.SimpleQueue)
+    _waiting: list[Generation] = field(default_factory=list)
+    _under_way: dict[str, Generation] = field(default_factory=dict)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _ended: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
@@ -61,6 +61,8 @@ class ContinuousEngine:
     _static: StaticEngine | None = None
     """Takes over where continuous batching is not possible."""
     _manager: Any = None
+    _outputs: Any = None
+    """The manager's queue of results; read only to see whether more wait."""
     _processors: Processors | None = None
     _attention: str | None = None
     """The model's own; a manager may change it."""
@@ -78,7 +80,7 @@ class ContinuousEngine:
         """Whether rows had better come in whole waves."""
         return self._static is not None
 
-    def add(self, wave: list[Row]) -> None:
+    def add(self, wave: list[Generation]) -> None:
         """Take rows; their futures resolve as they end, in any order."""
         self._inbox.put([row for row in wave if not row.answered])
         if self._ended.is_set():
@@ -108,7 +110,7 @@ class ContinuousEngine:
             self._give_up([*self._waiting, *self._under_way.values()])
             self._stop_manager()
 
-    def _give_up(self, rows: list[Row]) -> None:
+    def _give_up(self, rows: list[Generation]) -> None:
         """Nobody will answer these rows, nor those that still arrive."""
         while not self._inbox.empty():
             try:
@@ -145,18 +147,26 @@ class ContinuousEngine:
             except Exception as error:  # whatever a model or another transformers objects to
                 self._recover(str(error) or type(error).__name__)
                 return
-        for row in self._waiting:
-            name = f"row-{self._count}"
-            self._count += 1
-            self._under_way[name] = row
-            self._manager.add_request(
-                row.prompt_ids,
-                request_id=name,
-                max_new_tokens=row.limit,
-                streaming=True,
-                eos_token_id=sorted(self.loaded.end_ids),
-            )
-        self._waiting = []
+        try:
+            for row in self._waiting:
+                self._hand_over(row)
+        except TypeError as error:  # another transformers takes requests in another way
+            self._waiting = [row for row in self._waiting if row not in self._under_way.values()]
+            self._recover(str(error))
+        else:
+            self._waiting = []
+
+    def _hand_over(self, row: Generation) -> None:
+        name = f"row-{self._count}"
+        self._count += 1
+        self._under_way[name] = row
+        self._manager.add_request(
+            row.prompt_ids,
+            request_id=name,
+            max_new_tokens=row.limit,
+            streaming=True,
+            eos_token_id=sorted(self.loaded.end_ids),
+        )
 
     def _listen(self) -> None:
         """Take outputs for a moment; new rows are looked for in between."""
@@ -170,7 +180,7 @@ class ContinuousEngine:
                 return
             self._hear(output)
             output = None
-            if not self._manager.output_router.output_queue.empty():
+            if not self._outputs.empty():
                 output = self._manager.get_result(timeout=POLL_S)
         if not self._manager.is_running():
             self._recover("the generation loop ended")
@@ -260,6 +270,7 @@ class ContinuousEngine:
         if not resolved.max_blocks_per_request:  # no kernel that reads blocks by itself
             resolved.page_size = BLOCK_TOKENS
         manager.logit_processor = self._processors.for_manager()
+        self._outputs = manager.output_router.output_queue
         self._manager = manager
         manager.start()
 

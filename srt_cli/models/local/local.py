@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions, Reply, Request
-from srt_cli.models.local.meter import Meter
+from srt_cli.models.local.meter import Throughput
 from srt_cli.records import Message
 
 WAVE: Final = 256
@@ -38,7 +38,7 @@ class LocalModel:
     identity: str = field(init=False)
     in_flight: int = field(init=False)
     _continuous: bool = field(init=False)
-    _meter: Meter = field(default_factory=Meter)
+    _meter: Throughput = field(default_factory=Throughput)
     _placement: dict[str, str] = field(default_factory=dict)
     _loaded: Any = None
     _engine: _Engine | None = None
@@ -110,11 +110,11 @@ class LocalModel:
 
     def _row(self, request: Request, future: Future[Reply], answered: bool) -> Any:
         """A request for the engine; one that cannot fit the model is answered at once."""
-        from srt_cli.models.local.rows import Row
+        from srt_cli.models.local.rows import Generation
 
         prompt_ids = _encode(self._loaded, request)
         if len(prompt_ids) < self._loaded.max_positions:
-            return Row(request, future, answered, prompt_ids, self._loaded)
+            return Generation(request, future, answered, prompt_ids, self._loaded)
         if not answered:
             reason = (
                 f"the prompt has {len(prompt_ids)} tokens, and the model has "
@@ -136,7 +136,9 @@ def _encode(loaded: Any, request: Request) -> list[int]:
     return ids
 
 
-def _open_engine(loaded: Any, meter: Meter, options: ModelOptions, continuous: bool) -> _Engine:
+def _open_engine(
+    loaded: Any, meter: Throughput, options: ModelOptions, continuous: bool
+) -> _Engine:
     from srt_cli.models.local.static import StaticEngine
 
     if not continuous:

@@ -10,7 +10,7 @@ ADDED: Final = ("completion_tokens", "batches", "halved_for_memory")
 
 
 @dataclass
-class Meter:
+class Throughput:
     """Tokens written, the time they took, and how batches fared."""
 
     tokens: int = 0

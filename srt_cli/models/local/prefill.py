@@ -3,6 +3,9 @@
 Reading is bound by arithmetic, so a large batch reads no faster than a small one and wastes its
 padding. Prompts are therefore read in small groups of like length, and their keys and values set side
 by side in one cache, which the whole batch then continues.
+
+transformers' own cache is copied whole at every token (`torch.cat`). Ours writes into spare room, and a
+row leaves by one copy of the batch's last row into its place, whatever the size of the batch.
 """
 
 import sys
@@ -11,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
-from srt_cli.models.local.cache import RoomyLayer, roomy_cache
 from srt_cli.models.local.rows import Loaded
 
 GROUP_TOKENS: Final = {"cpu": 768, "mps": 4096, "cuda": 32_768}
@@ -22,6 +25,8 @@ FEWEST_SHARED: Final = 8
 """A shorter beginning is not worth a pass of its own."""
 WHOLE_BATCH_TOKENS: Final = {"cpu": 16_384, "mps": 16_384, "cuda": 131_072}
 """Where a batch cannot be read in groups: its activations are the peak of memory."""
+SPARE_TOKENS: Final = 64
+GROWTH: Final = 1.25
 
 
 @dataclass(frozen=True)
@@ -147,3 +152,100 @@ def _set_beside(
                 kept = whole[first + row, :, width - length :]
                 kept[:, :shared] = part[row, :, :shared]
                 kept[:, shared:] = part[row, :, part.shape[-2] - (length - shared) :]
+
+
+# --- The cache: grows in place, and lets finished rows go cheaply --------------------------------
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values, (rows, heads, tokens, dim), as views into larger tensors."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Start empty; called by transformers at the first update."""
+        super().lazy_initialization(key_states, value_states)
+        self._room = key_states.new_empty(0), value_states.new_empty(0)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the states of new tokens; gives all states so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._room[0].numel() == 0 or end > self._room[0].shape[-2]:
+            capacity = int(GROWTH * end) + SPARE_TOKENS
+            self._room = (
+                _grown(self.keys, key_states, capacity),
+                _grown(self.values, value_states, capacity),
+            )
+        rows = key_states.shape[0]
+        for room, states in zip(self._room, (key_states, value_states), strict=True):
+            room[:rows, :, start:end] = states
+        self.keys, self.values = (room[:rows, :, :end] for room in self._room)
+        return self.keys, self.values
+
+    def room_for(
+        self, rows: int, tokens: int, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of so many rows and tokens, to be written in place; empty at first."""
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+            _, heads, _, size = like.shape
+            capacity = int(GROWTH * tokens) + SPARE_TOKENS
+            shape = (rows, heads, capacity, size)
+            # Zeros, for what masks leave out is multiplied by nought, and memory may hold NaN.
+            self._room = like.new_zeros(shape), like.new_zeros(shape)
+        keys, values = (room[:rows, :, :tokens] for room in self._room)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def keep(self, order: Sequence[int]) -> None:
+        """Keep these rows, in this order; a row that stays in its place costs nothing."""
+        tokens = self.get_seq_length()
+        for room in self._room:
+            for place, row in enumerate(order):
+                if place != row:
+                    room[place, :, :tokens] = room[row, :, :tokens]
+        self.keys, self.values = (room[: len(order), :, :tokens] for room in self._room)
+
+
+def _grown(earlier: torch.Tensor | None, states: torch.Tensor, capacity: int) -> torch.Tensor:
+    rows, heads, _, size = states.shape
+    room = states.new_empty((rows, heads, capacity, size))
+    if earlier is not None and earlier.numel():
+        room[:, :, : earlier.shape[-2]] = earlier
+    return room
+
+
+def roomy_cache(config: PretrainedConfig) -> DynamicCache:
+    """A cache for a model; layers that are no plain attention stay as transformers makes them."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_roomy(layer) for layer in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = RoomyLayer
+    return cache
+
+
+def _roomy(layer: Any) -> Any:
+    make: Any = RoomyLayer
+    return make() if type(layer) is DynamicLayer else layer
+
+
+def keep_rows(cache: DynamicCache, finished: Sequence[int], rows: int) -> list[int]:
+    """Let finished rows go; gives which old row stands in each place now.
+
+    Holes are filled from the end, so that as few rows as possible move.
+    """
+    left = sorted(set(range(rows)) - set(finished))
+    count = len(left)
+    movers = [row for row in left if row >= count]
+    stay = set(left) - set(movers)
+    order = [place if place in stay else movers.pop() for place in range(count)]
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.keep(order)
+        else:
+            other: Any = layer
+            other.batch_select_indices(torch.tensor(order, device=other.device))
+    return order

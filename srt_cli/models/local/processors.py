@@ -15,14 +15,14 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessorList,
 )
 
-from srt_cli.models.local.rows import Row
+from srt_cli.models.local.rows import Generation
 from srt_cli.models.local.sampling import gumbel_noise, keep_top_p
 
 GREEDY: Final = 0
 """The key of a row that draws nothing."""
 
 
-def features_of(row: Row) -> frozenset[str]:
+def features_of(row: Generation) -> frozenset[str]:
     """What the processors must be able to do for a row."""
     asked = row.request
     draws = {"draws"} if asked.temperature > 0 else set()
@@ -33,7 +33,7 @@ def features_of(row: Row) -> frozenset[str]:
 class Processors:
     """The processors that certain features need, in their order."""
 
-    def __init__(self, features: frozenset[str], rows: dict[str, Row]) -> None:
+    def __init__(self, features: frozenset[str], rows: dict[str, Generation]) -> None:
         """`rows` are those under way, by the name that the manager knows them by."""
         self.record = _Record(rows) if "tops" in features else None
         self._chain: list[_PerRow] = [self.record] if self.record is not None else []
@@ -60,7 +60,7 @@ class _PerRow(ContinuousBatchingLogitsProcessor):
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012  as transformers declares it
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, rows: dict[str, Row]) -> None:
+    def __init__(self, rows: dict[str, Generation]) -> None:
         self.rows = rows
         self.prepared = self.applied = False
         """Whether transformers has asked it; if not, replies would silently be drawn otherwise."""
@@ -85,7 +85,7 @@ class _PerRow(ContinuousBatchingLogitsProcessor):
         """What stands where no row is: the bits of 1.0."""
         int32_tensor.copy_(torch.ones_like(int32_tensor, dtype=torch.float32).view(torch.int32))
 
-    def rows_of(self, requests: Sequence[Any]) -> list[tuple[Row | None, int]]:
+    def rows_of(self, requests: Sequence[Any]) -> list[tuple[Generation | None, int]]:
         """Each request's row, and the position that its next token will have."""
         return [
             (self.rows.get(request.state.request_id), request.state.position_offset)
@@ -96,7 +96,7 @@ class _PerRow(ContinuousBatchingLogitsProcessor):
 class _Record(_PerRow):
     """Keeps the likeliest tokens before any draw; needs a loop without graphs and look-ahead."""
 
-    def __init__(self, rows: dict[str, Row]) -> None:
+    def __init__(self, rows: dict[str, Generation]) -> None:
         super().__init__(rows)
         self.tops: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._wanting: list[tuple[int, str, int]] = []
@@ -116,11 +116,11 @@ class _Record(_PerRow):
             places = [place for place, _, _ in self._wanting]
             values, ids = scores[places].float().log_softmax(-1).topk(self._most)
             kept = zip(self._wanting, values.cpu(), ids.cpu(), strict=True)
-            for (_, name, token), value, chosen in kept:
-                self.tops[name, token] = value, chosen
+            for (_, name, token), value, likely in kept:
+                self.tops[name, token] = value, likely
         return scores
 
-    def take(self, name: str, row: Row, token: int) -> tuple[list[float], list[int]] | None:
+    def take(self, name: str, row: Generation, token: int) -> tuple[list[float], list[int]] | None:
         """What was kept for a row's next token, if the row wants it."""
         kept = self.tops.pop((name, len(row.tokens)), None)
         if kept is None or not row.wants_top(token):

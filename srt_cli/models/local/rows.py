@@ -1,7 +1,7 @@
 """One request on its way through an engine: its tokens so far, and why it ends.
 
-Both engines, static and continuous, hand each new token to `Row.take`, so that stop texts, limits,
-loops and log-probabilities are the same in both.
+Both engines, static and continuous, hand each new token to `Generation.take`, so that stop texts,
+limits, loops and log-probabilities are the same in both.
 """
 
 import hashlib
@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs
-from srt_cli.models.local.loops import is_loop
+from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, is_loop
 from srt_cli.models.local.sampling import Draw, draw_key
 from srt_cli.records import Usage
 
@@ -61,7 +60,7 @@ class Loaded:
 
 
 @dataclass
-class Row:
+class Generation:
     """A request, its future, and what has been written for it."""
 
     request: Request
@@ -165,17 +164,17 @@ class Row:
 
 
 def top_tokens(
-    logits: "torch.Tensor", rows: Sequence[Row], chosen: Sequence[int]
+    logits: "torch.Tensor", rows: Sequence[Generation], tokens: Sequence[int]
 ) -> list[tuple[list[float], list[int]] | None]:
     """The likeliest tokens where rows want them, from logits (rows, vocabulary) before any draw."""
-    wanting = [place for place, row in enumerate(rows) if row.wants_top(chosen[place])]
+    wanting = [place for place, row in enumerate(rows) if row.wants_top(tokens[place])]
     tops: list[tuple[list[float], list[int]] | None] = [None] * len(rows)
     if not wanting:
         return tops
     most = max(rows[place].request.top_logprobs for place in wanting)
     values, ids = logits[wanting].float().log_softmax(-1).topk(min(most, logits.shape[-1]))
     kept: Any = zip(wanting, values.tolist(), ids.tolist(), strict=True)
-    for place, likely, tokens in kept:
+    for place, likely, token_ids in kept:
         count = rows[place].request.top_logprobs
-        tops[place] = likely[:count], tokens[:count]
+        tops[place] = likely[:count], token_ids[:count]
     return tops

@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedily, or by a draw that depends on its row alone.
+"""How the next token is picked: greedily, or by a draw that depends on its row alone.
 
 The draw's noise is a hash of the row's seed and the token's position, so a row is continued in the
 same way in any company, by any engine, on any device, and after a restart.
@@ -62,13 +62,13 @@ def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         return logits.argmax(-1)
     whole = len(drawing) == len(draws)
     rows = torch.tensor(drawing, device=logits.device)
-    chosen = [draws[row] for row in drawing]
-    temperatures = torch.tensor([draw.temperature for draw in chosen], device=logits.device)
+    asked = [draws[row] for row in drawing]
+    temperatures = torch.tensor([draw.temperature for draw in asked], device=logits.device)
     scores = (logits if whole else logits[rows]).float() / temperatures[:, None]
-    for place, draw in enumerate(chosen):
+    for place, draw in enumerate(asked):
         if draw.top_p < 1:
             scores[place] = keep_top_p(scores[place], draw.top_p)
-    keys = torch.tensor([draw.key for draw in chosen], device=logits.device)
+    keys = torch.tensor([draw.key for draw in asked], device=logits.device)
     drawn = scores.add_(gumbel_noise(keys, logits.shape[-1])).argmax(-1)
     if whole:
         return drawn
