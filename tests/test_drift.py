@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loopback_server import Answer, LoopbackServer
 
 from srt_cli.stats.diversity import distinct_pairs, diversity_change, self_bleu
-from srt_cli.stats.drift import Signs, distance_skewness, echo_alarm, self_bias
+from srt_cli.stats.echo import Signs, distance_skewness, echo_alarm, self_bias
 
 
 def scores(mean, n=60, seed=0):

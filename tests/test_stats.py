@@ -11,13 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from srt_cli.stats.agreement import (
-    agreement,
-    cohen_kappa,
-    krippendorff_alpha,
-    score_agreement,
-)
-from srt_cli.stats.confusion import confusion
+from srt_cli.stats.agreement import agreement, score_agreement
+from srt_cli.stats.counting import Moments, confusion
 from srt_cli.stats.hygiene import LEAKED, degenerate_outputs, faults_of
 from srt_cli.stats.length_control import difficulties_of, length_controlled_win_rate
 from srt_cli.stats.rates import (
@@ -158,6 +153,17 @@ def test_a_confusion_table_adds_up(pairs):
         assert table.accuracy == sum(a == b for a, b in pairs) / len(pairs)
 
 
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=30))
+def test_a_correlation_in_running_sums_is_pearsons(pairs):
+    moments = Moments()
+    for x, y in pairs:
+        moments.add(x / 3, y)
+    if len({x for x, _ in pairs}) == 1 or len({y for _, y in pairs}) == 1:
+        assert moments.correlation is None
+    else:
+        assert moments.correlation == pytest.approx(np.corrcoef(np.array(pairs).T)[0, 1])
+
+
 def test_a_constant_critic_is_seen():
     assert confusion([True] * 9, [True, False, True] * 3).constant
     assert not confusion([True, False], [True, False]).constant
@@ -234,9 +240,8 @@ def test_agreement_counts_ties_apart_and_kappa_knows_chance():
     assert found.kappa.low <= found.kappa.value <= found.kappa.high
     # By hand: 4 wins, 2 losses and 2 ties in 8 words; 4 coincidences disagree.
     assert found.alpha.value == pytest.approx(1 - 7 * 4 / (64 - (16 + 4 + 4)))
-    assert cohen_kappa(["a", "b"], ["a", "b"]) == 1
-    assert cohen_kappa(["a", "a"], ["a", "a"]) is None
-    assert krippendorff_alpha([[1, 2, None], [1, 2, 1]]) == 1
+    assert agreement([1.0, 0.0], [1.0, 0.0]).kappa.value == 1
+    assert agreement([1.0, 1.0], [1.0, 1.0]).kappa is None
 
 
 def test_leaks_and_refusals_are_no_answers():
@@ -249,6 +254,33 @@ def test_leaks_and_refusals_are_no_answers():
     found = degenerate_outputs(["q"] * 4, texts)
     assert found.reasons == {"template leakage": 1, "refusal": 1}
     assert found.share == 0.5
+
+
+def krippendorff_alpha(ratings, level="nominal"):
+    """Krippendorff's alpha by its definition, for any number of raters: what ours is held against."""
+    items = [[value for value in item if value is not None] for item in zip(*ratings, strict=True)]
+    items = [item for item in items if len(item) > 1]
+    pooled = [value for item in items for value in item]
+    n = len(pooled)
+    if level == "nominal":
+        codes = {value: place for place, value in enumerate(dict.fromkeys(pooled))}
+        features = np.eye(len(codes))[[codes[value] for value in pooled]]  # (n, categories)
+    else:
+        numbers = np.array(pooled, dtype=np.float64)
+        features = (scipy_stats.rankdata(numbers) if level == "ordinal" else numbers)[
+            :, None
+        ]  # (n, 1)
+    if n == 0:
+        return None
+    spread = float(((features - features.mean(axis=0)) ** 2).sum())
+    if spread == 0:
+        return None
+    within, start = 0.0, 0
+    for item in items:
+        mine = features[start : start + len(item)]
+        start += len(item)
+        within += len(item) / (len(item) - 1) * float(((mine - mine.mean(axis=0)) ** 2).sum())
+    return 1 - (n - 1) / n * within / spread
 
 
 def test_krippendorffs_own_example_at_three_levels():

@@ -13,7 +13,7 @@ from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Prompt, Scored
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement
 from srt_cli.stats.critiques import generic_share, is_grounded, same_language
 from srt_cli.stats.diversity import distinct_pairs
-from srt_cli.stats.drift import APART, SelfBias, self_bias
+from srt_cli.stats.echo import APART, SelfBias, self_bias
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
 from srt_cli.tables import (
     Table,

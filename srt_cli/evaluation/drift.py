@@ -11,7 +11,7 @@ from srt_cli.evaluation.pair_accuracy import PairAccuracy
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Output, Scored
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement
 from srt_cli.stats.diversity import distinct_pairs, diversity_change, self_bleu
-from srt_cli.stats.drift import Echo, SelfBias, Signs, echo_alarm, self_bias
+from srt_cli.stats.echo import Echo, SelfBias, Signs, echo_alarm, self_bias
 from srt_cli.stats.rates import (
     Estimate,
     PairedDifference,

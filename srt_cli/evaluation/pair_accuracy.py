@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair
-from srt_cli.stats.bootstrap import bootstrap_mean
-from srt_cli.stats.drift import APART
-from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
+from srt_cli.stats.echo import APART
+from srt_cli.stats.rates import Estimate, bootstrap_mean, mean_with_error, pass_rate
 from srt_cli.tables import Table, figures_as_rows, score_with_error, share_with_interval
 
 

@@ -11,7 +11,7 @@ from srt_cli.models import Reply, open_model
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.run import Run
-from srt_cli.stats.confusion import Confusion, confusion
+from srt_cli.stats.counting import Confusion, confusion
 from srt_cli.templates import parse_critique
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from srt_cli import console
 from srt_cli.calls.conduct import Tally
 from srt_cli.records import Feedback, FeedbackRecord, Usage
-from srt_cli.stats.confusion import Confusion, confusion
+from srt_cli.stats.counting import Confusion, Moments, confusion
 from srt_cli.templates import is_as_asked
 
 
@@ -20,34 +20,6 @@ class Verdict:
     refined: bool
     says_good: bool
     is_good: bool
-
-
-@dataclass
-class Moments:
-    """Running sums for the correlation of two figures, in constant memory."""
-
-    n: int = 0
-    mean_x: float = 0.0
-    mean_y: float = 0.0
-    xx: float = 0.0
-    yy: float = 0.0
-    xy: float = 0.0
-
-    def add(self, x: float, y: float) -> None:
-        """One more pair (Welford's update)."""
-        self.n += 1
-        dx, dy = x - self.mean_x, y - self.mean_y
-        self.mean_x += dx / self.n
-        self.mean_y += dy / self.n
-        self.xx += dx * (x - self.mean_x)
-        self.yy += dy * (y - self.mean_y)
-        self.xy += dx * (y - self.mean_y)
-
-    @property
-    def correlation(self) -> float | None:
-        """Pearson's r; None where one figure never varies."""
-        spread = math.sqrt(self.xx * self.yy)
-        return self.xy / spread if spread > 0 else None
 
 
 def form_of(record: FeedbackRecord, kind: str) -> str:

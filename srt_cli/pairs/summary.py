@@ -10,6 +10,7 @@ from srt_cli.pairs.building import Decision
 from srt_cli.pairs.length_balance import LengthCut
 from srt_cli.pairs.pairing import Sample
 from srt_cli.records import Preference
+from srt_cli.stats.counting import Moments
 from srt_cli.tables import Table
 
 EXAMPLES: Final = 6
@@ -25,27 +26,20 @@ class LengthFigures:
     chosen: int = 0
     rejected: int = 0
     chosen_longer: int = 0
-    _gain: float = 0.0
-    _gain_squares: float = 0.0
-    _gap_squares: int = 0
-    _products: float = 0.0
+    _gain_and_gap: Moments = field(default_factory=Moments)
 
     def add(self, chosen: int, rejected: int, gain: float) -> None:
         """Count a pair."""
-        gap = chosen - rejected
         self.pairs += 1
         self.chosen += chosen
         self.rejected += rejected
-        self.chosen_longer += gap > 0
-        self._gain += gain
-        self._gain_squares += gain * gain
-        self._gap_squares += gap * gap
-        self._products += gain * gap
+        self.chosen_longer += chosen > rejected
+        self._gain_and_gap.add(gain, chosen - rejected)
 
     @property
     def mean_gain(self) -> float | None:
         """Mean gain of the pairs."""
-        return self._gain / self.pairs if self.pairs else None
+        return self._gain_and_gap.mean_x if self.pairs else None
 
     @property
     def mean_gap(self) -> float | None:
@@ -59,14 +53,8 @@ class LengthFigures:
 
     @property
     def correlation(self) -> float | None:
-        """Pearson's correlation of gain and gap; null where either is the same for all pairs."""
-        n, gap = self.pairs, self.chosen - self.rejected
-        of_gain = n * self._gain_squares - self._gain**2
-        of_gap = n * self._gap_squares - gap**2
-        # Rounding leaves a trace of spread where there is none.
-        if n < 2 or of_gap <= 0 or of_gain <= 1e-9 * n * self._gain_squares:
-            return None
-        return (n * self._products - self._gain * gap) / math.sqrt(of_gain * of_gap)
+        """Pearson's, of gain and gap; None where either is the same for all pairs."""
+        return self._gain_and_gap.correlation
 
     @property
     def longer_share(self) -> float | None:

@@ -4,19 +4,16 @@ Every statistic here is counted from cells: the different pairs of ratings and h
 given. The bootstrap draws those counts again, so that 2,000 draws cost a few matrix products.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
-from srt_cli.stats.bootstrap import DRAWS, PERCENTILES, bootstrap_mean
-from srt_cli.stats.rates import Estimate, mean_with_error
+from srt_cli.stats.rates import DRAWS, PERCENTILES, Estimate, bootstrap_mean, mean_with_error
 
 Values = npt.NDArray[np.float64]
-Level = Literal["nominal", "ordinal", "interval"]
 MOST_RANKED: Final = 1500
 
 
@@ -40,7 +37,7 @@ class Agreement:
 
 
 def agreement(judge: Sequence[float], labels: Sequence[float], seed: int = 0) -> Agreement | None:
-    """Compare preferences (above, at, below 1/2) with labels of the same items; null without items."""
+    """Compare preferences (above, at, below 1/2) with labels of the same items; None without items."""
     if not judge:
         return None
     said: Values = np.sign(np.asarray(judge, dtype=np.float64) - 0.5)  # (n,)
@@ -78,7 +75,7 @@ class ScoreAgreement:
 def score_agreement(a: Sequence[float], b: Sequence[float], seed: int = 0) -> ScoreAgreement | None:
     """Compare two scores of each item; ranks over at most 1,500 items, drawn with a seed.
 
-    A figure is null where one side never varies, all of it is null with fewer than two items.
+    A figure is None where one side never varies, all of it is None with fewer than two items.
     """
     if len(a) < 2:
         return None
@@ -98,54 +95,6 @@ def score_agreement(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Sc
         mean_distance=distance,
         n=len(a),
     )
-
-
-def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable]) -> float | None:
-    """Cohen's κ = (P_o - P_e)/(1 - P_e), with P_e from each rater's own shares.
-
-    Null without items, and where both always say the same one thing (P_e = 1).
-    """
-    if len(a) != len(b):
-        raise ValueError(f"two raters of the same items are needed: {len(a)} and {len(b)}")
-    if not a:
-        return None
-    codes = {value: float(place) for place, value in enumerate(dict.fromkeys([*a, *b]))}
-    cells = _count([codes[value] for value in a], [codes[value] for value in b], draws=0)
-    value = float(_kappa(cells)[0])
-    return None if np.isnan(value) else value
-
-
-def krippendorff_alpha(
-    ratings: Sequence[Sequence[Hashable | None]], level: Level = "nominal"
-) -> float | None:
-    """Krippendorff's α = 1 - D_o/D_e for any number of raters, with gaps.
-
-    `ratings` holds one sequence a rater, None where an item was not rated; items with fewer than
-    two ratings fall out. Distances: nominal 0 or 1; interval (a - b)²; ordinal (r_a - r_b)² of the
-    mid-ranks among all ratings, which is Krippendorff's sum over the values between. Null when
-    nothing varies or nothing can be paired.
-    """
-    items = [[value for value in item if value is not None] for item in zip(*ratings, strict=True)]
-    items = [item for item in items if len(item) > 1]
-    pooled = [value for item in items for value in item]
-    n = len(pooled)
-    if level == "nominal":
-        codes = {value: place for place, value in enumerate(dict.fromkeys(pooled))}
-        features = np.eye(len(codes))[[codes[value] for value in pooled]]  # (n, categories)
-    else:
-        numbers: Values = np.array(pooled, dtype=np.float64)
-        features = (rankdata(numbers) if level == "ordinal" else numbers)[:, None]  # (n, 1)
-    if n == 0:
-        return None
-    spread = float(((features - features.mean(axis=0)) ** 2).sum())
-    if spread == 0:
-        return None
-    within, start = 0.0, 0
-    for item in items:
-        mine = features[start : start + len(item)]
-        start += len(item)
-        within += len(item) / (len(item) - 1) * float(((mine - mine.mean(axis=0)) ** 2).sum())
-    return 1 - (n - 1) / n * within / spread
 
 
 @dataclass(frozen=True)

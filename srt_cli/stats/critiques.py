@@ -28,7 +28,7 @@ def is_grounded(weaknesses: str, response: str) -> bool:
 
 
 def same_language(critique: str, answer: str) -> bool | None:
-    """Whether both are in one language (langid's classifier); null where a text is too short to tell."""
+    """Whether both are in one language (langid's classifier); None where a text is too short to tell."""
     letters = ("".join(filter(str.isalpha, text)) for text in (critique, answer))
     if any(len(each.encode()) < FEWEST_LETTER_BYTES for each in letters):
         return None
@@ -40,7 +40,7 @@ def same_language(critique: str, answer: str) -> bool | None:
 def generic_share(critiques: Sequence[str], seed: int = 0) -> Estimate | None:
     """Share of critiques that another one shares half its 5-grams with (Jaccard >= 0.5).
 
-    Over at most 1,000 of them, drawn with a seed, with Wilson's interval; null with fewer than two.
+    Over at most 1,000 of them, drawn with a seed, with Wilson's interval; None with fewer than two.
     """
     if len(critiques) < 2:
         return None

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
-from srt_cli.stats.bootstrap import jackknife
-from srt_cli.stats.rates import Estimate, mean_with_error, within
+from srt_cli.stats.rates import Estimate, jackknife, mean_with_error, within
 
 BLEU_ORDERS: Final = (1, 2, 3, 4)
 SMOOTHING: Final = 0.1
@@ -16,7 +15,7 @@ SMOOTHING: Final = 0.1
 def distinct_pairs(texts: Sequence[str]) -> Estimate | None:
     """Distinct-2 (Li et al. 2016): different word pairs over all word pairs of all texts.
 
-    The error is the jackknife's over texts. Null with fewer than two texts that hold a pair.
+    The error is the jackknife's over texts. None with fewer than two texts that hold a pair.
     """
     counts = [counted for text in texts if (counted := Counter(pairwise(text.lower().split())))]
     if len(counts) < 2:
@@ -37,7 +36,7 @@ def diversity_change(before: Sequence[str], after: Sequence[str]) -> float | Non
     """Distinct-2 of `after` over that of `before`, answers to the same prompts, at equal length.
 
     Longer texts repeat more pairs by themselves, so both answers to a prompt are cut to as many
-    words as the shorter one has. Null where that leaves nothing to compare.
+    words as the shorter one has. None where that leaves nothing to compare.
     """
     cut_before, cut_after = [], []
     for old, new in zip(before, after, strict=True):
@@ -54,7 +53,7 @@ def self_bleu(texts: Sequence[str]) -> Estimate | None:
 
     BLEU's clipped precisions and brevity penalty with the nearest length; an order without a match
     counts 0.1 (Chen and Cherry 2014, their first smoothing). Texts of fewer than four words fall
-    out; null with fewer than two left.
+    out; None with fewer than two left.
     """
     words = [split for text in texts if len(split := text.lower().split()) >= max(BLEU_ORDERS)]
     if len(words) < 2:

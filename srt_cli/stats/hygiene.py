@@ -170,7 +170,7 @@ def is_in_another_script(text: str, *others: str) -> bool:
 
 
 def _main_script(text: str) -> str | None:
-    """The script of most of a text's letters; null when there is none such."""
+    """The script of most of a text's letters; None when there is none such."""
     counts = _scripts_in(text)
     if not counts:
         return None

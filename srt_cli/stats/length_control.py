@@ -71,7 +71,7 @@ def instruction_digest(instruction: str) -> str:
 
 
 def difficulties_of(instructions: Sequence[str]) -> list[float] | None:
-    """The difficulty of each instruction, when all are AlpacaEval's; null otherwise."""
+    """The difficulty of each instruction, when all are AlpacaEval's; None otherwise."""
     table = alpaca_eval_difficulty()
     digests = [instruction_digest(instruction) for instruction in instructions]
     # A handful of them is no AlpacaEval: its difficulties and prior hold for the whole set.
@@ -86,7 +86,7 @@ def length_controlled_win_rate(
     reference_lengths: Sequence[int],
     difficulties: Sequence[float] | None = None,
 ) -> LengthControlled | None:
-    """Fit the model by damped Newton and set the length term to 0; null with fewer than two items.
+    """Fit the model by damped Newton and set the length term to 0; None with fewer than two items.
 
     `preferences` (0 to 1, 1 = the model wins), lengths in characters, one each an item (n,).
     With `difficulties` AlpacaEval's mode, otherwise a Gaussian prior on φ (generic: not comparable

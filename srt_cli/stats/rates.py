@@ -1,7 +1,10 @@
-"""Rates and their uncertainty: pass rates, win rates, paired differences. All intervals are 95 %."""
+"""Rates and their uncertainty: pass rates, win rates, paired differences. All intervals are 95 %.
+
+Bootstraps draw the items again: 2,000 seeded draws with replacement, and their percentiles.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -11,6 +14,8 @@ from scipy import stats
 
 CONFIDENCE: Final = 0.95
 DETECTABLE: Final = 2.8
+DRAWS: Final = 2000
+PERCENTILES: Final = (2.5, 97.5)
 Values = npt.NDArray[np.float64]
 
 
@@ -46,16 +51,8 @@ class PairedDifference:
 
 
 def pass_rate(passed: Sequence[bool]) -> Estimate | None:
-    """Share passed with Wilson's score interval, which holds near 0 and 1; null without items.
-
-    scipy.stats.binomtest(...).proportion_ci(method="wilson").
-    """
-    n = len(passed)
-    if not n:
-        return None
-    hits = sum(passed)
-    interval = stats.binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(hits / n, float(interval.low), float(interval.high), n)
+    """Share passed with Wilson's score interval, which holds near 0 and 1; None without items."""
+    return _wilson(sum(passed), len(passed)) if passed else None
 
 
 def mean_with_error(
@@ -63,7 +60,7 @@ def mean_with_error(
 ) -> Estimate | None:
     """Mean, standard error sd / sqrt(n) with n - 1 in the variance, and the t interval.
 
-    Null without items; with a single one nothing is known, and the interval is all that is possible.
+    None without items; with a single one nothing is known, and the interval is all that is possible.
     """
     array: Values = np.asarray(values, dtype=np.float64)  # (n,)
     n = len(array)
@@ -77,10 +74,38 @@ def mean_with_error(
     return Estimate(mean, mean - reach, mean + reach, n, error)
 
 
+def bootstrapped(values: Values, statistic: Callable[[Values], float], seed: int = 0) -> Estimate:
+    """A statistic of values (n,) with its percentile interval and the spread of its draws."""
+    random = np.random.default_rng(seed)
+    n = len(values)
+    draws = np.array([statistic(values[random.integers(0, n, n)]) for _ in range(DRAWS)])
+    low, high = np.percentile(draws, PERCENTILES)
+    return Estimate(statistic(values), float(low), float(high), n, float(draws.std(ddof=1)))
+
+
+def bootstrap_mean(items: npt.ArrayLike, seed: int = 0) -> Estimate:
+    """A mean with its percentile interval over its items (n,)."""
+    return bootstrapped(
+        np.asarray(items, dtype=np.float64), lambda drawn: float(drawn.mean()), seed
+    )
+
+
+def jackknife(value: float, left_out: Sequence[float]) -> Estimate:
+    """A figure of n items with the error of its n values that leave one item out each.
+
+    SE = √((n-1)/n·Σ(θ_(i) - mean θ)²), interval value ± 1.96 SE. For figures that repeated items
+    would change by themselves, such as counts of different words, which a bootstrap gets wrong.
+    """
+    without: Values = np.asarray(left_out, dtype=np.float64)  # (n,)
+    n = len(without)
+    error = float(np.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum()))
+    return Estimate(value, value - 1.96 * error, value + 1.96 * error, n, error)
+
+
 def ratio_of_means(a: Sequence[float], b: Sequence[float]) -> Estimate | None:
     """Mean of a over mean of b, of the same items, with the error of the delta method.
 
-    r = Σa/Σb, SE = sd(a - r·b)/(√n·mean b), interval r ± 1.96 SE; null where b is 0.
+    r = Σa/Σb, SE = sd(a - r·b)/(√n·mean b), interval r ± 1.96 SE; None where b is 0.
     """
     above: Values = np.asarray(a, dtype=np.float64)  # (n,)
     below: Values = np.asarray(b, dtype=np.float64)  # (n,)
@@ -108,7 +133,7 @@ def within(estimate: Estimate, low: float = 0.0, high: float = 1.0) -> Estimate:
 def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float | None:
     """Standard error of a mean whose items come in clusters (several samples of one prompt).
 
-    SE = (1/N)·√(C/(C-1)·Σ_c (Σ_{i in c} (y_i - mean))²) over C clusters of N items; null for one
+    SE = (1/N)·√(C/(C-1)·Σ_c (Σ_{i in c} (y_i - mean))²) over C clusters of N items; None for one
     cluster. With one item a cluster it is sd/√N.
     """
     array: Values = np.asarray(values, dtype=np.float64)  # (N,)
@@ -138,7 +163,7 @@ def win_rate(preferences: Sequence[float]) -> Estimate | None:
 def discrete_win_rate(preferences: Sequence[float]) -> Estimate | None:
     """Wins count 1, exact ties 1/2: mean of [y > 1/2] + [y = 1/2] / 2, with Wilson's interval.
 
-    Null without items. A tie enters the interval as half a success.
+    None without items. A tie enters the interval as half a success.
     """
     if not preferences:
         return None
@@ -161,14 +186,16 @@ def _wilson(hits: float, n: int) -> Estimate:
     share = hits / n
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     reach = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Estimate(share, max(0.0, middle - reach), min(1.0, middle + reach), n)
+    # At the edges the bound is exact, which rounding would miss.
+    low, high = middle - reach if hits else 0.0, middle + reach if hits < n else 1.0
+    return Estimate(share, low, high, n)
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference | None:
     """Difference a - b over the same items.
 
     mean(d) ± t * sd(d) / sqrt(n); McNemar's exact test is the binomial test of the items where one
-    side is above 1/2 and the other is not (scipy.stats.binomtest). Null with fewer than two items.
+    side is above 1/2 and the other is not (scipy.stats.binomtest). None with fewer than two items.
     """
     if len(a) != len(b):
         raise ValueError(f"paired figures need the same items: {len(a)} and {len(b)}")
@@ -189,7 +216,7 @@ def difference_to_half(values: Sequence[float]) -> PairedDifference | None:
     """A contestant's preferences against the reference's own 1/2: the reference ties with itself.
 
     Mean of y - 1/2 with its t interval; the exact sign test of wins against losses, which is McNemar's
-    of y and 1 - y. Null with fewer than two items.
+    of y and 1 - y. None with fewer than two items.
     """
     mirrored = paired_difference(values, [1 - value for value in values])
     if mirrored is None:
@@ -218,7 +245,7 @@ class Position:
     """How far a judge follows the order in which answers are shown."""
 
     consistency: Estimate | None
-    """Share of items with the same verdict in both orders; null where each was judged in one."""
+    """Share of items with the same verdict in both orders; None where each was judged in one."""
     first_slot_rate: Estimate
     """Share of calls that the answer shown first wins; ties count 1/2. 0.5 is unbiased."""
     shown_first: Estimate | None
@@ -260,7 +287,7 @@ def position_bias_apart(
 ) -> Position | None:
     """The same where each item was judged in one order only: two groups of different items.
 
-    Gap = difference of the means, SE = √(s1²/n1 + s2²/n2) (Welch). Null where a group has fewer than
+    Gap = difference of the means, SE = √(s1²/n1 + s2²/n2) (Welch). None where a group has fewer than
     two items.
     """
     first, second = win_rate(shown_first), win_rate(shown_second)

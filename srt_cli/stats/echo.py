@@ -7,8 +7,13 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from srt_cli.stats.bootstrap import bootstrap_mean, bootstrapped
-from srt_cli.stats.rates import Estimate, PairedDifference, mean_with_error
+from srt_cli.stats.rates import (
+    Estimate,
+    PairedDifference,
+    bootstrap_mean,
+    bootstrapped,
+    mean_with_error,
+)
 
 Colour = Literal["green", "amber", "red", "unknown"]
 Values = npt.NDArray[np.float64]
@@ -31,7 +36,7 @@ class SelfBias:
 
 
 def self_bias(own: Sequence[float], outside: Sequence[float], seed: int = 0) -> SelfBias | None:
-    """Mean of own - outside with its t interval, and how one-sided it is; null without items."""
+    """Mean of own - outside with its t interval, and how one-sided it is; None without items."""
     errors = [a - b for a, b in zip(own, outside, strict=True)]
     estimate = mean_with_error(errors, APART)
     if estimate is None:
@@ -58,7 +63,7 @@ def distance_skewness(errors: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Signs:
-    """What a stage changed against the stage before, besides scores; null where it is not known."""
+    """What a stage changed against the stage before, besides scores; None where it is not known."""
 
     length_growth: float | None = None
     equal_length_gain: float | None = None
@@ -85,7 +90,6 @@ def echo_alarm(
     outside_before: Sequence[float],
     outside_after: Sequence[float],
     signs: Signs = Signs(),
-    seed: int = 0,
 ) -> Echo:
     """Difference in differences over the same items, (n,) each, with a bootstrap over items.
 
@@ -101,7 +105,7 @@ def echo_alarm(
     if n >= FEWEST_ITEMS:
         own: Values = np.asarray(own_after, np.float64) - np.asarray(own_before, np.float64)  # (n,)
         outside: Values = np.asarray(outside_after, np.float64) - np.asarray(outside_before)
-        excess, growth = bootstrap_mean(own - outside, seed), bootstrap_mean(outside, seed)
+        excess, growth = bootstrap_mean(own - outside), bootstrap_mean(outside)
         said = f"own scores grew by {own.mean():+.2f}, outside scores by {growth.value:+.2f}"
     if excess is not None and growth is not None and excess.low > 0 >= growth.low:
         reason = "; ".join(["it praises itself more without being better", *worse, said])

@@ -1,7 +1,39 @@
-"""Does the critic know good from bad? Counts of what it says against what is so."""
+"""Statistics counted row by row, without numpy: a correlation, and a two-by-two table."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+
+@dataclass
+class Moments:
+    """Running sums for the correlation of two figures, in constant memory."""
+
+    n: int = 0
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    xx: float = 0.0
+    yy: float = 0.0
+    xy: float = 0.0
+
+    def add(self, x: float, y: float) -> None:
+        """One more pair (Welford's update)."""
+        self.n += 1
+        dx, dy = x - self.mean_x, y - self.mean_y
+        self.mean_x += dx / self.n
+        self.mean_y += dy / self.n
+        self.xx += dx * (x - self.mean_x)
+        self.yy += dy * (y - self.mean_y)
+        self.xy += dx * (y - self.mean_y)
+
+    @property
+    def correlation(self) -> float | None:
+        """Pearson's r; None where one figure never varies."""
+        # Rounding leaves a trace of spread where there is none.
+        for squares, mean in ((self.xx, self.mean_x), (self.yy, self.mean_y)):
+            if squares <= 1e-9 * (squares + self.n * mean**2):
+                return None
+        return self.xy / math.sqrt(self.xx * self.yy)
 
 
 @dataclass(frozen=True)
@@ -25,12 +57,12 @@ class Confusion:
 
     @property
     def accuracy(self) -> float | None:
-        """Share of right verdicts; null without any."""
+        """Share of right verdicts; None without any."""
         return (self.good_called_good + self.bad_called_bad) / self.n if self.n else None
 
     @property
     def balanced_accuracy(self) -> float | None:
-        """Mean of the two classes' accuracies, 0.5 for a constant critic; null if a class is empty."""
+        """Mean of the two classes' accuracies, 0.5 for a constant critic; None if a class is empty."""
         good = self.good_called_good + self.good_called_bad
         bad = self.bad_called_good + self.bad_called_bad
         if not good or not bad:
