@@ -10,7 +10,6 @@ from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.conduct import Call
 from srt_cli.models import Model, Reply, Request, Task
-from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import Judgment, Output, Prompt, Status
 from srt_cli.templates import (
     LETTER_REQUIREMENTS,
@@ -78,14 +77,13 @@ class Judge:
     """Whether it was asked for a letter before, so that the above is known."""
 
     @property
-    def is_program(self) -> bool:
-        """Whether the judge is code of the user's, which is handed the texts themselves."""
-        return self.model.spec.startswith(RUNS_CODE_PREFIX)
-
-    @property
     def asks_for_letter(self) -> bool:
         """Whether the next pair is judged by the odds of one letter."""
-        if self.is_program or self.template is not None or self.verdicts == "reasoned":
+        if (
+            not self.model.gives_logprobs
+            or self.template is not None
+            or self.verdicts == "reasoned"
+        ):
             return False
         return self.verdicts == "weighted" or not self.without_logprobs
 
@@ -125,7 +123,7 @@ def judge_pair(
     reply = yield Call(judge.model, request, name)
     status = status_of(reply)
     verdict, for_first = "none", None
-    if status == "ok" and judge.is_program:
+    if status == "ok" and judge.model.is_program:
         for_first = parse_preference(reply.text)
         verdict = reply.text
     elif status == "ok":

@@ -12,7 +12,6 @@ from srt_cli.feedback.expected_score import TOP_LOGPROBS
 from srt_cli.feedback.scores import SAMPLE_TEMPERATURE, mean_score
 from srt_cli.feedback.summary import Verdict
 from srt_cli.models import Model, Reply, Request, Task, TaskKind
-from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import (
     Feedback,
     FeedbackRecord,
@@ -99,7 +98,7 @@ class Critic:
             stop=BLIND_SCORE_STOP if kind == "score" else (),
             sample=sample,
         )
-        if self.expects and not self.model.spec.startswith(RUNS_CODE_PREFIX):
+        if self.expects and self.model.gives_logprobs:
             request = replace(request, top_logprobs=TOP_LOGPROBS, logprobs_at="digits")
         return Call(self.model, request, name)
 

@@ -119,8 +119,12 @@ class Model(Protocol):
     """Enters the journal key: the same identity and request mean the same reply."""
     in_flight: int
     """How many requests it wants to hold at once."""
+    is_program: bool
+    """Whether it is code of the user's, which is handed the texts themselves (`Request.task`)."""
     continues: bool
     """Whether it takes requests that continue a reply begun."""
+    gives_logprobs: bool
+    """Whether it can tell log-probabilities, as far as is known beforehand."""
 
     @property
     def batched(self) -> bool:
@@ -194,11 +198,26 @@ class Spec:
     name: str
     endpoints: tuple[str, ...] = field(default=())
 
+    @property
+    def in_process(self) -> bool:
+        """Whether its weights are loaded here, as those that srt trains are."""
+        return self.kind == "local"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a server answers for it."""
+        return self.kind in ("openai", "http")
+
 
 OUR_MODELS = "models/"
 """Where the trainings' own defaults lie; no owner on the hub has this name."""
 _BARE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def names_program(spec: str) -> bool:
+    """Whether a spec names code of the user's, which runs as soon as it is opened."""
+    return spec.startswith(RUNS_CODE_PREFIX)
 
 
 def parse_spec(spec: str) -> Spec:
@@ -207,7 +226,7 @@ def parse_spec(spec: str) -> Spec:
     Raises `UsageError` for what is none of: a file or directory, an OpenAI name, a URL with
     `#NAME`, a hub name, `python:FILE_OR_MODULE:CALLABLE`.
     """
-    if spec.startswith(RUNS_CODE_PREFIX):
+    if names_program(spec):
         return Spec("program", spec.removeprefix(RUNS_CODE_PREFIX))
     if spec.startswith("openai:"):
         return Spec("openai", spec.removeprefix("openai:"))
@@ -300,7 +319,7 @@ def canonical_request(model: Model, request: Request) -> dict[str, Any]:
         plain["logprobs_at"] = request.logprobs_at
     if request.continues:
         plain["continues"] = True
-    if request.task is not None and model.spec.startswith(RUNS_CODE_PREFIX):
+    if request.task is not None and model.is_program:
         plain["task"] = [
             request.task.kind,
             request.task.prompt.model_dump(mode="json"),

@@ -30,7 +30,9 @@ class ProgramModel:
     """
 
     batched = False
+    is_program = True
     continues = False
+    gives_logprobs = False
     in_flight = 64
 
     def __init__(self, spec: str, location: str) -> None:

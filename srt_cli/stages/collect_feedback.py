@@ -9,7 +9,7 @@ from srt_cli.errors import UsageError
 from srt_cli.feedback.run import Work, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Critic, Sampling
 from srt_cli.models import open_model
-from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
 from srt_cli.report.critic import write_critic_report
 from srt_cli.runs.run import open_run
@@ -78,7 +78,7 @@ def run(options: CollectFeedback) -> None:
     drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
     replies = Sampling(options.critic_max_tokens, options.critic_temperature, seed=options.seed)
     # A program would only give the same reply again.
-    reasks = 0 if options.critic.startswith(RUNS_CODE_PREFIX) else options.max_reasks
+    reasks = 0 if critic_model.is_program else options.max_reasks
     critic = Critic(
         critic_model, replies, in_conversation=False, max_reasks=reasks, longer_once=True
     )

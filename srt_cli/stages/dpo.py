@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.models import names_program
+from srt_cli.options import runtime, setting
 from srt_cli.records import Preference
 from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import (
@@ -84,7 +85,7 @@ def run(options: Dpo) -> None:
 def prefer(options: Dpo) -> None:
     """Read preferences, train against the starting model, save."""
     model_name = options.model or model_that_wrote(options.prefs)
-    if model_name is None or model_name.startswith(RUNS_CODE_PREFIX):
+    if model_name is None or names_program(model_name):
         raise UsageError(
             f"{options.prefs} does not tell which model wrote its drafts. Pass --model."
         )

@@ -127,7 +127,7 @@ def refuse_partial_critic(model: Path) -> None:
 def _refuse_processes(options: SelfCritique) -> None:
     """Caps and rates of an API hold for one process; stdin can be read only once."""
     specs = [spec for spec in (options.model, options.other_critic) if spec is not None]
-    elsewhere = [spec for spec in specs if parse_spec(spec).kind in ("openai", "http")]
+    elsewhere = [spec for spec in specs if parse_spec(spec).is_remote]
     if elsewhere:
         raise UsageError(
             f"--num-processes is for models in process; {elsewhere[0]} answers many requests at "
@@ -181,7 +181,7 @@ def _other_critic(
         return None
     same = options.other_critic == options.model
     critic = model if same else open_model(options.other_critic, door)
-    trained = parse_spec(options.other_critic).kind == "local"
+    trained = parse_spec(options.other_critic).in_process
     asked = {"auto": trained, "conversation": True, "table-1": False}[options.critic_prompt]
     return Critic(critic, replies, in_conversation=asked)
 

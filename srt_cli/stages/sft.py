@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic_check import check_critic
-from srt_cli.options import RUNS_CODE_PREFIX, runtime, setting
+from srt_cli.models import names_program
+from srt_cli.options import runtime, setting
 from srt_cli.records import FeedbackRecord, as_messages
 from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run, clear_directory, inherited, open_run, template_input
@@ -96,7 +97,7 @@ def fine_tune(options: Sft) -> None:
     )
     mixes = [parse_mix(text) for text in options.mix]
     model_name = options.model or inherited(options.data, "model")
-    if model_name is None or model_name.startswith(RUNS_CODE_PREFIX):
+    if model_name is None or names_program(model_name):
         raise UsageError(f"{options.data} names no policy to train. Pass --model.")
     from srt_cli.training.checkpoints import clear_checkpoints, refuse_changed_inputs
     from srt_cli.training.policy import count_parameters

@@ -59,7 +59,9 @@ class BatchModel:
     options: ModelOptions
     # Whole waves: each becomes one plan, which a resumed run finds again.
     batched: bool = True
+    is_program: bool = False
     continues: bool = False
+    gives_logprobs: bool = True
     in_flight: int = MOST_REQUESTS
     identity: str = field(init=False)
     price: Price | None = field(init=False)
@@ -262,7 +264,9 @@ class ExportModel:
     parsed: Spec
     path: Path
     batched: bool = False
+    is_program: bool = False
     continues: bool = False
+    gives_logprobs: bool = True
     in_flight: int = MOST_REQUESTS
     identity: str = field(init=False)
     written: int = 0

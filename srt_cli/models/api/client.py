@@ -67,7 +67,9 @@ class ApiModel:
     parsed: Spec
     options: ModelOptions
     batched: bool = False
+    is_program: bool = False
     continues: bool = False
+    gives_logprobs: bool = True
     in_flight: int = field(init=False)
     identity: str = field(init=False)
     price: Price | None = field(init=False)

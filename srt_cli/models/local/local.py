@@ -34,7 +34,9 @@ class LocalModel:
     spec: str
     name: str
     options: ModelOptions
+    is_program: bool = False
     continues: bool = True
+    gives_logprobs: bool = True
     identity: str = field(init=False)
     in_flight: int = field(init=False)
     _continuous: bool = field(init=False)

@@ -21,7 +21,7 @@ from srt_cli.evaluation.evidence import Evidence, write_evidence
 from srt_cli.evaluation.judging import Judge, Twice, ask_again, judge_pairs, orders_of
 from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair, ask_pairs, read_pairs
 from srt_cli.feedback.story import Critic, Sampling
-from srt_cli.options import RUNS_CODE_PREFIX
+from srt_cli.models import names_program
 from srt_cli.prompts import prompts_from
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Scored
 from srt_cli.runs.run import inherited, open_run, read_manifest, template_input
@@ -103,7 +103,7 @@ def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
 
 def _is_model(spec: str) -> bool:
     """Whether a contestant can be asked for scores: no file of outputs, no program."""
-    return not is_outputs_file(spec) and not spec.startswith(RUNS_CODE_PREFIX)
+    return not is_outputs_file(spec) and not names_program(spec)
 
 
 def _count_saved(options: Evaluate) -> bool:
@@ -144,7 +144,7 @@ def base_of(model: str) -> str:
 def critic_as_judge() -> tuple[str, ...]:
     """The critic of `feedback.jsonl` in this folder, unless it is a program: those run code."""
     critic = inherited(Path("feedback.jsonl"), "critic")
-    return () if critic is None or critic.startswith(RUNS_CODE_PREFIX) else (critic,)
+    return () if critic is None or names_program(critic) else (critic,)
 
 
 def _answers(

@@ -61,7 +61,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
         asking = Asking.begin(run, options, offline=options.offline)
         for spec in dict.fromkeys(options.model):
             in_conversation = options.critique_style == "conversation" or (
-                options.critique_style == "auto" and parse_spec(spec).kind == "local"
+                options.critique_style == "auto" and parse_spec(spec).in_process
             )
             scored = ask_pairs(asking, spec, pairs, sampling, in_conversation=in_conversation)
             found.append(count_pairs(spec, pairs, scored))
