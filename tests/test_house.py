@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from house import House
 
 from srt_cli import cli
 from srt_cli.options import flag_of
@@ -69,6 +70,13 @@ def test_only_the_console_prints_and_only_the_command_line_exits(path):
         assert not called & {"sys.exit", "exit", "quit", "os._exit"}
     if path.name != "console.py":
         assert "rich.console.Console" not in imports_of(path)
+
+
+HOUSE = House(PACKAGE)
+
+
+def test_arrows_point_down():
+    assert HOUSE.upward_arrows() == []
 
 
 def test_no_module_is_a_drawer():
