@@ -23,8 +23,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Table as Grid
 from rich.text import Text
+
+from srt_cli.tables import Table
 
 PLAIN_LINE_EVERY_S: Final = 15.0
 
@@ -68,14 +70,16 @@ def finish(where: str, then: str | None = None) -> None:
     _result.print(line + Text(f"   next: {then}") if then else line, soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A result as a table; columns without a head hold names, the others figures."""
-    _print_table(_result, title, columns, rows)
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], things: int = 0
+) -> None:
+    """A result as a table; what the columns mean is told in `tables.Table`."""
+    _print_table(_result, Table(title, list(columns), [list(row) for row in rows], things))
 
 
 def talk_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table that is talk, not the command's result."""
-    _print_table(_talk, title, columns, rows)
+    _print_table(_talk, Table(title, list(columns), [list(row) for row in rows]))
 
 
 def marked(title: str, stretches: Sequence[tuple[str, str]]) -> None:
@@ -96,18 +100,17 @@ def marked(title: str, stretches: Sequence[tuple[str, str]]) -> None:
     _result.print()
 
 
-def _print_table(
-    console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    grid = Table(
-        title=Text(title), title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
-    )
-    names = sum(not column for column in columns) or 1
-    for position, column in enumerate(columns):
-        grid.add_column(Text(column), justify="left" if position < names else "right")
-    for row in rows:
-        grid.add_row(*(Text(cell) for cell in row))
-    console.print(grid)
+def _print_table(console: Console, shown: Table) -> None:
+    for part in shown.fitted(console.width):
+        grid = Grid(
+            title=Text(part.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD,
+            pad_edge=False,
+        )  # fmt: skip
+        for place, column in enumerate(part.columns):
+            grid.add_column(Text(column), justify="left" if place < part.names else "right")
+        for row in part.cells:
+            grid.add_row(*(Text(cell) for cell in row))
+        console.print(grid)
 
 
 class ProgressLine(Protocol):

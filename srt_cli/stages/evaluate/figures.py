@@ -93,6 +93,6 @@ def close_contest(options: Evaluate, contest: Contest) -> None:
 def show(contest: Contest) -> None:
     """The tables of the contest on stdout."""
     for table in tables_of(contest, brief=True):
-        console.table(table.title, table.columns, table.cells)
+        console.table(table.title, table.columns, table.cells, table.things)
     for note in [*footnotes_of(contest), *alarm_notes(contest.stages)]:
         console.result(note)

@@ -69,7 +69,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
         run.manifest.tallies = {"pairs": len(pairs)}
         write_json(options.out, {"pairs": [asdict(each) for each in found]})
     table = pairs_table(found)
-    console.table(table.title, table.columns, table.cells)
+    console.table(table.title, table.columns, table.cells, table.things)
     console.result(
         f"n = {len(pairs)} pairs; a tie is not right; ties out: among the pairs with different scores."
     )
@@ -105,5 +105,5 @@ def judge_feedback(options: Evaluate, command: str) -> None:
         for warning in warnings_of(found):
             run.warn(f"{warning}.")
     for table in quality_tables(found):
-        console.table(table.title, table.columns, table.cells)
+        console.table(table.title, table.columns, table.cells, table.things)
     console.finish(f"{options.out}: {len(found)} files", f"less {options.out}")
