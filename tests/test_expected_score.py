@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srt_cli.feedback.expected_score import ScoreBelief, read_belief, zero_share
+from srt_cli.feedback.scores import ScoreBelief, read_belief, zero_share
 from srt_cli.models import TokenLogprobs
 from srt_cli.templates import parse_critique, score_digits_at
 

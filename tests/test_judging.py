@@ -109,6 +109,18 @@ def test_odds_may_be_insisted_on(srt, serve, folder):
     assert judged(folder)["statuses"] == {"unparsed": 12}
 
 
+def test_a_judge_that_says_nothing_gives_no_verdict(srt, serve, folder):
+    def silent(body, number):
+        answer = with_odds(body, number)
+        answer.text, answer.finish_reason = "", "stop"
+        return answer
+
+    finished = evaluate(srt, serve(silent).spec)
+    assert finished.code == 3
+    assert judged(folder)["statuses"] == {"unparsed": 12}
+    assert judged(folder)["win_rate"] is None
+
+
 def test_a_template_of_the_users_own_is_filled_and_kept_apart_from_the_texts(srt, serve, folder):
     (folder / "judge.txt").write_text(
         "Q:\n{instruction}\nM:\n{answer_M}\nm:\n{answer_m}\nSay Verdict."
@@ -199,3 +211,41 @@ def test_each_round_refines_the_last_and_is_reported(srt, serve, folder):
     ]
     assert "refined x3" in finished.stdout
     assert "| --- |" in (folder / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("cut_at", "status", "reason"),
+    [
+        ("critique", "truncated", "critique: cut off at the token limit"),
+        ("draft", "ok", None),
+    ],
+)
+def test_a_refinement_counts_as_whole_when_its_critique_is(
+    srt, serve, folder, cut_at, status, reason
+):
+    def behaviour(body, number):
+        asks = body["messages"][-1]["content"].startswith("Review your response")
+        cut = "length" if asks == (cut_at == "critique") else "stop"
+        text = "a draft"
+        if asks:
+            text = (
+                "Weaknesses: w\nSuggestions: s\nOverall Score: [[5]]\n\n"
+                "### Improved Response\na refine"
+            )
+        return Answer(text=text, finish_reason=cut)
+
+    finished = srt(
+        "eval", "--reference", "python:p.py:base", "--model", serve(behaviour).spec,
+        "--judge", "python:p.py:judge_exclamations", "--use", "response", "--use", "refinement",
+    )  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    _, direct, refined = json.loads((folder / "eval.json").read_text())["rows"]
+    assert direct["statuses"] == {"truncated" if cut_at == "draft" else "ok": 6}
+    assert refined["statuses"] == {status: 6}
+    assert refined["parsed"]["value"] == (status == "ok")
+    texts = {
+        o["response"] for o in read_jsonl(folder / "eval.outputs.jsonl") if o["parsed"] is not None
+    }
+    assert texts == {"a refine" if status == "ok" else "a draft"}
+    critiques = read_jsonl(folder / "eval.feedback.jsonl")
+    assert {(row["status"], row["reason"]) for row in critiques} == {(status, reason)}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from conftest import write_jsonl
+from loopback_server import Answer, LoopbackServer
 
 CRITIC = """
 from srt_cli.records import Feedback
@@ -11,6 +12,12 @@ from srt_cli.records import Feedback
 def by_length(prompt, response):
     score = 9 if len(response) > 10 else 3
     return Feedback(weaknesses="w", suggestions="s", score=score), response
+
+def base(prompt):
+    return "base"
+
+def check(prompt, response):
+    return True
 
 def broken(prompt, response):
     raise RuntimeError("no")
@@ -62,6 +69,21 @@ def test_a_local_model_is_asked_in_conversation_unless_told_otherwise(srt, folde
         for name in ("eval", "other")
     ]
     assert not keys[0] & keys[1]
+
+
+@pytest.mark.parametrize(
+    "beside", [(), ("--check", "python:c.py:check", "--reference", "python:c.py:base")]
+)
+def test_auto_asks_a_model_on_a_server_by_table_1_whatever_stands_beside(srt, folder, beside):
+    server = LoopbackServer(lambda body, number: Answer(text="Overall Score: [[5]]"))
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "q"}])
+    try:
+        srt("eval", "--pairs", "pairs.jsonl", "--model", server.spec, *beside)
+    finally:
+        server.close()
+    scores = [body["messages"] for body in server.requests if body.get("stop")]
+    assert scores
+    assert all("### Requirements" in messages[-1]["content"] for messages in scores)
 
 
 @pytest.mark.parametrize(

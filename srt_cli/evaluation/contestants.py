@@ -9,12 +9,13 @@ import orjson
 
 from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
-from srt_cli.evaluation.judging import output_of, status_of
-from srt_cli.feedback.story import Critic, Sampling, respond_call
-from srt_cli.models import Model, Reply, Request, Task
+from srt_cli.evaluation.judging import output_of
+from srt_cli.feedback.critic import Critic, blind_score
+from srt_cli.feedback.story import Method, Policy, check_call, refine, write_draft
+from srt_cli.models import Model, Reply
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
 from srt_cli.runs.jsonl import read_rows
-from srt_cli.templates import ParsedCritique, parse_critique, parse_preference
+from srt_cli.templates import parse_preference
 
 Use = Literal["response", "refinement"]
 FEEDBACK_FIELDS: Final = frozenset(FeedbackRecord.model_fields)
@@ -22,65 +23,46 @@ FEEDBACK_FIELDS: Final = frozenset(FeedbackRecord.model_fields)
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model in the contest: how it answers, and how it refines its own answers."""
+    """A model in the contest: how it answers, and how it criticises and refines its own answers."""
 
-    name: str
-    model: Model
-    drafts: Sampling
-    critiques: Sampling
+    policy: Policy
+    critic: Critic
+    uses: Sequence[Use]
+    rounds: int = 1
 
 
 @dataclass(frozen=True)
-class Answered:
+class Entry:
     """What a contestant made of one prompt."""
 
     outputs: list[Output]
     critique: FeedbackRecord | None = None
-    """Its own critique of its direct answer, when it was asked to refine it."""
+    """Its own critique of its direct answer, unscored, when it was asked to refine it."""
 
 
-def answer(
-    contestant: Contestant, prompt: Prompt, uses: Sequence[Use], rounds: int = 1
-) -> Generator[Call, Reply, Answered]:
+def answer(contestant: Contestant, prompt: Prompt) -> Generator[Call, Reply, Entry]:
     """One prompt: the direct response and, if asked for, its refinements by the model itself.
 
     Each round refines what the round before left; where a critique cannot be read, that stands.
     """
-    reply = yield respond_call(contestant.model, contestant.drafts, prompt, sample=0)
-    status = status_of(reply)
-    text = reply.text.strip()
+    name = contestant.policy.model.spec
+    draft = yield from write_draft(contestant.policy, prompt)
+    assert draft.reply is not None
     outputs = []
-    if "response" in uses:
-        outputs.append(output_of(prompt.id, contestant.name, "response", text, None, status))
-    critic = Critic(contestant.model, contestant.critiques, in_conversation=True)
-    first: FeedbackRecord | None = None
-    for use in refinement_uses(rounds) if "refinement" in uses else ():
-        parsed = False
-        if text:
-            reply = yield critic.call("critique", prompt, text, f"{prompt.id} critique, {use}")
-            critique = parse_critique(reply.text)
-            first = first or _critique_record(prompt, contestant.name, text, reply, critique)
-            if critique.refinement is not None and not critique.problems:
-                text, parsed = critique.refinement, True
-        outputs.append(output_of(prompt.id, contestant.name, use, text, parsed, status))
-    return Answered(outputs, first)
-
-
-def _critique_record(
-    prompt: Prompt, contestant: str, draft: str, reply: Reply, critique: ParsedCritique
-) -> FeedbackRecord:
-    """A contestant's critique of its own answer as `srt self-critique` would write it, unscored."""
-    status, reason = status_of(reply), None
-    if status != "ok":
-        reason = str(reply.error) if status == "failed" else f"critique: {status}"
-    elif critique.problems:
-        status, reason = "unparsed", "critique: " + ", ".join(critique.problems)
-    return FeedbackRecord(
-        id=prompt.id, prompt=prompt.prompt, response=draft, feedback=critique.feedback,
-        refinement=critique.refinement if status == "ok" else None, refinement_score=None,
-        refinement_feedback=None, status=status, reason=reason, raw={"critique": reply.text},
-        policy=contestant, critic=contestant, sample=0, round=1, usage=reply.usage,
-    )  # fmt: skip
+    if "response" in contestant.uses:
+        direct = output_of(prompt.id, name, "response", draft.text, status=draft.reply.status)
+        outputs.append(direct)
+    if "refinement" not in contestant.uses:
+        return Entry(outputs)
+    method = Method(contestant.critic, scores=False, rounds=contestant.rounds)
+    records = yield from refine(method, draft)
+    text = draft.text
+    for number, use in enumerate(refinement_uses(contestant.rounds)):
+        record = records[min(number, len(records) - 1)]
+        whole = record.status == "ok" and record.refinement is not None
+        text = record.refinement if whole and record.refinement is not None else text
+        outputs.append(output_of(prompt.id, name, use, text, parsed=whole, status=record.status))
+    return Entry(outputs, records[0] if draft.is_usable else None)
 
 
 def refinement_uses(rounds: int) -> list[str]:
@@ -156,30 +138,21 @@ def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) 
 
 
 def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call, Reply, Output]:
-    """Let a program say whether an output passes; what it cannot decide stays null."""
-    task = Task("check", prompt, (output.response,))
-    reply = yield Call(model, Request((), 0, task=task), f"{prompt.id} check")
-    verdict = parse_preference(reply.text)
-    if reply.finish_reason == "failed":
+    """Let a program say whether an output passes; raises `SrtError` when it fails to."""
+    reply = yield check_call(model, prompt, output.response)
+    if reply.status == "failed":
         raise SrtError(f"{reply.error} (prompt {prompt.id}). A check must decide every answer.")
-    return output.model_copy(update={"passed": verdict == 1})
+    return output.model_copy(update={"passed": parse_preference(reply.text) == 1})
 
 
-def score_output(
-    critic: Critic, by: str, prompt: Prompt, output: Output
-) -> Generator[Call, Reply, Scored]:
+def score_output(critic: Critic, prompt: Prompt, output: Output) -> Generator[Call, Reply, Scored]:
     """A blind score of one output: by its own writer in conversation, or by an outside critic."""
     what = output.contestant if output.use == "response" else f"{output.contestant}, {output.use}"
-    name = f"{prompt.id} score of {what}"
-    reply = yield critic.call("score", prompt, output.response, name)
-    status = status_of(reply)
-    score = parse_critique(reply.text, expect_refinement=False).score if status == "ok" else None
-    if status == "ok" and score is None:
-        status = "unparsed"
-    raw = reply.text if reply.finish_reason != "failed" else str(reply.error)
+    said = yield from blind_score(critic, prompt, output.response, f"{prompt.id} score of {what}")
+    raw = str(said.reason) if said.status == "failed" else said.raw[""]
     return Scored(
-        id=prompt.id, contestant=output.contestant, use=output.use, by=by, score=score,
-        status=status, raw=raw,
+        id=prompt.id, contestant=output.contestant, use=output.use, by=critic.model.spec,
+        score=said.score, status=said.status, raw=raw,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from srt_cli.calls.conduct import Call
 from srt_cli.evaluation.evidence import with_blind_scores
-from srt_cli.feedback.story import Critic, blind_score
+from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Prompt, Scored
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement
@@ -87,7 +87,8 @@ def score_record(
         if not text:
             scores.append(None)
             continue
-        scores.append((yield from blind_score(critic, prompt, text, f"{record.id} outside score")))
+        said = yield from blind_score(critic, prompt, text, f"{record.id} outside score")
+        scores.append(said.score)
     return OutsideScores(number, *scores)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from srt_cli.evaluation.judging import Orders, Twice
-from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair
+from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Record, Scored
 from srt_cli.runs.jsonl import OrderedWriter
 
@@ -25,7 +25,7 @@ class Evidence:
     scores: Sequence[Scored] = ()
     critiques: Mapping[str, Sequence[FeedbackRecord]] = field(default_factory=dict)
     """By contestant: its critiques of its own direct answers."""
-    pairs: Sequence[Pair] = ()
+    pairs: Sequence[LabelledPair] = ()
     scored_pairs: Mapping[str, Sequence[ScoredPair]] = field(default_factory=dict)
     """By contestant: its scores of both sides of each of `pairs`."""
 

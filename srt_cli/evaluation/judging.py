@@ -23,16 +23,8 @@ from srt_cli.templates import (
 Order = Literal["ab", "ba"]
 Orders = Literal["both", "one"]
 Verdicts = Literal["auto", "weighted", "reasoned"]
-TOP_LOGPROBS: Final = 5
-
-
-def status_of(reply: Reply) -> Status:
-    """How a reply ended, as the status of what is made of it."""
-    if reply.finish_reason in ("length", "loop"):
-        return "truncated"
-    if reply.finish_reason in ("refused", "failed"):
-        return reply.finish_reason
-    return "ok"
+LETTER_LOGPROBS: Final = 5
+"""How many alternatives to the letter are asked for."""
 
 
 def output_of(
@@ -88,81 +80,88 @@ class Judge:
         return self.verdicts == "weighted" or not self.without_logprobs
 
 
-def judge_pair(
-    judge: Judge, prompt: Prompt, a: Output, b: Output, order: Order, sample: int = 0
-) -> Generator[Call, Reply, Judgment]:
+@dataclass(frozen=True)
+class Shown:
+    """Two outputs as a judge sees them: `a` first in the order "ab"."""
+
+    prompt: Prompt
+    a: Output
+    b: Output
+    order: Order
+
+    @property
+    def texts(self) -> tuple[str, str]:
+        """What is shown first, and second."""
+        first, second = (self.a, self.b) if self.order == "ab" else (self.b, self.a)
+        return first.response, second.response
+
+
+def judge_pair(judge: Judge, shown: Shown, sample: int = 0) -> Generator[Call, Reply, Judgment]:
     """One verdict on two outputs in one order of presentation; a bad one is kept with its status.
 
     The verdict is the odds of one letter where the judge gives log-probabilities, else a line behind
     its reasons. `sample` 1 asks the same a second time, whatever the journal holds.
     """
-    first, second = (a, b) if order == "ab" else (b, a)
-    task = Task("judge", prompt, (first.response, second.response))
-    name = f"{prompt.id} verdict {order}" + (", once more" if sample else "")
+    prompt, texts = shown.prompt, shown.texts
+    task = Task("judge", prompt, texts)
+    name = f"{prompt.id} verdict {shown.order}" + (", once more" if sample else "")
     if judge.asks_for_letter:
-        messages = judge_messages(prompt, first.response, second.response, LETTER_REQUIREMENTS)
+        messages = judge_messages(prompt, *texts, LETTER_REQUIREMENTS)
         request = Request(
-            tuple(messages), max_tokens=1, sample=sample, top_logprobs=TOP_LOGPROBS, task=task
+            tuple(messages), max_tokens=1, sample=sample, top_logprobs=LETTER_LOGPROBS, task=task
         )
         reply = yield Call(judge.model, request, f"{name}, by a letter")
         odds = parse_letter_odds(reply.logprobs[0].top) if reply.logprobs else None
         judge.known = True
-        judge.without_logprobs |= not reply.logprobs and reply.finish_reason != "failed"
-        if odds is not None or judge.verdicts == "weighted" or reply.finish_reason == "failed":
+        judge.without_logprobs |= not reply.logprobs and reply.status != "failed"
+        if odds is not None or judge.verdicts == "weighted" or reply.status == "failed":
             # One token is all there is to be: its end at the limit is no truncation.
-            status = status_of(reply) if reply.finish_reason != "length" else "ok"
-            if status == "ok" and odds is None:
-                status = "unparsed"
-            verdict = "none" if odds is None else f"P(first) = {odds:.4f}"
-            return _judgment(judge, prompt, a, b, order, odds, verdict, status, reply)
+            whole = reply.status == "truncated" and reply.text != ""
+            status = "ok" if whole else reply.status
+            words = "none" if odds is None else f"P(first) = {odds:.4f}"
+            return _judgment(judge, shown, reply, _Heard(status, odds, words))
     if judge.template is not None:
-        messages = fill_judge_template(judge.template, prompt, first.response, second.response)
+        messages = fill_judge_template(judge.template, prompt, *texts)
     else:
-        messages = judge_messages(prompt, first.response, second.response)
+        messages = judge_messages(prompt, *texts)
     request = Request(tuple(messages), max_tokens=judge.max_tokens, sample=sample, task=task)
     reply = yield Call(judge.model, request, name)
-    status = status_of(reply)
-    verdict, for_first = "none", None
-    if status == "ok" and judge.model.is_program:
-        for_first = parse_preference(reply.text)
-        verdict = reply.text
-    elif status == "ok":
+    if judge.model.is_program:
+        heard = _Heard(reply.status, parse_preference(reply.text), reply.text or "none")
+    else:
         named = parse_verdict(reply.text)
-        verdict = named or "none"
         for_first = {"first": 1.0, "second": 0.0, "tie": 0.5}[named] if named else None
-    if status == "ok" and for_first is None:
-        status = "unparsed"
-    return _judgment(judge, prompt, a, b, order, for_first, verdict, status, reply)
+        heard = _Heard(reply.status, for_first, named or "none")
+    return _judgment(judge, shown, reply, heard)
 
 
-def _judgment(
-    judge: Judge,
-    prompt: Prompt,
-    a: Output,
-    b: Output,
-    order: Order,
-    for_first: float | None,
-    verdict: str,
-    status: Status,
-    reply: Reply,
-) -> Judgment:
+@dataclass(frozen=True)
+class _Heard:
+    """What a judge's reply says of the output that was shown first, if it is whole."""
+
+    status: Status
+    for_first: float | None
+    words: str
+
+
+def _judgment(judge: Judge, shown: Shown, reply: Reply, heard: _Heard) -> Judgment:
     """The record of a verdict, un-swapped."""
-    preference = for_first if for_first is None or order == "ab" else 1 - for_first
+    preference = heard.for_first if heard.status == "ok" else None
+    if preference is not None and shown.order == "ba":
+        preference = 1 - preference
+    unread = heard.status == "ok" and preference is None
     return Judgment(
-        id=prompt.id,
-        a=f"{a.contestant} {a.use}",
-        b=f"{b.contestant} {b.use}",
-        order=order,
+        id=shown.prompt.id,
+        a=f"{shown.a.contestant} {shown.a.use}",
+        b=f"{shown.b.contestant} {shown.b.use}",
+        order=shown.order,
         preference=preference,
-        verdict=verdict,
-        status=status,
-        raw=reply.text if reply.finish_reason != "failed" else str(reply.error),
+        verdict=heard.words if heard.status == "ok" else "none",
+        status="unparsed" if unread else heard.status,
+        raw=reply.text if reply.status != "failed" else str(reply.error),
         judge=judge.model.spec,
         usage=reply.usage,
     )
-
-
-Shown = tuple[Prompt, Output, Output, Order]
 
 
 def judge_pairs(
@@ -171,7 +170,7 @@ def judge_pairs(
     """Have pairs judged, in the order given; the first alone tells whether the judge gives odds."""
 
     def ask(part: Sequence[Shown]) -> list[Judgment]:
-        scripts = (judge_pair(judge, *pair, sample) for pair in part)
+        scripts = (judge_pair(judge, each, sample) for each in part)
         return asking.ask(label, scripts, len(part)) if part else []
 
     alone = 1 if judge.asks_for_letter and not judge.known else 0
@@ -182,7 +181,7 @@ def judge_pairs(
 
 
 def _say_that_odds_are_missing(judge: Judge) -> None:
-    """Some servers take the wish for log-probabilities and leave it unheard."""
+    """Some servers accept `logprobs` but ignore it."""
     if judge.verdicts == "weighted":
         console.warn(
             f"{judge.model.spec} gives no log-probabilities, which --verdicts weighted needs: no "

@@ -11,14 +11,14 @@ from typing import Any
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
-from srt_cli.feedback.story import Critic, Sampling, blind_score
+from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import Prompt
 from srt_cli.runs.jsonl import read_rows
 
 
 @dataclass(frozen=True)
-class Pair:
+class LabelledPair:
     """A prompt with an answer that people preferred, and one that they did not."""
 
     prompt: Prompt
@@ -28,7 +28,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class ScoredPair:
-    """A critic's scores of both sides; null where its reply could not be read."""
+    """A critic's scores of both sides; None where its reply could not be read."""
 
     id: str
     chosen: float | None
@@ -36,13 +36,13 @@ class ScoredPair:
 
     @property
     def right(self) -> bool | None:
-        """Whether the chosen answer's score is the higher; null where one could not be read."""
+        """Whether the chosen answer's score is the higher; None where one could not be read."""
         if self.chosen is None or self.rejected is None:
             return None
         return self.chosen > self.rejected
 
 
-def read_pairs(path: Path, limit: int | None = None) -> Iterator[Pair]:
+def read_pairs(path: Path, limit: int | None = None) -> Iterator[LabelledPair]:
     """Rows with `prompt` (text or turns), `chosen` and `rejected` (text, or turns as in TRL).
 
     Raises `SrtError` naming file and line.
@@ -55,7 +55,7 @@ def read_pairs(path: Path, limit: int | None = None) -> Iterator[Pair]:
             rest = {name: row[name] for name in row if name not in ("chosen", "rejected")}
             if "prompt" not in rest and isinstance(row["chosen"], list):
                 rest["prompt"] = row["chosen"][:-1]
-            yield Pair(Prompt.from_row({"id": f"line {number}", **rest}), chosen, rejected)
+            yield LabelledPair(Prompt.from_row({"id": f"line {number}", **rest}), chosen, rejected)
         except KeyError as missing:
             found = ", ".join(row) or "nothing"
             raise SrtError(f"{path}:{number}: no {missing} (found: {found}).") from None
@@ -71,20 +71,15 @@ def _text_of(answer: Any) -> str:
     raise ValueError("chosen and rejected must be texts, or turns that end in the answer")
 
 
-def score_pair(critic: Critic, pair: Pair) -> Generator[Call, Reply, ScoredPair]:
+def score_pair(critic: Critic, pair: LabelledPair) -> Generator[Call, Reply, ScoredPair]:
     """Score both answers independently, blind."""
-    scores = []
-    for side, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        name = f"{pair.prompt.id} {side}"
-        scores.append((yield from blind_score(critic, pair.prompt, text, name)))
-    return ScoredPair(pair.prompt.id, *scores)
+    name = pair.prompt.id
+    chosen = yield from blind_score(critic, pair.prompt, pair.chosen, f"{name} chosen")
+    rejected = yield from blind_score(critic, pair.prompt, pair.rejected, f"{name} rejected")
+    return ScoredPair(name, chosen.score, rejected.score)
 
 
-def ask_pairs(
-    asking: Asking, spec: str, pairs: Sequence[Pair], sampling: Sampling, *, in_conversation: bool
-) -> list[ScoredPair]:
-    """One model's blind scores of both sides of each pair."""
-    with asking.open(spec) as model:
-        critic = Critic(model, sampling, in_conversation=in_conversation)
-        scripts = (score_pair(critic, pair) for pair in pairs)
-        return asking.ask(f"scores of pairs by {spec}", scripts, len(pairs))
+def ask_pairs(asking: Asking, critic: Critic, pairs: Sequence[LabelledPair]) -> list[ScoredPair]:
+    """A critic's blind scores of both sides of each pair."""
+    scripts = (score_pair(critic, pair) for pair in pairs)
+    return asking.ask(f"scores of pairs by {critic.model.spec}", scripts, len(pairs))

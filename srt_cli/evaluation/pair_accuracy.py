@@ -7,7 +7,7 @@ paper does not say what it does with them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair
+from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair
 from srt_cli.stats.echo import APART
 from srt_cli.stats.rates import Estimate, bootstrap_mean, mean_with_error, pass_rate
 from srt_cli.tables import Table, figures_as_rows, score_with_error, share_with_interval
@@ -31,7 +31,9 @@ class PairAccuracy:
     pairs: int
 
 
-def count_pairs(critic: str, pairs: Sequence[Pair], scored: Sequence[ScoredPair]) -> PairAccuracy:
+def count_pairs(
+    critic: str, pairs: Sequence[LabelledPair], scored: Sequence[ScoredPair]
+) -> PairAccuracy:
     """Accuracy with ties as wrong, as half, and left out; unread pairs are counted apart."""
     both = [
         (s.chosen, s.rejected) for s in scored if s.chosen is not None and s.rejected is not None

@@ -2,20 +2,15 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-from srt_cli.calls.conduct import Call, conduct
-from srt_cli.feedback.story import Critic, Sampling
+from srt_cli.calls.conduct import conduct
+from srt_cli.feedback.critic import Critic, Sampling, blind_score
 from srt_cli.feedback.summary import show_confusion
-from srt_cli.models import Reply, open_model
+from srt_cli.models import open_model
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.run import Run
 from srt_cli.stats.counting import Confusion, confusion
-from srt_cli.templates import parse_critique
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 FEEDBACK_TOKENS = 512
 
@@ -32,14 +27,22 @@ def check_critic(
     model = open_model(str(run.out))
     critic = Critic(model, Sampling(FEEDBACK_TOKENS, temperature=0.0), in_conversation=True)
     with Journal(run.out / "critic-check.journal.jsonl") as journal:
-        scripts = (_score(critic, prompt, text) for prompt, text, _ in answers)
+        scripts = (
+            blind_score(critic, prompt, text, f"{prompt.id} critic check")
+            for prompt, text, _ in answers
+        )
         try:
-            scores = dict(conduct(scripts, journal, window=model.in_flight))
+            said = dict(conduct(scripts, journal, window=model.in_flight))
         finally:
             model.close()
-    read = [(scores[n], truth) for n, (_, _, truth) in enumerate(answers) if scores[n] is not None]
+    scores = [said[number].score for number in range(len(answers))]
+    read = [
+        (score, truth)
+        for score, (_, _, truth) in zip(scores, answers, strict=True)
+        if score is not None
+    ]
     table = confusion(
-        [says is not None and says >= good_score for says, _ in read],
+        [says >= good_score for says, _ in read],
         [truth >= good_score for _, truth in read],
     )
     run.manifest.tallies["critic_check"] = vars(table) | {
@@ -79,8 +82,3 @@ def _drafts_and_refinements(
             yield prompt, record.response, record.feedback.score
         if record.refinement is not None and record.refinement_score is not None:
             yield prompt, record.refinement, record.refinement_score
-
-
-def _score(critic: Critic, prompt: Prompt, response: str) -> "Generator[Call, Reply, float | None]":
-    reply = yield critic.call("score", prompt, response, f"{prompt.id} critic check")
-    return parse_critique(reply.text, expect_refinement=False).score

@@ -1,7 +1,7 @@
 """A whole run of critiques: journal, budget, retries, and the artifact in the order of the input.
 
 Both feedback stages hand their prompts and models in here; what happens to one row is in
-`critique.py`.
+`story.py`.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -21,8 +21,9 @@ from srt_cli.calls.cost import (
 )
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
+from srt_cli.feedback.critic import Question
 from srt_cli.feedback.processes import Answered, absorb_parts
-from srt_cli.feedback.story import Check, CheckedRow, Critic, Sampling, checked_row, critique_row
+from srt_cli.feedback.story import Check, CheckedRow, Method, tell_and_check
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
@@ -36,55 +37,43 @@ NEXT_STEPS: Final = {"respond": ("critique", "score"), "critique": ("score",)}
 
 
 @dataclass(frozen=True)
-class Work:
+class Job:
     """What a feedback stage wants done: which prompts, by whom, how often."""
 
     prompts: Callable[[], Iterator[Prompt]]
     """Reads the prompts from the beginning; called once a pass over them."""
     count: int
-    policy: tuple[Model, Sampling] | None
-    critic: Critic
+    method: Method
     budget: Budget
     check: Check | None = None
     samples: int = 1
-    rounds: int = 1
-    scorer: Critic | None = None
-    """Who gives the scores, where it is not the critic."""
-    stop_when_worse: bool = False
 
     @property
     def models(self) -> list[Model]:
         """Every model that may be asked, each once."""
-        named = [self.critic.model]
-        named += [self.policy[0]] if self.policy is not None else []
-        named += [self.scorer.model] if self.scorer is not None else []
-        named += [self.check.model] if self.check is not None else []
+        method = self.method
+        roles = (method.critic, method.policy, method.scorer, self.check)
+        named = [role.model for role in roles if role is not None]
         return list({id(model): model for model in named}.values())
 
     def scripts(self) -> Iterator[Script[CheckedRow]]:
         """One script a row, in the order of the input."""
         for prompt in self.prompts():
             for sample in range(self.samples):
-                story = critique_row(
-                    prompt,
-                    self.policy,
-                    self.critic,
-                    scorer=self.scorer,
-                    sample=sample,
-                    rounds=self.rounds,
-                    stop_when_worse=self.stop_when_worse,
-                )
-                yield checked_row(prompt, story, self.check)
+                yield tell_and_check(self.method, self.check, prompt, sample)
 
 
-def is_done(run: Run, work: Work, options: CallOptions) -> bool:
-    """Whether an earlier run left nothing to do; says so. What is asked for anew is not done."""
+def is_done(run: Run, job: Job, options: CallOptions) -> bool:
+    """Whether an earlier run left nothing to do, which is then said.
+
+    False when the user asked for something again (--reparse, --retry-failed, ...).
+    """
     anew = options.reparse or options.retry_failed or options.import_batch or options.export_batch
     if anew or not run.up_to_date or run.earlier is None:
         return False
     statuses = run.earlier.tallies.get("statuses", {})
     models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
-    if statuses.get("failed") or models != {model.spec: model.identity for model in work.models}:
+    if statuses.get("failed") or models != {model.spec: model.identity for model in job.models}:
         return False
     console.result(
         f"{run.out}: {sum(statuses.values())} rows, complete since {run.earlier.finished}; nothing "
@@ -93,24 +82,24 @@ def is_done(run: Run, work: Work, options: CallOptions) -> bool:
     return True
 
 
-def _describe_models(work: Work, elsewhere: Answered, seconds: float) -> dict[str, dict[str, Any]]:
+def _describe_models(job: Job, elsewhere: Answered, seconds: float) -> dict[str, dict[str, Any]]:
     """Every model's description, the other processes' share included."""
     models = {}
-    for model in work.models:
+    for model in job.models:
         described = {"identity": model.identity, **model.describe()}
         others = elsewhere.models.get(model.spec)
         models[model.spec] = together([described, *others], seconds) if others else described
     return models
 
 
-def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
+def show_critique_plan(run: Run, job: Job, options: CallOptions) -> None:
     """`--dry-run`: what the run would come to; sends and writes nothing."""
-    prices = prices_of(work.models, options)
+    prices = prices_of(job.models, options)
     estimates = {identity: Estimate() for identity in prices}
-    critic = work.critic
+    critic = job.method.critic
     rows = owed = 0
     with open_replies(run.journal_path) as look_up:
-        for row in replay(work.scripts(), look_up):
+        for row in replay(job.scripts(), look_up):
             rows += 1
             if row.owed is None:
                 continue
@@ -121,7 +110,8 @@ def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
             estimates[row.owed.model.identity].add(task.kind, read, row.owed.request.max_tokens)
             if task.kind == "respond":
                 # The critique that follows reads the draft, which is not written yet.
-                request = critic.call("critique", task.prompt, "", "").request
+                question = Question("critique", task.prompt, "")
+                request = critic.call(question, critic.messages(question)).request
                 read = likely_prompt_tokens(request) + EXPECTED_TOKENS["respond"]
             for kind in NEXT_STEPS.get(task.kind, ()):
                 estimates[critic.model.identity].add(kind, read, critic.sampling.max_new_tokens)
@@ -131,7 +121,7 @@ def show_critique_plan(run: Run, work: Work, options: CallOptions) -> None:
 
 def run_critiques(
     run: Run,
-    work: Work,
+    job: Job,
     options: CallOptions,
     beforehand: Callable[[Journal, Tally], Answered] | None = None,
 ) -> CritiqueSummary:
@@ -146,28 +136,28 @@ def run_critiques(
         _import(options, journal)
     statuses = options.statuses_to_retry()
     if statuses:
-        forgotten = forget_rows(work.scripts(), journal, statuses)
+        forgotten = forget_rows(job.scripts(), journal, statuses)
         console.say(f"{forgotten} rows that ended {', '.join(sorted(statuses))} are owed again")
-    cost = Cost(journal, options, work.budget)
-    for model in work.models:
+    cost = Cost(journal, options, job.budget)
+    for model in job.models:
         cost.watch(model)
     summary = CritiqueSummary()
     elsewhere = Answered(whole=True)
     if beforehand is not None:
         elsewhere = beforehand(journal, summary.calls)
     interrupted = not elsewhere.whole
-    finished, expected = 0, work.count * work.samples
-    window = 2 * max(model.in_flight for model in work.models)
+    finished, expected = 0, job.count * job.samples
+    window = 2 * max(model.in_flight for model in job.models)
     writer = OrderedWriter(run.out)
     try:
         if options.reparse or interrupted:
-            rows = _rows_in_journal(work.scripts(), journal, summary)
+            rows = _rows_in_journal(job.scripts(), journal, summary)
         else:
-            rows = conduct(work.scripts(), journal, window=window, tally=summary.calls)
+            rows = conduct(job.scripts(), journal, window=window, tally=summary.calls)
         with console.progress("criticising", expected) as progress, closing(rows):
             for index, row in rows:
                 writer.add(index, row.records)
-                summary.add(row.records, row.verdicts)
+                summary.add(row)
                 finished += 1
                 notes = [summary.note(), summary.calls.speed(), cost.note()]
                 progress.advance(note=" ".join(filter(None, notes)))
@@ -184,8 +174,8 @@ def run_critiques(
         run.manifest.tallies = summary.tallies()
         run.manifest.usage = {"total": summary.usage}
         run.manifest.cost = cost.describe()
-        run.manifest.models = _describe_models(work, elsewhere, summary.calls.seconds)
-        for model in work.models:
+        run.manifest.models = _describe_models(job, elsewhere, summary.calls.seconds)
+        for model in job.models:
             model.close()
     _close(run, summary, options, finished, expected)
     console.say(cost.sentence())

@@ -1,91 +1,135 @@
-"""One answer's score as a critic believes it: the expectation of one judgement, the mean of several."""
+"""The expected score: the sum of p(s) * s over the scores that a critic might have written.
 
-from collections.abc import Generator, Sequence
+An integer score hides how sure the critic is; two answers scored 7 tie, although one was nearly an 8.
+(RLAIF, arXiv 2309.00267, takes the expectation instead.) The log-probabilities beside the score's
+own tokens tell. In many tokenizers 10 is two tokens, 1 and 0, so the likelihood of a first 1 belongs
+to 1 and to 10; which share goes where stands at the place behind a 1, if one was written.
+"""
+
+import math
+import re
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from srt_cli.calls.conduct import Call
-from srt_cli.feedback.expected_score import TOP_LOGPROBS, read_belief, zero_share
-from srt_cli.models import Reply, Request
-from srt_cli.records import Message, Prompt, Usage
-from srt_cli.templates import ParsedCritique, parse_critique, score_digits_at
+from srt_cli.models import Model, Reply, Request, TokenLogprobs
+from srt_cli.records import MAX_SCORE, MIN_SCORE, Message, Usage
+from srt_cli.templates import score_digits_at
 
-if TYPE_CHECKING:
-    from srt_cli.feedback.story import Critic
-
-SAMPLE_TEMPERATURE: Final = 0.7
-"""Of the judgements after the first: at temperature 0 they would all be the same."""
+SCORE_LOGPROBS: Final = 20
+"""How many alternatives to a token are asked for where scores are to have an expectation."""
+NEGLIGIBLE: Final = 0.005
+"""A first 1 less likely than this moves the expectation by less than 0.05."""
+_NUMBER: Final = re.compile(r"(?P<digits>\d+)(?P<rest>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An answer's mean score over one or several judgements, and what they cost beside the first."""
+class ScoreBelief:
+    """Probabilities of the scores, as far as the tokens tell; they need not add up to 1."""
 
-    mean: float | None
-    raw: dict[str, str]
-    usage: Usage
+    scores: Mapping[int, float]
+    open_one: float = 0.0
+    """Probability of a first 1 of which it is not known whether a 0 would follow."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a look behind the 1 would change the expectation."""
+        return self.open_one > NEGLIGIBLE * (sum(self.scores.values()) + self.open_one)
+
+    def resolve(self, zero_follows: float) -> "ScoreBelief":
+        """Share a first 1 between 1 and 10."""
+        scores = dict(self.scores)
+        scores[1] = scores.get(1, 0.0) + self.open_one * (1 - zero_follows)
+        scores[10] = scores.get(10, 0.0) + self.open_one * zero_follows
+        return ScoreBelief(scores)
+
+    @property
+    def mean(self) -> float | None:
+        """The expected score; None where it is not known well enough."""
+        total = sum(self.scores.values())
+        if self.is_open or total <= 0:
+            return None
+        return sum(score * share for score, share in self.scores.items()) / total
 
 
-def mean_score(
-    critic: "Critic",
-    prompt: Prompt,
-    text: str,
-    asked: Sequence[Message],
-    first: tuple[Reply, ParsedCritique],
-    name: str,
-) -> Generator[Call, Reply, Judged]:
-    """What the critic believes of an answer that it has judged once already, `asked` so.
+def read_belief(text: str, digits_at: int, logprobs: Sequence[TokenLogprobs]) -> ScoreBelief | None:
+    """What a critic believed where the digits of its score begin; None without log-probabilities.
 
-    With `--score-samples N`, N - 1 more judgements are drawn, blind, and averaged with the first;
-    one that cannot be read does not count. Null when one judgement is all there is, and it came
-    without log-probabilities.
+    `digits_at` counts characters of the reply, as the log-probabilities' offsets do.
     """
-    reply, parsed = first
-    raw: dict[str, str] = {}
-    usage = Usage()
-    if parsed.score is None:
-        return Judged(None, raw, usage)
-    expected, cost = yield from _expected_score(critic, asked, reply, parsed.score, name)
-    usage += cost
-    if critic.score_samples == 1:
-        return Judged(expected, raw, usage)
-    means = [parsed.score if expected is None else expected]
-    for number in range(1, critic.score_samples):
-        again = f"{name}, sample {number + 1}"
-        drawn = yield critic.call("score", prompt, text, again, sample=number)
-        raw[f"sample {number + 1}"] = drawn.text
-        usage += drawn.usage
-        score = parse_critique(drawn.text, expect_refinement=False).score
-        if drawn.finish_reason != "stop" or score is None:
+    for place, following in zip(logprobs, [*logprobs[1:], None], strict=False):
+        if place.offset is None or not place.top:
             continue
-        asked = critic.messages(prompt, text)
-        expected, cost = yield from _expected_score(critic, asked, drawn, score, again)
-        usage += cost
-        means.append(score if expected is None else expected)
-    return Judged(sum(means) / len(means), raw, usage)
+        if not place.offset <= digits_at < place.offset + len(place.token):
+            continue
+        if text[place.offset : place.offset + len(place.token)] != place.token:
+            return None
+        belief = _first_place(place, digits_at - place.offset)
+        next_at = place.offset + len(place.token)
+        wrote_one = text[digits_at:next_at] == "1"
+        if wrote_one and following is not None and following.offset == next_at:
+            return belief.resolve(zero_share(following.top))
+        return belief
+    return None
 
 
-def _expected_score(
-    critic: "Critic", asked: Sequence[Message], reply: Reply, score: float, name: str
-) -> Generator[Call, Reply, tuple[float | None, Usage]]:
-    """The expectation of one judgement; looks behind a likely 1 that was not written."""
-    digits_at = score_digits_at(reply.text, score)
-    if digits_at is None or not reply.logprobs or not float(score).is_integer():
+def _first_place(place: TokenLogprobs, lead: int) -> ScoreBelief:
+    """Scores by the tokens that might stand at a score's first digit."""
+    prefix = place.token[:lead]
+    scores: dict[int, float] = {}
+    open_one = 0.0
+    knows_ten = False
+    for token, logprob in place.top.items():
+        number = _NUMBER.fullmatch(token[lead:]) if token.startswith(prefix) else None
+        if number is None:
+            continue
+        score, share = int(number["digits"]), math.exp(logprob)
+        knows_ten |= score == MAX_SCORE
+        if number["digits"] == "1" and not number["rest"]:
+            open_one += share
+        elif MIN_SCORE <= score <= MAX_SCORE:
+            scores[score] = scores.get(score, 0.0) + share
+    belief = ScoreBelief(scores, open_one)
+    # Where 10 is a token of its own, a 1 is a 1.
+    return belief.resolve(0.0) if knows_ten else belief
+
+
+def zero_share(top: Mapping[str, float]) -> float:
+    """Probability that a 0 stands at the place behind a 1."""
+    total = sum(math.exp(logprob) for logprob in top.values())
+    zeros = sum(math.exp(logprob) for token, logprob in top.items() if token.startswith("0"))
+    return zeros / total if total > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """A question to a critic, and the reply in which it gave a score."""
+
+    model: Model
+    asked: Sequence[Message]
+    reply: Reply
+    score: float
+    name: str
+
+
+def expected_score(scoring: Scoring) -> Generator[Call, Reply, tuple[float | None, Usage]]:
+    """The expectation of one score, and what it cost to look behind a likely 1 not written.
+
+    None without log-probabilities.
+    """
+    reply = scoring.reply
+    digits_at = score_digits_at(reply.text, scoring.score)
+    if digits_at is None or not reply.logprobs or not float(scoring.score).is_integer():
         return None, Usage()
     belief = read_belief(reply.text, digits_at, reply.logprobs)
-    if belief is None or not belief.is_open or not critic.model.continues:
+    if belief is None or not belief.is_open or not scoring.model.continues:
         return (belief.mean if belief is not None else None), Usage()
     begun = Message(role="assistant", content=reply.text[:digits_at] + "1")
-    look = yield Call(
-        critic.model,
-        Request(
-            (*asked, begun),
-            max_tokens=1,
-            top_logprobs=TOP_LOGPROBS,
-            continues=True,
-        ),
-        f"{name}, behind a 1",
+    request = Request(
+        (*scoring.asked, begun), max_tokens=1, top_logprobs=SCORE_LOGPROBS, continues=True
     )
+    look = yield Call(scoring.model, request, f"{scoring.name}, behind a 1")
     if not look.logprobs:
         return None, look.usage
     return belief.resolve(zero_share(look.logprobs[0].top)).mean, look.usage

@@ -1,37 +1,18 @@
-"""respond -> critique -> blind score: the pass that both feedback stages share.
+"""The method, told once: draft, critique, refinement, blind score; for every command.
 
-One row's story is one generator (`critique_row`); `calls.conduct` runs many of them side by side.
+One row's story is one generator (`tell`); `calls` runs many of them side by side.
 """
 
-from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from srt_cli.calls.conduct import Call
-from srt_cli.feedback.expected_score import TOP_LOGPROBS
-from srt_cli.feedback.scores import SAMPLE_TEMPERATURE, mean_score
-from srt_cli.feedback.summary import Verdict
-from srt_cli.models import Model, Reply, Request, Task, TaskKind
-from srt_cli.records import (
-    Feedback,
-    FeedbackRecord,
-    Message,
-    Prompt,
-    Status,
-    Usage,
-)
-from srt_cli.templates import (
-    IMPROVED_HEADING,
-    ParsedCritique,
-    critic_messages,
-    parse_critique,
-    parse_preference,
-    reask_messages,
-    self_critique_messages,
-)
+from srt_cli.feedback.critic import Critic, Criticism, Question, Sampling, blind_score, criticise
+from srt_cli.models import Model, Reply, Request, Task
+from srt_cli.records import Feedback, FeedbackRecord, Message, Prompt, Status, Usage
+from srt_cli.templates import parse_preference
 
-BLIND_SCORE_STOP: Final = (IMPROVED_HEADING,)
-CriticKind = Literal["critique", "score"]
 Step = Literal["critique", "draft score", "score"]
 """What is asked of a critic in a row's story; also the name under which its reply is kept."""
 CALL_NAMES: Final[dict[Step, str]] = {
@@ -40,194 +21,91 @@ CALL_NAMES: Final[dict[Step, str]] = {
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a model is asked to write."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Critic:
-    """A critic and its way of being asked: Table 1, or in the policy's own conversation."""
+class Policy:
+    """Who writes drafts, and how it is asked."""
 
     model: Model
     sampling: Sampling
-    in_conversation: bool
-    max_reasks: int = 0
-    """How often a reply that cannot be read is asked for again."""
-    longer_once: bool = False
-    """Whether a reply that was cut off gets one more try with twice the room."""
-    expects: bool = False
-    """Whether log-probabilities are asked for, so that scores have an expectation."""
-    score_samples: int = 1
-    """How many judgements of one answer are averaged."""
 
-    def messages(self, prompt: Prompt, response: str) -> list[Message]:
-        """The chat that asks for feedback on one response."""
-        ask = self_critique_messages if self.in_conversation else critic_messages
-        return ask(prompt, response)
-
-    def call(
-        self,
-        kind: TaskKind,
-        prompt: Prompt,
-        response: str,
-        name: str,
-        *,
-        messages: Sequence[Message] | None = None,
-        room: int = 1,
-        sample: int = 0,
-    ) -> Call:
-        """Ask for feedback and refinement (`critique`), or for feedback alone (`score`).
-
-        `messages` replaces the usual question, `room` multiplies the token limit, and a `sample`
-        after the first is drawn at a temperature.
-        """
-        sampling = self.sampling
-        if sample:
-            sampling = replace(sampling, temperature=SAMPLE_TEMPERATURE)
-        if room != 1:
-            sampling = replace(sampling, max_new_tokens=room * sampling.max_new_tokens)
-        request = _request(
-            messages if messages is not None else self.messages(prompt, response),
-            sampling,
-            Task(kind, prompt, (response,)),
-            stop=BLIND_SCORE_STOP if kind == "score" else (),
-            sample=sample,
-        )
-        if self.expects and self.model.gives_logprobs:
-            request = replace(request, top_logprobs=TOP_LOGPROBS, logprobs_at="digits")
-        return Call(self.model, request, name)
+    def call(self, prompt: Prompt, sample: int = 0) -> Call:
+        """Ask for a draft."""
+        request = self.sampling.request(prompt.messages, Task("respond", prompt), sample)
+        return Call(self.model, request, f"{prompt.id}/{sample} response")
 
 
-def respond_call(policy: Model, sampling: Sampling, prompt: Prompt, sample: int) -> Call:
-    """Ask the policy for a draft."""
-    request = _request(prompt.messages, sampling, Task("respond", prompt), sample=sample)
-    return Call(policy, request, f"{prompt.id}/{sample} response")
+@dataclass(frozen=True)
+class Method:
+    """Who drafts, criticises, refines and scores, and how often."""
+
+    critic: Critic
+    policy: Policy | None = None
+    """None where every prompt brings its response."""
+    scorer: Critic | None = None
+    """Who gives every score, where it is not the critic."""
+    scores: bool = True
+    """Whether refinements are scored blind; without, the critic's first score is all there is."""
+    rounds: int = 1
+    """Refinements in a row, each of the last."""
+    stop_when_worse: bool = False
 
 
-def _request(
-    messages: Iterable[Message],
-    sampling: Sampling,
-    task: Task,
-    *,
-    stop: tuple[str, ...] = (),
-    sample: int = 0,
-) -> Request:
-    return Request(
-        messages=tuple(messages),
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        stop=stop,
-        sample=sample,
-        task=task,
-    )
-
-
-@dataclass
-class _Story:
-    """What is known of one row so far; turns into its record whatever happens."""
+@dataclass(frozen=True)
+class Draft:
+    """The answer with which a row begins: the prompt's own, or what a policy replied."""
 
     prompt: Prompt
     policy: str
-    critic: str
     sample: int
-    round: int
-    response: str | None = None
-    feedback: Feedback | None = None
-    refinement: str | None = None
-    refinement_score: float | None = None
-    refinement_score_mean: float | None = None
-    refinement_feedback: Feedback | None = None
-    status: Status = "ok"
-    reason: str | None = None
-    raw: dict[str, str] = field(default_factory=dict)
-    usage: Usage = field(default_factory=Usage)
+    text: str
+    reply: Reply | None = None
+    """None for the prompt's own."""
 
-    def hear(self, what: str, reply: Reply) -> bool:
-        """Take in a reply; false when it is no usable text, with the status saying why."""
-        self.raw[what] = reply.text
-        self.usage = self.usage + reply.usage
-        if reply.status != "ok":
-            return self.end(reply.status, f"{what}: {reply.reason}")
-        return True
-
-    def set_aside(self, what: str, reply: Reply | None) -> None:
-        """Keep an unusable reply under another name: the one given, or the one heard last."""
-        if reply is not None:
-            self.raw[what] = reply.text
-            self.usage = self.usage + reply.usage
-        else:
-            self.raw[what] = self.raw.pop(what.partition(" unread")[0])
-
-    def end(self, status: Status, reason: str) -> bool:
-        """The story ends early."""
-        self.status, self.reason = status, reason
-        return False
-
-    def record(self) -> FeedbackRecord:
-        """The line this row becomes."""
-        return FeedbackRecord(
-            id=self.prompt.id,
-            prompt=self.prompt.prompt,
-            response=self.response,
-            feedback=self.feedback,
-            refinement=self.refinement,
-            refinement_score=self.refinement_score,
-            refinement_score_mean=self.refinement_score_mean,
-            refinement_feedback=self.refinement_feedback,
-            status=self.status,
-            reason=self.reason,
-            raw=self.raw,
-            policy=self.policy,
-            critic=self.critic,
-            sample=self.sample,
-            round=self.round,
-            usage=self.usage,
-        )
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can be criticised: one cut at the limit can, what is missing is a weakness."""
+        return self.reply is None or self.reply.status == "ok" or self.reply.is_beginning
 
 
-def critique_row(
-    prompt: Prompt,
-    policy: tuple[Model, Sampling] | None,
-    critic: Critic,
-    *,
-    scorer: Critic | None = None,
-    sample: int = 0,
-    rounds: int = 1,
-    stop_when_worse: bool = False,
+def write_draft(policy: Policy, prompt: Prompt, sample: int = 0) -> Generator[Call, Reply, Draft]:
+    """Have a policy answer a prompt."""
+    reply = yield policy.call(prompt, sample)
+    return Draft(prompt, policy.model.spec, sample, reply.text.strip(), reply)
+
+
+def tell(
+    method: Method, prompt: Prompt, sample: int = 0
 ) -> Generator[Call, Reply, list[FeedbackRecord]]:
-    """One prompt from draft to blind score; one record a round, each refining the last.
-
-    Without a policy the prompt's own response is the draft. With a `scorer`, every score is its, and
-    the critic writes feedback and refinement alone. A round that does not end `ok` ends the row:
-    there is nothing to refine further.
-    """
-    policy_spec = policy[0].spec if policy is not None and prompt.response is None else "given"
-    critic_spec = (scorer or critic).model.spec
-    story = _Story(prompt, policy_spec, critic_spec, sample, round=1)
+    """One prompt from draft to blind score; a record a round. A given response is the draft."""
     if prompt.response is not None:
-        story.response = prompt.response
+        draft = Draft(prompt, "given", sample, prompt.response)
     else:
-        assert policy is not None
-        reply = yield respond_call(*policy, prompt, sample)
-        # A draft cut at the limit is still a draft to criticise; what is missing is a weakness.
-        if not story.hear("response", reply) and not reply.is_beginning:
-            return [story.record()]
-        story.status, story.reason, story.response = "ok", None, reply.text.strip()
+        assert method.policy is not None
+        draft = yield from write_draft(method.policy, prompt, sample)
+    return (yield from refine(method, draft))
 
-    records = []
-    for round_number in range(1, rounds + 1):
-        yield from _critique_and_refine(story, critic, scorer)
-        records.append(story.record())
-        if story.status != "ok" or (stop_when_worse and is_worse(records[-1])):
-            break
-        story = _Story(prompt, policy_spec, critic_spec, sample, round_number + 1, story.refinement)
+
+def refine(method: Method, draft: Draft) -> Generator[Call, Reply, list[FeedbackRecord]]:
+    """Criticise, refine and score a draft; one record a round, each refining the last.
+
+    A round that does not end `ok` ends the row: there is nothing to refine further.
+    """
+    critic = (method.scorer or method.critic).model.spec
+    row = _Row(draft.prompt.id, draft.prompt.prompt, draft.policy, critic, draft.sample)
+    if draft.reply is not None:
+        row.raw, row.usage = {"response": draft.reply.text}, draft.reply.usage
+        if not draft.is_usable:
+            row.status, row.reason = draft.reply.status, f"response: {draft.reply.reason}"
+            return [row.record()]
+    text: str | None = draft.text
+    records: list[FeedbackRecord] = []
+    while text is not None and len(records) < method.rounds:
+        if records:
+            row = _Row(row.id, row.prompt, row.policy, critic, row.sample, len(records) + 1)
+        row.response = text
+        yield from _round(row, method, draft.prompt)
+        records.append(row.record())
+        goes_on = row.status == "ok" and not (method.stop_when_worse and is_worse(records[-1]))
+        text = row.refinement if goes_on else None
     return records
 
 
@@ -240,94 +118,71 @@ def is_worse(record: FeedbackRecord) -> bool:
     return record.gain is not None and record.gain < 0
 
 
-def _critique_and_refine(
-    story: _Story, critic: Critic, scorer: Critic | None
-) -> Generator[Call, Reply, None]:
-    assert story.response is not None
-    written = yield from _ask_critic(story, critic, "critique", story.response)
-    if written is None:
+@dataclass
+class _Row:
+    """What is known of one round so far, as its record has it; becomes that whatever happens."""
+
+    id: str
+    prompt: str | list[Message]
+    policy: str
+    critic: str
+    sample: int
+    round: int = 1
+    response: str | None = None
+    feedback: Feedback | None = None
+    refinement: str | None = None
+    refinement_score: float | None = None
+    refinement_score_mean: float | None = None
+    refinement_feedback: Feedback | None = None
+    status: Status = "ok"
+    reason: str | None = None
+    raw: dict[str, str] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+
+    def name(self, step: Step) -> str:
+        """What a call is for, in words."""
+        return f"{self.id}/{self.sample} round {self.round} {CALL_NAMES[step]}"
+
+    def hear(self, step: Step, said: Criticism) -> bool:
+        """Take in what a critic said; False when that ends the row."""
+        self.raw |= {f"{step} {which}".rstrip(): text for which, text in said.raw.items()}
+        self.usage += said.usage
+        if said.status != "ok":
+            self.status, self.reason = said.status, f"{step}: {said.reason}"
+        return said.status == "ok"
+
+    def record(self) -> FeedbackRecord:
+        """The line this round becomes."""
+        return FeedbackRecord(**vars(self))
+
+
+def _round(row: _Row, method: Method, prompt: Prompt) -> Generator[Call, Reply, None]:
+    """Criticise and refine the row's response, and score the refinement."""
+    assert row.response is not None
+    question = Question("critique", prompt, row.response, row.name("critique"))
+    said = yield from criticise(method.critic, question)
+    row.feedback = said.parsed.feedback
+    if not row.hear("critique", said):
         return
-    parsed, mean = written
-    story.feedback = parsed.feedback
-    if parsed.problems:
-        story.end("unparsed", "critique: " + ", ".join(parsed.problems))
-        return
-    story.refinement = parsed.refinement
-    assert story.feedback is not None
-    assert story.refinement is not None
-    if scorer is not None:
-        scored = yield from _ask_critic(story, scorer, "draft score", story.response)
-        if scored is None or scored[0].score is None:
-            if scored is not None:
-                story.end("unparsed", "draft score: " + ", ".join(scored[0].problems))
+    assert row.feedback is not None
+    assert said.parsed.refinement is not None
+    row.refinement = said.parsed.refinement
+    scorer = method.scorer or method.critic
+    if method.scorer is not None:
+        said = yield from blind_score(scorer, prompt, row.response, row.name("draft score"))
+        if not row.hear("draft score", said):
             return
-        mean = scored[1]
-        story.feedback = story.feedback.model_copy(update={"score": scored[0].score})
-    story.feedback = story.feedback.model_copy(update={"score_mean": mean})
-
-    # The paper's precaution: a critic that has seen its own feedback scores the refinement higher.
-    judged = yield from _ask_critic(story, scorer or critic, "score", story.refinement)
-    if judged is None:
+    row.feedback = row.feedback.model_copy(update={"score": said.score, "score_mean": said.mean})
+    if not method.scores:
         return
-    blind, story.refinement_score_mean = judged
-    story.refinement_score, story.refinement_feedback = blind.score, blind.feedback
-    if blind.feedback is not None:
-        expected = {"score_mean": story.refinement_score_mean}
-        story.refinement_feedback = blind.feedback.model_copy(update=expected)
-    if blind.score is None:
-        story.end("unparsed", "score: " + ", ".join(blind.problems))
-
-
-def _ask_critic(
-    story: _Story, critic: Critic, step: Step, text: str
-) -> Generator[Call, Reply, tuple[ParsedCritique, float | None] | None]:
-    """One judgement of one text, and its mean score; null when no reply could be read as one.
-
-    A reply that was cut off gets more room once, one that lacks a part is asked for again with the
-    parser's complaint. Every reply is kept in `raw`.
-    """
-    whole = step == "critique"
-    kind: CriticKind = "critique" if whole else "score"
-    name = f"{story.prompt.id}/{story.sample} round {story.round} {CALL_NAMES[step]}"
-    messages = critic.messages(story.prompt, text)
-    room = 1
-    reply = yield critic.call(kind, story.prompt, text, name, messages=messages)
-    if reply.finish_reason == "length" and critic.longer_once:
-        story.set_aside(f"{step} cut off", reply)
-        room = 2
-        reply = yield critic.call(
-            kind, story.prompt, text, f"{name}, longer", messages=messages, room=room
-        )
-    for attempt in range(critic.max_reasks + 1):
-        usable = story.hear(step, reply)
-        parsed = parse_critique(reply.text, expect_refinement=whole)
-        unread = bool(parsed.problems) if whole else parsed.score is None
-        if not usable or not unread or attempt == critic.max_reasks:
-            break
-        story.set_aside(f"{step} unread {attempt + 1}", None)
-        messages = reask_messages(messages, reply.text, parsed.problems, expect_refinement=whole)
-        asked_again = f"{name}, asked again {attempt + 1}"
-        reply = yield critic.call(
-            kind, story.prompt, text, asked_again, messages=messages, room=room
-        )
-    if not usable:
-        story.feedback = parsed.feedback if whole else story.feedback
-        return None
-    if unread:
-        return parsed, None
-    judged = yield from mean_score(critic, story.prompt, text, messages, (reply, parsed), name)
-    story.raw |= {f"{step} {what}": said for what, said in judged.raw.items()}
-    story.usage = story.usage + judged.usage
-    return parsed, judged.mean
-
-
-def blind_score(
-    critic: Critic, prompt: Prompt, text: str, name: str
-) -> Generator[Call, Reply, float | None]:
-    """One score of one text, asked once; null when no whole reply came or it holds no score."""
-    reply = yield critic.call("score", prompt, text, name)
-    parsed = parse_critique(reply.text, expect_refinement=False)
-    return parsed.score if reply.finish_reason == "stop" else None
+    # The paper's precaution: a critic that has seen its own feedback scores the refinement higher.
+    said = yield from blind_score(scorer, prompt, row.refinement, row.name("score"))
+    if not row.hear("score", said):
+        return
+    row.refinement_score, row.refinement_score_mean = said.score, said.mean
+    if said.parsed.feedback is not None:
+        expected = {"score_mean": said.mean}
+        row.refinement_feedback = said.parsed.feedback.model_copy(update=expected)
 
 
 @dataclass(frozen=True)
@@ -339,32 +194,45 @@ class Check:
 
 
 @dataclass(frozen=True)
+class CheckedAnswer:
+    """Whether the critic called an answer good, and whether the check says it is."""
+
+    refined: bool
+    says_good: bool
+    is_good: bool
+
+
+@dataclass(frozen=True)
 class CheckedRow:
-    """One prompt's records, with the check's verdict on each draft and refinement, if asked."""
+    """One prompt's records, and what the check said of each draft and refinement, if asked."""
 
     records: list[FeedbackRecord]
-    verdicts: list[Verdict]
+    checked: list[CheckedAnswer]
 
 
-def checked_row(
-    prompt: Prompt,
-    story: Generator[Call, Reply, list[FeedbackRecord]],
-    check: Check | None,
+def check_call(model: Model, prompt: Prompt, text: str) -> Call:
+    """Ask a program whether an answer is good."""
+    task = Task("check", prompt, (text,))
+    return Call(model, Request((), 0, task=task), f"{prompt.id} check")
+
+
+def tell_and_check(
+    method: Method, check: Check | None, prompt: Prompt, sample: int
 ) -> Generator[Call, Reply, CheckedRow]:
     """A row's story, then the check's word on each answer that got a score."""
-    records = yield from story
-    verdicts: list[Verdict] = []
+    records = yield from tell(method, prompt, sample)
+    checked: list[CheckedAnswer] = []
     if check is None:
-        return CheckedRow(records, [])
+        return CheckedRow(records, checked)
     for record in records:
         scored = [(record.response, record.feedback.score if record.feedback else None, False)]
         scored.append((record.refinement, record.refinement_score, True))
         for text, score, refined in scored:
             if text is None or score is None:
                 continue
-            task = Task("check", prompt, (text,))
-            reply = yield Call(check.model, Request((), 0, task=task), f"{prompt.id} check")
+            reply = yield check_call(check.model, prompt, text)
             truth = parse_preference(reply.text)
             if truth is not None:
-                verdicts.append(Verdict(refined, score >= check.good_score, truth == 1))
-    return CheckedRow(records, verdicts)
+                said = CheckedAnswer(refined, score >= check.good_score, truth == 1)
+                checked.append(said)
+    return CheckedRow(records, checked)

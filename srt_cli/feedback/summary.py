@@ -8,18 +8,10 @@ from typing import Any
 
 from srt_cli import console
 from srt_cli.calls.conduct import Tally
+from srt_cli.feedback.story import CheckedAnswer, CheckedRow
 from srt_cli.records import Feedback, FeedbackRecord, Usage
 from srt_cli.stats.counting import Confusion, Moments, confusion
 from srt_cli.templates import is_as_asked
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the critic called an answer good, and whether the check says it is."""
-
-    refined: bool
-    says_good: bool
-    is_good: bool
 
 
 def form_of(record: FeedbackRecord, kind: str) -> str:
@@ -92,7 +84,7 @@ class CritiqueSummary:
     calls: Tally = field(default_factory=Tally)
     statuses: Counter[str] = field(default_factory=Counter)
     draft_scores: Counter[float] = field(default_factory=Counter)
-    verdicts: Counter[Verdict] = field(default_factory=Counter)
+    checked: Counter[CheckedAnswer] = field(default_factory=Counter)
     better: int = 0
     equal: int = 0
     worse: int = 0
@@ -110,10 +102,10 @@ class CritiqueSummary:
     weaknesses: Counter[int] = field(default_factory=Counter)
     """Digests of what was criticised, to find a critic that always says the same."""
 
-    def add(self, records: Iterable[FeedbackRecord], verdicts: Iterable[Verdict]) -> None:
+    def add(self, row: CheckedRow) -> None:
         """Count one row."""
-        self.verdicts.update(verdicts)
-        for record in records:
+        self.checked.update(row.checked)
+        for record in row.records:
             self.statuses[record.status] += 1
             self.usage = self.usage + record.usage
             if record.status == "failed" and self.first_failure is None:
@@ -163,7 +155,7 @@ class CritiqueSummary:
 
     def confusion(self, *, refined: bool | None = None) -> Confusion:
         """Says good against is good, over drafts, refinements, or both."""
-        kept = [v for v in self.verdicts.elements() if refined is None or v.refined == refined]
+        kept = [v for v in self.checked.elements() if refined is None or v.refined == refined]
         return confusion([v.says_good for v in kept], [v.is_good for v in kept])
 
     @property
@@ -252,7 +244,7 @@ class CritiqueSummary:
         }
         if self.beliefs.pairs:
             tallies["expected_scores"] = self.beliefs.tallies()
-        if self.verdicts:
+        if self.checked:
             for name, refined in (("drafts", False), ("refinements", True)):
                 table = self.confusion(refined=refined)
                 tallies[f"confusion_{name}"] = vars(table) | {"accuracy": table.accuracy}
@@ -287,7 +279,7 @@ class CritiqueSummary:
         if odd:
             named = ", ".join(f"{count} {form}" for form, count in odd.items())
             console.say(f"critic's replies: {self.forms['as asked']} as asked, {named}")
-        if self.verdicts:
+        if self.checked:
             show_confusion(
                 "the critic against the check",
                 [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.options import ApiOptions
-from srt_cli.evaluation.judging import Judge, Order, judge_pairs, output_of
+from srt_cli.evaluation.judging import Judge, Order, Shown, judge_pairs, output_of
 from srt_cli.pairs.hand_labels import HandLabels
 from srt_cli.pairs.pairing import Picker, Sample, Wanted, fingerprint_of
 from srt_cli.records import Output, Preference, Prompt
@@ -23,7 +23,7 @@ from srt_cli.tables import Table, share_with_interval
 FEWEST_FOR_A_BAND = 10
 BAND_WIDTH = 0.25
 """Expected scores have gains of any size; whole ones are bands of their own."""
-Verdict = tuple[float | None, float | None]
+BothOrders = tuple[float | None, float | None]
 """Preferences for the chosen answer of a pair, shown first and shown second."""
 
 
@@ -110,14 +110,14 @@ class Auditor:
         self,
         name: str,
         min_precision: float,
-        ask: Callable[[Sequence[Preference]], list[Verdict]],
+        ask: Callable[[Sequence[Preference]], list[BothOrders]],
         wanted: Collection[bytes] = (),
     ) -> None:
         self._name = name
         self._min_precision = min_precision
         self._ask = ask
         self._wanted = wanted
-        self._verdicts: dict[bytes, Verdict] = {}
+        self._verdicts: dict[bytes, BothOrders] = {}
 
     def picker(self, size: int, seed: int) -> Picker:
         """Picks the pairs that are known already; while none is, `size` of them at random."""
@@ -137,7 +137,7 @@ class Auditor:
 def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions) -> Auditor:
     """A model that sees each pair in both orders, without a word of which one was chosen."""
 
-    def ask(pairs: Sequence[Preference]) -> list[Verdict]:
+    def ask(pairs: Sequence[Preference]) -> list[BothOrders]:
         if any(pair.source == spec for pair in pairs):
             run.warn(f"{spec} judges pairs that it scored itself: that it agrees says little.")
         asking = Asking.begin(run, options, offline=False)
@@ -153,17 +153,17 @@ def people(path: Path, min_precision: float) -> Auditor:
     """People who judged pairs on the page that `--label-page` writes."""
     labels = HandLabels(path)
 
-    def ask(pairs: Sequence[Preference]) -> list[Verdict]:
+    def ask(pairs: Sequence[Preference]) -> list[BothOrders]:
         found = [labels.preference(pair) for pair in pairs]
         return [(preference, preference) for preference in found]
 
     return Auditor(str(path), min_precision, ask, labels.fingerprints)
 
 
-def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[Verdict]:
+def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[BothOrders]:
     orders: tuple[Order, ...] = ("ab", "ba")
     shown = [
-        (_prompt_of(pair), _output(pair, "chosen"), _output(pair, "rejected"), order)
+        Shown(_prompt_of(pair), _output(pair, "chosen"), _output(pair, "rejected"), order)
         for pair in pairs
         for order in orders
     ]

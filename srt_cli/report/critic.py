@@ -20,7 +20,7 @@ def write_critic_report(path: Path, title: str, summary: CritiqueSummary) -> Non
     )
     statuses = " · ".join(f"{count} {status}" for status, count in summary.statuses.most_common())
     tables = [html_table("the critic", ["", ""], [[*row] for row in summary.figures()])]
-    if summary.verdicts:
+    if summary.checked:
         cells = [
             [name, *map(str, (t.n, t.good_called_good, t.bad_called_good, t.good_called_bad,
                               t.bad_called_bad))]

@@ -6,8 +6,9 @@ from pathlib import Path
 from srt_cli import console
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import UsageError
-from srt_cli.feedback.run import Work, is_done, run_critiques, show_critique_plan
-from srt_cli.feedback.story import Critic, Sampling
+from srt_cli.feedback.critic import Critic, Sampling
+from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
+from srt_cli.feedback.story import Method, Policy
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
@@ -82,16 +83,16 @@ def run(options: CollectFeedback) -> None:
     critic = Critic(
         critic_model, replies, in_conversation=False, max_reasks=reasks, longer_once=True
     )
-    policy = (policy_model, drafts) if options.model is not None else None
-    work = Work(prompts.read, prompts.count, policy, critic, door.budget)
+    policy = Policy(policy_model, drafts) if options.model is not None else None
+    job = Job(prompts.read, prompts.count, Method(critic, policy), door.budget)
 
     run = open_run(
         COMMAND, options, options.out, inputs=prompts.inputs, overwrite=options.overwrite
     )
     if options.dry_run:
-        show_critique_plan(run, work, options)
+        show_critique_plan(run, job, options)
         return
-    if options.report is None and is_done(run, work, options):
+    if options.report is None and is_done(run, job, options):
         return
     with run:
         if policy is not None and prompts.without_response < prompts.count:
@@ -99,7 +100,7 @@ def run(options: CollectFeedback) -> None:
             console.say(
                 f"{given} of {prompts.count} rows bring their response; it is used as it is."
             )
-        summary = run_critiques(run, work, options)
+        summary = run_critiques(run, job, options)
     if options.report is not None:
         write_critic_report(options.report, f"{options.critic} as a critic", summary)
     summary.close(f"{options.out}: {summary.rows} rows", f"srt sft --data {options.out}")

@@ -9,9 +9,10 @@ from typing import Literal
 from srt_cli.calls.conduct import Script
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.feedback.processes import answer_in_processes
-from srt_cli.feedback.run import Work, is_done, run_critiques, show_critique_plan
-from srt_cli.feedback.story import Check, CheckedRow, Critic, Sampling
+from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
+from srt_cli.feedback.story import Check, CheckedRow, Method, Policy
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
@@ -83,12 +84,12 @@ def run(options: SelfCritique) -> None:
         raise UsageError("--samples, --rounds, --score-samples and --num-processes start at 1.")
     if options.num_processes > 1:
         _refuse_processes(options)
-    work, inputs = _open_work(options)
+    job, inputs = _open_job(options)
     run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
     if options.dry_run:
-        show_critique_plan(run, work, options)
+        show_critique_plan(run, job, options)
         return
-    if options.report is None and is_done(run, work, options):
+    if options.report is None and is_done(run, job, options):
         return
     beforehand = None
     if options.num_processes > 1 and not options.reparse:
@@ -97,10 +98,10 @@ def run(options: SelfCritique) -> None:
             open_scripts=_open_scripts,
             options=options,
             processes=options.num_processes,
-            rows=work.count * options.samples,
+            rows=job.count * options.samples,
         )
     with run:
-        summary = run_critiques(run, work, options, beforehand)
+        summary = run_critiques(run, job, options, beforehand)
     if options.report is not None:
         critic = f"with {options.other_critic} as its" if options.other_critic else "as its own"
         write_critic_report(options.report, f"{options.model} {critic} critic", summary)
@@ -137,7 +138,7 @@ def _refuse_processes(options: SelfCritique) -> None:
         raise UsageError("--num-processes reads the prompts several times: give a file, not -.")
 
 
-def _open_work(options: SelfCritique) -> tuple[Work, Mapping[str, Path]]:
+def _open_job(options: SelfCritique) -> tuple[Job, Mapping[str, Path]]:
     """The models and what they are to do, and the files that say so."""
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
     if options.other_critic is None or options.critic_for == "scores":
@@ -154,19 +155,16 @@ def _open_work(options: SelfCritique) -> tuple[Work, Mapping[str, Path]]:
         scorer = _judging(scorer, options)
     else:
         critic = _judging(critic, options)
-    work = Work(
-        prompts.read,
-        prompts.count,
-        policy=(model, drafts),
-        critic=critic,
-        budget=door.budget,
-        check=Check(open_model(options.check), options.good_score) if options.check else None,
-        samples=options.samples,
+    method = Method(
+        critic,
+        Policy(model, drafts),
+        scorer,
         rounds=options.rounds,
-        scorer=scorer,
         stop_when_worse=options.stop_when_worse,
     )
-    return work, prompts.inputs
+    check = Check(open_model(options.check), options.good_score) if options.check else None
+    job = Job(prompts.read, prompts.count, method, door.budget, check, options.samples)
+    return job, prompts.inputs
 
 
 def _judging(critic: Critic, options: SelfCritique) -> Critic:
@@ -181,12 +179,11 @@ def _other_critic(
         return None
     same = options.other_critic == options.model
     critic = model if same else open_model(options.other_critic, door)
-    trained = parse_spec(options.other_critic).in_process
-    asked = {"auto": trained, "conversation": True, "table-1": False}[options.critic_prompt]
+    asked = asked_in_conversation(options.critic_prompt, options.other_critic)
     return Critic(critic, replies, in_conversation=asked)
 
 
 def _open_scripts(options: SelfCritique) -> tuple[Iterable[Script[CheckedRow]], list[Model]]:
     """What another process needs: every row's script, and the models to close."""
-    work, _ = _open_work(options)
-    return work.scripts(), work.models
+    job, _ = _open_job(options)
+    return job.scripts(), job.models

@@ -7,8 +7,8 @@ from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.errors import UsageError
 from srt_cli.evaluation.contestants import (
-    Answered,
     Contestant,
+    Entry,
     Use,
     answer,
     check_output,
@@ -18,9 +18,10 @@ from srt_cli.evaluation.contestants import (
     score_output,
 )
 from srt_cli.evaluation.evidence import Evidence, write_evidence
-from srt_cli.evaluation.judging import Judge, Twice, ask_again, judge_pairs, orders_of
-from srt_cli.evaluation.labelled_pairs import Pair, ScoredPair, ask_pairs, read_pairs
-from srt_cli.feedback.story import Critic, Sampling
+from srt_cli.evaluation.judging import Judge, Shown, Twice, ask_again, judge_pairs, orders_of
+from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pairs, read_pairs
+from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
+from srt_cli.feedback.story import Policy
 from srt_cli.models import names_program
 from srt_cli.prompts import prompts_from
 from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Scored
@@ -177,16 +178,17 @@ def _answers(
 
 def _asked(
     spec: str, uses: Sequence[Use], options: Evaluate, prompts: Sequence[Prompt], asking: Asking
-) -> list[Answered]:
+) -> list[Entry]:
+    drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
     with asking.open(spec) as model:
-        contestant = Contestant(
-            spec,
-            model,
-            Sampling(options.max_new_tokens, options.temperature, seed=options.seed),
-            Sampling(options.critic_max_tokens, 0.0, seed=options.seed),
-        )
-        scripts = (answer(contestant, prompt, uses, options.rounds) for prompt in prompts)
+        own_critic = Critic(model, _critic_sampling(options), in_conversation=True)
+        contestant = Contestant(Policy(model, drafts), own_critic, uses, options.rounds)
+        scripts = (answer(contestant, prompt) for prompt in prompts)
         return asking.ask(f"answers of {spec}", scripts, len(prompts))
+
+
+def _critic_sampling(options: Evaluate) -> Sampling:
+    return Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
 
 
 def _already(outputs: Iterable[Output]) -> set[tuple[str, str]]:
@@ -220,7 +222,7 @@ def _judged(
     }
     pairs = [output for output in outputs if references[output.id] is not output]
     shown = [
-        (by_id[output.id], output, references[output.id], order)
+        Shown(by_id[output.id], output, references[output.id], order)
         for output in pairs
         for order in orders_of(by_id[output.id], options.orders)
     ]
@@ -250,13 +252,12 @@ def _scores(
         for output in outputs
         if output.use == "response" or (output.use == "refinement" and output.parsed)
     ]
-    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
     scores: list[Scored] = []
 
     def score(spec: str, answers: Sequence[Output], in_conversation: bool) -> list[Scored]:
         with asking.open(spec) as model:
-            critic = Critic(model, sampling, in_conversation=in_conversation)
-            scripts = (score_output(critic, spec, by_id[o.id], o) for o in answers)
+            critic = Critic(model, _critic_sampling(options), in_conversation)
+            scripts = (score_output(critic, by_id[o.id], o) for o in answers)
             return asking.ask(f"scores by {spec}", scripts, len(answers))
 
     for spec in dict.fromkeys(output.contestant for output in scored):
@@ -266,13 +267,14 @@ def _scores(
 
 
 def _pairs(
-    options: Evaluate, reference: str, pairs: Sequence[Pair], asking: Asking
+    options: Evaluate, reference: str, pairs: Sequence[LabelledPair], asking: Asking
 ) -> dict[str, list[ScoredPair]]:
     """`--pairs`: every stage scores both sides of the labelled pairs, as its own critic."""
-    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
-    in_conversation = options.critique_style != "message"
-    return {
-        spec: ask_pairs(asking, spec, pairs, sampling, in_conversation=in_conversation)
-        for spec in dict.fromkeys([reference, *options.model])
-        if pairs and _is_model(spec)
-    }
+    found = {}
+    for spec in dict.fromkeys([reference, *options.model]):
+        if pairs and _is_model(spec):
+            in_conversation = asked_in_conversation(options.critique_style, spec)
+            with asking.open(spec) as model:
+                critic = Critic(model, _critic_sampling(options), in_conversation)
+                found[spec] = ask_pairs(asking, critic, pairs)
+    return found

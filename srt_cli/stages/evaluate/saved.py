@@ -18,8 +18,7 @@ from srt_cli.evaluation.critic_quality import (
 from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.labelled_pairs import ask_pairs, read_pairs
 from srt_cli.evaluation.pair_accuracy import count_pairs, pairs_table
-from srt_cli.feedback.story import Critic, Sampling
-from srt_cli.models import parse_spec
+from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.jsonl import read_records, write_json
 from srt_cli.runs.run import open_run
@@ -60,10 +59,9 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
     with run:
         asking = Asking.begin(run, options, offline=options.offline)
         for spec in dict.fromkeys(options.model):
-            in_conversation = options.critique_style == "conversation" or (
-                options.critique_style == "auto" and parse_spec(spec).in_process
-            )
-            scored = ask_pairs(asking, spec, pairs, sampling, in_conversation=in_conversation)
+            in_conversation = asked_in_conversation(options.critique_style, spec)
+            with asking.open(spec) as model:
+                scored = ask_pairs(asking, Critic(model, sampling, in_conversation), pairs)
             found.append(count_pairs(spec, pairs, scored))
         run.manifest.cost = asking.cost.describe()
         run.manifest.tallies = {"pairs": len(pairs)}

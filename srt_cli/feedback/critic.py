@@ -1,0 +1,201 @@
+"""A critic: how it is asked, and what it says of one text. The one blind score stands here.
+
+An external critic gets the paper's Table 1 in one message; a model that was trained on feedback is
+asked in its own conversation, the way it was trained.
+"""
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from srt_cli.calls.conduct import Call
+from srt_cli.feedback.scores import SCORE_LOGPROBS, Scoring, expected_score
+from srt_cli.models import Model, Reply, Request, Task, parse_spec
+from srt_cli.records import Message, Prompt, Status, Usage
+from srt_cli.templates import (
+    IMPROVED_HEADING,
+    ParsedCritique,
+    critic_messages,
+    parse_critique,
+    reask_messages,
+    self_critique_messages,
+)
+
+BLIND_SCORE_STOP: Final = (IMPROVED_HEADING,)
+SAMPLE_TEMPERATURE: Final = 0.7
+"""Of the judgements after the first: at temperature 0 they would all be the same."""
+
+
+def asked_in_conversation(style: str, spec: str) -> bool:
+    """How a critic is asked: in conversation, or (False) by Table 1 in one message.
+
+    `auto` means for every command: in conversation what runs in process, as `srt` trains it; by
+    Table 1 what answers on a server.
+    """
+    return parse_spec(spec).in_process if style == "auto" else style == "conversation"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model is asked to write."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    seed: int = 0
+
+    def request(self, messages: Iterable[Message], task: Task, sample: int = 0) -> Request:
+        """The call that asks so; a blind score stops before it would write an improved response."""
+        return Request(
+            messages=tuple(messages),
+            max_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=BLIND_SCORE_STOP if task.kind == "score" else (),
+            sample=sample,
+            task=task,
+        )
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a critic is asked: feedback and refinement (`critique`), or feedback alone (`score`)."""
+
+    kind: Literal["critique", "score"]
+    prompt: Prompt
+    text: str
+    name: str = ""
+    """For people who read the journal."""
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A critic and its way of being asked."""
+
+    model: Model
+    sampling: Sampling
+    in_conversation: bool
+    max_reasks: int = 0
+    """How often a reply that cannot be read is asked for again."""
+    longer_once: bool = False
+    """Whether a reply that was cut off gets one more try with twice the room."""
+    expects: bool = False
+    """Whether log-probabilities are asked for, so that scores have an expectation."""
+    score_samples: int = 1
+    """How many judgements of one text are averaged."""
+
+    def messages(self, question: Question) -> list[Message]:
+        """The chat that asks for feedback on one text."""
+        ask = self_critique_messages if self.in_conversation else critic_messages
+        return ask(question.prompt, question.text)
+
+    def call(
+        self, question: Question, messages: Sequence[Message], room: int = 1, sample: int = 0
+    ) -> Call:
+        """One try: `room` multiplies the token limit; a `sample` after the first is drawn warm."""
+        sampling = replace(self.sampling, max_new_tokens=room * self.sampling.max_new_tokens)
+        if sample:
+            sampling = replace(sampling, temperature=SAMPLE_TEMPERATURE)
+        task = Task(question.kind, question.prompt, (question.text,))
+        request = sampling.request(messages, task, sample)
+        if self.expects and self.model.gives_logprobs:
+            request = replace(request, top_logprobs=SCORE_LOGPROBS, logprobs_at="digits")
+        return Call(self.model, request, question.name)
+
+
+@dataclass(frozen=True)
+class Criticism:
+    """What a critic said of one text, after every try."""
+
+    parsed: ParsedCritique
+    status: Status
+    reason: str | None
+    """Why the status is not `ok`; None when it is."""
+    raw: dict[str, str]
+    """Every reply: the one that counts under "", others by what became of them."""
+    usage: Usage
+    mean: float | None = None
+    """The expected score; None where log-probabilities are not known, or it was not asked for."""
+
+    @property
+    def score(self) -> float | None:
+        """The score, if a whole reply holds one."""
+        return self.parsed.score if self.status == "ok" else None
+
+
+def blind_score(
+    critic: Critic, prompt: Prompt, text: str, name: str
+) -> Generator[Call, Reply, Criticism]:
+    """Score one text by a call that knows of no feedback on it (paper, section 3.1.1)."""
+    return (yield from criticise(critic, Question("score", prompt, text, name)))
+
+
+def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Criticism]:
+    """One judgement of one text.
+
+    A reply that was cut off gets more room once, one that lacks a part is asked for again with the
+    parser's complaint.
+    """
+    whole = question.kind == "critique"
+    raw: dict[str, str] = {}
+    messages, room = critic.messages(question), 1
+    reply = yield critic.call(question, messages)
+    usage = reply.usage
+    if reply.finish_reason == "length" and critic.longer_once:
+        raw["cut off"] = reply.text
+        room = 2
+        reply = yield critic.call(_named(question, "longer"), messages, room)
+        usage += reply.usage
+    for attempt in range(1, critic.max_reasks + 2):
+        raw[""] = reply.text
+        parsed = parse_critique(reply.text, expect_refinement=whole)
+        unread = bool(parsed.problems) if whole else parsed.score is None
+        if reply.status != "ok" or not unread or attempt > critic.max_reasks:
+            break
+        raw[f"unread {attempt}"] = raw.pop("")
+        messages = reask_messages(messages, reply.text, parsed.problems, expect_refinement=whole)
+        reply = yield critic.call(_named(question, f"asked again {attempt}"), messages, room)
+        usage += reply.usage
+    if reply.status != "ok":
+        return Criticism(parsed, reply.status, reply.reason, raw, usage)
+    if unread or parsed.score is None:
+        return Criticism(parsed, "unparsed", ", ".join(parsed.problems), raw, usage)
+    first = Scoring(critic.model, messages, reply, parsed.score, question.name)
+    mean, drawn, spent = yield from _mean_score(critic, question, first)
+    return Criticism(parsed, "ok", None, raw | drawn, usage + spent, mean)
+
+
+def _mean_score(
+    critic: Critic, question: Question, first: Scoring
+) -> Generator[Call, Reply, tuple[float | None, dict[str, str], Usage]]:
+    """The mean of what a critic believes in one or several judgements, its replies and their cost.
+
+    With `score_samples` N, N - 1 more are drawn, blind; one that cannot be read does not count.
+    None when one judgement is all there is, and it came without log-probabilities.
+    """
+    expected, usage = yield from expected_score(first)
+    if critic.score_samples == 1:
+        return expected, {}, usage
+    means = [first.score if expected is None else expected]
+    raw: dict[str, str] = {}
+    blind = replace(question, kind="score")
+    messages = critic.messages(question)
+    for sample in range(1, critic.score_samples):
+        again = _named(blind, f"sample {sample + 1}")
+        reply = yield critic.call(again, messages, sample=sample)
+        raw[f"sample {sample + 1}"] = reply.text
+        usage += reply.usage
+        score = parse_critique(reply.text, expect_refinement=False).score
+        if reply.status != "ok" or score is None:
+            continue
+        scoring = Scoring(critic.model, messages, reply, score, again.name)
+        expected, cost = yield from expected_score(scoring)
+        usage += cost
+        means.append(score if expected is None else expected)
+    return sum(means) / len(means), raw, usage
+
+
+def _named(question: Question, which: str) -> Question:
+    """The same question at another try."""
+    return replace(question, name=f"{question.name}, {which}")
