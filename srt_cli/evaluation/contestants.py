@@ -1,7 +1,7 @@
 """Contestants and what is asked of them: answers, refinements, their own critiques, blind scores."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -11,7 +11,7 @@ from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
 from srt_cli.evaluation.judging import output_of
 from srt_cli.feedback.critic import Critic, blind_score
-from srt_cli.feedback.story import Method, Policy, check_call, refine, write_draft
+from srt_cli.feedback.story import Roles, Policy, check_call, refine, write_draft
 from srt_cli.models import Model, Reply
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
 from srt_cli.runs.jsonl import read_rows
@@ -32,7 +32,7 @@ class Contestant:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Attempt:
     """What a contestant made of one prompt."""
 
     outputs: list[Output]
@@ -40,7 +40,7 @@ class Entry:
     """Its own critique of its direct answer, unscored, when it was asked to refine it."""
 
 
-def answer(contestant: Contestant, prompt: Prompt) -> Generator[Call, Reply, Entry]:
+def answer(contestant: Contestant, prompt: Prompt) -> Generator[Call, Reply, Attempt]:
     """One prompt: the direct response and, if asked for, its refinements by the model itself.
 
     Each round refines what the round before left; where a critique cannot be read, that stands.
@@ -53,16 +53,19 @@ def answer(contestant: Contestant, prompt: Prompt) -> Generator[Call, Reply, Ent
         direct = output_of(prompt.id, name, "response", draft.text, status=draft.reply.status)
         outputs.append(direct)
     if "refinement" not in contestant.uses:
-        return Entry(outputs)
-    method = Method(contestant.critic, scores=False, rounds=contestant.rounds)
-    records = yield from refine(method, draft)
-    text = draft.text
+        return Attempt(outputs)
+    roles = Roles(contestant.critic, scores=False, rounds=contestant.rounds)
+    records: list[FeedbackRecord] = []
+    if draft.is_usable:
+        # As of a given text: what the draft said and cost stands with the output.
+        records = yield from refine(roles, replace(draft, reply=None))
+    text, status = draft.text, draft.reply.status
     for number, use in enumerate(refinement_uses(contestant.rounds)):
-        record = records[min(number, len(records) - 1)]
-        whole = record.status == "ok" and record.refinement is not None
-        text = record.refinement if whole and record.refinement is not None else text
-        outputs.append(output_of(prompt.id, name, use, text, parsed=whole, status=record.status))
-    return Entry(outputs, records[0] if draft.is_usable else None)
+        whole = number < len(records) and records[number].status == "ok"
+        if number < len(records):
+            text, status = records[number].refinement or text, records[number].status
+        outputs.append(output_of(prompt.id, name, use, text, parsed=whole, status=status))
+    return Attempt(outputs, records[0] if records else None)
 
 
 def refinement_uses(rounds: int) -> list[str]:

@@ -23,7 +23,7 @@ from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.feedback.critic import Question
 from srt_cli.feedback.processes import Answered, absorb_parts
-from srt_cli.feedback.story import Check, CheckedRow, Method, tell_and_check
+from srt_cli.feedback.story import Check, CheckedRow, Roles, tell_and_check
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
@@ -43,7 +43,7 @@ class Job:
     prompts: Callable[[], Iterator[Prompt]]
     """Reads the prompts from the beginning; called once a pass over them."""
     count: int
-    method: Method
+    roles: Roles
     budget: Budget
     check: Check | None = None
     samples: int = 1
@@ -51,16 +51,15 @@ class Job:
     @property
     def models(self) -> list[Model]:
         """Every model that may be asked, each once."""
-        method = self.method
-        roles = (method.critic, method.policy, method.scorer, self.check)
-        named = [role.model for role in roles if role is not None]
+        asked = (self.roles.critic, self.roles.policy, self.roles.scorer, self.check)
+        named = [each.model for each in asked if each is not None]
         return list({id(model): model for model in named}.values())
 
     def scripts(self) -> Iterator[Script[CheckedRow]]:
         """One script a row, in the order of the input."""
         for prompt in self.prompts():
             for sample in range(self.samples):
-                yield tell_and_check(self.method, self.check, prompt, sample)
+                yield tell_and_check(self.roles, self.check, prompt, sample)
 
 
 def is_done(run: Run, job: Job, options: CallOptions) -> bool:
@@ -96,7 +95,7 @@ def show_critique_plan(run: Run, job: Job, options: CallOptions) -> None:
     """`--dry-run`: what the run would come to; sends and writes nothing."""
     prices = prices_of(job.models, options)
     estimates = {identity: Estimate() for identity in prices}
-    critic = job.method.critic
+    critic = job.roles.critic
     rows = owed = 0
     with open_replies(run.journal_path) as look_up:
         for row in replay(job.scripts(), look_up):

@@ -1,4 +1,4 @@
-"""The method, told once: draft, critique, refinement, blind score; for every command.
+"""The roles, told once: draft, critique, refinement, blind score; for every command.
 
 One row's story is one generator (`tell`); `calls` runs many of them side by side.
 """
@@ -13,9 +13,9 @@ from srt_cli.models import Model, Reply, Request, Task
 from srt_cli.records import Feedback, FeedbackRecord, Message, Prompt, Status, Usage
 from srt_cli.templates import parse_preference
 
-Step = Literal["critique", "draft score", "score"]
+Asked = Literal["critique", "draft score", "score"]
 """What is asked of a critic in a row's story; also the name under which its reply is kept."""
-CALL_NAMES: Final[dict[Step, str]] = {
+CALL_NAMES: Final[dict[Asked, str]] = {
     "critique": "critique", "draft score": "blind score of the draft", "score": "blind score",
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Method:
+class Roles:
     """Who drafts, criticises, refines and scores, and how often."""
 
     critic: Critic
@@ -73,24 +73,24 @@ def write_draft(policy: Policy, prompt: Prompt, sample: int = 0) -> Generator[Ca
 
 
 def tell(
-    method: Method, prompt: Prompt, sample: int = 0
+    roles: Roles, prompt: Prompt, sample: int = 0
 ) -> Generator[Call, Reply, list[FeedbackRecord]]:
     """One prompt from draft to blind score; a record a round. A given response is the draft."""
     if prompt.response is not None:
         draft = Draft(prompt, "given", sample, prompt.response)
     else:
-        assert method.policy is not None
-        draft = yield from write_draft(method.policy, prompt, sample)
-    return (yield from refine(method, draft))
+        assert roles.policy is not None
+        draft = yield from write_draft(roles.policy, prompt, sample)
+    return (yield from refine(roles, draft))
 
 
-def refine(method: Method, draft: Draft) -> Generator[Call, Reply, list[FeedbackRecord]]:
+def refine(roles: Roles, draft: Draft) -> Generator[Call, Reply, list[FeedbackRecord]]:
     """Criticise, refine and score a draft; one record a round, each refining the last.
 
     A round that does not end `ok` ends the row: there is nothing to refine further.
     """
-    critic = (method.scorer or method.critic).model.spec
-    row = _Row(draft.prompt.id, draft.prompt.prompt, draft.policy, critic, draft.sample)
+    critic = (roles.scorer or roles.critic).model.spec
+    row = _Round(draft.prompt.id, draft.prompt.prompt, draft.policy, critic, draft.sample)
     if draft.reply is not None:
         row.raw, row.usage = {"response": draft.reply.text}, draft.reply.usage
         if not draft.is_usable:
@@ -98,13 +98,13 @@ def refine(method: Method, draft: Draft) -> Generator[Call, Reply, list[Feedback
             return [row.record()]
     text: str | None = draft.text
     records: list[FeedbackRecord] = []
-    while text is not None and len(records) < method.rounds:
+    while text is not None and len(records) < roles.rounds:
         if records:
-            row = _Row(row.id, row.prompt, row.policy, critic, row.sample, len(records) + 1)
+            row = _Round(row.id, row.prompt, row.policy, critic, row.sample, len(records) + 1)
         row.response = text
-        yield from _round(row, method, draft.prompt)
+        yield from _tell_round(row, roles, draft.prompt)
         records.append(row.record())
-        goes_on = row.status == "ok" and not (method.stop_when_worse and is_worse(records[-1]))
+        goes_on = row.status == "ok" and not (roles.stop_when_worse and is_worse(records[-1]))
         text = row.refinement if goes_on else None
     return records
 
@@ -119,7 +119,7 @@ def is_worse(record: FeedbackRecord) -> bool:
 
 
 @dataclass
-class _Row:
+class _Round:
     """What is known of one round so far, as its record has it; becomes that whatever happens."""
 
     id: str
@@ -139,11 +139,11 @@ class _Row:
     raw: dict[str, str] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
-    def name(self, step: Step) -> str:
+    def name(self, step: Asked) -> str:
         """What a call is for, in words."""
         return f"{self.id}/{self.sample} round {self.round} {CALL_NAMES[step]}"
 
-    def hear(self, step: Step, said: Criticism) -> bool:
+    def hear(self, step: Asked, said: Criticism) -> bool:
         """Take in what a critic said; False when that ends the row."""
         self.raw |= {f"{step} {which}".rstrip(): text for which, text in said.raw.items()}
         self.usage += said.usage
@@ -156,24 +156,24 @@ class _Row:
         return FeedbackRecord(**vars(self))
 
 
-def _round(row: _Row, method: Method, prompt: Prompt) -> Generator[Call, Reply, None]:
+def _tell_round(row: _Round, roles: Roles, prompt: Prompt) -> Generator[Call, Reply, None]:
     """Criticise and refine the row's response, and score the refinement."""
     assert row.response is not None
     question = Question("critique", prompt, row.response, row.name("critique"))
-    said = yield from criticise(method.critic, question)
+    said = yield from criticise(roles.critic, question)
     row.feedback = said.parsed.feedback
     if not row.hear("critique", said):
         return
     assert row.feedback is not None
     assert said.parsed.refinement is not None
     row.refinement = said.parsed.refinement
-    scorer = method.scorer or method.critic
-    if method.scorer is not None:
+    scorer = roles.scorer or roles.critic
+    if roles.scorer is not None:
         said = yield from blind_score(scorer, prompt, row.response, row.name("draft score"))
         if not row.hear("draft score", said):
             return
     row.feedback = row.feedback.model_copy(update={"score": said.score, "score_mean": said.mean})
-    if not method.scores:
+    if not roles.scores:
         return
     # The paper's precaution: a critic that has seen its own feedback scores the refinement higher.
     said = yield from blind_score(scorer, prompt, row.refinement, row.name("score"))
@@ -217,10 +217,10 @@ def check_call(model: Model, prompt: Prompt, text: str) -> Call:
 
 
 def tell_and_check(
-    method: Method, check: Check | None, prompt: Prompt, sample: int
+    roles: Roles, check: Check | None, prompt: Prompt, sample: int
 ) -> Generator[Call, Reply, CheckedRow]:
     """A row's story, then the check's word on each answer that got a score."""
-    records = yield from tell(method, prompt, sample)
+    records = yield from tell(roles, prompt, sample)
     checked: list[CheckedAnswer] = []
     if check is None:
         return CheckedRow(records, checked)

@@ -8,7 +8,7 @@ from srt_cli.calls.options import CallOptions
 from srt_cli.errors import UsageError
 from srt_cli.feedback.critic import Critic, Sampling
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
-from srt_cli.feedback.story import Method, Policy
+from srt_cli.feedback.story import Roles, Policy
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
@@ -84,7 +84,7 @@ def run(options: CollectFeedback) -> None:
         critic_model, replies, in_conversation=False, max_reasks=reasks, longer_once=True
     )
     policy = Policy(policy_model, drafts) if options.model is not None else None
-    job = Job(prompts.read, prompts.count, Method(critic, policy), door.budget)
+    job = Job(prompts.read, prompts.count, Roles(critic, policy), door.budget)
 
     run = open_run(
         COMMAND, options, options.out, inputs=prompts.inputs, overwrite=options.overwrite

@@ -12,7 +12,7 @@ from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.feedback.processes import answer_in_processes
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
-from srt_cli.feedback.story import Check, CheckedRow, Method, Policy
+from srt_cli.feedback.story import Check, CheckedRow, Roles, Policy
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from
@@ -155,7 +155,7 @@ def _open_job(options: SelfCritique) -> tuple[Job, Mapping[str, Path]]:
         scorer = _judging(scorer, options)
     else:
         critic = _judging(critic, options)
-    method = Method(
+    roles = Roles(
         critic,
         Policy(model, drafts),
         scorer,
@@ -163,7 +163,7 @@ def _open_job(options: SelfCritique) -> tuple[Job, Mapping[str, Path]]:
         stop_when_worse=options.stop_when_worse,
     )
     check = Check(open_model(options.check), options.good_score) if options.check else None
-    job = Job(prompts.read, prompts.count, method, door.budget, check, options.samples)
+    job = Job(prompts.read, prompts.count, roles, door.budget, check, options.samples)
     return job, prompts.inputs
 
 

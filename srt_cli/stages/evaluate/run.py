@@ -8,7 +8,7 @@ from srt_cli.calls.asking import Asking
 from srt_cli.errors import UsageError
 from srt_cli.evaluation.contestants import (
     Contestant,
-    Entry,
+    Attempt,
     Use,
     answer,
     check_output,
@@ -178,7 +178,7 @@ def _answers(
 
 def _asked(
     spec: str, uses: Sequence[Use], options: Evaluate, prompts: Sequence[Prompt], asking: Asking
-) -> list[Entry]:
+) -> list[Attempt]:
     drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
     with asking.open(spec) as model:
         own_critic = Critic(model, _critic_sampling(options), in_conversation=True)
