@@ -8,9 +8,8 @@ from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
 from srt_cli.pairs.audit import count_audit
-from srt_cli.pairs.feedback_row import FeedbackRow
-from srt_cli.pairs.hand_labels import key_of, text_key
-from srt_cli.pairs.pairing import Pairing, Sample, refined_of
+from srt_cli.pairs.pairing import Pairing, Sample, pair_key, refined_of, text_key
+from srt_cli.pairs.rows import FeedbackRow
 from srt_cli.records import Message, Preference
 from srt_cli.runs.jsonl import to_line
 from srt_cli.stages.dpo import Dpo, label_smoothing_of
@@ -191,7 +190,7 @@ def test_dpo_is_told_the_error_that_the_audit_of_a_planted_judge_found(srt, tmp_
 
 def labels_of(pairs, sides):
     return [
-        {"pair": key_of(pair), "better": side and text_key(getattr(pair, side)[0].content)}
+        {"pair": pair_key(pair), "better": side and text_key(getattr(pair, side)[0].content)}
         for pair, side in zip(pairs, sides, strict=True)
     ]
 
@@ -229,7 +228,7 @@ def test_labels_of_another_tool_are_refused(srt, feedback, line, message):
 
 
 def test_a_label_for_a_text_that_its_pair_does_not_have_is_refused(srt, feedback, kept):
-    write_jsonl(feedback / "labels.jsonl", [{"pair": key_of(kept[0]), "better": "ff" * 16}])
+    write_jsonl(feedback / "labels.jsonl", [{"pair": pair_key(kept[0]), "better": "ff" * 16}])
     finished = srt("build-prefs", "--audit-labels", "labels.jsonl")
     assert finished.code == 1
     assert "names neither of its texts" in finished.stderr

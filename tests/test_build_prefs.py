@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -423,6 +424,13 @@ def test_near_duplicates_of_a_prompt_fall_out_when_asked_for(prefs, tmp_path):
     assert "far" in left[0]
     assert len(left[0]) == 2
     assert prefs(rows, "--near-duplicates", 1.5, "--overwrite").code == 2
+
+
+def test_near_duplicates_name_the_package_that_they_need(prefs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    finished = prefs([record()], "--near-duplicates", 0.7)
+    assert finished.code == 1
+    assert "pip install 'srt-cli[near-duplicates]'" in finished.stderr
 
 
 def test_samples_of_one_prompt_are_no_near_duplicates_of_each_other(prefs, tmp_path):

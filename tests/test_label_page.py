@@ -8,7 +8,7 @@ from browser import CHROMIUM, PAUSE, RELOAD, visit
 from conftest import read_jsonl, write_jsonl
 from test_build_prefs import record
 
-from srt_cli.pairs.hand_labels import key_of
+from srt_cli.pairs.pairing import pair_key
 from srt_cli.records import Preference
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
@@ -101,7 +101,7 @@ def test_nothing_is_loaded_and_texts_are_text(page):
 def test_the_page_does_not_tell_which_answer_is_the_refinement(page, srt, tmp_path):
     data = json.loads(re.search(r"const DATA = (\{.*?\});\n", page.read_text()).group(1))
     pairs = {
-        key_of(pair): pair
+        pair_key(pair): pair
         for row in read_jsonl(tmp_path / "prefs.jsonl")
         for pair in [Preference.model_validate(row)]
     }

@@ -13,9 +13,9 @@ from test_build_prefs import record
 
 from srt_cli.pairs.building import PairPlan, decide
 from srt_cli.pairs.external_sort import ExternalSort
-from srt_cli.pairs.grouped_rows import GroupedRows
 from srt_cli.pairs.length_balance import Shape, balance_lengths
-from srt_cli.pairs.pairing import line_of, preference_of
+from srt_cli.pairs.pairing import group_key, line_of, preference_of
+from srt_cli.pairs.rows import GroupedRows
 from srt_cli.pairs.rules import ExcludedPrompts, PairRules
 from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Feedback, Message
@@ -67,7 +67,7 @@ def decisions_of(files, plan):
         paths = [folder / f"{number}.jsonl" for number in range(len(files))]
         for path, held in zip(paths, files, strict=True):
             write_jsonl(path, [row.model_dump() for row in held])
-        with GroupedRows(folder, plan.strategy) as grouped:
+        with GroupedRows(folder, lambda record: group_key(record, plan.strategy)) as grouped:
             grouped.read([path for path in paths if path.stat().st_size], None, None)
             return list(decide(grouped, plan, "pairing"))
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.options import ApiOptions
+from srt_cli.errors import SrtError
 from srt_cli.evaluation.judging import Judge, Order, Shown, judge_pairs, output_of
-from srt_cli.pairs.hand_labels import HandLabels
-from srt_cli.pairs.pairing import Picker, Sample, Wanted, fingerprint_of
-from srt_cli.records import Output, Preference, Prompt
+from srt_cli.pairs.pairing import Picker, Sample, Wanted, fingerprint_of, pair_key, text_key
+from srt_cli.records import HandLabel, Output, Preference, Prompt
+from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run
 from srt_cli.stats.rates import Estimate, pass_rate
 from srt_cli.tables import Table, share_with_interval
@@ -147,6 +148,40 @@ def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions
             run.manifest.cost = asking.cost.describe()
 
     return Auditor(spec, min_precision, ask)
+
+
+class HandLabels:
+    """What people answered on the page of `--label-page`; the mean, where a pair was judged twice.
+
+    A label names its pair and the better text by digests, so that neither the page nor its answers
+    tell which text is the refinement, and nothing depends on which side a text was shown.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._better: dict[bytes, list[str | None]] = {}
+        for label in read_records(path, HandLabel.model_validate):
+            self._better.setdefault(bytes.fromhex(label.pair), []).append(label.better)
+
+    @property
+    def fingerprints(self) -> frozenset[bytes]:
+        """The pairs that were judged."""
+        return frozenset(self._better)
+
+    def preference(self, pair: Preference) -> float | None:
+        """1 where the chosen answer was called better, 0 where the other was, 0.5 for neither."""
+        values = {
+            text_key(pair.chosen[0].content): 1.0,
+            text_key(pair.rejected[0].content): 0.0,
+            None: 0.5,
+        }
+        given = self._better.get(fingerprint_of(pair), [])
+        if any(better not in values for better in given):
+            raise SrtError(
+                f"{self.path}: the label of pair {pair_key(pair)} names neither of its texts. "
+                "Was this file saved by the page that --label-page wrote?"
+            )
+        return sum(values[better] for better in given) / len(given) if given else None
 
 
 def people(path: Path, min_precision: float) -> Auditor:

@@ -6,11 +6,10 @@ from typing import Final
 
 import orjson
 
-from srt_cli.pairs.grouped_rows import Group, GroupedRows, Row
 from srt_cli.pairs.length_balance import LengthCut, Shape
-from srt_cli.pairs.near_duplicates import NearDuplicates
 from srt_cli.pairs.pairing import STRATEGIES, Pairing, Refined, ScoreKind, Strategy, refined_of
-from srt_cli.pairs.rules import PairRules, near_duplicates_of, text_of
+from srt_cli.pairs.rows import Group, GroupedRows, InputRow
+from srt_cli.pairs.rules import NearDuplicates, PairRules, near_duplicates_of, text_of
 
 FAR: Final = 2**63
 
@@ -50,7 +49,7 @@ class Decision:
             return None
         return self.pairing, self.shape
 
-    def drop(self, row: Row, reason: str, position: int | None = None) -> None:
+    def drop(self, row: InputRow, reason: str, position: int | None = None) -> None:
         """Let a row fall out."""
         line = b'{"id":%b,"reason":%b,"row":%b}\n' % (
             orjson.dumps(row.record.id), orjson.dumps(reason), row.line,
@@ -69,7 +68,7 @@ def _decide_on(group: Group, plan: PairPlan, near: NearDuplicates | None) -> Dec
     decision = Decision()
     for row, position in group.repeated:
         decision.drop(row, "duplicate", position)
-    usable: list[Row] = []
+    usable: list[InputRow] = []
     answers: list[Refined] = []
     for row in group.rows:
         found = refined_of(row.record, plan.score)
@@ -91,7 +90,7 @@ def _decide_on(group: Group, plan: PairPlan, near: NearDuplicates | None) -> Dec
 
 def _judge(
     pairing: Pairing,
-    usable: list[Row],
+    usable: list[InputRow],
     plan: PairPlan,
     near: NearDuplicates | None,
     decision: Decision,

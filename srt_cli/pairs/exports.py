@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 Format = Literal["axolotl", "llamafactory", "kto"]
-Pair = Mapping[str, Any]
+PairLine = Mapping[str, Any]
 """A line of `prefs.jsonl` as plain JSON: `prompt`, `chosen` and `rejected` are lists of turns."""
 
 
@@ -14,14 +14,14 @@ def export_path(out: Path, name: Format) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.{name}.jsonl")
 
 
-def _to_axolotl(pair: Pair) -> list[dict[str, Any]]:
+def _to_axolotl(pair: PairLine) -> list[dict[str, Any]]:
     """Axolotl's chat_template.default of DPO."""
     return [
         {"messages": pair["prompt"], "chosen": pair["chosen"][0], "rejected": pair["rejected"][0]}
     ]
 
 
-def _to_llamafactory(pair: Pair) -> list[dict[str, Any]]:
+def _to_llamafactory(pair: PairLine) -> list[dict[str, Any]]:
     """LLaMA-Factory's sharegpt form with ranking."""
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in pair["prompt"]]
@@ -30,7 +30,7 @@ def _to_llamafactory(pair: Pair) -> list[dict[str, Any]]:
     return [{"conversations": turns, "chosen": chosen, "rejected": rejected}]
 
 
-def _to_kto(pair: Pair) -> list[dict[str, Any]]:
+def _to_kto(pair: PairLine) -> list[dict[str, Any]]:
     """TRL's unpaired preferences: two rows a pair."""
     return [
         {"prompt": pair["prompt"], "completion": pair[answer], "label": answer == "chosen"}
@@ -38,7 +38,7 @@ def _to_kto(pair: Pair) -> list[dict[str, Any]]:
     ]
 
 
-EXPORTS: Final[Mapping[Format, Callable[[Pair], list[dict[str, Any]]]]] = {
+EXPORTS: Final[Mapping[Format, Callable[[PairLine], list[dict[str, Any]]]]] = {
     "axolotl": _to_axolotl,
     "llamafactory": _to_llamafactory,
     "kto": _to_kto,

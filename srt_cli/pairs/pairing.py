@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 import orjson
 
-from srt_cli.pairs.feedback_row import FeedbackRow
+from srt_cli.pairs.rows import FeedbackRow
 from srt_cli.records import FeedbackRecord, Message, Preference, as_messages
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
@@ -194,6 +194,16 @@ def pair_id(record: FeedbackRow) -> str:
 def fingerprint_of(pair: Preference) -> bytes:
     """16 uniform bytes that stand for the texts of a pair, as `Pairing.fingerprint` gives them."""
     return digest(_transcript(pair.prompt), pair.chosen[0].content, pair.rejected[0].content)
+
+
+def pair_key(pair: Preference) -> str:
+    """What stands for a pair in labels."""
+    return fingerprint_of(pair).hex()
+
+
+def text_key(text: str) -> str:
+    """What stands for a text in labels."""
+    return digest(text).hex()
 
 
 def digest(*texts: str) -> bytes:

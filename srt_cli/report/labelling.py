@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from srt_cli.pairs.hand_labels import key_of, text_key
-from srt_cli.pairs.pairing import fingerprint_of
+from srt_cli.pairs.pairing import fingerprint_of, pair_key, text_key
 from srt_cli.records import Preference, Prompt
 from srt_cli.report.shell import write_page
 
@@ -74,7 +73,7 @@ def _shown(pair: Preference, seed: int) -> dict[str, object]:
     coin = hashlib.blake2b(fingerprint_of(pair), digest_size=1, salt=salt).digest()[0] % 2
     left, right = reversed(answers) if coin else answers
     prompt = Prompt(id=pair.id, prompt=pair.prompt).text
-    return {"pair": key_of(pair), "prompt": prompt, "left": left, "right": right}
+    return {"pair": pair_key(pair), "prompt": prompt, "left": left, "right": right}
 
 
 def _as_script(value: object) -> str:

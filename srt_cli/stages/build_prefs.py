@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -14,10 +15,10 @@ from srt_cli.options import runtime, setting
 from srt_cli.pairs.building import PairPlan, decide
 from srt_cli.pairs.exports import EXPORTS, Format, export_path
 from srt_cli.pairs.external_sort import ExternalSort
-from srt_cli.pairs.grouped_rows import GroupedRows
 from srt_cli.pairs.length_balance import Balance, balance_lengths
-from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, line_of
-from srt_cli.pairs.rules import ExcludedPrompts, PairRules, advice_for
+from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, group_key, line_of
+from srt_cli.pairs.rows import GroupedRows
+from srt_cli.pairs.rules import ExcludedPrompts, NearDuplicates, PairRules, advice_for
 from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Preference
 from srt_cli.runs.jsonl import DroppedRows, OrderedWriter, dropped_path
@@ -113,7 +114,8 @@ def run(options: BuildPrefs) -> None:
     if options.audit_labels is not None:
         inputs["audit labels"] = options.audit_labels
     run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
-    with run, GroupedRows(options.out.parent, options.strategy) as rows:
+    key_of = partial(group_key, strategy=options.strategy)
+    with run, GroupedRows(options.out.parent, key_of) as rows:
         plan = plan_of(options)
         counts = [run.manifest.inputs[name].rows for name in data]
         total = sum(filter(None, counts)) if None not in counts else None
@@ -142,8 +144,10 @@ def check_options(options: BuildPrefs) -> None:
     """Refuse options that contradict each other or mean nothing."""
     if not 0 <= options.rho < 0.5:
         raise UsageError("--rho lies between 0 and 0.5: half the range is no tier any more.")
-    if options.near_duplicates is not None and not 0 < options.near_duplicates <= 1:
-        raise UsageError("--near-duplicates is a share above 0, at most 1, e.g. 0.8.")
+    if options.near_duplicates is not None:
+        if not 0 < options.near_duplicates <= 1:
+            raise UsageError("--near-duplicates is a share above 0, at most 1, e.g. 0.8.")
+        NearDuplicates(options.near_duplicates)  # names the missing package before any row is read
     looks = options.audit_judge is not None or options.label_page is not None
     if bool(options.audit) != looks or options.audit < 0:
         raise UsageError(
