@@ -41,7 +41,7 @@ class Asking:
         try:
             yield model
         finally:
-            self.run.manifest.models[spec] = model.describe()
+            self.run.describe_models({spec: model.describe()})
             model.close()
 
     def ask(self, label: str, scripts: Iterable[Script[Result]], total: int) -> list[Result]:

@@ -70,7 +70,7 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
     anew = options.reparse or options.retry_failed or options.import_batch or options.export_batch
     if anew or not run.up_to_date or run.earlier is None:
         return False
-    statuses = run.earlier.tallies.get("statuses", {})
+    statuses = run.earlier.tally("statuses", dict[str, int]) or {}
     models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
     if statuses.get("failed") or models != {model.spec: model.identity for model in job.models}:
         return False
@@ -169,11 +169,11 @@ def run_critiques(
         raise
     finally:
         writer.discard()
-        run.manifest.progress = f"{finished} of {expected}"
-        run.manifest.tallies = summary.tallies()
-        run.manifest.usage = {"total": summary.usage}
-        run.manifest.cost = cost.describe()
-        run.manifest.models = _describe_models(job, elsewhere, summary.calls.seconds)
+        whole = finished == expected and options.export_batch is None
+        run.reached(f"{finished} of {expected}", whole=whole)
+        run.tally(summary.tallies())
+        run.bill(cost.describe(), summary.usage)
+        run.describe_models(_describe_models(job, elsewhere, summary.calls.seconds))
         for model in job.models:
             model.close()
     _close(run, summary, options, finished, expected)
@@ -186,14 +186,12 @@ def _close(
 ) -> None:
     """Warn of what should be looked at before training; raise when too much went wrong."""
     if finished < expected:
-        run.whole = False
         run.warn(
             f"{expected - finished} of {expected} rows are not in the journal. "
             "Run the same line without --reparse to ask for them."
         )
     failed = summary.statuses["failed"]
     if options.export_batch is not None:
-        run.whole = False
         console.say(
             f"{failed} requests are in {options.export_batch}. Have them answered (vllm run-batch "
             f"-i {options.export_batch} -o REPLIES --model NAME), then run the same line with "

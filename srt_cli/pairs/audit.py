@@ -145,7 +145,7 @@ def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions
         try:
             return _ask_judge(asking, spec, pairs)
         finally:
-            run.manifest.cost = asking.cost.describe()
+            run.bill(asking.cost.describe())
 
     return Auditor(spec, min_precision, ask)
 

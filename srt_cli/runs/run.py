@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 import srt_cli
 from srt_cli import console
@@ -25,7 +25,7 @@ from srt_cli.runs.jsonl import is_data_file, sha256_of, write_json
 from srt_cli.templates import template_digests
 
 RunStatus = Literal["started", "complete", "interrupted", "failed"]
-
+Figure = TypeVar("Figure")
 
 REPORTED_PACKAGES: Final = (
     "torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai", "pydantic",
@@ -33,12 +33,35 @@ REPORTED_PACKAGES: Final = (
 
 
 class InputFile(BaseModel):
-    """A file that a run read, and the run that made it, if we know."""
+    """A file that a run read."""
 
     path: str
     sha256: str | None = None
+    """Of its bytes; None for what is no file: a directory, stdin."""
     rows: int | None = None
+    """Lines that are not blank; None where they were not counted."""
     run: str | None = None
+    """The id of the run that made it, if its manifest says so."""
+
+
+class GitState(BaseModel):
+    """Where the working folder stood in git."""
+
+    commit: str
+    dirty: bool
+
+
+class Hardware(BaseModel):
+    """The machine that a run ran on."""
+
+    machine: str | None = None
+    cpus: int | None = None
+    os: str | None = None
+
+    @classmethod
+    def here(cls) -> Self:
+        """This machine."""
+        return cls(machine=platform.machine(), cpus=os.cpu_count(), os=platform.platform())
 
 
 class Manifest(BaseModel):
@@ -48,26 +71,44 @@ class Manifest(BaseModel):
 
     version: int = 1
     id: str = Field(default_factory=lambda: secrets.token_hex(4))
+    """Random; the manifests of runs that read this output name it."""
     command: str
     status: RunStatus = "started"
     progress: str | None = None
-    started: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """How far it got, e.g. "412 of 512"."""
+    started: str = Field(default_factory=lambda: _now())
+    """UTC, ISO 8601, to the second."""
     finished: str | None = None
     settings: dict[str, Any]
+    """The options that change the result, by field name; a run is continued only under the same."""
     runtime: dict[str, Any]
+    """The options that change only speed, place or looks."""
     inputs: dict[str, InputFile] = {}
     outputs: dict[str, str] = {}
+    """Paths, by what they are: `out`, `report`."""
     output_sha256: str | None = None
+    """Of a data file, once the run ended well; None for a model directory."""
     models: dict[str, dict[str, Any]] = {}
+    """By spec: each model's identity, device, dtype and why, as its `describe()` says."""
     templates: dict[str, str] = Field(default_factory=template_digests)
+    """Short digests of everything that srt says to models."""
     versions: dict[str, str] = {}
-    git: dict[str, Any] | None = None
-    hardware: dict[str, Any] = {}
+    git: GitState | None = None
+    hardware: Hardware = Hardware()
     tallies: dict[str, Any] = {}
+    """The command's own figures; what a later command reads of them it reads with `tally`."""
     usage: dict[str, Usage] = {}
     cost: dict[str, Any] = {}
+    """Calls, tokens and dollars, as `calls.cost.Cost.describe()` says."""
     warnings: list[str] = []
     error: str | None = None
+
+    def tally(self, name: str, kind: type[Figure]) -> Figure | None:
+        """One of the tallies; None where the run has none of that name and kind."""
+        try:
+            return TypeAdapter(kind).validate_python(self.tallies.get(name))
+        except ValidationError:
+            return None
 
 
 def manifest_path(artifact: Path) -> Path:
@@ -78,7 +119,10 @@ def manifest_path(artifact: Path) -> Path:
 
 
 def read_manifest(artifact: Path) -> Manifest | None:
-    """The manifest beside an artifact; null when there is none, or it is not ours."""
+    """The manifest beside an artifact; None when there is none.
+
+    Raises `SrtError` for a file that is no manifest.
+    """
     path = manifest_path(artifact)
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -101,15 +145,15 @@ class Run:
     """One command's run: opens the manifest, holds the journal, and closes both truthfully.
 
     Leaving the `with` block normally means complete; by `KeyboardInterrupt`, interrupted; by an
-    error, failed. Warnings and tallies go into the manifest as they are known.
+    error, failed. What the run finds goes into the manifest as it is known.
     """
 
     def __init__(self, manifest: Manifest, out: Path, earlier: Manifest | None) -> None:
         self.manifest = manifest
         self.out = out
         self.earlier = earlier
-        self.whole = True
-        """False when rows are still owed although nothing went wrong."""
+        """The manifest of the run that this one continues."""
+        self._whole = True
         self._cleanup = contextlib.ExitStack()
         self._at_end: list[Callable[[], None]] = []
 
@@ -125,7 +169,7 @@ class Run:
     ) -> None:
         self._cleanup.close()
         if error is None:
-            self.manifest.status = "complete" if self.whole else "interrupted"
+            self.manifest.status = "complete" if self._whole else "interrupted"
             if self.out.is_file():
                 self.manifest.output_sha256 = sha256_of(self.out)
         elif isinstance(error, KeyboardInterrupt | BudgetReached | QuotaError):
@@ -134,7 +178,7 @@ class Run:
         else:
             self.manifest.status = "failed"
             self.manifest.error = f"{kind.__name__ if kind else ''}: {error}"
-        self.manifest.finished = datetime.now(UTC).isoformat(timespec="seconds")
+        self.manifest.finished = _now()
         with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
             self.save()
             for act in self._at_end:
@@ -184,6 +228,29 @@ class Run:
             self.manifest.warnings.append(message)
             console.warn(message)
 
+    def reached(self, progress: str, *, whole: bool = True) -> None:
+        """Note how far the run got; one that is not `whole` still owes rows, though nothing failed."""
+        self.manifest.progress = progress
+        self._whole = whole
+
+    def tally(self, figures: Mapping[str, Any]) -> None:
+        """Add figures to the manifest's; the newest of a name stands."""
+        self.manifest.tallies |= figures
+
+    def describe_models(self, models: Mapping[str, dict[str, Any]]) -> None:
+        """Add what models say of themselves, by spec."""
+        self.manifest.models |= models
+
+    def bill(self, cost: dict[str, Any], usage: Usage | None = None) -> None:
+        """Note what the calls cost, and the tokens of the rows."""
+        self.manifest.cost = cost
+        if usage is not None:
+            self.manifest.usage = {"total": usage}
+
+    def wrote(self, name: str, path: Path) -> None:
+        """Note another output."""
+        self.manifest.outputs[name] = str(path)
+
     def at_end(self, act: Callable[[], None]) -> None:
         """Do this once the manifest says how the run ended."""
         self._at_end.append(act)
@@ -193,12 +260,12 @@ class Run:
         write_json(manifest_path(self.out), self.manifest.model_dump(mode="json"))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Sent to another process of the run, it can be read there, and writes nothing."""
+        """Pickle as a read-only run, for the other processes of this one."""
         return _SilentRun, (self.manifest, self.out, self.earlier)
 
 
 class _SilentRun(Run):
-    """A run as the processes see it that neither print nor write."""
+    """A run as its other processes see it: they read it, and neither print nor write."""
 
     def save(self) -> None:
         pass
@@ -207,45 +274,61 @@ class _SilentRun(Run):
         pass
 
 
+class OutputOptions(Protocol):
+    """The options of every command that say where its output goes."""
+
+    @property
+    def out(self) -> Path:
+        """A data file or a model directory."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether an output of other settings is replaced."""
+        ...
+
+
 def open_run(
     command: str,
-    config: Any,
-    out: Path,
+    options: OutputOptions,
     *,
     inputs: Mapping[str, Path],
-    overwrite: bool,
-    directory: bool = False,
     resolved: Mapping[str, Any] | None = None,
+    directory: bool = False,
 ) -> Run:
-    """Begin a run that writes `out`, or continue the one that did.
+    """Begin a run that writes `options.out`, or continue the one that did.
 
     The same settings continue it; other settings are refused, naming what differs; `overwrite`
     starts anew (the journal stays: what it holds was paid for, and other settings have other
     keys). `resolved` gives settings that were left open on the command line and found elsewhere.
+    `directory` says that the command writes a model.
     """
+    out = options.out
     if directory == is_data_file(out):
         kind = "a directory" if directory else "a file ending in .jsonl (eval: .json)"
         raise UsageError(f"--out {out}: srt {command} writes {kind}.")
-    settings = values_of(config, "setting") | dict(resolved or {})
+    settings = values_of(options, "setting") | dict(resolved or {})
     earlier = read_manifest(out)
-    if not overwrite:
-        _refuse_other_runs_output(command, config, settings, out, earlier)
+    if not options.overwrite:
+        _refuse_other_run(command, options, settings, earlier)
     manifest = Manifest(
         command=command,
         settings=settings,
-        runtime=values_of(config, "runtime"),
+        runtime=values_of(options, "runtime"),
         inputs={name: describe_input(path) for name, path in inputs.items()},
         outputs={"out": str(out)},
         versions=_versions(),
         git=_git_state(),
-        hardware={"machine": platform.machine(), "cpus": os.cpu_count(), "os": platform.platform()},
+        hardware=Hardware.here(),
     )
-    return Run(manifest, out, None if overwrite else earlier)
+    return Run(manifest, out, None if options.overwrite else earlier)
 
 
-def _refuse_other_runs_output(
-    command: str, config: Any, settings: Mapping[str, Any], out: Path, earlier: Manifest | None
+def _refuse_other_run(
+    command: str, options: OutputOptions, settings: Mapping[str, Any], earlier: Manifest | None
 ) -> None:
+    """Raise `SrtError` when an output is there that this run would not continue."""
+    out = options.out
     if earlier is None:
         if out.is_dir() and any(out.iterdir()):
             raise SrtError(f"{out}: a directory with other content. Choose another --out.")
@@ -262,7 +345,7 @@ def _refuse_other_runs_output(
             f"{out}: belongs to a run of srt {earlier.command}. "
             "Choose another --out, or replace it with --overwrite."
         )
-    differing = differing_settings(config, earlier.settings, settings)
+    differing = differing_settings(options, earlier.settings, settings)
     if differing:
         named = "; ".join(
             f"{flag} was {was!r}, now {now!r}" for flag, (was, now) in differing.items()
@@ -315,15 +398,18 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _git_state() -> dict[str, Any] | None:
+def _git_state() -> GitState | None:
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout
 
     try:
-        return {
-            "commit": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain")),
-        }
+        return GitState(
+            commit=git("rev-parse", "HEAD").strip(), dirty=bool(git("status", "--porcelain"))
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -113,7 +113,7 @@ def run(options: BuildPrefs) -> None:
     inputs = data | {f"exclude {n}": path for n, path in enumerate(options.exclude, 1)}
     if options.audit_labels is not None:
         inputs["audit labels"] = options.audit_labels
-    run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    run = open_run(COMMAND, options, inputs=inputs)
     key_of = partial(group_key, strategy=options.strategy)
     with run, GroupedRows(options.out.parent, key_of) as rows:
         plan = plan_of(options)
@@ -128,8 +128,8 @@ def run(options: BuildPrefs) -> None:
         size, seed = options.audit, options.seed
         picked = Sample(size, seed) if auditor is None else auditor.picker(size, seed)
         summary = write_pairs(rows, plan, options, picked)
-        run.manifest.progress = f"{summary.rows} of {summary.rows}"
-        run.manifest.tallies = summary.describe()
+        run.reached(f"{summary.rows} of {summary.rows}")
+        run.tally(summary.describe())
         if not summary.kept:
             raise SrtError(all_dropped(summary, options.data))
         show(summary, options)
@@ -188,8 +188,9 @@ def with_audited_gain(
     plan: PairPlan, rows: GroupedRows, options: BuildPrefs, auditor: "Auditor", run: Run
 ) -> PairPlan:
     """Ask for the gain from which the auditor finds enough labels right."""
-    earlier = run.earlier.tallies if run.earlier is not None else {}
-    run.manifest.tallies = dict(earlier)  # of the pairs that stand there until others do
+    earlier = run.earlier
+    if earlier is not None:
+        run.tally(earlier.tallies)  # of the pairs that stand there until others do
     picked = auditor.picker(options.audit, options.seed)
     for decision in decide(rows, plan, "pairing for the audit"):
         if decision.kept is not None:
@@ -202,8 +203,8 @@ def with_audited_gain(
             f"--min-gain auto: {audit.sentence()}. Lower --min-precision, have more pairs judged, or "
             "give a gain."
         )
-    before = earlier.get("min_gain", gain)
-    if before != gain and options.out.exists():
+    before = earlier.tally("min_gain", float) if earlier is not None else None
+    if before not in (None, gain) and options.out.exists():
         raise SrtError(
             f"{options.out}: was built with a gain of {before:g}, and the audit now asks for {gain:g}. "
             "Choose another --out, or replace it with --overwrite."
@@ -278,7 +279,7 @@ def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) ->
 
 def report_audit(audit: "Audit", run: Run) -> "Audit":
     """Tell what the auditor found; the pairs are written already and stay as they are."""
-    run.manifest.tallies["audit"] = asdict(audit)
+    run.tally({"audit": asdict(audit)})
     table = audit.table()
     if table.cells:
         console.talk_table(table.title, table.columns, table.cells)

@@ -86,9 +86,7 @@ def run(options: CollectFeedback) -> None:
     policy = Policy(policy_model, drafts) if options.model is not None else None
     job = Job(prompts.read, prompts.count, Roles(critic, policy), door.budget)
 
-    run = open_run(
-        COMMAND, options, options.out, inputs=prompts.inputs, overwrite=options.overwrite
-    )
+    run = open_run(COMMAND, options, inputs=prompts.inputs)
     if options.dry_run:
         show_critique_plan(run, job, options)
         return

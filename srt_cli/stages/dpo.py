@@ -110,9 +110,7 @@ def prefer(options: Dpo) -> None:
     run = open_run(
         COMMAND,
         options,
-        options.out,
         inputs={"prefs": options.prefs} | template_input(options.chat_template),
-        overwrite=options.overwrite,
         directory=True,
         resolved={"model": model_name}
         | chosen.settings(COMMAND)

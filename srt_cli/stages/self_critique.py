@@ -85,7 +85,7 @@ def run(options: SelfCritique) -> None:
     if options.num_processes > 1:
         _refuse_processes(options)
     job, inputs = _open_job(options)
-    run = open_run(COMMAND, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    run = open_run(COMMAND, options, inputs=inputs)
     if options.dry_run:
         show_critique_plan(run, job, options)
         return

@@ -115,11 +115,9 @@ def fine_tune(options: Sft) -> None:
     run = open_run(
         COMMAND,
         options,
-        options.out,
         inputs={"data": options.data}
         | {f"mix_{number}": mix.path for number, mix in enumerate(mixes, start=1)}
         | template_input(options.chat_template),
-        overwrite=options.overwrite,
         directory=True,
         resolved={"model": model_name} | chosen.settings(COMMAND),
     )

@@ -45,10 +45,10 @@ def write_figures(run: Run, options: Evaluate, evidence: Evidence) -> Contest:
         notes = [*footnotes_of(contest), *alarm_notes(contest.stages)]
         write_markdown(options.markdown, tables_of(contest), notes)
     write_report(page, contest, evidence, options.examples)
-    run.manifest.outputs |= {"report": str(page)}
+    run.wrote("report", page)
     prompts = len(evidence.prompts)
-    run.manifest.tallies = {"prompts": prompts, "judgments": len(evidence.judgments)}
-    run.manifest.progress = f"{prompts} of {prompts}"
+    run.tally({"prompts": prompts, "judgments": len(evidence.judgments)})
+    run.reached(f"{prompts} of {prompts}")
     for warning in warnings_of(contest):
         run.warn(warning)
     if options.export is not None:

@@ -56,9 +56,7 @@ def run(options: Evaluate) -> None:
     run = open_run(
         COMMAND,
         options,
-        options.out,
         inputs=inputs,
-        overwrite=options.overwrite,
         resolved={"reference": reference, "judge": list(judges)},
     )
     with run:
@@ -71,7 +69,7 @@ def run(options: Evaluate) -> None:
             scores = _scores(options, rows, outputs, asking)
             paired = _pairs(options, reference, pairs, asking)
         finally:
-            run.manifest.cost = asking.cost.describe()
+            run.bill(asking.cost.describe())
         evidence = Evidence(
             rows, outputs, [each for judgments, _ in judged for each in judgments], reference,
             judges, options.orders,

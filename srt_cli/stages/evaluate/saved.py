@@ -33,7 +33,7 @@ def count_annotations(options: Evaluate, command: str) -> None:
     found = read_annotations(options.annotations)
     assert found.reference is not None
     inputs = {f"annotations {n}": path for n, path in enumerate(options.annotations, start=1)}
-    run = open_run(command, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    run = open_run(command, options, inputs=inputs)
     with run:
         evidence = Evidence(
             list(found.prompts.values()), list(found.outputs.values()), found.judgments,
@@ -52,9 +52,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
     """`--pairs`: each model scores both sides of labelled pairs."""
     pairs = list(read_pairs(path, options.limit))
     sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
-    run = open_run(
-        command, options, options.out, inputs={"pairs": path}, overwrite=options.overwrite
-    )
+    run = open_run(command, options, inputs={"pairs": path})
     found = []
     with run:
         asking = Asking.begin(run, options, offline=options.offline)
@@ -63,8 +61,8 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
             with asking.open(spec) as model:
                 scored = ask_pairs(asking, Critic(model, sampling, in_conversation), pairs)
             found.append(count_pairs(spec, pairs, scored))
-        run.manifest.cost = asking.cost.describe()
-        run.manifest.tallies = {"pairs": len(pairs)}
+        run.bill(asking.cost.describe())
+        run.tally({"pairs": len(pairs)})
         write_json(options.out, {"pairs": [asdict(each) for each in found]})
     table = pairs_table(found)
     console.table(table.title, table.columns, table.cells, table.things)
@@ -83,7 +81,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
 def judge_feedback(options: Evaluate, command: str) -> None:
     """`--feedback`: what critiques are like, and what a scorer from outside makes of their scores."""
     inputs = {f"feedback {n}": path for n, path in enumerate(options.feedback, start=1)}
-    run = open_run(command, options, options.out, inputs=inputs, overwrite=options.overwrite)
+    run = open_run(command, options, inputs=inputs)
     sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
     found = []
     with run:
@@ -98,7 +96,7 @@ def judge_feedback(options: Evaluate, command: str) -> None:
                     scripts = (score_record(critic, n, row) for n, row in enumerate(records))
                     outside = asking.ask(f"scores by {options.scorer}", scripts, len(records))
             found.append(critic_quality(str(path), records, options.scorer, outside))
-        run.manifest.cost = asking.cost.describe()
+        run.bill(asking.cost.describe())
         write_json(options.out, {"feedback": [asdict(each) for each in found]})
         for warning in warnings_of(found):
             run.warn(f"{warning}.")
