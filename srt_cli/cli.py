@@ -7,17 +7,26 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 import srt_cli
-from srt_cli import console
+from srt_cli import console, help
 from srt_cli.errors import Ended, Interrupted, SrtError
-from srt_cli.options import flag_of, resolve
+from srt_cli.options import (
+    choices_of,
+    every_name,
+    flag_named,
+    flag_of,
+    knob_of,
+    resolve,
+    without_none,
+)
 
 STOPPED: Final = "stopped; what is complete is written. Run the same line to go on."
 
@@ -25,6 +34,8 @@ STOPPED: Final = "stopped; what is complete is written. Run the same line to go 
 class Stage(NamedTuple):
     """Where a command lives; its module's `run` takes an instance of its options class."""
 
+    part: str
+    """The heading under which `srt --help` lists it."""
     module: str
     options_class: str
     summary: str
@@ -33,36 +44,67 @@ class Stage(NamedTuple):
 
 STAGES: Final = {
     "collect-feedback": Stage(
+        "Stage 1",
         "srt_cli.stages.collect_feedback",
         "CollectFeedback",
         "Let a policy answer prompts, and a critic write feedback and a refinement for each answer.",
     ),
     "sft": Stage(
+        "Stage 1",
         "srt_cli.stages.sft",
         "Sft",
         "Fine-tune the policy on response, feedback and refinement.",
     ),
     "self-critique": Stage(
+        "Stage 2",
         "srt_cli.stages.self_critique",
         "SelfCritique",
         "Let the tuned model answer new prompts, criticise its own answers and refine them.",
     ),
     "build-prefs": Stage(
+        "Stage 2",
         "srt_cli.stages.build_prefs",
         "BuildPrefs",
         "Turn feedback into preference pairs: the refinement is chosen, the draft rejected.",
     ),
     "dpo": Stage(
+        "Stage 2",
         "srt_cli.stages.dpo",
         "Dpo",
         "Teach the tuned model to prefer its refinements over its drafts.",
     ),
     "eval": Stage(
+        "Evaluation",
         "srt_cli.stages.evaluate.run",
         "Evaluate",
         "Compare models with a reference on held-out prompts, and write a report.",
     ),
 }
+
+
+class _App(TyperGroup):
+    """`srt` itself, with its commands under the part of the method that they belong to."""
+
+    def get_help(self, ctx: Any) -> str:
+        parts: dict[str, list[help.Entry]] = {}
+        for command, stage in STAGES.items():
+            parts.setdefault(stage.part, []).append(help.Entry(command, stage.summary))
+        for option in self.get_params(ctx):
+            entry = help.Entry(", ".join(option.opts), getattr(option, "help", ""))
+            parts.setdefault("Options", []).append(entry)
+        return help.app_page(self.help or "", parts.items())
+
+
+class _Command(TyperCommand):
+    """A command with the help page of its options class."""
+
+    def get_help(self, ctx: Any) -> str:
+        return self.page(everything=False)
+
+    def page(self, *, everything: bool) -> str:
+        """The help, of the common options or of every one."""
+        name = self.name or ""
+        return help.command_page(name, _load(name)[0], everything=everything)
 
 
 def _load(command: str) -> tuple[type[Any], Callable[[Any], None]]:
@@ -71,11 +113,16 @@ def _load(command: str) -> tuple[type[Any], Callable[[Any], None]]:
     return getattr(module, stage.options_class), module.run
 
 
-def every_option_name() -> frozenset[str]:
-    """The options of all commands: what may stand at the top level of a configuration file."""
-    return frozenset(
-        field.name for command in STAGES for field in dataclasses.fields(_load(command)[0])
-    )
+def every_option() -> dict[str, list[Any]]:
+    """The options of all commands, which may stand at the top level of a configuration file.
+
+    Each with the types that it has in them.
+    """
+    found: dict[str, list[Any]] = {}
+    for command in STAGES:
+        for name, declared in every_name(_load(command)[0]).items():
+            found.setdefault(name, []).append(declared)
+    return found
 
 
 def _command(command: str) -> Callable[..., None]:
@@ -84,77 +131,79 @@ def _command(command: str) -> Callable[..., None]:
 
     def invoke(**flags: Any) -> None:
         config_file = flags.pop("config")
+        del flags["help_all"]
         given = {name: value for name, value in flags.items() if value not in (None, [])}
-        options = resolve(options_class, command, given, config_file, every_option_name)
+        for name in [name for name in given if name.startswith(_NOT)]:
+            given[name.removeprefix(_NOT)] = not given.pop(name)
+        options = resolve(options_class, command, given, config_file, every_option)
         console.quiet_libraries()
         try:
             run(options)
         except KeyboardInterrupt:  # which click would swallow
             raise Interrupted(STOPPED) from None
 
-    # A stage's own options first, then those that it shares with others.
-    fields = sorted(
-        dataclasses.fields(options_class),
-        key=lambda field: field.name not in options_class.__annotations__,
+    parameters = [
+        parameter for field in dataclasses.fields(options_class) for parameter in _parameters(field)
+    ]
+    name, metavar = help.CONFIG.name.split()
+    config = typer.Option(name, metavar=metavar, help=help.CONFIG.text)
+    parameters.append(_parameter("config", Path, config))
+    everything = help.HELP[1]
+    show_all = typer.Option(
+        everything.name, is_eager=True, callback=_show_every_option, help=everything.text
     )
-    parameters = [_parameter(field) for field in fields]
-    parameters.append(
-        inspect.Parameter(
-            "config",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                Path | None,
-                typer.Option(
-                    "--config",
-                    metavar="FILE",
-                    help="Presets: a TOML file, or the run.json of an earlier run. Flags win.",
-                ),
-            ],
-        )
-    )
+    parameters.append(_parameter("help_all", bool, show_all))
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    invoke.__doc__ = inspect.getdoc(options_class)
     return invoke
 
 
-def _parameter(field: dataclasses.Field[Any]) -> inspect.Parameter:
-    """A typer option for one field; its own default is None, so only what was typed is given."""
-    declared = _without_none(field.type)
+def _show_every_option(context: typer.Context, asked: bool) -> None:
+    if asked and isinstance(context.command, _Command):
+        typer.echo(context.command.page(everything=True))
+        raise typer.Exit
+
+
+_NOT: Final = "no_"
+"""Before a switch's name: the parameter that turns it off. No field is called so."""
+
+
+def _parameters(field: dataclasses.Field[Any]) -> Iterator[inspect.Parameter]:
+    """Typer's options for one field: its own, and hidden ones for other spellings of it."""
+    declared = without_none(field.type)
     is_list = typing.get_origin(declared) is tuple
     item: Any = typing.get_args(declared)[0] if is_list else declared
-    if is_list and typing.get_origin(item) is Literal:
+    knob, flag = knob_of(field), flag_of(field)
+    completed = None
+    if is_list and choices_of(field.type):
         item = str  # typer takes no list of choices; the values are checked with the others
-    help_text = field.metadata["help"] + _shown_default(field.default)
-    flag = flag_of(field)
+        completed = _completion(choices_of(field.type))
+    taken = list[item] if is_list else item
+    off = f"--no-{flag.removeprefix('--')}"
+    spelled = f"{flag}/{off}" if declared is bool and field.default else flag
     option = typer.Option(
-        f"{flag}/--no-{flag.removeprefix('--')}" if item is bool else flag,
-        help=help_text,
-        show_default=False,
-        metavar=field.metadata["metavar"],
+        spelled, help=knob.help, metavar=knob.metavar, autocompletion=completed, show_default=False
     )
-    annotation = Annotated[list[item] | None if is_list else item | None, option]  # type: ignore[valid-type]
-    return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
+    yield _parameter(field.name, taken, option)
+    if declared is bool and not field.default:  # typed so until now, and takes back a preset
+        yield _parameter(_NOT + field.name, bool, typer.Option(off, hidden=True))
+    if knob.formerly is not None:
+        former = typer.Option(flag_named(knob.formerly.name), hidden=True)
+        yield _parameter(knob.formerly.name, list[str] if is_list else str, former)
 
 
-def _shown_default(default: Any) -> str:
-    if default is None or default is False or default == ():
-        return ""
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
-    shown = f"{default:g}" if isinstance(default, float) else str(default)
-    return f" (default: {shown})"
+def _parameter(name: str, taken: Any, option: Any) -> inspect.Parameter:
+    """An option whose own default is None, so that only what was typed is given."""
+    annotation = Annotated[taken | None, option]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, kind, default=None, annotation=annotation)
 
 
-def _without_none(annotation: Any) -> Any:
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        kept = [part for part in typing.get_args(annotation) if part is not type(None)]
-        # A number or a word is typed as text; the value is checked with the others.
-        return kept[0] if len(kept) == 1 else str
-    return annotation
+def _completion(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    def beginning_with(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return beginning_with
 
 
 def _print_version(asked: bool) -> None:
@@ -173,8 +222,7 @@ def _describe_app(
 ) -> None:
     """Improve a language model by language feedback: Self-Refinement Tuning (arXiv 2406.07168).
 
-    Stage 1: collect-feedback, sft. Stage 2: self-critique, build-prefs, dpo. Then: eval.
-    Each command reads and writes plain files; its defaults take what the one before it wrote.
+    Each command reads and writes plain files, and by default takes what the one before it wrote.
     """
 
 
@@ -184,8 +232,8 @@ def build_app(only: str | None = None) -> typer.Typer:
     With `only`, the other commands are listed but not loaded, which keeps start-up short.
     """
     app = typer.Typer(
+        cls=_App,
         no_args_is_help=True,
-        add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -193,7 +241,7 @@ def build_app(only: str | None = None) -> typer.Typer:
     app.callback()(_describe_app)
     for command, stage in STAGES.items():
         loaded = only is None or only == command
-        app.command(command, help=None if loaded else stage.summary, short_help=stage.summary)(
+        app.command(command, cls=_Command, short_help=stage.summary)(
             _command(command) if loaded else _listed
         )
     return app
@@ -207,12 +255,19 @@ def _stop(signal_number: int, frame: types.FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _words_to_complete() -> list[str]:
+    """The line that a shell wants completed: bash passes it in one variable, the others in another."""
+    lines = [os.environ.get(name, "") for name in ("COMP_WORDS", "_TYPER_COMPLETE_ARGS")]
+    return " ".join(lines).split() if "_SRT_COMPLETE" in os.environ else []
+
+
 def main() -> None:
     """Run the command line; every expected error leaves as one message and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
     try:
-        named = [argument for argument in sys.argv[1:] if argument in STAGES]
-        build_app(only=named[0] if named else "")(standalone_mode=True)
+        words = [*sys.argv[1:], *_words_to_complete()]
+        named = [word for word in words if word in STAGES]
+        build_app(only=named[0] if named else "")(standalone_mode=True, prog_name="srt")
     except KeyboardInterrupt:
         _exit(Interrupted(STOPPED))
     except SrtError as error:

@@ -1,59 +1,144 @@
 """A knob is declared once: a field of the frozen dataclass at the top of its stage.
 
 `setting` changes the result, so a finished output made under another value is refused;
-`runtime` changes only speed or looks. The command line, `--config`, `srt.toml`, the manifest and
-the help text are all derived from these fields.
+`runtime` changes only speed or looks. The command line, its help and completion, `--config`,
+`srt.toml` and the manifest are all derived from these fields.
 """
 
 import dataclasses
 import difflib
 import json
 import tomllib
+import types
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Final, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from pydantic import TypeAdapter, ValidationError
 
+from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 
 Kind = Literal["setting", "runtime"]
+Group = Literal[
+    "Data", "Model", "Pairs", "Sampling", "Critic", "Judge", "Training", "Loss", "Adapters",
+    "Audit", "Calls and money", "Many processes", "Run", "Output",
+]  # fmt: skip
+"""The headings of the help, in their order there."""
+GROUPS: Final[tuple[Group, ...]] = typing.get_args(Group)
 Config = TypeVar("Config")
 
 RUNS_CODE_PREFIX = "python:"
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    extends: bool = False,
-    metavar: str | None = None,
-) -> Any:
-    """Declare a knob that changes the result.
+@dataclass(frozen=True)
+class Former:
+    """How an option was spelled before: still read everywhere, and said once."""
 
-    `extends` marks a knob whose change adds rows to a run instead of contradicting it (`--limit`).
-    """
-    return _declare("setting", default, help, flag, extends, metavar)
+    name: str
+    values: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Values that had another name, too: the former one -> today's."""
+
+    def today(self, value: Any) -> Any:
+        """A value in today's spelling."""
+        return self.values.get(value, value) if isinstance(value, str) else value
 
 
-def runtime(default: Any, help: str, *, flag: str | None = None, metavar: str | None = None) -> Any:
+class Declared(TypedDict, total=False):
+    """What a declaration may say beside the default and the help text."""
+
+    group: Required[Group]
+    common: bool
+    """Stands in `--help`; the others in `--help-all` alone."""
+    otherwise: str
+    """What happens without the option, where its default is None."""
+    flag: str
+    metavar: str
+    extends: bool
+    """A changed value adds rows to a run instead of contradicting it (`--limit`)."""
+    formerly: Former
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What a field's declaration says of it."""
+
+    kind: Kind
+    help: str
+    group: Group
+    common: bool = False
+    otherwise: str | None = None
+    flag: str | None = None
+    metavar: str | None = None
+    extends: bool = False
+    formerly: Former | None = None
+
+
+def setting(default: Any, help: str, **declared: Unpack[Declared]) -> Any:
+    """Declare a knob that changes the result."""
+    return dataclasses.field(default=default, metadata={_KNOB: Knob("setting", help, **declared)})
+
+
+def runtime(default: Any, help: str, **declared: Unpack[Declared]) -> Any:
     """Declare a knob that changes only speed, place or looks."""
-    return _declare("runtime", default, help, flag, False, metavar)
+    return dataclasses.field(default=default, metadata={_KNOB: Knob("runtime", help, **declared)})
 
 
-def _declare(
-    kind: Kind, default: Any, help: str, flag: str | None, extends: bool, metavar: str | None
-) -> Any:
-    metadata = {"kind": kind, "help": help, "flag": flag, "extends": extends, "metavar": metavar}
-    return dataclasses.field(default=default, metadata=metadata)
+_KNOB: Final = "knob"
+
+
+def knob_of(field: dataclasses.Field[Any]) -> Knob:
+    """What was declared for a field."""
+    return cast(Knob, field.metadata[_KNOB])
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """The long option of a field, e.g. `--max-new-tokens`."""
-    return cast(str, field.metadata["flag"]) or "--" + field.name.replace("_", "-")
+    return knob_of(field).flag or flag_named(field.name)
+
+
+def flag_named(name: str) -> str:
+    """A name as it is typed: `max_new_tokens` is `--max-new-tokens`."""
+    return "--" + name.replace("_", "-")
+
+
+def group_of(config_class: type[Any], field: dataclasses.Field[Any]) -> Group:
+    """The heading under which a class's option stands.
+
+    A class whose inherited options serve one purpose gathers them: `inherited_group = "Audit"`.
+    """
+    if is_own(config_class, field):
+        return knob_of(field).group
+    return cast(Group, getattr(config_class, "inherited_group", knob_of(field).group))
+
+
+def is_common(config_class: type[Any], field: dataclasses.Field[Any]) -> bool:
+    """Whether an option stands in `--help` and not in `--help-all` alone."""
+    gathered = hasattr(config_class, "inherited_group") and not is_own(config_class, field)
+    return knob_of(field).common and not gathered
+
+
+def is_own(config_class: type[Any], field: dataclasses.Field[Any]) -> bool:
+    """Whether the class itself declares the option, and not a class that it inherits from."""
+    return field.name in config_class.__annotations__
+
+
+def choices_of(declared: Any) -> tuple[str, ...]:
+    """The words that a type allows, also as items of a tuple; none for any other type."""
+    declared = without_none(declared)
+    if typing.get_origin(declared) is tuple:
+        declared = typing.get_args(declared)[0]
+    return typing.get_args(declared) if typing.get_origin(declared) is Literal else ()
+
+
+def without_none(declared: Any) -> Any:
+    """A field's type when it is given; a number or a word counts as text."""
+    if typing.get_origin(declared) in (types.UnionType, typing.Union):
+        kept = [part for part in typing.get_args(declared) if part is not type(None)]
+        return kept[0] if len(kept) == 1 else str
+    return declared
 
 
 def values_of(config: Any, kind: Kind) -> dict[str, Any]:
@@ -61,7 +146,7 @@ def values_of(config: Any, kind: Kind) -> dict[str, Any]:
     return {
         field.name: _plain(getattr(config, field.name))
         for field in dataclasses.fields(config)
-        if field.metadata["kind"] == kind
+        if knob_of(field).kind == kind
     }
 
 
@@ -71,11 +156,43 @@ def differing_settings(
     """Settings whose value contradicts an earlier run's: flag -> (earlier, now)."""
     differing = {}
     for field in dataclasses.fields(config):
-        if field.metadata["kind"] != "setting" or field.metadata["extends"]:
+        if knob_of(field).kind != "setting" or knob_of(field).extends:
             continue
         if field.name in earlier and earlier[field.name] != now[field.name]:
             differing[flag_of(field)] = (earlier[field.name], now[field.name])
     return differing
+
+
+def under_todays_names(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, some perhaps under former names, as `config` (a class, or one of it) names them.
+
+    Raises `UsageError` where an option is given under both names.
+    """
+    renamed = dict(values)
+    for field in dataclasses.fields(config):
+        former = knob_of(field).formerly
+        if former is None or former.name not in renamed:
+            continue
+        if field.name in renamed:
+            raise UsageError(
+                f"{flag_of(field)} and {flag_named(former.name)} are the same option. Give one."
+            )
+        renamed[field.name] = former.today(renamed.pop(former.name))
+    return renamed
+
+
+def every_name(config_class: type[Any]) -> dict[str, Any]:
+    """The names that a configuration file may use, today's and former ones, with their types."""
+    names = {}
+    for field in dataclasses.fields(config_class):
+        names[field.name] = field.type
+        if (former := knob_of(field).formerly) is not None:
+            names[former.name] = field.type
+    return names
+
+
+Shared = Callable[[], Mapping[str, list[Any]]]
+"""The options of all commands: name -> the types it has in them."""
 
 
 def resolve(
@@ -83,28 +200,46 @@ def resolve(
     command: str,
     flags: Mapping[str, Any],
     config_file: Path | None,
-    shared_names: Callable[[], frozenset[str]],
-    found_file: Path = Path("srt.toml"),
+    shared: Shared,
 ) -> Config:
     """Layer the knobs: flags over `--config` over a found `srt.toml` over the defaults.
 
-    `shared_names` gives the options of all commands: what may stand at a file's top level.
+    `shared` gives the options of all commands: what may stand at a file's top level.
     A spec that runs code counts only from a flag or an explicit `--config`.
     """
+    notes: dict[str, None] = {}
     values: dict[str, Any] = {}
+    found_file = Path("srt.toml")
     if found_file.is_file() and not (config_file and _same_file(config_file, found_file)):
-        found = _read_preset(found_file, config_class, command, shared_names)
-        for name, value in found.items():
+        values = _read_preset(found_file, config_class, command, shared, notes)
+        for name, value in values.items():
             if _runs_code(name, value):
                 raise SrtError(
                     f"{found_file}: {name} = {value!r} would run code, which a file that was merely "
                     f"found may not do. Pass it as a flag, or name the file with --config {found_file}."
                 )
-        values |= found
     if config_file is not None:
-        values |= _read_preset(config_file, config_class, command, shared_names)
-    values |= {name: value for name, value in flags.items() if value is not None}
+        values |= _read_preset(config_file, config_class, command, shared, notes)
+    values |= _renamed(config_class, flags, notes)
+    for note in notes:
+        console.warn(note)
     return config_class(**_typed(config_class, values))
+
+
+def _renamed(
+    config_class: type[Any], values: Mapping[str, Any], notes: dict[str, None]
+) -> dict[str, Any]:
+    """Values under today's names; what was renamed goes into `notes`."""
+    for field in dataclasses.fields(config_class):
+        former = knob_of(field).formerly
+        if former is not None and former.name in values:
+            was, now = values[former.name], former.today(values[former.name])
+            value = "" if was == now else f", and its value {was} is {now}"
+            notes[
+                f"{flag_named(former.name)} is now {flag_of(field)}{value}. The old spelling still "
+                "works."
+            ] = None
+    return under_todays_names(config_class, values)
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -119,38 +254,39 @@ def _runs_code(name: str, value: Any) -> bool:
 
 
 def _read_preset(
-    path: Path, config_class: type[Any], command: str, shared_names: Callable[[], frozenset[str]]
+    path: Path, config_class: type[Any], command: str, shared: Shared, notes: dict[str, None]
 ) -> dict[str, Any]:
     """Options from a TOML file (top level, then the command's table) or from a `run.json`."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SrtError(f"{path}: cannot be read as a configuration ({error}).") from error
-    known = {field.name for field in dataclasses.fields(config_class)}
+    known = every_name(config_class)
     if path.suffix == ".json":
-        return _options_of_manifest(path, text, known)
+        return _renamed(config_class, _options_of_manifest(path, text, known), notes)
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SrtError(f"{path}: not valid TOML ({error}).") from error
-    shared = {key: value for key, value in document.items() if not isinstance(value, dict)}
-    table = document.get(command, {})
-    options: dict[str, Any] = {}
-    for key, value in shared.items():
+    top, table = {}, {}
+    for key, value in document.items():
         name = key.replace("-", "_")
-        if name in known:
-            options[name] = value
-        elif name not in shared_names():
-            _refuse_unknown(path, key, name, known | shared_names())
-    for key, value in table.items():
+        if isinstance(value, dict):
+            continue
+        if name not in known:
+            if name not in shared():
+                _refuse_unknown(path, key, name, {*known, *shared()})
+        elif _fits(known[name], value) or not any(_fits(kind, value) for kind in shared()[name]):
+            top[name] = value  # else it is meant for a command that takes other values
+    for key, value in document.get(command, {}).items():
         name = key.replace("-", "_")
         if name not in known:
-            _refuse_unknown(path, f"[{command}] {key}", name, known)
-        options[name] = value
-    return options
+            _refuse_unknown(path, f"[{command}] {key}", name, set(known))
+        table[name] = value
+    return _renamed(config_class, top, notes) | _renamed(config_class, table, notes)
 
 
-def _options_of_manifest(path: Path, text: str, known: set[str]) -> dict[str, Any]:
+def _options_of_manifest(path: Path, text: str, known: Mapping[str, Any]) -> dict[str, Any]:
     try:
         manifest = json.loads(text)
     except json.JSONDecodeError as error:
@@ -160,7 +296,7 @@ def _options_of_manifest(path: Path, text: str, known: set[str]) -> dict[str, An
     options: dict[str, Any] = dict(manifest["settings"])
     for name in options:
         if name not in known:
-            _refuse_unknown(path, name, name, known)
+            _refuse_unknown(path, name, name, set(known))
     return options
 
 
@@ -175,15 +311,26 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     typed = {}
     for name, value in values.items():
-        declared: Any = fields[name].type
-        if typing.get_origin(declared) is tuple and isinstance(value, str):
-            value = [value]  # one where several may be given
         try:
-            typed[name] = TypeAdapter(declared).validate_python(value)
+            typed[name] = _read_as(fields[name].type, value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UsageError(f"{flag_of(fields[name])} {value!r}: {reason}.") from error
     return typed
+
+
+def _read_as(declared: Any, value: Any) -> Any:
+    if typing.get_origin(declared) is tuple and isinstance(value, str):
+        value = [value]  # one where several may be given
+    return TypeAdapter(declared).validate_python(value)
+
+
+def _fits(declared: Any, value: Any) -> bool:
+    try:
+        _read_as(declared, value)
+    except ValidationError:
+        return False
+    return True
 
 
 def _plain(value: Any) -> Any:

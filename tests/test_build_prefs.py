@@ -128,8 +128,8 @@ def test_when_all_is_dropped_the_filter_to_relax_is_named(prefs, tmp_path, chang
 
 
 def test_pairs_of_other_settings_do_not_stay_where_none_are_left(prefs, tmp_path):
-    assert prefs(ROWS, "--format", "kto").code == 0
-    assert prefs(ROWS, "--format", "kto", "--min-gain", 9, "--overwrite").code == 1
+    assert prefs(ROWS, "--export", "kto").code == 0
+    assert prefs(ROWS, "--export", "kto", "--min-gain", 9, "--overwrite").code == 1
     assert not (tmp_path / "prefs.jsonl").exists()
     assert not (tmp_path / "prefs.kto.jsonl").exists()
 
@@ -341,7 +341,7 @@ def test_answers_that_are_none_are_left_out_unless_wanted(prefs, tmp_path):
 
 
 def test_the_pairs_are_written_for_other_trainers_too(prefs, tmp_path):
-    finished = prefs(ROWS, "--format", "axolotl", "--format", "llamafactory", "--format", "kto")
+    finished = prefs(ROWS, "--export", "axolotl", "--export", "llamafactory", "--export", "kto")
     assert finished.code == 0, finished.stderr
     assert read_jsonl(tmp_path / "prefs.axolotl.jsonl") == [
         {

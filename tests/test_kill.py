@@ -107,7 +107,7 @@ def build_prefs_files(folder: Path, rows: int) -> tuple[object, ...]:
     (folder / "judge.py").write_text(JUDGE)
     write_jsonl(folder / "self-feedback.jsonl", feedback_rows(rows))
     return (
-        "build-prefs", "--strategy", "best-worst", "--max-length-ratio", 99, "--format", "kto",
+        "build-prefs", "--strategy", "best-worst", "--max-length-ratio", 99, "--export", "kto",
         "--length-balance", "none", "--audit", 60, "--audit-judge", "python:judge.py:judge",
         "--label-page", "label.html",
     )  # fmt: skip

@@ -63,7 +63,7 @@ def test_a_local_model_is_asked_in_conversation_unless_told_otherwise(srt, folde
     line = ("eval", "--pairs", "pairs.jsonl", "--model", tiny_model, "--limit", 1,
             "--critic-max-tokens", 4)  # fmt: skip
     assert srt(*line).code == 3
-    assert srt(*line, "--critique-style", "message", "--out", "other.json").code == 3
+    assert srt(*line, "--critic-prompt", "table-1", "--out", "other.json").code == 3
     keys = [
         {json.loads(line)["key"] for line in (folder / f"{name}.journal.jsonl").open()}
         for name in ("eval", "other")

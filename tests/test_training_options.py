@@ -9,7 +9,7 @@ from conftest import write_jsonl
 from test_dpo import pair_rows
 from test_sft import feedback_rows
 
-from srt_cli.options import flag_of
+from srt_cli.options import flag_of, knob_of
 from srt_cli.stages.dpo import Dpo
 from srt_cli.stages.sft import Sft
 
@@ -115,7 +115,7 @@ def test_the_same_line_makes_the_same_weights(srt, tmp_path, tiny_model):
 
 @pytest.mark.parametrize(("options_class", "tried"), [(Sft, SFT), (Dpo, DPO)])
 def test_every_setting_is_tried_here_or_elsewhere(options_class, tried):
-    flags = {flag_of(field): field.metadata["kind"] for field in dataclasses.fields(options_class)}
+    flags = {flag_of(field): knob_of(field).kind for field in dataclasses.fields(options_class)}
     untried = set(flags) - set(tried)
     assert not {flag for flag in untried if flags[flag] == "setting"} - ELSEWHERE
     # A machine that runs a stranger's code is no place for tests.

@@ -1,6 +1,7 @@
-"""The knobs of every command that asks models: how fast, how much at most, and what to redo.
+"""The knobs that the commands which ask models share; each is declared here once.
 
-Stages inherit them; each is declared here once. None changes what a model replies.
+`ApiOptions`: speed and caps. `PromptOptions`: where prompts come from. `CallOptions`: what the
+two feedback stages have in common.
 """
 
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from srt_cli.errors import UsageError
 from srt_cli.models import Engine, ModelOptions
 from srt_cli.models.budget import Budget, parse_prices
-from srt_cli.options import runtime
+from srt_cli.options import runtime, setting
 from srt_cli.records import STATUSES
 
 
@@ -17,26 +18,55 @@ from srt_cli.records import STATUSES
 class ApiOptions:
     """Speed and caps of model calls."""
 
-    concurrency: int | None = runtime(None, "Requests in flight; default: finds its own level.")
-    rpm: float | None = runtime(None, "Requests a minute; default: what the server's headers say.")
-    tpm: float | None = runtime(None, "Tokens a minute; default: what the server's headers say.")
-    timeout: float = runtime(600.0, "Seconds after which a request counts as hung.")
-    max_cost: float | None = runtime(None, "Stop before more than so many dollars are spent.")
-    max_tokens_total: int | None = runtime(None, "Stop before more tokens than this are used.")
-    max_requests: int | None = runtime(None, "Stop after so many requests.")
+    concurrency: int | None = runtime(
+        None, "Requests in flight.", otherwise="finds its own level", group="Calls and money"
+    )
+    rpm: float | None = runtime(
+        None, "Requests per minute.", otherwise="what the server's headers say",
+        group="Calls and money",
+    )  # fmt: skip
+    tpm: float | None = runtime(
+        None, "Tokens per minute.", otherwise="what the server's headers say",
+        group="Calls and money",
+    )  # fmt: skip
+    timeout: float = runtime(
+        600.0, "Give up on a request after this many seconds.",
+        group="Calls and money", metavar="SECONDS",
+    )  # fmt: skip
+    max_cost: float | None = runtime(
+        None, "Stop before spending more than this many dollars.",
+        group="Calls and money", common=True, metavar="DOLLARS",
+    )  # fmt: skip
+    max_tokens_total: int | None = runtime(
+        None, "Stop before using more than this many tokens.", group="Calls and money"
+    )
+    max_requests: int | None = runtime(
+        None, "Stop after this many requests.", group="Calls and money"
+    )
     price: tuple[str, ...] = runtime(
-        (), "Dollars per million tokens; may be repeated.", metavar="NAME=IN/OUT[/CACHED]"
+        (), "Dollars per million tokens of a model. Repeatable.",
+        group="Calls and money", metavar="NAME=IN/OUT[/CACHED]",
+    )  # fmt: skip
+    batch: bool = runtime(
+        False, "Use the Batch API: half the price, within 24 hours.", group="Calls and money"
     )
-    batch: bool = runtime(False, "Use the Batch API: half the price, within 24 hours.")
-    batch_poll: float = runtime(60.0, "Seconds between looks at a batch.")
-    max_failures: int | None = runtime(None, "Exit 3 when more rows than this failed.")
+    batch_poll: float = runtime(
+        60.0, "Look at a batch every so many seconds.",
+        group="Calls and money", metavar="SECONDS",
+    )  # fmt: skip
+    max_failures: int | None = runtime(
+        None, "Exit with 3 when more than this many rows fail.", group="Run"
+    )
     batch_size: int | None = runtime(
-        None, "Rows a batch, for models in process; default: what memory holds."
-    )
+        None, "Rows per batch of a model in process.", otherwise="what memory holds",
+        group="Model",
+    )  # fmt: skip
     engine: Engine = runtime(
-        "auto", "Of models in process: static batches (CPU) or continuous ones (GPU)."
+        "auto", "How models in process batch: static (CPU) or continuous (GPU).", group="Model"
     )
-    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
+    trust_remote_code: bool = runtime(
+        False, "Let a model directory run its own code.", group="Model"
+    )
 
     def door(self) -> ModelOptions:
         """The knobs as the models' door takes them; every model opened with it shares one budget."""
@@ -55,21 +85,64 @@ class ApiOptions:
 
 
 @dataclass(frozen=True)
-class CallOptions(ApiOptions):
-    """The knobs of the feedback stages: also what to redo, and requests taken elsewhere."""
+class PromptOptions:
+    """Where prompts come from."""
 
-    dry_run: bool = runtime(False, "Count rows, calls, tokens and cost; send and write nothing.")
-    reparse: bool = runtime(False, "Rebuild the output from the journal, without a single call.")
+    prompts: str = setting(
+        "prompts.jsonl", "Prompts: a JSONL file, - for stdin, or hf:NAME:SPLIT.",
+        group="Data", common=True, metavar="FILE",
+    )  # fmt: skip
+    prompt_field: str | None = setting(
+        None, "The field that holds the prompt.", group="Data", metavar="NAME"
+    )
+    limit: int | None = setting(
+        None, "Use only the first N prompts.", group="Data", common=True, extends=True
+    )
+
+
+@dataclass(frozen=True)
+class CallOptions(ApiOptions, PromptOptions):
+    """The knobs of the feedback stages: how drafts are made, and what to redo or take elsewhere."""
+
+    temperature: float = setting(
+        0.7, "Sampling temperature of the drafts (paper: 0.7).", group="Sampling", common=True
+    )
+    max_new_tokens: int = setting(512, "Maximum tokens in a draft.", group="Sampling", common=True)
+    seed: int = setting(
+        42, "Seed of the drafts. The same seed gives the same drafts.",
+        group="Sampling", common=True,
+    )  # fmt: skip
+    critic_max_tokens: int = setting(
+        2048, "Maximum tokens in a critic's reply (paper: 2048).", group="Critic"
+    )
+    report: Path | None = runtime(
+        None, "Write a page about the quality of the critic.",
+        group="Output", common=True, metavar="FILE",
+    )  # fmt: skip
+    overwrite: bool = runtime(
+        False, "Replace an output made with other settings. The journal stays.",
+        group="Run", common=True,
+    )  # fmt: skip
+
+    dry_run: bool = runtime(
+        False, "Count rows, calls, tokens and cost. Send and write nothing.",
+        group="Run", common=True,
+    )  # fmt: skip
+    reparse: bool = runtime(
+        False, "Rebuild the output from the journal without a single call.", group="Run"
+    )
     retry_failed: str | None = runtime(
-        None, "Ask again for rows that ended so: all, or unparsed,truncated,refused.",
-        metavar="STATUS,...",
+        None, "Ask again for rows with these statuses: all, or unparsed,truncated,refused.",
+        group="Run", metavar="STATUS,...",
     )  # fmt: skip
     export_batch: Path | None = runtime(
-        None, "Write the requests that are owed as a batch file (vllm run-batch).", metavar="FILE"
-    )
+        None, "Write the owed requests to a batch file, e.g. for vllm run-batch.",
+        group="Calls and money", metavar="FILE",
+    )  # fmt: skip
     import_batch: Path | None = runtime(
-        None, "Read the replies of an exported batch file.", metavar="FILE"
-    )
+        None, "Read the replies to an exported batch file.",
+        group="Calls and money", metavar="FILE",
+    )  # fmt: skip
 
     def door(self) -> ModelOptions:
         """The knobs as the models' door takes them; raises `UsageError` when they contradict."""

@@ -26,13 +26,16 @@ SAMPLE_TEMPERATURE: Final = 0.7
 """Of the judgements after the first: at temperature 0 they would all be the same."""
 
 
-def asked_in_conversation(style: str, spec: str) -> bool:
+CriticPrompt = Literal["auto", "conversation", "table-1"]
+
+
+def asked_in_conversation(prompt: CriticPrompt, spec: str) -> bool:
     """How a critic is asked: in conversation, or (False) by Table 1 in one message.
 
     `auto` means for every command: in conversation what runs in process, as `srt` trains it; by
     Table 1 what answers on a server.
     """
-    return parse_spec(spec).in_process if style == "auto" else style == "conversation"
+    return parse_spec(spec).in_process if prompt == "auto" else prompt == "conversation"
 
 
 @dataclass(frozen=True)

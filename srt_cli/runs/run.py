@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import srt_cli
 from srt_cli import console
 from srt_cli.errors import BudgetReached, QuotaError, SrtError, UsageError
-from srt_cli.options import differing_settings, values_of
+from srt_cli.options import differing_settings, under_todays_names, values_of
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import is_data_file, sha256_of, write_json
@@ -309,6 +309,9 @@ def open_run(
         raise UsageError(f"--out {out}: srt {command} writes {kind}.")
     settings = values_of(options, "setting") | dict(resolved or {})
     earlier = read_manifest(out)
+    if earlier is not None:
+        then = under_todays_names(options, earlier.settings)
+        earlier = earlier.model_copy(update={"settings": then})
     if not options.overwrite:
         _refuse_other_run(command, options, settings, earlier)
     manifest = Manifest(

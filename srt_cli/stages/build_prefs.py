@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 import orjson
 
 from srt_cli import console
 from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.options import runtime, setting
+from srt_cli.options import Former, Group, runtime, setting
 from srt_cli.pairs.building import PairPlan, decide
 from srt_cli.pairs.exports import EXPORTS, Format, export_path
 from srt_cli.pairs.external_sort import ExternalSort
@@ -37,73 +37,99 @@ class BuildPrefs(ApiOptions):
     """Turn feedback into preference pairs: the refinement is chosen, the draft rejected.
 
     A pair is kept only where the blind score of the refinement exceeds the score of the draft by
-    the gain. Rows without a usable pair fall out with a reason; kept and dropped add up to the
-    input. Needs no torch.
+    the gain. Every other row is dropped with a reason; kept and dropped add up to the input.
+    Models are called only for --audit-judge, so every option of calls belongs to the audit.
 
     Examples:
-
       srt build-prefs --data self-feedback.jsonl --out prefs.jsonl
 
-      srt build-prefs --data round-1.jsonl --data round-2.jsonl.gz --strategy best-worst
+      srt build-prefs --length-balance margin --report prefs.html
 
-      srt build-prefs --length-balance margin --audit 100 --audit-judge gpt-4 --report prefs.html
+      srt build-prefs --data r1.jsonl --data r2.jsonl.gz --strategy best-worst
+
+      srt build-prefs --audit 100 --audit-judge gpt-4 --max-cost 5
     """
 
+    inherited_group: ClassVar[Group] = "Audit"
+
     data: tuple[Path, ...] = setting(
-        (Path("self-feedback.jsonl"),), "Feedback to pair: .jsonl, .jsonl.gz, - for stdin. Several "
-        "times.", metavar="FILE",
+        (Path("self-feedback.jsonl"),), "Feedback: .jsonl, .jsonl.gz, or - for stdin. Repeatable.",
+        group="Data", common=True, metavar="FILE",
     )  # fmt: skip
-    out: Path = runtime(Path("prefs.jsonl"), "Where the preferences go.", metavar="FILE")
+    out: Path = runtime(
+        Path("prefs.jsonl"), "Where to write the preferences.",
+        group="Output", common=True, metavar="FILE",
+    )  # fmt: skip
     strategy: Strategy = setting(
-        "refine", "refine: refinement against draft (paper). Over all answers to a prompt: "
+        "refine", "refine: a refinement against its draft (paper). Over all answers to a prompt: "
         "best-worst; refine-best, the best draft's refinement against the worst draft; tiers, the "
-        "shortest good against the longest bad.",
+        "shortest good answer against the longest bad one.", group="Pairs", common=True,
     )  # fmt: skip
-    rho: float = setting(0.1, "Width of a tier, as a share of the range of scores (tiers).")
+    rho: float = setting(
+        0.1, "Width of a tier, as a share of the range of scores (tiers).", group="Pairs"
+    )
     score: ScoreKind = setting(
-        "integer", "The score that is compared: the one the critic wrote (paper), or the one it "
-        "expected by its log-probabilities, which has hardly any ties.",
+        "integer", "Compare the scores as written (paper), or as expected under the critic's "
+        "log-probabilities, which seldom tie.", group="Pairs",
     )  # fmt: skip
     min_gain: float | Literal["auto"] = setting(
-        1.0, "Smallest blind gain of the refinement (paper: it must exceed the draft's score); auto: "
-        "where the audit finds --min-precision.", metavar="GAIN|auto",
+        1.0, "Minimum blind gain of a refinement (paper: any). auto: the smallest gain at which "
+        "the audit finds --min-precision.", group="Pairs", common=True, metavar="GAIN|auto",
     )  # fmt: skip
     max_length_ratio: float = setting(
-        3.0, "Longest refinement, as a multiple of its draft's characters (paper: no limit)."
-    )
+        3.0, "Maximum length of a refinement, as a multiple of its draft (paper: no limit).",
+        group="Pairs",
+    )  # fmt: skip
     length_balance: Balance = setting(
-        "none", "Leave out pairs until the mean length gap is zero: margin, those with least gain a "
-        "character; subset, the longest; matched, as many longer as shorter of each size.",
+        "none", "Drop pairs until chosen and rejected are equally long on average: first those "
+        "with the least gain per character (margin), the longest (subset), or until each size has "
+        "as many longer as shorter (matched).", group="Pairs", common=True,
     )  # fmt: skip
     hygiene: bool = setting(
-        True, "Leave out chosen answers that repeat, refuse, leak a template or switch the script."
-    )
+        True, "Drop chosen answers that repeat, refuse, leak a template or switch script.",
+        group="Pairs",
+    )  # fmt: skip
     near_duplicates: float | None = setting(
-        None, "Leave out prompts that share so much with another, or an excluded one, e.g. 0.8."
-    )
+        None, "Drop prompts that share this much with another, or with an excluded one: e.g. 0.8.",
+        group="Pairs", metavar="SHARE",
+    )  # fmt: skip
     exclude: tuple[Path, ...] = setting(
-        (), "Prompts that must not be trained on, e.g. those of an evaluation. Several times.",
-        metavar="FILE",
+        (), "Prompts never to train on, e.g. those of an evaluation. Repeatable.",
+        group="Data", common=True, metavar="FILE",
     )  # fmt: skip
-    format: tuple[Format, ...] = setting(
-        (), "Write the pairs in another tool's form too. Several times.",
-        metavar="axolotl|llamafactory|kto",
+    export: tuple[Format, ...] = setting(
+        (), "Also write the pairs in another tool's format. Repeatable.",
+        group="Output", common=True, formerly=Former("format"),
     )  # fmt: skip
-    report: Path | None = runtime(None, "Write the summary as a page.", metavar="FILE.html")
-    audit: int = runtime(0, "Have so many kept pairs, drawn at random, judged from outside.")
+    report: Path | None = runtime(
+        None, "Write the summary as a page.", group="Output", common=True, metavar="FILE.html"
+    )
+    audit: int = runtime(
+        0, "Have a judge or a person check N randomly drawn pairs.", group="Audit", common=True
+    )
     audit_judge: str | None = runtime(
-        None, "The judge of the audit: any model but the one that wrote the pairs.", metavar="SPEC"
-    )
+        None, "The judge of the audit: any model but the one that wrote the pairs.",
+        group="Audit", common=True, metavar="SPEC",
+    )  # fmt: skip
     label_page: Path | None = runtime(
-        None, "Write a page on which a person judges the pairs of the audit.", metavar="FILE.html"
-    )
+        None, "Write a page on which a person judges the drawn pairs.",
+        group="Audit", metavar="FILE.html",
+    )  # fmt: skip
     audit_labels: Path | None = runtime(
-        None, "The answers that were given on such a page.", metavar="FILE"
+        None, "The answers a person gave on such a page.", group="Audit", metavar="FILE"
     )
-    min_precision: float = runtime(0.8, "Share of right labels that the audit looks for.")
-    seed: int = setting(42, "Seed of the audit's sample; building pairs draws nothing.")
-    limit: int | None = setting(None, "Use only the first N rows.", extends=True)
-    overwrite: bool = runtime(False, "Replace an output of other settings.")
+    min_precision: float = runtime(
+        0.8, "Share of right labels that --min-gain auto looks for.", group="Audit"
+    )
+    seed: int = setting(
+        42, "Seed of the audit's sample. Building pairs draws nothing.", group="Run", common=True
+    )
+    limit: int | None = setting(
+        None, "Use only the first N rows.", group="Data", common=True, extends=True
+    )
+    overwrite: bool = runtime(
+        False, "Replace an output made with other settings.", group="Run", common=True
+    )
 
 
 def run(options: BuildPrefs) -> None:
@@ -255,7 +281,7 @@ def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) ->
     """Pairs go to the output and its other forms, dropped rows beside it; all whole or not at all."""
     dropped = DroppedRows(options.out)
     pairs = OrderedWriter(options.out)
-    exports = {name: OrderedWriter(export_path(options.out, name)) for name in options.format}
+    exports = {name: OrderedWriter(export_path(options.out, name)) for name in options.export}
     try:
         for _, value in lines:
             reason, separator, row = value.partition(SEPARATOR)
@@ -317,7 +343,7 @@ def show(summary: PairSummary, options: BuildPrefs) -> None:
         console.say(line)
     if summary.reasons:
         console.say(f"dropped rows with their reasons: {dropped_path(options.out)}")
-    for name in options.format:
+    for name in options.export:
         console.say(f"the same pairs for {name}: {export_path(options.out, name)}")
 
 

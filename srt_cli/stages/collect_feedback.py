@@ -27,35 +27,31 @@ class CollectFeedback(CallOptions):
     filtered here: every input row ends in exactly one status.
 
     Examples:
+      srt collect-feedback --model models/base --critic gpt-4
 
-      srt collect-feedback --prompts prompts.jsonl --model models/base --critic gpt-4
-
-      srt collect-feedback --model http://localhost:8000/v1#llama --critic python:critic.py:critique
+      srt collect-feedback --model http://localhost:8000/v1#llama \\
+          --critic python:critic.py:critique
     """
 
-    prompts: str = setting(
-        "prompts.jsonl", "Prompts: a JSONL file, - for stdin, or hf:NAME:SPLIT.", metavar="FILE"
-    )
     model: str | None = setting(
-        None, "The policy that answers. Rows that bring a response need none.", metavar="SPEC"
-    )
-    critic: str | None = setting(
-        None, "The critic: gpt-4, http://HOST/v1#NAME, a directory, python:FILE:CALLABLE.",
-        metavar="SPEC",
+        None, "The policy that answers. Not needed where rows bring a response.",
+        group="Model", common=True, metavar="SPEC",
     )  # fmt: skip
-    out: Path = runtime(Path("feedback.jsonl"), "Where the feedback goes.", metavar="FILE")
-    prompt_field: str | None = setting(None, "The field that holds the prompt.", metavar="NAME")
-    temperature: float = setting(0.7, "Sampling temperature of the drafts (paper: 0.7).")
-    max_new_tokens: int = setting(512, "Most tokens of a draft.")
-    critic_temperature: float = setting(0.0, "Sampling temperature of the critic (paper: 0).")
-    critic_max_tokens: int = setting(2048, "Most tokens of a critic's reply (paper: 2048).")
-    max_reasks: int = setting(
-        1, "How often a critic's reply that cannot be read is asked for again (paper: dropped)."
+    critic: str | None = setting(
+        None, "The critic: gpt-4, http://HOST/v1#NAME, a directory, or python:FILE:CALLABLE.",
+        group="Model", common=True, metavar="SPEC",
+    )  # fmt: skip
+    out: Path = runtime(
+        Path("feedback.jsonl"), "Where to write the feedback.",
+        group="Output", common=True, metavar="FILE",
+    )  # fmt: skip
+    critic_temperature: float = setting(
+        0.0, "Sampling temperature of the critic (paper: 0).", group="Critic"
     )
-    seed: int = setting(42, "Seed of the drafts; the same seed draws the same drafts.")
-    limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
-    report: Path | None = runtime(None, "Write a page about the critic's quality.", metavar="FILE")
-    overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
+    max_reasks: int = setting(
+        1, "How often to ask again when a critic's reply cannot be read (paper: never).",
+        group="Critic",
+    )  # fmt: skip
 
 
 def run(options: CollectFeedback) -> None:

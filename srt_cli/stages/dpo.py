@@ -36,42 +36,53 @@ COMMAND: Final = "dpo"
 class Dpo(TrainingOptions):
     """Teach the tuned model to prefer its refinements over its drafts.
 
-    The reference is the model that training starts from; its log-probs are computed beforehand,
-    and the first batch's loss must be ln 2. Without --model it is the one that wrote the
-    preferences, as their manifest tells.
+    The reference is the model that training starts from. Its log-probabilities are computed
+    beforehand, and the loss of the first batch must be ln 2. Without --model, the model that
+    wrote the preferences is trained, as their manifest tells.
 
     Examples:
-
       srt dpo --prefs prefs.jsonl
 
       srt dpo --prefs prefs.jsonl --model models/sft --beta 0.1 --method lora
     """
 
-    prefs: Path = setting(Path("prefs.jsonl"), "Preferences to learn from.", metavar="FILE")
+    prefs: Path = setting(
+        Path("prefs.jsonl"), "Preferences to learn from.",
+        group="Data", common=True, metavar="FILE",
+    )  # fmt: skip
     model: str | None = setting(
-        None, "The tuned model; default: the one that wrote the preferences.", metavar="SPEC"
-    )
-    out: Path = runtime(Path("models/dpo"), "Where the trained model goes.", metavar="DIRECTORY")
+        None, "The tuned model.", otherwise="the one that wrote the preferences",
+        group="Model", common=True, metavar="SPEC",
+    )  # fmt: skip
+    out: Path = runtime(
+        Path("models/dpo"), "Where to write the trained model.",
+        group="Output", common=True, metavar="DIRECTORY",
+    )  # fmt: skip
     beta: float | None = setting(
-        None, "Strength of the pull to the reference; default: the recipe's (paper: 0.01)."
-    )
+        None, "How strongly the reference holds the model back.",
+        otherwise="the recipe's (paper: 0.01)", group="Loss", common=True,
+    )  # fmt: skip
     loss_type: LossType | None = setting(
-        None, "The loss, as TRL names it; default: the recipe's (paper: sigmoid). sigmoid_norm "
-        "divides by length, robust allows for wrong labels, apo_zero raises the chosen answer.",
+        None, "The loss, as TRL names it. sigmoid_norm divides by length, robust allows for wrong "
+        "labels, apo_zero raises the chosen answer.", otherwise="the recipe's (paper: sigmoid)",
+        group="Loss", common=True,
     )  # fmt: skip
     label_smoothing: str | None = setting(
-        None, "Share of wrong labels, below 0.5, for --loss-type robust (or exo_pair, aot); auto: "
-        "what the audit of the preferences found.", metavar="SHARE|auto",
+        None, "Share of wrong labels, below 0.5, for --loss-type robust, exo_pair or aot. auto: "
+        "what the audit of the preferences found.", group="Loss", metavar="SHARE|auto",
     )  # fmt: skip
     nll_weight: float = setting(
-        0.0, "Weight of the chosen answers' own negative log-likelihood in the loss (paper: none)."
-    )
+        0.0, "Weight of the chosen answer's own negative log-likelihood in the loss (paper: 0).",
+        group="Loss",
+    )  # fmt: skip
     ld_alpha: float | None = setting(
-        None, "Weight, 0 to 1, of what an answer has beyond the shorter one's length (LD-DPO: 0.5)."
-    )
+        None, "Weight, 0 to 1, of the tokens beyond the shorter answer's length (LD-DPO: 0.5).",
+        group="Loss",
+    )  # fmt: skip
     adapter: Literal["merge", "continue"] = setting(
-        "merge", "What happens to a --model that is an adapter: merge it into its base and train "
-        "anew, or train it further; the reference is what it was either way."
+        "merge", "What to do with a --model that is an adapter: merge it into its base and train a "
+        "new one, or train it further. Either way the reference is the model as it was.",
+        group="Adapters",
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from srt_cli.calls.conduct import Script
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
+from srt_cli.feedback.critic import Critic, CriticPrompt, Sampling, asked_in_conversation
 from srt_cli.feedback.processes import answer_in_processes
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Check, CheckedRow, Roles, Policy
@@ -26,56 +26,66 @@ COMMAND = "self-critique"
 class SelfCritique(CallOptions):
     """Let the tuned model answer new prompts, criticise its own answers and refine them.
 
-    The model is asked in conversation, as it was trained: draft at a temperature, feedback and
+    The model is asked in conversation, as it was trained: a draft at a temperature, feedback and
     refinement greedily, then the score of the refinement in a fresh conversation that never saw
-    the first feedback. With --check, a program says what is really good, and the summary shows
-    whether the model knows. With --critic, another model gives the scores, or all of the critique.
+    the first feedback. With --check, a program says which answers are good, and the summary shows
+    whether the model knows. With --critic, another model gives the scores, or the whole critique.
 
     Examples:
-
       srt self-critique --prompts prompts.jsonl --model models/sft
 
       srt self-critique --prompts more.jsonl --samples 4 --score-samples 3
 
-      srt self-critique --model models/dpo --critic models/sft --out round-2.jsonl
+      srt self-critique --model models/dpo --critic models/sft --out r2.jsonl
     """
 
-    prompts: str = setting(
-        "prompts.jsonl", "Prompts: a JSONL file, - for stdin, or hf:NAME:SPLIT.", metavar="FILE"
+    model: str = setting(
+        "models/sft", "The tuned model, which is its own critic.",
+        group="Model", common=True, metavar="SPEC",
+    )  # fmt: skip
+    out: Path = runtime(
+        Path("self-feedback.jsonl"), "Where to write the feedback.",
+        group="Output", common=True, metavar="FILE",
+    )  # fmt: skip
+    samples: int = setting(1, "Drafts per prompt (paper: 1).", group="Sampling", common=True)
+    rounds: int = setting(
+        1, "Refine this many times in a row, scoring each blind (paper: 1).", group="Sampling"
     )
-    model: str = setting("models/sft", "The tuned model, its own critic.", metavar="SPEC")
-    out: Path = runtime(Path("self-feedback.jsonl"), "Where the feedback goes.", metavar="FILE")
-    prompt_field: str | None = setting(None, "The field that holds the prompt.", metavar="NAME")
-    temperature: float = setting(0.7, "Sampling temperature of the drafts (paper: 0.7).")
-    max_new_tokens: int = setting(512, "Most tokens of a draft.")
-    critic_max_tokens: int = setting(2048, "Most tokens of feedback and refinement (paper: 2048).")
-    samples: int = setting(1, "Drafts a prompt (paper: 1).")
-    rounds: int = setting(1, "Refinements in a row, each scored blind (paper: 1).")
-    stop_when_worse: bool = setting(False, "No further round after one that is scored lower.")
+    stop_when_worse: bool = setting(
+        False, "Stop refining once a refinement scores lower than what it refines.",
+        group="Sampling",
+    )  # fmt: skip
     # Not named critic: the critic of stage 1, set in srt.toml for every command, is not meant.
     other_critic: str | None = setting(
-        None, "Another critic than the model, e.g. that of stage 1.",
-        flag="--critic", metavar="SPEC",
+        None, "Another critic, e.g. the one of stage 1.", otherwise="the model itself",
+        group="Model", common=True, flag="--critic", metavar="SPEC",
     )  # fmt: skip
     critic_for: Literal["scores", "everything"] = setting(
-        "scores", "What --critic does: give the scores, or write feedback and refinement too."
-    )
-    critic_prompt: Literal["auto", "conversation", "table-1"] = setting(
-        "auto", "How --critic is asked; auto: models in process in conversation, others by Table 1."
-    )
+        "scores", "What --critic gives: scores alone, or feedback and refinement too.",
+        group="Critic",
+    )  # fmt: skip
+    critic_prompt: CriticPrompt = setting(
+        "auto", "How --critic is asked: in conversation, as srt trains it, or by the paper's "
+        "Table 1. auto: models in process in conversation, others by Table 1.", group="Critic",
+    )  # fmt: skip
     expected_score: bool = setting(
-        True, "Beside each score, its expectation under the critic's log-probabilities."
+        True, "Also record each score's expectation under the critic's log-probabilities.",
+        group="Critic",
+    )  # fmt: skip
+    score_samples: int = setting(
+        1, "Judgements to average for each answer's expected score.", group="Critic"
     )
-    score_samples: int = setting(1, "Judgements averaged for the expected score of each answer.")
     check: str | None = setting(
-        None, "A program that knows good answers: python:FILE:CALLABLE.", metavar="SPEC"
+        None, "A program that knows good answers: python:FILE:CALLABLE.",
+        group="Critic", metavar="SPEC",
+    )  # fmt: skip
+    good_score: float = setting(
+        8.0, "The model calls an answer good from this score on.", group="Critic"
     )
-    good_score: float = setting(8.0, "From this score on, the model calls an answer good.")
-    seed: int = setting(42, "Seed of the drafts; the same seed draws the same drafts.")
-    limit: int | None = setting(None, "Use only the first N prompts.", extends=True)
-    report: Path | None = runtime(None, "Write a page about the critic's quality.", metavar="FILE")
-    num_processes: int = runtime(1, "Split the rows over so many processes, each with its GPU.")
-    overwrite: bool = runtime(False, "Replace an output of other settings; the journal stays.")
+    num_processes: int = runtime(
+        1, "Split the rows over N processes, each with its own GPU.",
+        group="Many processes", common=True,
+    )  # fmt: skip
 
 
 def run(options: SelfCritique) -> None:

@@ -44,43 +44,52 @@ class Sft(TrainingOptions):
     (paper, Eq. 1) or those that --loss-on names; prompt and critique request carry none.
 
     Examples:
-
       srt sft --data feedback.jsonl --model models/base
 
       srt sft --method lora --learning-rate 1e-4 --loss-on feedback,refinement
     """
 
-    data: Path = setting(Path("feedback.jsonl"), "Feedback to learn from.", metavar="FILE")
+    data: Path = setting(
+        Path("feedback.jsonl"), "Feedback to learn from.",
+        group="Data", common=True, metavar="FILE",
+    )  # fmt: skip
     model: str | None = setting(
-        None, "The policy; default: the one that wrote the drafts.", metavar="SPEC"
-    )
-    out: Path = runtime(Path("models/sft"), "Where the tuned model goes.", metavar="DIRECTORY")
+        None, "The policy.", otherwise="the one that wrote the drafts",
+        group="Model", common=True, metavar="SPEC",
+    )  # fmt: skip
+    out: Path = runtime(
+        Path("models/sft"), "Where to write the tuned model.",
+        group="Output", common=True, metavar="DIRECTORY",
+    )  # fmt: skip
     loss_on: str = setting(
-        "response,feedback,refinement", "Parts that carry loss (paper: all three).", metavar="PARTS"
-    )
+        "response,feedback,refinement", "The parts that carry loss (paper: all three).",
+        group="Loss", common=True, metavar="PARTS",
+    )  # fmt: skip
     drop: str | None = setting(
-        None, "Parts of the feedback to leave out of the targets: some of weaknesses, suggestions, "
-        "score (paper, Table 6).", metavar="PARTS",
+        None, "Parts of the feedback to leave out of the targets: any of weaknesses, suggestions, "
+        "score (paper, Table 6).", group="Loss", metavar="PARTS",
     )  # fmt: skip
     refinement_only: bool = setting(
-        False,
-        "Train on prompt and refinement alone, without response and feedback (paper, Table 6).",
-    )
+        False, "Train on prompt and refinement alone, without response and feedback (paper, "
+        "Table 6).", group="Loss",
+    )  # fmt: skip
     refinement_feedback: bool = setting(
-        False, "Train also on good refinements with their own blind feedback (paper: no)."
-    )
+        False, "Also train on good refinements with their own blind feedback (paper: no).",
+        group="Loss",
+    )  # fmt: skip
     mix: tuple[str, ...] = setting(
         (), "Mix in other chats (messages, or prompt and response): WEIGHT of them for each row of "
-        "feedback. Several times.", metavar="FILE:WEIGHT",
+        "feedback. Repeatable.", group="Data", metavar="FILE:WEIGHT",
     )  # fmt: skip
     packing: Literal["auto", "bfd", "off"] = setting(
-        "auto", "Put several rows into one pass without padding (bfd), each seeing only itself; auto "
-        "does so where it pays.",
+        "auto", "Pack several rows into one pass without padding (bfd), each seeing only itself. "
+        "auto: where it pays.", group="Training",
     )  # fmt: skip
-    good_score: float = setting(8.0, "From this score on, an answer counts as good.")
+    good_score: float = setting(8.0, "An answer counts as good from this score on.", group="Loss")
     critic_check: int = runtime(
-        16, "Let the tuned model score N of the answers, and show whether it knows good from bad."
-    )
+        16, "Let the tuned model score N of the answers, to show whether it knows good from bad.",
+        group="Output",
+    )  # fmt: skip
 
 
 def run(options: Sft) -> None:

@@ -24,102 +24,138 @@ class TrainingOptions:
     """How weights are trained; names as in TRL and peft where they have one."""
 
     recipe: RecipeName = setting(
-        "srt", "Where values that are not given come from: srt is the paper, the others are "
-        "published recipes.",
+        "srt", "Where values that are not given come from: the paper (srt), or a published recipe.",
+        group="Training", common=True,
     )  # fmt: skip
     method: Method = setting(
-        "full", "Train all weights (paper), adapters on all linear layers (lora), or adapters on "
-        "a base of 4 bits (qlora)."
+        "full", "Train all weights (paper), adapters on all linear layers (lora), or adapters on a "
+        "4-bit base (qlora).", group="Training", common=True,
     )  # fmt: skip
     learning_rate: float | None = setting(
-        None, "Peak learning rate; default: the recipe's for method and size of the model."
+        None, "Peak learning rate.", otherwise="the recipe's for method and model size",
+        group="Training", common=True,
+    )  # fmt: skip
+    epochs: float | None = setting(
+        None, "Passes over the data.", otherwise="the recipe's", group="Training", common=True
     )
-    epochs: float | None = setting(None, "Passes over the data; default: the recipe's.")
     global_batch: int | None = setting(
-        None, "Rows a step over all processes; default: the recipe's (paper: 32)."
+        None, "Rows per step over all processes.", otherwise="the recipe's (paper: 32)",
+        group="Training",
+    )  # fmt: skip
+    micro_batch: int | None = setting(
+        None, "Rows per forward pass.", otherwise="2 on a CPU, 8 on a GPU", group="Training"
     )
-    micro_batch: int | None = setting(None, "Rows a forward pass; default: 2 on a CPU, 8 on a GPU.")
     lr_schedule: LearningRateSchedule | None = setting(
-        None, "Course of the learning rate; default: the recipe's (paper: cosine)."
-    )
+        None, "Course of the learning rate.", otherwise="the recipe's (paper: cosine)",
+        group="Training",
+    )  # fmt: skip
     warmup: float | None = setting(
-        None, "Share of the steps that warm up; default: the recipe's (paper: 0.1)."
-    )
+        None, "Share of the steps spent warming up.", otherwise="the recipe's (paper: 0.1)",
+        group="Training", metavar="SHARE",
+    )  # fmt: skip
     weight_decay: float | None = setting(
-        None, "Weight decay; default: the recipe's (paper: not stated, 0)."
+        None, "Weight decay.", otherwise="the recipe's (paper: not stated, 0)", group="Training"
     )
     max_grad_norm: float | None = setting(
-        None, "Gradients are clipped at this norm; default: the recipe's (paper: not stated, 1)."
-    )
+        None, "Clip gradients at this norm.", otherwise="the recipe's (paper: not stated, 1)",
+        group="Training",
+    )  # fmt: skip
     max_length: int | None = setting(
-        None, "Most tokens a row may have; default: the recipe's (paper: 8192)."
+        None, "Maximum tokens in a row.", otherwise="the recipe's (paper: 8192)", group="Data"
     )
     truncation: Literal["refuse", "drop"] = setting(
-        "refuse", "What happens to rows that do not fit: refuse the run, or drop them."
+        "refuse", "What to do with rows that do not fit: refuse to train, or drop them.",
+        group="Data",
+    )  # fmt: skip
+    lora_r: int | None = setting(
+        None, "Rank of the adapters.", otherwise="the recipe's", group="Adapters"
     )
-    lora_r: int | None = setting(None, "Rank of the adapters; default: the recipe's.")
-    lora_alpha: int | None = setting(None, "Scale of the adapters; default: the recipe's.")
-    lora_dropout: float | None = setting(None, "Dropout of the adapters; default: the recipe's.")
-    dora: bool = setting(False, "Adapters learn direction and size apart (DoRA).")
-    rslora: bool = setting(False, "Scale adapters by alpha over the root of the rank (rsLoRA).")
+    lora_alpha: int | None = setting(
+        None, "Scale of the adapters.", otherwise="the recipe's", group="Adapters"
+    )
+    lora_dropout: float | None = setting(
+        None, "Dropout of the adapters.", otherwise="the recipe's", group="Adapters"
+    )
+    dora: bool = setting(
+        False, "Let adapters learn direction and magnitude separately (DoRA).", group="Adapters"
+    )
+    rslora: bool = setting(
+        False, "Scale adapters by alpha over the root of the rank (rsLoRA).", group="Adapters"
+    )
     set: tuple[str, ...] = setting(
-        (), "Any other field of TRL's SFTConfig or DPOConfig. Several times.", metavar="KEY=VALUE"
-    )
+        (), "Any other field of TRL's SFTConfig or DPOConfig. Repeatable.",
+        group="Training", metavar="KEY=VALUE",
+    )  # fmt: skip
     chat_template: Path | None = setting(
-        None, "A .jinja file, if the model has none.", metavar="FILE"
-    )
+        None, "A .jinja file, for a model that has no chat template.",
+        group="Model", metavar="FILE",
+    )  # fmt: skip
     eval_split: float = setting(
-        0.0, "Share of the prompts to hold out, for a loss on rows that are not trained on."
-    )
+        0.0, "Share of the prompts to hold out for a validation loss.",
+        group="Data", metavar="SHARE",
+    )  # fmt: skip
     eval_every: int | None = setting(
-        None, "Steps between evaluations; default: ten of them in a training.", metavar="STEPS"
-    )
-    seed: int = setting(42, "Seed of the data order and of dropout.")
-    limit: int | None = setting(None, "Use only the first N rows.")
+        None, "Steps between evaluations.", otherwise="ten evaluations per training",
+        group="Training", metavar="STEPS",
+    )  # fmt: skip
+    seed: int = setting(42, "Seed of the data order and of dropout.", group="Training", common=True)
+    limit: int | None = setting(None, "Use only the first N rows.", group="Data", common=True)
     num_processes: int | None = runtime(
-        None, "Train in N processes on this machine, one a GPU; on a CPU too.", metavar="N"
-    )
+        None, "Train in N processes on this machine, one per GPU; also on a CPU.",
+        group="Many processes", common=True,
+    )  # fmt: skip
     accelerate_config: str | None = runtime(
-        None, "How the processes share the work: multi_gpu, fsdp2, zero2, zero3, or a FILE of "
-        "accelerate.", metavar="NAME|FILE",
+        None, "How processes share the work: multi_gpu, fsdp2, zero2, zero3, or a file of "
+        "accelerate.", group="Many processes", metavar="NAME|FILE",
     )  # fmt: skip
     dry_run: bool = runtime(
-        False, "Show the plan: rows, tokens, steps, memory, where values come from. Writes nothing."
-    )
+        False, "Show the plan: rows, tokens, steps, memory and values. Write nothing.",
+        group="Run", common=True,
+    )  # fmt: skip
     probe: bool = runtime(
-        False, "With --dry-run: make a few steps on a copy that is thrown away, to tell the time."
+        False, "With --dry-run: time a few steps on a copy that is thrown away.", group="Run"
     )
     show_masks: int = runtime(
-        0, "With --dry-run: show the first N rows, with what is trained marked."
+        0, "With --dry-run: show the first N rows and mark what is trained.", group="Run"
     )
     save_every: int | None = runtime(
-        None, "Steps between checkpoints; default: every ten minutes.", metavar="STEPS"
-    )
+        None, "Steps between checkpoints.", otherwise="every ten minutes",
+        group="Run", metavar="STEPS",
+    )  # fmt: skip
     early_stopping: int | None = setting(
         None, "Stop when the validation loss has not fallen for N evaluations, and keep the best "
-        "weights; needs --eval-split.", metavar="N"
+        "weights. Needs --eval-split.", group="Training",
     )  # fmt: skip
     deterministic: bool = setting(
-        False, "Only kernels that give the same result every time: slower on a GPU."
-    )
-    samples: int = runtime(
-        4, "Let the model in training answer N prompts now and then, into samples.jsonl."
-    )
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = runtime(
-        (), "Send the metrics to this tracker too. Several times.",
-        metavar="tensorboard|wandb|trackio",
+        False, "Use only kernels that give the same result every time. Slower on a GPU.",
+        group="Training",
     )  # fmt: skip
-    merge: bool = setting(
-        True, "Save an adapter merged into its base; --no-merge saves the adapter alone."
+    samples: int = runtime(
+        4, "Let the model answer N prompts now and then while it trains (samples.jsonl).",
+        group="Output",
+    )  # fmt: skip
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = runtime(
+        (), "Also send the metrics to this tracker. Repeatable.", group="Output"
     )
+    merge: bool = setting(
+        True, "Save an adapter merged into its base; --no-merge saves the adapter alone.",
+        group="Adapters",
+    )  # fmt: skip
     merge_base: Literal["original", "dequantised"] = setting(
-        "original", "What an adapter of qlora is merged into: the base as it is, or as its 4 bits "
-        "rounded it."
+        "original", "What a qlora adapter is merged into: the base as it was, or as 4 bits rounded "
+        "it.", group="Adapters",
     )  # fmt: skip
     push_to_hub: str | None = runtime(
-        None, "Upload the finished model under this name, for your eyes only.", metavar="ORG/NAME"
+        None, "Upload the finished model as a private repository.",
+        group="Output", metavar="ORG/NAME",
+    )  # fmt: skip
+    hub_public: bool = runtime(False, "Make what --push-to-hub uploads public.", group="Output")
+    keep_checkpoints: bool = runtime(
+        False, "Keep the checkpoints of a finished training.", group="Output"
     )
-    hub_public: bool = runtime(False, "Let everybody see what --push-to-hub uploads.")
-    keep_checkpoints: bool = runtime(False, "Keep the checkpoints of a finished training.")
-    trust_remote_code: bool = runtime(False, "Let a model directory run its own code.")
-    overwrite: bool = runtime(False, "Delete the directory and start anew.")
+    trust_remote_code: bool = runtime(
+        False, "Let a model directory run its own code.", group="Model"
+    )
+    overwrite: bool = runtime(
+        False, "Delete the directory and start over.", group="Run", common=True
+    )

@@ -271,7 +271,7 @@ def _pairs(
     found = {}
     for spec in dict.fromkeys([reference, *options.model]):
         if pairs and _is_model(spec):
-            in_conversation = asked_in_conversation(options.critique_style, spec)
+            in_conversation = asked_in_conversation(options.critic_prompt, spec)
             with asking.open(spec) as model:
                 critic = Critic(model, _critic_sampling(options), in_conversation)
                 found[spec] = ask_pairs(asking, critic, pairs)

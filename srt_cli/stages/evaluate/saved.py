@@ -57,7 +57,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
     with run:
         asking = Asking.begin(run, options, offline=options.offline)
         for spec in dict.fromkeys(options.model):
-            in_conversation = asked_in_conversation(options.critique_style, spec)
+            in_conversation = asked_in_conversation(options.critic_prompt, spec)
             with asking.open(spec) as model:
                 scored = ask_pairs(asking, Critic(model, sampling, in_conversation), pairs)
             found.append(count_pairs(spec, pairs, scored))
