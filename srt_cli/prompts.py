@@ -1,4 +1,4 @@
-"""Where prompts come from: a JSONL file, stdin, or a data set of the hub."""
+"""Where prompts come from: a JSONL file, stdin, or a dataset on the hub."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ HUB_PREFIX: Final = "hf:"
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Prompts that were read through once, so that bad input is told before any work."""
+    """Prompts that were read once already, so that bad input is reported before any work."""
 
     count: int
     without_response: int
     inputs: Mapping[str, Path]
-    """The file for the manifest; empty when the prompts are no file."""
+    """The file, for the manifest; empty when the prompts are not a file."""
     read: Callable[[], Iterator[Prompt]]
 
 
 def prompts_from(location: str, prompt_field: str | None, limit: int | None) -> PromptSource:
     """Open a `--prompts`: a path, `-` for stdin, or `hf:NAME[:SPLIT]`.
 
-    A file is streamed again for the run itself; the others are held in memory.
+    A file is read again for the run itself; the others are held in memory.
     """
     if location == "-" or location.startswith(HUB_PREFIX):
         rows = list(_numbered_rows(location))
@@ -58,7 +58,7 @@ def _numbered_rows(location: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
     name, _, split = location.removeprefix(HUB_PREFIX).partition(":")
     if not name:
-        raise UsageError(f"{location}: which data set? Write hf:NAME or hf:NAME:SPLIT.")
+        raise UsageError(f"{location}: which dataset? Write hf:NAME or hf:NAME:SPLIT.")
     for number, row in enumerate(read_hub_rows(name, split or "train"), start=1):
         yield number, dict(row)
 
@@ -69,7 +69,7 @@ def read_prompts(
     prompt_field: str | None = None,
     limit: int | None = None,
 ) -> Iterator[Prompt]:
-    """Read numbered rows as prompts, refusing a duplicate id: rows are known by it downstream."""
+    """Read numbered rows as prompts; `SrtError` for a repeated id, since later files go by it."""
     first_line: dict[str, int] = {}
     for number, row in rows:
         if limit is not None and len(first_line) >= limit:
@@ -82,7 +82,7 @@ def read_prompts(
             raise SrtError(f"{name}:{number}: {error}.") from None
         if prompt.id in first_line:
             raise SrtError(
-                f"{name}:{number}: id {prompt.id!r} stands on line {first_line[prompt.id]} already. "
+                f"{name}:{number}: id {prompt.id!r} is already on line {first_line[prompt.id]}. "
                 "Give each row its own id, or delete the duplicate."
             )
         first_line[prompt.id] = number

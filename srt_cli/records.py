@@ -1,6 +1,6 @@
 """Every line we read or write, as pydantic models: frozen, and strict about unknown fields.
 
-Only `Prompt` keeps extra fields: a program critic may need them (constraints, unit tests).
+Only `Prompt` keeps extra fields, because a program critic may need them (constraints, unit tests).
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Message(Record):
 
 
 class Usage(Record):
-    """Tokens of one or several model calls, as the model's own tokenizer counts them."""
+    """Tokens of one or more model calls, as the model's own tokenizer counts them."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -50,7 +50,7 @@ class Usage(Record):
 class Prompt(Record):
     """What the policy is asked: one instruction, or the chat so far.
 
-    `response`, when the input row brings one, stands in for the policy's draft.
+    `response`, if the input row has one, takes the place of the policy's draft.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -61,9 +61,9 @@ class Prompt(Record):
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], prompt_field: str | None = None) -> Self:
-        """Read a row spelled as `prompt`, `instruction` (+ `input`) or `messages`.
+        """Read a row with `prompt`, `instruction` (+ `input`) or `messages`.
 
-        Raises `ValueError` with a sentence when none of these is there, or the row is no question.
+        Raises `ValueError`, with a sentence for the user, when the row has none or asks nothing.
         """
         rest = dict(row)
         prompt = _take_prompt(rest, prompt_field)
@@ -86,12 +86,12 @@ class Prompt(Record):
 
     @property
     def messages(self) -> list[Message]:
-        """The prompt as chat turns, the last one the user's."""
+        """The prompt as chat turns; the last one is the user's."""
         return as_messages(self.prompt)
 
     @property
     def text(self) -> str:
-        """The prompt as one text: the instruction itself, or a transcript of the turns."""
+        """The prompt as text: the instruction itself, or a transcript of the turns."""
         if isinstance(self.prompt, str):
             return self.prompt
         if len(self.prompt) == 1:
@@ -122,12 +122,12 @@ def _take_prompt(rest: dict[str, Any], prompt_field: str | None) -> Any:
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
-    """A prompt as chat turns; a plain text is one user turn."""
+    """A prompt as chat turns; plain text becomes one user turn."""
     return [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
 
 
 def content_id(prompt: str | list[Message]) -> str:
-    """A short name for a prompt that stays the same wherever the row stands."""
+    """A short digest of a prompt: its id when the row gives none."""
     turns = [f"{turn.role}\x1f{turn.content}" for turn in as_messages(prompt)]
     return hashlib.blake2b("\x1e".join(turns).encode(), digest_size=6).hexdigest()
 
@@ -136,7 +136,7 @@ class Feedback(Record):
     """A critic's language feedback on one response (paper, Table 1); the score is 1 to 10.
 
     `score_mean` is the critic's expected score, the sum of p(s) * s over the scores it might have
-    written; null where its log-probabilities are not known.
+    written; None without log-probabilities.
     """
 
     weaknesses: str
@@ -146,11 +146,11 @@ class Feedback(Record):
 
 
 class FeedbackRecord(Record):
-    """One draft, its feedback and its refinement: what both feedback stages write.
+    """A draft, its feedback and its refinement, as collect-feedback and self-critique write them.
 
     `refinement_score` and `refinement_feedback` come from a second call that never saw the first
-    feedback (paper, section 3.1.1). Whatever a bad reply left out is null, and `reason` says why.
-    The expected scores (`..._mean`) are optional: records of older versions have none.
+    feedback (paper, section 3.1.1). What a bad reply left out is None, and `reason` says why.
+    The expected scores (`..._mean`) are optional: older records have none.
     """
 
     id: str
@@ -172,7 +172,7 @@ class FeedbackRecord(Record):
 
     @property
     def gain(self) -> float | None:
-        """Blind score of the refinement minus the score of the draft."""
+        """Blind score of the refinement minus score of the draft; None if either is missing."""
         if self.feedback is None or self.refinement_score is None:
             return None
         return self.refinement_score - self.feedback.score
@@ -191,14 +191,14 @@ class Preference(Record):
 
 
 class HandLabel(Record):
-    """A person's word on a pair: digests of the pair and of the better text; null for neither."""
+    """A person's verdict on a pair: digests of the pair and of the better text, None for neither."""
 
     pair: str = Field(pattern=r"^[0-9a-f]{32}$")
     better: str | None = Field(pattern=r"^[0-9a-f]{32}$")
 
 
 class Dropped(Record):
-    """A row that fell out of an artifact, and why."""
+    """A row that was dropped from an artifact, and why."""
 
     id: str
     reason: str
@@ -206,9 +206,9 @@ class Dropped(Record):
 
 
 class Judgment(Record):
-    """One verdict for one presentation order; `preference` is 1 for `a`, 0 for `b`, null for none.
+    """A verdict in one presentation order: `preference` is 1 for `a`, 0 for `b`, None if unread.
 
-    `preference` is already un-swapped: it speaks of `a` and `b`, whichever was shown first.
+    It is about `a` and `b` whichever of them was shown first.
     """
 
     id: str
@@ -224,7 +224,7 @@ class Judgment(Record):
 
 
 class Scored(Record):
-    """What somebody who did not write it, or the writer itself, scored one output, blind."""
+    """A blind score of one output, given by its own model or by another critic (`by`)."""
 
     id: str
     contestant: str
@@ -236,10 +236,10 @@ class Scored(Record):
 
 
 class Output(Record):
-    """What a contestant of `srt eval` answered to one prompt.
+    """A contestant's answer to one prompt of `srt eval`.
 
     `use` says which of its texts this is; refinement-2 refines the refinement. `parsed` says whether
-    the critique behind a refinement could be read; where it could not, the output is the draft.
+    the critique behind a refinement could be read; if not, the output is the draft.
     """
 
     id: str

@@ -47,9 +47,9 @@ def rows(*rows: object) -> str:
             rows(
                 {"id": "a", "prompt": "p"}, {"id": "b", "prompt": "q"}, {"id": "a", "prompt": "r"}
             ),
-            "prompts.jsonl:3: id 'a' stands on line 1 already.",
+            "prompts.jsonl:3: id 'a' is already on line 1.",
         ),
-        (rows({"prompt": "p"}, {"prompt": "p"}), "stands on line 1 already."),
+        (rows({"prompt": "p"}, {"prompt": "p"}), "is already on line 1."),
     ],
 )
 def test_a_bad_prompts_file_is_named_with_its_line(srt, folder, content, message):

@@ -498,7 +498,7 @@ def test_a_balance_of_which_nothing_would_be_left_is_refused(prefs):
     ]
     finished = prefs(rows, "--length-balance", "matched")
     assert finished.code == 1
-    assert "in every pair the same side is longer" in finished.stderr
+    assert "the same side is longer in every pair" in finished.stderr
 
 
 def test_the_report_is_one_page_with_what_was_found(prefs, tmp_path):

@@ -1,4 +1,4 @@
-"""From groups of feedback rows to pairs: every row ends in a pair or falls out with a reason."""
+"""From groups of feedback rows to pairs: every row ends in a pair or is dropped with a reason."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,29 +28,29 @@ class PairPlan:
 
 @dataclass(slots=True)
 class Decision:
-    """What became of a group of rows."""
+    """What became of one group of rows."""
 
     pairing: Pairing | None = None
-    """The pair that passed every filter but those of length, if the group gave one."""
+    """The group's pair, if it has one that passed every rule of its own."""
     shape: Shape | None = None
     fault: str | None = None
-    """Why the pair falls out in spite of that; null when it is kept."""
+    """Why the pair is dropped all the same; None if it is kept."""
     position: int = FAR
-    """Where the pair belongs in the output."""
+    """The position of the pair in the output."""
     used: int = 0
-    """Rows that are in the kept pair."""
+    """Number of rows in the kept pair."""
     dropped: list[tuple[int, str, bytes]] = field(default_factory=list)
-    """Position, reason and line of every other row."""
+    """Position, reason and line of each other row."""
 
     @property
     def kept(self) -> tuple[Pairing, Shape] | None:
-        """The pair, if the group gives one."""
+        """The pair, if it is kept."""
         if self.pairing is None or self.shape is None or self.fault is not None:
             return None
         return self.pairing, self.shape
 
     def drop(self, row: InputRow, reason: str, position: int | None = None) -> None:
-        """Let a row fall out."""
+        """Drop a row."""
         line = b'{"id":%b,"reason":%b,"row":%b}\n' % (
             orjson.dumps(row.record.id), orjson.dumps(reason), row.line,
         )  # fmt: skip
@@ -58,7 +58,7 @@ class Decision:
 
 
 def decide(rows: GroupedRows, plan: PairPlan, label: str) -> Iterator[Decision]:
-    """Decide on every group; in which order does not depend on the order of the input."""
+    """Decide on every group, in an order that does not depend on the order of the input."""
     near = near_duplicates_of(plan.near_duplicates, plan.rules.excluded)
     for group in rows.groups(label):
         yield _decide_on(group, plan, near)
@@ -95,7 +95,7 @@ def _judge(
     near: NearDuplicates | None,
     decision: Decision,
 ) -> None:
-    """Hold a pair against every rule; the rows that are not in it fall out in any case."""
+    """Check a pair against every rule; the rows that are not in it are dropped in any case."""
     fault = plan.rules.fault_of(pairing)
     if fault is None:
         gap = len(pairing.chosen.text) - len(pairing.rejected.text)
@@ -116,7 +116,7 @@ def _judge(
 def _late_fault(
     pairing: Pairing, shape: Shape, plan: PairPlan, near: NearDuplicates | None
 ) -> str | None:
-    """What a pair falls out for that is sound in itself: its length, or another one like it."""
+    """The filters on a pair that passed every rule of its own: length, and others like it."""
     too_long = plan.rules.is_too_long(pairing)
     if too_long is not None:
         return too_long

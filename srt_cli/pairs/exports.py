@@ -1,4 +1,4 @@
-"""The same pairs in the forms that other trainers read."""
+"""The same pairs in the formats of other trainers."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,19 +10,19 @@ PairLine = Mapping[str, Any]
 
 
 def export_path(out: Path, name: Format) -> Path:
-    """Where the pairs in another form go: `prefs.axolotl.jsonl` beside `prefs.jsonl`."""
+    """Path of the pairs in another format: `prefs.axolotl.jsonl` beside `prefs.jsonl`."""
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.{name}.jsonl")
 
 
 def _to_axolotl(pair: PairLine) -> list[dict[str, Any]]:
-    """Axolotl's chat_template.default of DPO."""
+    """Axolotl's DPO format chat_template.default."""
     return [
         {"messages": pair["prompt"], "chosen": pair["chosen"][0], "rejected": pair["rejected"][0]}
     ]
 
 
 def _to_llamafactory(pair: PairLine) -> list[dict[str, Any]]:
-    """LLaMA-Factory's sharegpt form with ranking."""
+    """LLaMA-Factory's sharegpt format with ranking."""
     names = {"system": "system", "user": "human", "assistant": "gpt"}
     turns = [{"from": names[turn["role"]], "value": turn["content"]} for turn in pair["prompt"]]
     chosen = {"from": "gpt", "value": pair["chosen"][0]["content"]}
@@ -31,7 +31,7 @@ def _to_llamafactory(pair: PairLine) -> list[dict[str, Any]]:
 
 
 def _to_kto(pair: PairLine) -> list[dict[str, Any]]:
-    """TRL's unpaired preferences: two rows a pair."""
+    """TRL's unpaired preferences: two rows per pair."""
     return [
         {"prompt": pair["prompt"], "completion": pair[answer], "label": answer == "chosen"}
         for answer in ("chosen", "rejected")

@@ -1,4 +1,4 @@
-"""Sorting more than memory holds: sorted runs in unnamed files, merged when they are read."""
+"""Sorting more than fits in memory: sorted runs in unnamed files, merged when they are read."""
 
 import contextlib
 import heapq
@@ -14,17 +14,17 @@ Entry = tuple[bytes, bytes]
 
 MEMORY_BYTES: Final = 80 << 20
 BYTES_BESIDES: Final = 160
-"""What an entry takes in memory besides its bytes."""
+"""Memory that an entry takes beyond its bytes."""
 MOST_RUNS: Final = 64
 BUFFER_BYTES: Final = 1 << 18
 _LENGTHS: Final = struct.Struct("<II")
 
 
 class ExternalSort:
-    """Entries in, in any order; out, sorted by key and value, as often as asked for.
+    """Takes entries in any order; iterates over them sorted by key and value, as often as needed.
 
-    Few entries stay in memory. More go to files in `folder` that have no name, so that not even
-    kill -9 leaves any behind; they take as much space as the entries.
+    What exceeds `memory_bytes` goes to files in `folder` that have no name, so not even kill -9
+    leaves one behind; they take as much space as the entries.
     """
 
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
@@ -47,14 +47,14 @@ class ExternalSort:
             run.close()
 
     def add(self, key: bytes, value: bytes) -> None:
-        """Take an entry."""
+        """Add an entry."""
         self._entries.append((key, value))
         self._bytes += len(key) + len(value) + BYTES_BESIDES
         if self._bytes >= self._memory_bytes:
             self._spill()
 
     def __iter__(self) -> Iterator[Entry]:
-        """All entries in order; nothing may be added while this runs."""
+        """All entries in order; none may be added meanwhile."""
         if self._runs and self._entries:
             self._spill()
         self._entries.sort()
@@ -74,7 +74,7 @@ class ExternalSort:
         try:
             self._runs.append(_Run(self._folder, entries))
         except OSError as error:
-            # A file without a name fails without one: say where the space is missing.
+            # The error of an unnamed file names none: say which folder is full.
             raise OSError(error.errno, error.strerror, str(self._folder)) from error
 
 

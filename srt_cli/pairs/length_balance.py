@@ -1,7 +1,7 @@
 """Choosing pairs so that length says little about which answer is better.
 
-Refinements are nearly always longer than drafts, and DPO learns length too. Here are three ways of
-leaving pairs out, until the mean of |chosen| - |rejected| is as near to zero as whole pairs allow.
+Refinements are nearly always longer than drafts, and DPO learns length too. Three methods leave
+pairs out until the mean of |chosen| - |rejected| is as near to zero as whole pairs allow.
 """
 
 import math
@@ -16,13 +16,13 @@ from srt_cli.pairs.external_sort import ExternalSort
 
 Balance = Literal["none", "margin", "subset", "matched"]
 STEPS_A_DOUBLING: Final = 4
-"""Gaps within a factor of 2^(1/4) of each other count as equal when pairs are matched."""
+"""When pairs are matched, gaps within a factor of 2^(1/4) count as equal."""
 GROUP_BYTES: Final = 2
 _FIGURES: Final = struct.Struct("<qd")
 
 
 class Shape(NamedTuple):
-    """What balancing looks at in a pair."""
+    """The figures of a pair that balancing looks at."""
 
     gap: int
     """Characters of the chosen answer minus those of the rejected one."""
@@ -32,14 +32,14 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthCut:
-    """Which pairs stay: within each group of pairs those whose key comes after the group's cut."""
+    """Which pairs stay: in each group, those whose key comes after the group's cut."""
 
     method: Balance
     cuts: Mapping[bytes, bytes]
     before: int
     after: int
     margin: float | None = None
-    """Under `margin`: points of gain that a hundred more characters must bring."""
+    """For `margin`: the gain, in points, that a pair needs per hundred characters."""
 
     def keeps(self, shape: Shape) -> bool:
         """Whether a pair stays."""
@@ -50,13 +50,13 @@ class LengthCut:
 
 
 def balance_lengths(method: Balance, shapes: Iterable[Shape], folder: Path) -> LengthCut:
-    """Look at all pairs and decide which ones stay.
+    """Decide which pairs stay, from the figures of all of them.
 
-    `margin` leaves out those with the least gain for each character of the gap (DICE, arXiv
-    2406.09760, subtracts a price for length from the reward); `subset` those with the largest gap,
-    which costs the fewest pairs; `matched` keeps, among pairs of about the same gap, as many with
-    the longer as with the shorter answer chosen, drawn by their fingerprints. Many pairs are sorted
-    in files in `folder`.
+    `margin` leaves out those with the least gain per character of the gap (DICE, arXiv 2406.09760,
+    subtracts a price for length from the reward). `subset` leaves out those with the largest gap,
+    which costs the fewest pairs. `matched` keeps, among pairs of about the same gap, as many with
+    the longer as with the shorter answer chosen, picked by their fingerprints. Too many pairs for
+    memory are sorted in files in `folder`.
     """
     total = count = 0
     sizes: Counter[bytes] = Counter()
@@ -78,7 +78,7 @@ def balance_lengths(method: Balance, shapes: Iterable[Shape], folder: Path) -> L
 
 
 def _thin_out(placed: ExternalSort, total: int) -> tuple[dict[bytes, bytes], int, float | None]:
-    """Leave out pairs of the side that outweighs, in order, while the sum comes nearer to zero."""
+    """Leave out pairs of the heavier side, in order, while the sum comes nearer to zero."""
     side = _side(total)
     cuts: dict[bytes, bytes] = {}
     left_out, margin = 0, None
@@ -97,7 +97,7 @@ def _thin_out(placed: ExternalSort, total: int) -> tuple[dict[bytes, bytes], int
 
 
 def _match(placed: ExternalSort, sizes: Mapping[bytes, int]) -> dict[bytes, bytes]:
-    """Cut from each group what it has more than the group of the same gap on the other side."""
+    """Cut each group down to the size of the group of the same gap on the other side."""
     cuts: dict[bytes, bytes] = {}
     seen: Counter[bytes] = Counter()
     for key, _ in placed:
@@ -109,7 +109,7 @@ def _match(placed: ExternalSort, sizes: Mapping[bytes, int]) -> dict[bytes, byte
 
 
 def _place(method: Balance, shape: Shape) -> tuple[bytes, bytes]:
-    """A pair's group, and its key within it; what falls out of a group has its smallest keys."""
+    """A pair's group and its key there; the pairs with the smallest keys are left out first."""
     size = abs(shape.gap)
     if method == "matched":
         step = round(STEPS_A_DOUBLING * math.log2(size))

@@ -1,8 +1,8 @@
-"""Which answers to one prompt make a pair: the strategies of `srt build-prefs`.
+"""Which answers to a prompt make a pair: the strategies of `srt build-prefs`.
 
-Every strategy sees the records of one prompt (all samples, rounds and files) and gives one pair of
-candidates: texts with a score, each a draft or a refinement. `refine` sees the records of one pair.
-No strategy depends on the order of the records.
+A strategy sees all records of a prompt (samples, rounds, files) and returns one pair of candidates:
+texts with a score, each a draft or a refinement. `refine` sees the records of one draft and its
+refinement. No strategy depends on the order of the records.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ class Candidate(NamedTuple):
 
     @property
     def order(self) -> tuple[float, int, str]:
-        """Higher scores first, then shorter texts, then the alphabet: never the order of the input."""
+        """Sort key: higher score, then shorter text, then alphabet; never the order of the input."""
         return (-self.score, len(self.text), self.text)
 
 
 class Refined(NamedTuple):
-    """A draft and its refinement, both with a score."""
+    """A draft and its refinement, each with a score."""
 
     draft: Candidate
     refinement: Candidate
@@ -48,17 +48,17 @@ class Pairing(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """By how much the chosen answer scores higher."""
+        """How much higher the chosen answer scores."""
         return self.chosen.score - self.rejected.score
 
     @property
     def fingerprint(self) -> bytes:
-        """16 uniform bytes that stand for the texts of the pair."""
+        """A 16-byte digest of the texts of the pair."""
         return digest(_transcript(self.chosen.record.prompt), self.chosen.text, self.rejected.text)
 
 
 def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
-    """What a row holds, or the reason for which it can be in no pair at all."""
+    """The draft and refinement of a row, or the reason why the row can be in no pair."""
     if row.status != "ok":
         return row.status
     response, refinement = row.response, row.refinement
@@ -76,7 +76,7 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
 
 
 def candidates_of(rows: Sequence[Refined]) -> list[Candidate]:
-    """Drafts and refinements, each text once, at its mean score, best first."""
+    """Drafts and refinements, best first; a text that occurs twice has its mean score."""
     same: dict[str, list[Candidate]] = {}
     for row in rows:
         for candidate in (row.refinement, row.draft):
@@ -85,7 +85,7 @@ def candidates_of(rows: Sequence[Refined]) -> list[Candidate]:
 
 
 def _at_mean_score(same: Sequence[Candidate]) -> Candidate:
-    """One for several of the same text."""
+    """One candidate for several of the same text."""
     if len(same) == 1:
         return same[0]
     mean = math.fsum(candidate.score for candidate in same) / len(same)
@@ -101,7 +101,7 @@ def refine(rows: Sequence[Refined], rho: float) -> Pairing | None:
 
 
 def best_worst(rows: Sequence[Refined], rho: float) -> Pairing | None:
-    """The best of all drafts and refinements against the worst (Self-Rewarding's way)."""
+    """The best of all drafts and refinements against the worst, as in Self-Rewarding."""
     candidates = candidates_of(rows)
     return Pairing(candidates[0], candidates[-1]) if len(candidates) > 1 else None
 
@@ -140,9 +140,9 @@ STRATEGIES: Final[Mapping[Strategy, Callable[[Sequence[Refined], float], Pairing
 
 
 def group_key(record: FeedbackRecord, strategy: Strategy) -> bytes:
-    """Bytes that records have in common which a strategy must see together.
+    """A digest that is equal for the records that a strategy must see together.
 
-    The prompt's text counts, not its id, which another file may give to another prompt.
+    It is of the prompt's text, not its id, which another file may give to another prompt.
     """
     prompt = _transcript(record.prompt)
     if strategy != "refine":
@@ -165,7 +165,7 @@ def preference_of(pairing: Pairing) -> Preference:
 
 
 def line_of(pairing: Pairing) -> bytes:
-    """A pair as its JSONL line: `artifacts.to_line(preference_of(pairing))`, much faster."""
+    """A pair as its JSONL line: `to_line(preference_of(pairing))`, but much faster."""
     chosen, rejected = pairing
     record = chosen.record
     prompt = record.prompt
@@ -186,28 +186,28 @@ def line_of(pairing: Pairing) -> bytes:
 
 
 def pair_id(record: FeedbackRow) -> str:
-    """The id of the pair whose chosen answer a record holds."""
+    """The id of the pair whose chosen answer is in a record."""
     first = record.sample == 0 and record.round == 1
     return record.id if first else f"{record.id}/{record.sample}/{record.round}"
 
 
 def fingerprint_of(pair: Preference) -> bytes:
-    """16 uniform bytes that stand for the texts of a pair, as `Pairing.fingerprint` gives them."""
+    """A 16-byte digest of the texts of a pair, equal to `Pairing.fingerprint`."""
     return digest(_transcript(pair.prompt), pair.chosen[0].content, pair.rejected[0].content)
 
 
 def pair_key(pair: Preference) -> str:
-    """What stands for a pair in labels."""
+    """How labels name a pair."""
     return fingerprint_of(pair).hex()
 
 
 def text_key(text: str) -> str:
-    """What stands for a text in labels."""
+    """How labels name a text."""
     return digest(text).hex()
 
 
 def digest(*texts: str) -> bytes:
-    """16 uniform bytes that stand for texts."""
+    """A 16-byte digest of texts."""
     return hashlib.blake2b("\x1d".join(texts).encode(), digest_size=16).digest()
 
 
@@ -220,19 +220,19 @@ def _transcript(prompt: str | Sequence[Message]) -> str:
 
 
 class Picker(Protocol):
-    """Picks some of the pairs that stream by."""
+    """Picks some of the pairs that it is offered."""
 
     def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
-        """Consider a pair; `fingerprint` are uniform bytes that stand for it."""
+        """Consider a pair, given with its fingerprint."""
         ...
 
     def pairs(self) -> list[Preference]:
-        """What was picked, in an order of its own."""
+        """What was picked, in an order that does not depend on the input's."""
         ...
 
 
 class Sample:
-    """A fixed number of pairs, the same ones whatever the order in which they come."""
+    """Picks `size` pairs at random: the same ones in whatever order they come."""
 
     def __init__(self, size: int, seed: int) -> None:
         self._size = size
@@ -240,11 +240,11 @@ class Sample:
         self._heap: list[tuple[int, bytes, Pairing]] = []
 
     def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
-        """Consider a pair; `fingerprint` are uniform bytes that stand for it."""
+        """Consider a pair, given with its fingerprint."""
         if not self._size:
             return
         mixed = hashlib.blake2b(fingerprint, digest_size=8, salt=self._salt).digest()
-        # A heap keeps its smallest on top; those with the smallest digests are wanted.
+        # A heap keeps its smallest entry on top, and the smallest digests are wanted: so negate.
         entry = (-int.from_bytes(mixed), fingerprint, pairing)
         if len(self._heap) < self._size:
             heapq.heappush(self._heap, entry)
@@ -252,13 +252,13 @@ class Sample:
             heapq.heapreplace(self._heap, entry)
 
     def pairs(self) -> list[Preference]:
-        """The sample, in an order of its own."""
+        """The sample, in an order that does not depend on the input's."""
         entries = sorted(self._heap, key=lambda entry: entry[:2])
         return [preference_of(pairing) for *_, pairing in entries]
 
 
 class Wanted:
-    """The pairs of given fingerprints."""
+    """Picks the pairs of the given fingerprints."""
 
     def __init__(self, fingerprints: Collection[bytes]) -> None:
         self._fingerprints = fingerprints
@@ -270,5 +270,5 @@ class Wanted:
             self._found[fingerprint] = pairing
 
     def pairs(self) -> list[Preference]:
-        """Those of them that came by, in the order of their fingerprints."""
+        """Those that were offered, in the order of their fingerprints."""
         return [preference_of(self._found[name]) for name in sorted(self._found)]

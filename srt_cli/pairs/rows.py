@@ -1,7 +1,7 @@
-"""Feedback rows of any number of files, grouped by what a strategy must see together.
+"""Feedback rows from any number of files, in groups that a strategy must see together.
 
-The grouping is done on disk, so memory does not grow with the rows; and the groups, and the rows in
-each, come in an order of their own, so that nothing depends on the order of the input.
+Rows are grouped on disk, so memory does not grow with them. Groups, and the rows in a group, come
+in an order that does not depend on the order of the input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ PROGRESS_EVERY: Final = 2000
 
 
 class FeedbackRow(NamedTuple):
-    """A feedback record, cut to what pairing looks at; the scores are those of its feedback."""
+    """The part of a feedback record that pairing looks at; `score` is that of its feedback."""
 
     id: str
     prompt: str | list[Message]
@@ -41,7 +41,7 @@ class FeedbackRow(NamedTuple):
 
     @classmethod
     def of_line(cls, line: bytes) -> Self:
-        """Read the line of a record that was found valid before: to do so again costs most of a row."""
+        """Read the line of a record that is known to be valid: validating again would cost most."""
         row: dict[str, Any] = orjson.loads(line)
         prompt, feedback = row["prompt"], row["feedback"] or {}
         if not isinstance(prompt, str):
@@ -64,7 +64,7 @@ class FeedbackRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class InputRow:
-    """A row of the input, its line, and where it stood."""
+    """A row of the input, its line, and its position among all rows."""
 
     record: FeedbackRow
     line: bytes
@@ -73,15 +73,15 @@ class InputRow:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows that belong together, each different one once, and the places where others repeat them."""
+    """The different rows of a group, and the positions of rows that repeat one of them."""
 
     rows: list[InputRow]
     repeated: list[tuple[InputRow, int]]
-    """A row, and the position of one that equals it."""
+    """A row, and the position of an equal one."""
 
 
 class GroupedRows:
-    """All rows of the input, read once, and given out in groups as often as asked for."""
+    """All rows of the input: read once, given out in groups as often as needed."""
 
     def __init__(self, folder: Path, key_of: Callable[[FeedbackRecord], bytes]) -> None:
         """Records with the same `key_of` come in one group."""
@@ -101,7 +101,7 @@ class GroupedRows:
         self._sort.__exit__(kind, error, traceback)
 
     def read(self, paths: Sequence[Path], limit: int | None, total: int | None) -> None:
-        """Take the rows of the files, the first `limit` of them all; `total` is for the progress."""
+        """Read the first `limit` rows of the files together; `total` is for the progress bar."""
         with console.progress("reading", total) as progress:
             for path in paths:
                 left = None if limit is None else limit - self.count
@@ -114,7 +114,7 @@ class GroupedRows:
             progress.advance(self.count % PROGRESS_EVERY)
 
     def groups(self, label: str) -> Iterator[Group]:
-        """The groups, in the order of their keys; `label` says what they are wanted for."""
+        """The groups, in the order of their keys; `label` names the work on the progress bar."""
         with console.progress(label, self.count) as progress:
             done = shown = 0
             for _, entries in groupby(self._sort, key=itemgetter(0)):
@@ -136,11 +136,11 @@ class GroupedRows:
 
 
 def _with_line(row: Any) -> tuple[FeedbackRecord, bytes]:
-    """A record, and a line that is the same however the file spaced or ordered its fields."""
+    """A record, and its line with fields in a fixed order and spacing."""
     record = FeedbackRecord.model_validate(row)
     return record, orjson.dumps(row, option=orjson.OPT_SORT_KEYS)
 
 
 def _number(value: float | str | None) -> float | None:
-    """A number as the record's validation takes it, which lets `7` and `"7"` pass."""
+    """A number, read as the record's validation reads it: `7` and `"7"` are the same."""
     return None if value is None else float(value)

@@ -1,4 +1,4 @@
-"""What a pair must not be: the filters of `srt build-prefs`, each with the reason it gives."""
+"""The filters of `srt build-prefs`, each with the reason it gives."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ PERMUTATIONS: Final = 128
 RUN_OF_WORDS: Final = 3
 SEED: Final = 42
 TIE: Final = "tie"
-# What to do when most rows fell out for one reason.
+# What to do when most rows were dropped for one reason.
 ADVICE: Final = {
     TIE: "Try --score expected, where the critic's log-probabilities are known.",
     "copy": "The critic repeats the draft: it was trained on too many good drafts.",
@@ -39,14 +39,14 @@ ADVICE: Final = {
 
 
 def advice_for(reason: str) -> str:
-    """Which filter to relax, or what to mend, when `reason` took most rows."""
+    """What to change when most rows were dropped for `reason`."""
     found = (advice for start, advice in ADVICE.items() if reason.startswith(start))
     return next(found, "Look at the dropped rows.")
 
 
 @dataclass(frozen=True)
 class PairRules:
-    """The filters that look at one pair alone."""
+    """The filters that look at one pair by itself."""
 
     min_gain: float
     max_length_ratio: float
@@ -54,7 +54,7 @@ class PairRules:
     excluded: "ExcludedPrompts"
 
     def fault_of(self, pairing: Pairing) -> str | None:
-        """The first rule that a pair breaks, but for its length; null when it breaks none."""
+        """The first rule that a pair breaks, those of length aside; None if it breaks none."""
         chosen, rejected = pairing
         if chosen.text == rejected.text:
             return "copy"
@@ -76,7 +76,7 @@ class PairRules:
         return None
 
     def is_too_long(self, pairing: Pairing) -> str | None:
-        """The reason when the chosen answer is too long for the rejected one."""
+        """The reason, if the chosen answer is too long beside the rejected one."""
         chosen, rejected = pairing
         if len(chosen.text) > self.max_length_ratio * len(rejected.text):
             return f"refinement over {self.max_length_ratio:g} times as long"
@@ -84,7 +84,7 @@ class PairRules:
 
 
 class ExcludedPrompts:
-    """Prompts that must not be trained on; compared without regard to case and spaces."""
+    """Prompts that must not be trained on; case and spacing do not matter."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.prompts = [
@@ -101,10 +101,11 @@ def _plain_digest(turns: Iterable[Message]) -> bytes:
 
 
 class NearDuplicates:
-    """An index of prompts; two are alike when they share enough runs of three words.
+    """An index of prompts that finds near repetitions by MinHash (Broder 1997).
 
-    The share is Jaccard's: runs in both over runs in either, estimated from 128 permutations
-    (standard error at most 0.045). Memory grows by about 1.6 KB a prompt.
+    Two prompts are alike when the Jaccard index of their runs of three words (runs in both over
+    runs in either) reaches the threshold. It is estimated from 128 permutations: standard error at
+    most 0.045. Memory grows by about 1.6 KB a prompt.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -121,7 +122,7 @@ class NearDuplicates:
         self._last: tuple[str, bool] | None = None
 
     def add(self, text: str) -> bool:
-        """Take a prompt unless one like it was taken before; whether it was taken.
+        """Add a prompt unless one like it is there; returns whether it was added.
 
         The same text several times in a row counts as one prompt.
         """
@@ -141,7 +142,7 @@ class NearDuplicates:
 
 
 def near_duplicates_of(threshold: float | None, excluded: ExcludedPrompts) -> NearDuplicates | None:
-    """An index of prompts that begins with the excluded ones; null when none is wanted."""
+    """An index of prompts, begun with the excluded ones; None without a threshold."""
     if threshold is None:
         return None
     index = NearDuplicates(threshold)

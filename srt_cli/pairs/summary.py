@@ -1,4 +1,4 @@
-"""What came of building pairs, counted as they stream by: for the terminal, the manifest, the page."""
+"""Figures of the pairs, counted as they are built: for the terminal, the manifest and the page."""
 
 import math
 from collections import Counter
@@ -20,7 +20,7 @@ LONGER_TO_WARN_AT: Final = 1.3
 
 @dataclass
 class LengthFigures:
-    """How long chosen answers are beside rejected ones, in characters, and whether gain follows."""
+    """Lengths of chosen and rejected answers, in characters, and how gain goes with them."""
 
     pairs: int = 0
     chosen: int = 0
@@ -29,7 +29,7 @@ class LengthFigures:
     _gain_and_gap: Moments = field(default_factory=Moments)
 
     def add(self, chosen: int, rejected: int, gain: float) -> None:
-        """Count a pair."""
+        """Count one pair."""
         self.pairs += 1
         self.chosen += chosen
         self.rejected += rejected
@@ -58,11 +58,11 @@ class LengthFigures:
 
     @property
     def longer_share(self) -> float | None:
-        """Share of pairs in which the chosen answer is the longer one."""
+        """Share of pairs whose chosen answer is the longer one."""
         return self.chosen_longer / self.pairs if self.pairs else None
 
     def in_words(self) -> str:
-        """The figures in a line."""
+        """The figures in one line."""
         return (
             f"chosen {_figure(self.ratio, '.2f')} times as long as rejected, longer in "
             f"{_figure(self.longer_share, '.0%')} of {self.pairs} pairs, mean gap "
@@ -71,7 +71,7 @@ class LengthFigures:
         )
 
     def cells(self) -> list[str]:
-        """The figures for a table: pairs, gap, ratio, share of longer ones, correlation."""
+        """The figures as table cells: pairs, gap, ratio, share of longer ones, correlation."""
         return [
             f"{self.pairs:,}",
             _figure(self.mean_gap, "+.0f"),
@@ -96,20 +96,20 @@ class LengthFigures:
 
 @dataclass
 class PairSummary:
-    """Counts over all decisions; memory does not grow with them."""
+    """Counts over all decisions, in constant memory."""
 
     seed: int
     rows: int = 0
     kept: int = 0
     used: int = 0
-    """Rows that are part of a kept pair."""
+    """Rows in a kept pair."""
     reasons: Counter[str] = field(default_factory=Counter)
     chosen_scores: Counter[int] = field(default_factory=Counter)
     rejected_scores: Counter[int] = field(default_factory=Counter)
     gains: Counter[int] = field(default_factory=Counter)
     """Whole points of gain, rounded down."""
     before: LengthFigures = field(default_factory=LengthFigures)
-    """Pairs that only a rule of length, or another pair like them, keeps out, and the kept ones."""
+    """The kept pairs, and those that only a rule of length or a near duplicate keeps out."""
     after: LengthFigures = field(default_factory=LengthFigures)
     length_cut: LengthCut | None = None
     min_gain: float = 0.0
@@ -118,7 +118,7 @@ class PairSummary:
         self._examples = Sample(EXAMPLES, self.seed)
 
     def add(self, decision: Decision) -> None:
-        """Count what became of one group of rows."""
+        """Count the decision on one group of rows."""
         self.rows += decision.used + len(decision.dropped)
         for _, reason, _ in decision.dropped:
             self.reasons[reason] += 1
@@ -138,7 +138,7 @@ class PairSummary:
 
     @property
     def examples(self) -> list[Preference]:
-        """A few kept pairs, drawn at random."""
+        """A few kept pairs, picked at random."""
         return self._examples.pairs()
 
     def describe(self) -> dict[str, Any]:
@@ -167,11 +167,11 @@ class PairSummary:
         return figures
 
     def counted_reasons(self) -> list[tuple[str, int]]:
-        """Why rows fell out, most frequent first; equal ones by the alphabet."""
+        """Why rows were dropped, the most frequent reason first; ties by alphabet."""
         return sorted(self.reasons.items(), key=lambda item: (-item[1], item[0]))
 
     def reasons_in_words(self) -> str:
-        """Why rows fell out, in a line."""
+        """Why rows were dropped, in one line."""
         return ", ".join(f"{count} {reason}" for reason, count in self.counted_reasons())
 
     def lines(self) -> list[str]:
@@ -195,12 +195,12 @@ class PairSummary:
         return lines
 
     def dropped_table(self) -> Table:
-        """Rows that fell out, by reason."""
+        """Dropped rows by reason."""
         cells = [
             [reason, f"{count:,}", f"{count / self.rows:.1%}"]
             for reason, count in self.counted_reasons()
         ]
-        return Table("rows that fell out", ["", "rows", "of all"], cells)
+        return Table("dropped rows", ["", "rows", "of all"], cells)
 
     def length_table(self) -> Table:
         """Length before and after the rules of length."""
@@ -212,7 +212,7 @@ class PairSummary:
         return Table("length of chosen against rejected, in characters", columns, cells)
 
     def cost_of_balance(self) -> str | None:
-        """What balancing lengths costs in pairs, in one sentence."""
+        """How many pairs the length balance costs, in one sentence."""
         cut = self.length_cut
         if cut is None:
             return None
@@ -238,7 +238,7 @@ class PairSummary:
 
 
 def _in_line(counts: Mapping[int, int]) -> str:
-    """Counts in a line, smallest value first: 1: 120 · 2: 80."""
+    """Counts in one line, smallest value first: 1: 120 · 2: 80."""
     return " · ".join(f"{value}: {count}" for value, count in sorted(counts.items()))
 
 

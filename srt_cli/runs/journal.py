@@ -1,10 +1,9 @@
-"""The append-only journal: one line per finished model call, kept before anything is parsed.
+"""The append-only journal: one line per finished model call, written before anything is parsed.
 
-It is the truth that every JSONL artifact is derived from. A line is `{"key", "call", "model",
-...reply}`, or `{"key", "forgotten": true}` for a call that the user wants made again. The key is a
-digest of the canonical request, so a call that was paid for once is found again whatever the order,
-the number or the later fate of its row. kill -9 loses at most the calls in flight: each append is
-one write, synced to disk in groups.
+Every JSONL artifact is derived from it. A line is `{"key", "call", "model", ...reply}`, or
+`{"key", "forgotten": true}` for a call that the user wants repeated. The key is a digest of the
+canonical request, so a paid call is found again whatever becomes of its row: moved, repeated or
+dropped. kill -9 loses at most the calls in flight: each append is one write, synced in groups.
 """
 
 import fcntl
@@ -24,29 +23,29 @@ from srt_cli.errors import SrtError
 SYNC_LINES: Final = 64
 SYNC_SECONDS: Final = 0.5
 ORPHAN_SECONDS: Final = 10.0
-"""How long a process whose parent was killed may take to notice."""
+"""How long a process may take to notice that its parent was killed."""
 FORGOTTEN: Final = "forgotten"
 
 
 def request_key(canonical: dict[str, Any]) -> bytes:
-    """16 bytes that stand for a request; equal requests, equal keys."""
+    """A 16-byte digest of a request; equal requests have equal keys."""
     plain = orjson.dumps(canonical, option=orjson.OPT_SORT_KEYS)
     return hashlib.blake2b(plain, digest_size=16).digest()
 
 
 class Journal:
-    """A journal file open for one writer.
+    """A journal file, open for one writer.
 
-    Memory holds one offset a line; replies are read back from disk when asked for. A line that
-    does not parse (a torn tail) is skipped and its call is owed again; `unreadable` counts them.
+    Memory holds one offset per line; replies are read from disk on demand. A line that does not
+    parse, such as a torn last one, is skipped and its call is owed again; `unreadable` counts them.
     """
 
     def __init__(self, path: Path, *, beside: Path | None = None) -> None:
-        """Open for writing; replies of the journal `beside` are found too, and never changed."""
+        """Open for writing; `get` also finds replies in the journal `beside`, which is only read."""
         self.path = path
         self.unreadable = 0
         self.spent: dict[str, Counter[str]] = {}
-        """Calls and tokens of every reply in the file, per model identity."""
+        """Calls and tokens of all replies in the file, by model identity."""
         self._offsets: dict[bytes, int] = {}
         self._unsynced = 0
         self._synced_at = time.monotonic()
@@ -77,11 +76,11 @@ class Journal:
         return key in self._offsets
 
     def __iter__(self) -> Iterator[bytes]:
-        """The keys of all replies that are kept."""
+        """The keys of all stored replies."""
         return iter(self._offsets)
 
     def get(self, key: bytes) -> dict[str, Any] | None:
-        """The reply kept under a key; the newest, if a call was made twice."""
+        """The reply stored under a key, the newest if a call was made twice; None if there is none."""
         offset = self._offsets.get(key)
         if offset is not None:
             self._file.seek(offset)
@@ -93,7 +92,7 @@ class Journal:
         return None
 
     def absorb(self, part: Path) -> None:
-        """Take over the replies of another process's journal, and delete that file."""
+        """Move the replies of another process's journal into this one, and delete its file."""
         with open(part, "rb+") as lines:
             _lock(lines, part, wait_s=ORPHAN_SECONDS)
             for line in lines:
@@ -108,17 +107,17 @@ class Journal:
             part.unlink()
 
     def append(self, key: bytes, call: str, reply: dict[str, Any]) -> None:
-        """Keep a reply; `call` says in words what was asked, for people who read the file."""
+        """Store a reply; `call` says what was asked, for people who read the file."""
         self._offsets[key] = self._append_line({"key": key.hex(), "call": call, **reply})
         self._count(reply)
 
     def forget(self, key: bytes) -> None:
-        """Have a call made again; its old reply stays in the file, and stays counted as paid."""
+        """Make a call owed again; its old reply stays in the file and still counts as paid."""
         if self._offsets.pop(key, None) is not None:
             self._append_line({"key": key.hex(), FORGOTTEN: True})
 
     def _append_line(self, entry: dict[str, Any]) -> int:
-        """Write one line; returns where it stands."""
+        """Write one line and return its offset."""
         line = orjson.dumps(entry) + b"\n"
         offset = self._end
         self._write(line)
@@ -134,20 +133,20 @@ class Journal:
         spent.update(entry.get("usage", {}))
 
     def sync(self) -> None:
-        """Bring what was appended to the disk itself."""
+        """Sync what was appended to disk."""
         if self._unsynced:
             os.fsync(self._file.fileno())
             self._unsynced = 0
         self._synced_at = time.monotonic()
 
     def close(self) -> None:
-        """Sync, and let the next writer in."""
+        """Sync and release the lock."""
         if not self._file.closed:
             self.sync()
             self._file.close()
 
     def _write(self, line: bytes) -> None:
-        """Write a whole line, or leave none of it behind: a full disk must not tear the file."""
+        """Write a whole line or none of it: a full disk must not tear the file."""
         written = 0
         try:
             while written < len(line):
@@ -166,7 +165,7 @@ class Journal:
         return b"".join(chunks)
 
     def _read_index(self) -> int:
-        """Index every whole line; returns where the next one goes."""
+        """Index every whole line and return the offset of the next one."""
         offset = 0
         with open(self.path, "rb") as lines:
             for line in lines:
@@ -187,7 +186,7 @@ class Journal:
 
 
 def _lock(file: IO[bytes], path: Path, wait_s: float = 0.0) -> None:
-    """Become the one writer of a file, waiting so long for another; else `SrtError`."""
+    """Become the only writer of a file; `SrtError` if another still holds it after `wait_s`."""
     deadline = time.monotonic() + wait_s
     while True:
         try:
@@ -203,7 +202,7 @@ def _lock(file: IO[bytes], path: Path, wait_s: float = 0.0) -> None:
 
 
 def _offsets_in(lines: IO[bytes]) -> dict[bytes, int]:
-    """Where each kept reply of a journal begins."""
+    """The offset of each stored reply of a journal."""
     offsets: dict[bytes, int] = {}
     start = 0
     for line in lines:

@@ -1,4 +1,4 @@
-"""Lines in and out: JSONL, gzip, what fell out, and files that are whole or not there."""
+"""Reading and writing JSONL: plain or gzip, with dropped rows beside it, each file whole or absent."""
 
 import contextlib
 import gzip
@@ -17,16 +17,15 @@ from pydantic import ValidationError
 from srt_cli.errors import SrtError
 from srt_cli.records import Dropped, Record
 
-Row = TypeVar("Row")
-
+Parsed = TypeVar("Parsed")
 
 DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, object) of a JSONL file, a `.gz` of one, or stdin (`-`).
+    """Yield (line number, object) from a JSONL file, plain or `.gz`, or from stdin (`-`).
 
-    Raises `SrtError` naming file and line for what is not UTF-8, not JSON, or not an object.
+    Raises `SrtError`, naming file and line, for text that is not UTF-8, not JSON, or not an object.
     """
     if path.is_dir():
         raise SrtError(f"{path}: is a directory, where a JSONL file is expected.")
@@ -74,7 +73,7 @@ def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
         return f"not UTF-8 (byte {decoding.start + 1}). Convert it: iconv -f LATIN1 -t UTF-8."
     if text.strip() in ("[", "{"):
         return "not one JSON record a line. Convert it: jq -c '.[]' FILE.json > FILE.jsonl."
-    return f"not valid JSON ({error.msg}, column {error.colno}). Mend or delete this line."
+    return f"not valid JSON ({error.msg}, column {error.colno}). Fix or delete this line."
 
 
 def _hint_for_missing(path: Path) -> str:
@@ -88,9 +87,9 @@ def _hint_for_missing(path: Path) -> str:
 
 
 def read_records(
-    path: Path, parse: Callable[[Mapping[str, Any]], Row], *, limit: int | None = None
-) -> Iterator[Row]:
-    """Read an artifact of ours, naming file and line of a record that does not fit."""
+    path: Path, parse: Callable[[Mapping[str, Any]], Parsed], *, limit: int | None = None
+) -> Iterator[Parsed]:
+    """Read one of our artifacts; `SrtError` names file and line of a record that `parse` refuses."""
     for position, (number, row) in enumerate(read_rows(path)):
         if limit is not None and position >= limit:
             return
@@ -101,16 +100,16 @@ def read_records(
 
 
 def describe_invalid(error: ValidationError) -> str:
-    """What is wrong with a record, in one sentence that names the field."""
+    """Say what is wrong with a record, naming the field."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the record"
     return f"{where}: {first['msg'].lower()}. Was this file written by another version or tool?"
 
 
 class OrderedWriter:
-    """Write rows in index order although they finish in any order; renamed into place at the end.
+    """Writes rows in index order, whatever order they finish in; renamed into place at the end.
 
-    Rows wait as bytes only until the ones before them are there.
+    A row waits in memory, as bytes, only until the rows before it have come.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,11 +122,11 @@ class OrderedWriter:
         self.rows = 0
 
     def add(self, index: int, records: Iterable[Record]) -> None:
-        """Take the records that input row `index` became (none is allowed)."""
+        """Take the records that came of input row `index`; there may be none."""
         self._add(index, [to_line(record) for record in records])
 
     def add_plain(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Take rows in another tool's form."""
+        """Take rows in the format of another tool."""
         option = orjson.OPT_APPEND_NEWLINE
         self._add(index, [orjson.dumps(dict(row), option=option) for row in rows])
 
@@ -139,13 +138,13 @@ class OrderedWriter:
             self._next += 1
 
     def append(self, line: bytes) -> None:
-        """Take the line behind all that were given; the quick way of those that come in order."""
+        """Write the next line: the fast path for rows that come in order."""
         self._file.write(line)
         self._next += 1
         self.rows += 1
 
     def commit(self) -> None:
-        """Write what still waits behind a gap, sync, and put the file in its place."""
+        """Write the rows that still wait behind a gap, sync, and rename the file into place."""
         for index in sorted(self._waiting):
             self._file.write(self._waiting[index])
         self._file.flush()
@@ -154,7 +153,7 @@ class OrderedWriter:
         os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        """Leave nothing behind."""
+        """Delete the temporary file, if there is one."""
         with contextlib.suppress(OSError):
             self._file.close()
         self._temporary.unlink(missing_ok=True)
@@ -171,7 +170,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -186,23 +185,23 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_data_file(path: Path) -> bool:
-    """Whether a path names a data file; anything else is a model directory (`models/v1.0` too)."""
+    """Whether a path is a data file; anything else, `models/v1.0` too, is a model directory."""
     return not path.is_dir() and (path.is_file() or path.name.endswith(DATA_SUFFIXES))
 
 
 def dropped_path(artifact: Path) -> Path:
-    """Where the rows that fell out of an artifact stand."""
+    """Path of the rows that were dropped from an artifact."""
     return artifact.with_name(artifact.name.removesuffix(".jsonl") + ".dropped.jsonl")
 
 
 class DroppedRows:
-    """Counts what falls out of an artifact by reason, and writes `X.dropped.jsonl` beside it."""
+    """Counts the rows dropped from an artifact by reason, and writes them to `X.dropped.jsonl`."""
 
     def __init__(self, artifact: Path) -> None:
         self.path = dropped_path(artifact)
@@ -210,17 +209,17 @@ class DroppedRows:
         self._writer = OrderedWriter(self.path)
 
     def add(self, identifier: str, reason: str, row: Record) -> None:
-        """Note one row and why it fell out."""
+        """Drop one row, for a reason."""
         dropped = Dropped(id=identifier, reason=reason, row=row.model_dump(mode="json"))
         self.add_line(reason, to_line(dropped))
 
     def add_line(self, reason: str, line: bytes) -> None:
-        """Note one row by its whole line, as a `Dropped` record is written."""
+        """Drop one row, given as the line of its `Dropped` record."""
         self._writer.append(line)
         self.reasons[reason] += 1
 
     def commit(self) -> None:
-        """Put the file in its place, or take an old one away when nothing fell out."""
+        """Rename the file into place; when nothing was dropped, delete an old one instead."""
         if self.reasons:
             self._writer.commit()
         else:
@@ -228,5 +227,5 @@ class DroppedRows:
             self.path.unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Leave nothing half-written behind; harmless after `commit`."""
+        """Delete the temporary file; does nothing after `commit`."""
         self._writer.discard()

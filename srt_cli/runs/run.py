@@ -1,4 +1,4 @@
-"""The run around an output: manifest, continuing, refusing, never overwriting."""
+"""The run behind an output: its manifest, and whether it is continued, refused or replaced."""
 
 import contextlib
 import importlib.metadata
@@ -112,7 +112,7 @@ class Manifest(BaseModel):
 
 
 def manifest_path(artifact: Path) -> Path:
-    """Where an artifact's manifest stands: `run.json` in a model directory, else `X.run.json`."""
+    """Path of an artifact's manifest: `run.json` in a model directory, else `X.run.json`."""
     if not is_data_file(artifact):
         return artifact / "run.json"
     return artifact.with_name(artifact.name.removesuffix(".gz").rsplit(".", 1)[0] + ".run.json")
@@ -135,7 +135,7 @@ def read_manifest(artifact: Path) -> Manifest | None:
 
 
 def inherited(artifact: Path, name: str) -> str | None:
-    """A setting of the run that made an artifact, e.g. which model wrote its drafts."""
+    """A setting of the run that made an artifact, such as the model that wrote its drafts."""
     manifest = read_manifest(artifact)
     value = manifest.settings.get(name) if manifest else None
     return value if isinstance(value, str) else None
@@ -191,7 +191,7 @@ class Run:
 
     @property
     def up_to_date(self) -> bool:
-        """Whether a complete output of these very inputs and templates stands there untouched."""
+        """Whether the output is complete, untouched, and of these very inputs and templates."""
         if self.earlier is None or not self.complete or not self.out.is_file():
             return False
         now, then = self.manifest, self.earlier
@@ -208,7 +208,7 @@ class Run:
 
     @property
     def journal_path(self) -> Path:
-        """Where the journal beside the output stands."""
+        """Path of the journal beside the output."""
         stem = self.out.name.removesuffix(".jsonl").removesuffix(".json")
         return self.out.with_name(f"{stem}.journal.jsonl")
 
@@ -217,13 +217,11 @@ class Run:
         journal = Journal(self.journal_path)
         self._cleanup.enter_context(journal)
         if journal.unreadable:
-            self.warn(
-                f"{journal.path}: {journal.unreadable} torn lines; their calls are made again."
-            )
+            self.warn(f"{journal.path}: {journal.unreadable} torn lines; their calls are repeated.")
         return journal
 
     def warn(self, message: str) -> None:
-        """Note something the user should know, in the manifest and on the terminal."""
+        """Warn the user, once, on the terminal and in the manifest."""
         if message not in self.manifest.warnings:
             self.manifest.warnings.append(message)
             console.warn(message)
@@ -252,11 +250,11 @@ class Run:
         self.manifest.outputs[name] = str(path)
 
     def at_end(self, act: Callable[[], None]) -> None:
-        """Do this once the manifest says how the run ended."""
+        """Call `act` once the manifest says how the run ended."""
         self._at_end.append(act)
 
     def save(self) -> None:
-        """Write the manifest as it stands."""
+        """Write the manifest."""
         write_json(manifest_path(self.out), self.manifest.model_dump(mode="json"))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -298,10 +296,10 @@ def open_run(
 ) -> Run:
     """Begin a run that writes `options.out`, or continue the one that did.
 
-    The same settings continue it; other settings are refused, naming what differs; `overwrite`
-    starts anew (the journal stays: what it holds was paid for, and other settings have other
-    keys). `resolved` gives settings that were left open on the command line and found elsewhere.
-    `directory` says that the command writes a model.
+    The same settings continue it; others raise `SrtError`, naming what differs; with `overwrite`
+    the run starts over (the journal stays: its replies were paid for, and other settings have
+    other keys). `resolved` holds settings that the command line left open and that were found
+    elsewhere. `directory` says that the command writes a model.
     """
     out = options.out
     if directory == is_data_file(out):
@@ -330,7 +328,7 @@ def open_run(
 def _refuse_other_run(
     command: str, options: OutputOptions, settings: Mapping[str, Any], earlier: Manifest | None
 ) -> None:
-    """Raise `SrtError` when an output is there that this run would not continue."""
+    """Raise `SrtError` when the output belongs to something else than this run."""
     out = options.out
     if earlier is None:
         if out.is_dir() and any(out.iterdir()):
@@ -360,13 +358,13 @@ def _refuse_other_run(
 
 
 def _holds_only_notes(directory: Path) -> bool:
-    """Whether a training stopped before it made anything: no weights, no checkpoint."""
+    """Whether a training stopped before it wrote weights or a checkpoint."""
     notes = ("run.json", ".dropped.jsonl")
     return all(path.name.endswith(notes) for path in directory.iterdir())
 
 
 def clear_directory(path: Path) -> None:
-    """Delete a model directory of ours, for `--overwrite`; refuses one that is not ours."""
+    """Delete a model directory for `--overwrite`; raises `SrtError` unless srt made it."""
     if not path.exists():
         return
     if not (path / "run.json").is_file() and any(path.iterdir()):
@@ -377,7 +375,7 @@ def clear_directory(path: Path) -> None:
 
 
 def describe_input(path: Path) -> InputFile:
-    """A file's path, digest and maker, for the manifest."""
+    """A file's path, digest, rows and maker, for the manifest."""
     manifest = read_manifest(path) if str(path) != "-" else None
     digest = sha256_of(path) if path.is_file() else None
     rows = None
@@ -389,7 +387,7 @@ def describe_input(path: Path) -> InputFile:
 
 
 def template_input(template: Path | None, name: str = "chat_template") -> dict[str, Path]:
-    """A template given as a file, as an input: another content is another run."""
+    """A template file as an input of the run: a changed template is another run."""
     return {} if template is None else {name: template}
 
 

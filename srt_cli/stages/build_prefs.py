@@ -133,7 +133,7 @@ class BuildPrefs(ApiOptions):
 
 
 def run(options: BuildPrefs) -> None:
-    """Read feedback, keep the pairs that teach, write `prefs.jsonl`, have a sample looked at."""
+    """Read feedback, keep the pairs that teach, write `prefs.jsonl`, have a sample audited."""
     check_options(options)
     data = {f"data {n}" if n > 1 else "data": path for n, path in enumerate(options.data, 1)}
     inputs = data | {f"exclude {n}": path for n, path in enumerate(options.exclude, 1)}
@@ -167,9 +167,9 @@ def run(options: BuildPrefs) -> None:
 
 
 def check_options(options: BuildPrefs) -> None:
-    """Refuse options that contradict each other or mean nothing."""
+    """Raise `UsageError` for options that contradict each other or mean nothing."""
     if not 0 <= options.rho < 0.5:
-        raise UsageError("--rho lies between 0 and 0.5: half the range is no tier any more.")
+        raise UsageError("--rho lies between 0 and 0.5: half the range is no longer a tier.")
     if options.near_duplicates is not None:
         if not 0 < options.near_duplicates <= 1:
             raise UsageError("--near-duplicates is a share above 0, at most 1, e.g. 0.8.")
@@ -191,7 +191,7 @@ def check_options(options: BuildPrefs) -> None:
 
 
 def plan_of(options: BuildPrefs) -> PairPlan:
-    """The options as the builder of pairs takes them; under `auto` any gain will do at first."""
+    """The options as a plan; with `--min-gain auto` any gain will do at first."""
     gain = 0.0 if options.min_gain == "auto" else options.min_gain
     rules = PairRules(
         gain, options.max_length_ratio, options.hygiene, ExcludedPrompts(options.exclude)
@@ -200,7 +200,7 @@ def plan_of(options: BuildPrefs) -> PairPlan:
 
 
 def auditor_of(options: BuildPrefs, run: Run) -> "Auditor | None":
-    """Who looks at pairs from outside: people, by their saved answers, a model, or nobody."""
+    """Who checks pairs from outside: people, by their saved answers, a model, or nobody."""
     if options.audit_labels is None and options.audit_judge is None:
         return None
     from srt_cli.pairs.audit import outside_judge, people
@@ -213,7 +213,7 @@ def auditor_of(options: BuildPrefs, run: Run) -> "Auditor | None":
 def with_audited_gain(
     plan: PairPlan, rows: GroupedRows, options: BuildPrefs, auditor: "Auditor", run: Run
 ) -> PairPlan:
-    """Ask for the gain from which the auditor finds enough labels right."""
+    """Set the smallest gain from which the auditor finds enough labels right."""
     earlier = run.earlier
     if earlier is not None:
         run.tally(earlier.tallies)  # of the pairs that stand there until others do
@@ -240,7 +240,7 @@ def with_audited_gain(
 
 
 def with_length_balance(plan: PairPlan, rows: GroupedRows, options: BuildPrefs) -> PairPlan:
-    """Decide which pairs fall out so that chosen answers are no longer than rejected ones."""
+    """Decide which pairs to drop so that chosen answers are no longer than rejected ones."""
     shapes = (
         decision.kept[1]
         for decision in decide(rows, plan, "balancing lengths")
@@ -249,8 +249,8 @@ def with_length_balance(plan: PairPlan, rows: GroupedRows, options: BuildPrefs) 
     cut = balance_lengths(options.length_balance, shapes, options.out.parent)
     if cut.before and not cut.after:
         raise SrtError(
-            f"--length-balance {cut.method}: in every pair the same side is longer, so nothing is left "
-            "that balances. Lower --max-length-ratio, or train with srt dpo --loss-type sigmoid_norm."
+            f"--length-balance {cut.method}: the same side is longer in every pair, so nothing is left "
+            "to balance. Lower --max-length-ratio, or train with srt dpo --loss-type sigmoid_norm."
         )
     return replace(plan, length_cut=cut)
 
@@ -258,7 +258,7 @@ def with_length_balance(plan: PairPlan, rows: GroupedRows, options: BuildPrefs) 
 def write_pairs(
     rows: GroupedRows, plan: PairPlan, options: BuildPrefs, picked: Picker
 ) -> PairSummary:
-    """Decide on all rows, and write pairs and dropped rows in the order of the input."""
+    """Decide on all rows; write pairs and dropped rows in the order of the input."""
     summary = PairSummary(options.seed, min_gain=plan.rules.min_gain, length_cut=plan.length_cut)
     with ExternalSort(options.out.parent) as lines:
         for decision in decide(rows, plan, "pairing"):
@@ -278,7 +278,7 @@ def _place(position: int) -> bytes:
 
 
 def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) -> None:
-    """Pairs go to the output and its other forms, dropped rows beside it; all whole or not at all."""
+    """Write pairs to the output and the exports, dropped rows beside them: all files or none."""
     dropped = DroppedRows(options.out)
     pairs = OrderedWriter(options.out)
     exports = {name: OrderedWriter(export_path(options.out, name)) for name in options.export}
@@ -295,7 +295,7 @@ def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) ->
         for writer in (pairs, *exports.values()):
             if any_kept:
                 writer.commit()
-            else:  # what an earlier run left there are not the pairs of these settings
+            else:  # an earlier run's pairs are not those of these settings
                 writer.path.unlink(missing_ok=True)
     finally:
         dropped.discard()
@@ -304,7 +304,7 @@ def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) ->
 
 
 def report_audit(audit: "Audit", run: Run) -> "Audit":
-    """Tell what the auditor found; the pairs are written already and stay as they are."""
+    """Report what the auditor found; the pairs are already written and stay as they are."""
     run.tally({"audit": asdict(audit)})
     table = audit.table()
     if table.cells:
@@ -321,7 +321,7 @@ def write_pages(
     looked_at: Sequence[Preference],
     options: BuildPrefs,
 ) -> None:
-    """The summary as a page, and the page to judge pairs by hand, where they are wanted."""
+    """Write the summary as a page, and the page to judge pairs by hand, if they were asked for."""
     if options.report is not None:
         from srt_cli.report.prefs import write_prefs_report
 
@@ -338,7 +338,7 @@ def write_pages(
 
 
 def show(summary: PairSummary, options: BuildPrefs) -> None:
-    """Tell what was kept, what fell out and why, and whether the chosen are merely longer."""
+    """Report what was kept, what was dropped and why, and whether chosen answers are merely longer."""
     for line in summary.lines():
         console.say(line)
     if summary.reasons:
