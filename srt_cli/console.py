@@ -1,8 +1,10 @@
 """The only module that prints: results to stdout, talk to stderr.
 
-Model text may hold anything, so everything printed is plain text, never markup.
+Models, servers and files may send anything, so what they say is printed as plain text, never as
+markup, and characters that steer a terminal are shown instead of obeyed (`visible`).
 """
 
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,12 +25,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.table import Table as Grid
 from rich.text import Text
 
-from srt_cli.tables import Table
+from srt_cli.tables import Table, tell_apart
 
 PLAIN_LINE_EVERY_S: Final = 15.0
+LONGEST_WORD: Final = 26
+"""Characters of one word in the label of a progress line: a path shows where it ends."""
+_STEERS: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 but tab and newline, delete, C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
+    "\u2028\u2029\ufff9-\ufffb\ufeff\U000e0000-\U000e007f"  # other line ends, hidden text
+    "\ud800-\udfff]"  # halves of a character, which cannot be printed at all
+)
 
 _talk = Console(stderr=True, highlight=False)
 _result = Console(highlight=False)
@@ -44,30 +55,41 @@ def speak() -> None:
     _talk.quiet = _result.quiet = False
 
 
+def visible(text: str) -> str:
+    """Text as it can be printed: what would steer the terminal becomes `\\x1b`, `\\u202e` and so on."""
+    return _STEERS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text of any origin, in a style of ours."""
+    return Text(visible(text), style=style)
+
+
 def say(message: str) -> None:
     """A line of talk."""
-    _talk.print(Text(message), soft_wrap=True)
+    _talk.print(_plain(message), soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """Something the user should look at."""
-    _talk.print(Text("warning: ", style="yellow") + Text(message), soft_wrap=True)
+    _talk.print(Text.assemble(("warning: ", "yellow"), visible(message)), soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """Why the command stops."""
-    _talk.print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
+    _talk.print(Text.assemble(("error: ", "bold red"), visible(message)), soft_wrap=True)
 
 
 def result(message: str) -> None:
     """The command's result."""
-    _result.print(Text(message), soft_wrap=True)
+    _result.print(_plain(message), soft_wrap=True)
 
 
 def finish(where: str, then: str | None = None) -> None:
     """The closing line of a command: where the result is, and the next command."""
-    line = Text(where, style="bold")
-    _result.print(line + Text(f"   next: {then}") if then else line, soft_wrap=True)
+    following = f"   next: {then}" if then else ""
+    line = Text.assemble((visible(where), "bold"), visible(following))
+    _result.print(line, soft_wrap=True)
 
 
 def table(
@@ -90,26 +112,25 @@ def marked(title: str, stretches: Sequence[tuple[str, str]]) -> None:
     text = Text()
     for content, label in stretches:
         if label:
-            text.append(f"⟦{label}: ", style="bold green")
-            text.append(content, style="green")
+            text.append(visible(f"⟦{label}: "), style="bold green")
+            text.append(visible(content), style="green")
             text.append("⟧", style="bold green")
         else:
-            text.append(content, style="dim")
-    _result.print(Text(title, style="bold"))
+            text.append(visible(content), style="dim")
+    _result.print(_plain(title, "bold"))
     _result.print(text, soft_wrap=True)
     _result.print()
 
 
 def _print_table(console: Console, shown: Table) -> None:
     for part in shown.fitted(console.width):
-        grid = Grid(
-            title=Text(part.title), title_justify="left", title_style="bold", box=SIMPLE_HEAD,
-            pad_edge=False,
-        )  # fmt: skip
+        grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(part.columns):
-            grid.add_column(Text(column), justify="left" if place < part.names else "right")
+            grid.add_column(_plain(column), justify="left" if place < part.names else "right")
         for row in part.cells:
-            grid.add_row(*(Text(cell) for cell in row))
+            grid.add_row(*(_plain(cell) for cell in row))
+        # Not the grid's own title, which is folded to the width of its columns.
+        console.print(_plain(part.title, "bold"), soft_wrap=True)
         console.print(grid)
 
 
@@ -119,10 +140,10 @@ class ProgressLine(Protocol):
     def advance(
         self, steps: int = 1, note: str = "", figures: Mapping[str, str] | None = None
     ) -> None:
-        """`steps` more are done; `note` is shown beside the count (failures, cost).
+        """`steps` more are done; `note` says what else counts (failures, cost).
 
-        `figures` (loss, tokens/s) stand below it on a terminal, each under its name; a figure keeps
-        its last value until it has another.
+        On a terminal both stand below it, `figures` (loss, tokens/s) each under its name; a figure
+        keeps its last value until it has another.
         """
         ...
 
@@ -133,20 +154,20 @@ class ProgressLine(Protocol):
 
 @contextmanager
 def progress(label: str, total: int | None) -> Iterator[ProgressLine]:
-    """Show progress: a bar with rate and time left on a terminal, plain lines elsewhere."""
-    if not _talk.is_terminal:
+    """Show progress: a bar with time taken and left on a terminal, plain lines elsewhere."""
+    label = " ".join(tell_apart([word], LONGEST_WORD)[0] for word in visible(label).split())
+    if not _talk.is_terminal or _talk.is_dumb_terminal:
         plain = _PlainProgress(label, total)
         yield plain
         plain.close()
         return
     bar = _ProgressWithFigures(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),  # where there is less room, it alone gives way
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         console=_talk,
         refresh_per_second=4,
     )
@@ -155,32 +176,36 @@ def progress(label: str, total: int | None) -> Iterator[ProgressLine]:
 
 
 class _ProgressWithFigures(Progress):
-    """A bar, and below it the latest figures, each under its name."""
+    """A bar, and below it the note and the latest figures, each under its name."""
 
+    note = ""
     figures: Mapping[str, str] = MappingProxyType({})
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        if self.figures:
-            # As many as fit side by side; the rest in further lines.
-            cells = [
-                Text.assemble((f"{name} ", "dim"), (value, "bold"), no_wrap=True)
-                for name, value in self.figures.items()
-            ]
+        # As many as fit side by side; the rest in further lines.
+        cells = [
+            Text.assemble((f"{visible(name)} ", "dim"), (visible(value), "bold"), no_wrap=True)
+            for name, value in self.figures.items()
+        ]
+        if self.note:
+            cells.insert(0, _plain(self.note))
+        if cells:
             yield Padding(Columns(cells, padding=(0, 3)), (0, 0, 0, 2))
 
 
 class _BarProgress:
     def __init__(self, bar: _ProgressWithFigures, label: str, total: int | None) -> None:
         self._bar = bar
-        self._task = bar.add_task(label, total=total, note="")
+        self._task = bar.add_task(label, total=total)
 
     def advance(
         self, steps: int = 1, note: str = "", figures: Mapping[str, str] | None = None
     ) -> None:
         if figures:
             self._bar.figures = {**self._bar.figures, **figures}
-        self._bar.update(self._task, advance=steps, note=note)
+        self._bar.note = note
+        self._bar.update(self._task, advance=steps)
 
     def expect(self, total: int) -> None:
         self._bar.update(self._task, total=total)

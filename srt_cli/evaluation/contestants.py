@@ -11,7 +11,7 @@ from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
 from srt_cli.evaluation.judging import output_of
 from srt_cli.feedback.critic import Critic, blind_score
-from srt_cli.feedback.story import Roles, Policy, check_call, refine, write_draft
+from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draft
 from srt_cli.models import Model, Reply
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
 from srt_cli.runs.jsonl import read_rows

@@ -8,7 +8,7 @@ from srt_cli.calls.options import CallOptions
 from srt_cli.errors import UsageError
 from srt_cli.feedback.critic import Critic, Sampling
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
-from srt_cli.feedback.story import Roles, Policy
+from srt_cli.feedback.story import Policy, Roles
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from

@@ -12,7 +12,7 @@ from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic import Critic, CriticPrompt, Sampling, asked_in_conversation
 from srt_cli.feedback.processes import answer_in_processes
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
-from srt_cli.feedback.story import Check, CheckedRow, Roles, Policy
+from srt_cli.feedback.story import Check, CheckedRow, Policy, Roles
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import prompts_from

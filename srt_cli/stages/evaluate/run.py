@@ -7,8 +7,8 @@ from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.errors import UsageError
 from srt_cli.evaluation.contestants import (
-    Contestant,
     Attempt,
+    Contestant,
     Use,
     answer,
     check_output,
