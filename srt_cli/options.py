@@ -213,6 +213,11 @@ def resolve(
     if found_file.is_file() and not (config_file and _same_file(config_file, found_file)):
         values = _read_preset(found_file, config_class, command, shared, notes)
         for name, value in values.items():
+            if name == "api_key":
+                raise SrtError(
+                    f"{found_file}: api-key sends a key to a host, which a file that was merely found "
+                    f"may not do. Pass it as a flag, or name the file with --config {found_file}."
+                )
             if _runs_code(name, value):
                 raise SrtError(
                     f"{found_file}: {name} = {value!r} would run code, which a file that was merely "

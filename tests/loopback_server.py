@@ -31,6 +31,8 @@ class Answer:
     top_logprobs: dict[str, float] | None = None
     logprobs: dict[str, Any] | None = None
     """Of every token, as the API spells them; `top_logprobs` is short for one token's."""
+    usage: Any = "told"
+    """What stands as `usage`, if not the usual; None leaves it out."""
 
 
 Behaviour = Callable[[dict[str, Any], int], Answer]
@@ -48,12 +50,13 @@ def as_policy_and_critic(body: dict[str, Any], number: int) -> Answer:
 
 
 class LoopbackServer:
-    """Runs in a thread of its own; `requests` holds every chat request's body, in order."""
+    """Runs in a thread of its own; `requests` and `headers` hold every chat request, in order."""
 
     def __init__(self, behaviour: Behaviour, models: tuple[str, ...] = ("tester",)) -> None:
         self.behaviour = behaviour
         self.models = models
         self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.most_at_once = 0
         self._at_once = 0
@@ -104,6 +107,7 @@ class LoopbackServer:
     async def _chat(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.requests.append(body)
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         self.times.append(time.monotonic())
         number = len(self.requests)
         self._at_once += 1
@@ -142,5 +146,7 @@ def response_body(answer: Answer) -> dict[str, Any]:
         "total_tokens": 11 + answer.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": 5},
     }
+    if answer.usage != "told":
+        usage = answer.usage
     plain = {"id": "x", "object": "chat.completion", "created": 0, "model": "tester"}
-    return plain | {"choices": [choice], "usage": usage}
+    return plain | {"choices": [choice]} | ({"usage": usage} if usage is not None else {})

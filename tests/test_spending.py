@@ -308,7 +308,7 @@ def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path
     prompts(4)
     server = serve(as_policy_and_critic, BatchServer, looks=3)
 
-    def killed(self, plan, batch):
+    def killed(self, wire, plan, batch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -37,9 +37,11 @@ class Cost:
     prices: dict[str, tuple[str, Price | None]] = field(default_factory=dict)
     """Model identity -> (spec, price)."""
     paid_before: dict[str, Counter[str]] = field(default_factory=dict)
+    told_before: dict[str, Counter[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.paid_before = {name: Counter(spent) for name, spent in self.journal.spent.items()}
+        self.told_before = {name: Counter(told) for name, told in self.journal.told.items()}
 
     def watch(self, model: Model) -> None:
         """Count a model's calls; what earlier runs of this output spent counts against the caps."""
@@ -48,7 +50,8 @@ class Cost:
         self.prices |= prices_of([model], self.options)
         _, price = self.prices[model.identity]
         spent = self.journal.spent.get(model.identity, Counter())
-        self.budget.spent_before(price, usage_of(spent), spent["calls"])
+        dollars = self._dollars_of(model.identity, price) or 0.0
+        self.budget.spent_before(dollars, usage_of(spent), spent["calls"])
 
     def usage(self, identity: str) -> Usage:
         """Tokens of one model, every run counted."""
@@ -58,13 +61,26 @@ class Cost:
         """Dollars spent; None when a model's price is not known although it was asked."""
         total = 0.0
         for identity, (_, price) in self.prices.items():
-            spent = Counter(self.journal.spent.get(identity, {}))
-            if this_run:
-                spent.subtract(self.paid_before.get(identity, {}))
-            if price is None and spent["calls"]:
+            dollars = self._dollars_of(identity, price, this_run=this_run)
+            if dollars is None:
                 return None
-            total += price.cost(usage_of(spent)) if price is not None else 0.0
+            total += dollars
         return total
+
+    def _dollars_of(
+        self, identity: str, price: Price | None, *, this_run: bool = False
+    ) -> float | None:
+        """What a model's calls cost: by its server's word where that was given, else by its price."""
+        spent = Counter(self.journal.spent.get(identity, {}))
+        told = Counter(self.journal.told.get(identity, {}))
+        if this_run:
+            spent.subtract(self.paid_before.get(identity, {}))
+            told.subtract(self.told_before.get(identity, {}))
+        dollars = float(told["dollars"])
+        spent.subtract(told)
+        if price is None:
+            return None if spent["calls"] else dollars
+        return dollars + price.cost(usage_of(spent))
 
     @property
     def _all_free(self) -> bool:
@@ -80,7 +96,9 @@ class Cost:
         usages = [self.usage(identity) for identity in self.prices]
         total = sum(usages, Usage())
         cached = total.cached_tokens / total.prompt_tokens if total.prompt_tokens else 0.0
-        text = f"tokens: {total.prompt_tokens} read"
+        spent = [self.journal.spent.get(identity, Counter()) for identity in self.prices]
+        about = "about " if any(each["estimated"] for each in spent) else ""
+        text = f"tokens: {about}{total.prompt_tokens} read"
         text += f" ({cached:.0%} from the server's cache)" if total.cached_tokens else ""
         text += f", {total.completion_tokens} written"
         if total.reasoning_tokens:
@@ -101,7 +119,7 @@ class Cost:
             models[spec] = {
                 "calls": self.journal.spent.get(identity, Counter())["calls"],
                 "usage": usage.model_dump(),
-                "dollars": None if price is None else price.cost(usage),
+                "dollars": self._dollars_of(identity, price),
             }
         return {
             "dollars": self.dollars(),

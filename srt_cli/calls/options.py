@@ -9,6 +9,7 @@ from pathlib import Path
 
 from srt_cli.errors import UsageError
 from srt_cli.models import Engine, ModelOptions
+from srt_cli.models.api.providers import parse_api_keys
 from srt_cli.models.budget import Budget, parse_prices
 from srt_cli.options import runtime, setting
 from srt_cli.records import STATUSES
@@ -57,6 +58,10 @@ class ApiOptions:
     max_failures: int | None = runtime(
         None, "Exit with 3 when more than this many rows fail.", group="Run"
     )
+    api_key: tuple[str, ...] = runtime(
+        (), "The environment variable that holds the key of a host. Repeatable.",
+        group="Calls and money", metavar="HOST=VARIABLE",
+    )  # fmt: skip
     batch_size: int | None = runtime(
         None, "Rows per batch of a model in process.", otherwise="what memory holds",
         group="Model",
@@ -67,6 +72,10 @@ class ApiOptions:
     trust_remote_code: bool = runtime(
         False, "Let a model directory run its own code.", group="Model"
     )
+
+    def __post_init__(self) -> None:
+        # Before anything is written: what stands here may be a key by mistake.
+        parse_api_keys(self.api_key)
 
     def door(self) -> ModelOptions:
         """The knobs as the models' door takes them; every model opened with it shares one budget."""
@@ -79,6 +88,7 @@ class ApiOptions:
             rpm=self.rpm,
             tpm=self.tpm,
             prices=parse_prices(self.price),
+            api_keys=parse_api_keys(self.api_key),
             budget=Budget(self.max_cost, self.max_tokens_total, self.max_requests),
             batch_poll_s=self.batch_poll if self.batch else None,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from srt_cli.errors import UsageError
+from srt_cli.models.api.providers import KEY_IN_ADDRESS, holds_key, providers
 from srt_cli.options import RUNS_CODE_PREFIX
 from srt_cli.records import Message, Prompt, Status, Usage
 
@@ -73,6 +74,12 @@ class Reply:
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
     attempts: int = 1
+    thoughts: str = ""
+    """What the model thought, where its server tells that apart from the text."""
+    cost: float | None = None
+    """Dollars, where the server tells them."""
+    estimated: bool = False
+    """Whether `usage` is ours, for the server told none that can be believed."""
 
     @property
     def status(self) -> Status:
@@ -166,7 +173,7 @@ def _unlimited() -> "Budget":
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Knobs of the door, given by the stage; none of them changes what a model replies.
+    """Knobs of the door, given by the stage; only `effort` and `extra_body` change what is replied.
 
     `rpm` and `tpm` are requests and tokens a minute; models opened with one `budget` share it.
     """
@@ -182,6 +189,12 @@ class ModelOptions:
     tpm: float | None = None
     prices: "Mapping[str, Price]" = field(default_factory=dict)
     budget: "Budget" = field(default_factory=_unlimited)
+    api_keys: Mapping[str, str] = field(default_factory=dict)
+    """The environment variables that hold the keys of hosts, by host or host:port."""
+    effort: str | None = None
+    """How hard a reasoning model is told to think, in its provider's word."""
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of every request, as the provider's documents name them."""
     offline: bool = False
     """Nothing will be sent: an API model then needs no key."""
     batch_poll_s: float | None = None
@@ -192,11 +205,13 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class Spec:
-    """A model spec taken apart: which backend, and what it needs."""
+    """A model spec taken apart: what answers for it, and what it needs."""
 
-    kind: Literal["openai", "http", "local", "program"]
+    kind: Literal["api", "local", "program"]
     name: str
-    endpoints: tuple[str, ...] = field(default=())
+    provider: str | None = None
+    """Whose API it is; None for a server that is named by its address."""
+    endpoints: tuple[str, ...] = ()
 
     @property
     def in_process(self) -> bool:
@@ -206,7 +221,7 @@ class Spec:
     @property
     def is_remote(self) -> bool:
         """Whether a server answers for it."""
-        return self.kind in ("openai", "http")
+        return self.kind == "api"
 
 
 OUR_MODELS = "models/"
@@ -223,25 +238,18 @@ def names_program(spec: str) -> bool:
 def parse_spec(spec: str) -> Spec:
     """Tell what a `--model`, `--critic`, `--judge` or `--reference` means, without opening it.
 
-    Raises `UsageError` for what is none of: a file or directory, an OpenAI name, a URL with
-    `#NAME`, a hub name, `python:FILE_OR_MODULE:CALLABLE`.
+    Raises `UsageError` for what is none of: a file or directory, an OpenAI name, `PROVIDER:NAME`, a URL
+    with `#NAME`, a hub name, `python:FILE_OR_MODULE:CALLABLE`.
     """
     if names_program(spec):
         return Spec("program", spec.removeprefix(RUNS_CODE_PREFIX))
-    if spec.startswith("openai:"):
-        return Spec("openai", spec.removeprefix("openai:"))
     if spec.startswith("hf:"):
         return Spec("local", spec.removeprefix("hf:"))
     if spec.startswith(("http://", "https://")):
-        urls, hash_mark, name = spec.partition("#")
-        if "@" in urls:
-            raise UsageError(
-                "A key or password in an address would be written to disk. "
-                "Take it out of the address and set OPENAI_API_KEY."
-            )
-        if not hash_mark or not name:
-            raise UsageError(f"{spec}: which model? Write {urls}#NAME.")
-        return Spec("http", name, tuple(url.rstrip("/") for url in urls.split(",")))
+        return _parse_addresses(spec)
+    prefix, colon, name = spec.partition(":")
+    if colon and name and prefix in providers():
+        return Spec("api", name, prefix)
     path = Path(spec)
     if path.exists():
         return Spec("local", spec)
@@ -255,11 +263,25 @@ def parse_spec(spec: str) -> Spec:
     if _HUB_NAME.fullmatch(spec):
         return Spec("local", spec)
     if _BARE_NAME.fullmatch(spec):
-        return Spec("openai", spec)
+        return Spec("api", spec, "openai")
+    if colon and _BARE_NAME.fullmatch(prefix):
+        raise UsageError(
+            f"{spec}: no provider is called {prefix!r}. There are {', '.join(providers())}."
+        )
     raise UsageError(
-        f"{spec!r} is no model: give an OpenAI name, a directory, ORG/NAME, FILE.gguf, "
+        f"{spec!r} is no model: give an OpenAI name, PROVIDER:NAME, a directory, ORG/NAME, FILE.gguf, "
         "http://HOST/v1#NAME, or python:FILE:CALLABLE."
     )
+
+
+def _parse_addresses(spec: str) -> Spec:
+    addresses, hash_mark, name = spec.partition("#")
+    urls = tuple(url.rstrip("/") for url in addresses.split(","))
+    if any(map(holds_key, urls)) or holds_key(spec):
+        raise UsageError(KEY_IN_ADDRESS[0].upper() + KEY_IN_ADDRESS[1:])
+    if not hash_mark or not name:
+        raise UsageError(f"{spec}: which model? Write {addresses}#NAME.")
+    return Spec("api", name, None, urls)
 
 
 def open_model(spec: str, options: ModelOptions | None = None) -> Model:
@@ -280,7 +302,7 @@ def open_model(spec: str, options: ModelOptions | None = None) -> Model:
     if options.export_to is not None:
         from srt_cli.models.api.batch import ExportModel
 
-        return ExportModel(spec, parsed, options.export_to)
+        return ExportModel(spec, parsed, options, options.export_to)
     if options.batch_poll_s is not None:
         from srt_cli.models.api.batch import BatchModel
 
@@ -339,6 +361,12 @@ def reply_to_plain(reply: Reply) -> dict[str, Any]:
         plain["logprobs"] = [dataclasses.asdict(place) for place in reply.logprobs]
     if reply.error is not None:
         plain["error"] = reply.error
+    if reply.thoughts:
+        plain["thoughts"] = reply.thoughts
+    if reply.cost is not None:
+        plain["cost"] = reply.cost
+    if reply.estimated:
+        plain["estimated"] = True
     return plain
 
 
@@ -350,4 +378,7 @@ def reply_from_plain(plain: dict[str, Any]) -> Reply:
         usage=Usage(**plain["usage"]),
         logprobs=tuple(TokenLogprobs(**place) for place in plain.get("logprobs", ())),
         error=plain.get("error"),
+        thoughts=plain.get("thoughts", ""),
+        cost=plain.get("cost"),
+        estimated=plain.get("estimated", False),
     )

@@ -1,22 +1,27 @@
 """What calls cost, and hard caps on it: what is in flight is reserved, so no cap is overshot."""
 
-import re
 import threading
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import resources
+from importlib.metadata import version
 from typing import Final
 
 from srt_cli.errors import BudgetReached, UsageError
 from srt_cli.models import Request, Spec
+from srt_cli.models.api.providers import PLAIN, provider_at, providers
 from srt_cli.records import Usage
 
 MILLION: Final = 1_000_000
 # What a chat template adds to a turn's own text, generously.
 TOKENS_A_TURN: Final = 16
 BYTES_A_TOKEN: Final = 4.0
+BATCH_SHARE: Final = 0.5
+"""Of the price, through the batches of OpenAI and Anthropic."""
+PRICED: Final = 1000
+# What a server says of its tokens is believed up to here: it may put words of its own before ours.
+BELIEVED_TIMES: Final = 4
+BELIEVED_BESIDES: Final = 100_000
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,16 @@ class Price:
 
     def of_batch(self) -> "Price":
         """The price of the same tokens through the Batch API."""
-        share = float(_price_list()["batch_share"])  # type: ignore[arg-type]
-        cached = None if self.cached is None else self.cached * share
-        return Price(self.input * share, self.output * share, cached)
+        cached = None if self.cached is None else self.cached * BATCH_SHARE
+        return Price(self.input * BATCH_SHARE, self.output * BATCH_SHARE, cached)
 
 
 FREE: Final = Price(0.0, 0.0)
 
 
-@lru_cache(maxsize=1)
-def _price_list() -> Mapping[str, object]:
-    return tomllib.loads(resources.files(__package__).joinpath("prices.toml").read_text())
-
-
 def prices_published() -> str:
-    """Whose prices the list holds, and from when."""
-    return str(_price_list()["published"])
+    """Whose list of prices it is; its version says from when."""
+    return f"genai-prices {version('genai-prices')}"
 
 
 def parse_prices(given: Sequence[str]) -> dict[str, Price]:
@@ -76,16 +75,35 @@ def price_of(spec: Spec, given: Mapping[str, Price]) -> Price | None:
     """The price of a model: given, or from the list; what runs here is free; None when unknown."""
     if spec.name in given:
         return given[spec.name]
-    if spec.kind in ("local", "program"):
+    if not spec.is_remote:
         return FREE
-    if spec.kind != "openai":
+    if spec.provider is not None:
+        provider = providers()[spec.provider]
+    else:
+        provider = provider_at(spec.endpoints[0]) or PLAIN
+    if provider.free:
+        return FREE
+    return None if provider.prices is None else _listed_price(provider.prices, spec.name)
+
+
+@lru_cache(maxsize=64)
+def _listed_price(provider: str, name: str) -> Price | None:
+    # Its data are a megabyte and a half of Python, which only calls that cost something need.
+    from genai_prices import Usage as ListedUsage
+    from genai_prices import calc_price
+
+    def dollars_a_million(**tokens: int) -> float:
+        # A thousand tokens are priced: some models cost more a token in longer prompts.
+        price = calc_price(ListedUsage(**tokens), name, provider_id=provider).total_price
+        return float(price * (MILLION // PRICED))
+
+    try:
+        read = dollars_a_million(input_tokens=PRICED)
+        written = dollars_a_million(output_tokens=PRICED)
+        cached = dollars_a_million(input_tokens=PRICED, cache_read_tokens=PRICED)
+    except LookupError:
         return None
-    listed = _price_list()["models"]
-    assert isinstance(listed, dict)
-    # A dated snapshot (gpt-4o-2024-08-06) costs what its model costs.
-    undated = re.sub(r"-\d{4}-\d{2}-\d{2}$|-\d{4}$", "", spec.name)
-    figures = listed.get(spec.name) or listed.get(undated)
-    return None if figures is None else Price(**figures)
+    return Price(read, written, None if cached == read else cached)
 
 
 def most_tokens(request: Request) -> Usage:
@@ -98,6 +116,24 @@ def likely_prompt_tokens(request: Request) -> int:
     """A fair guess at a request's prompt tokens, where the model's tokenizer is not at hand."""
     written = sum(len(turn.content.encode()) for turn in request.messages)
     return round(written / BYTES_A_TOKEN) + 8 * len(request.messages)
+
+
+def estimated_usage(request: Request, written: str) -> Usage:
+    """What a reply likely used, where its server does not tell: four bytes a token."""
+    completion = round(len(written.encode(errors="replace")) / BYTES_A_TOKEN)
+    return Usage(prompt_tokens=likely_prompt_tokens(request), completion_tokens=completion)
+
+
+def is_believable(usage: Usage, request: Request) -> bool:
+    """Whether a server's count can be true: no less than nothing, and in proportion to the request."""
+    most = most_tokens(request)
+    counts = (usage.prompt_tokens, usage.completion_tokens)
+    limits = (most.prompt_tokens, most.completion_tokens)
+    details = (usage.cached_tokens, usage.reasoning_tokens)
+    return usage.prompt_tokens > 0 and all(
+        0 <= detail <= count <= BELIEVED_TIMES * limit + BELIEVED_BESIDES
+        for count, limit, detail in zip(counts, limits, details, strict=True)
+    )
 
 
 @dataclass
@@ -128,12 +164,12 @@ class Budget:
         """Have a model told when a reservation is settled."""
         self._listeners.append(listener)
 
-    def spent_before(self, price: Price | None, usage: Usage, calls: int) -> None:
+    def spent_before(self, dollars: float, usage: Usage, calls: int) -> None:
         """Count what earlier runs of the same output have spent."""
         with self._lock:
             self.requests += calls
             self.tokens += usage.prompt_tokens + usage.completion_tokens
-            self.cost += price.cost(usage) if price is not None else 0.0
+            self.cost += dollars
 
     def reserve(self, price: Price | None, most: Usage) -> bool:
         """Set aside the most a request can use; false when a cap would be passed."""
@@ -154,8 +190,10 @@ class Budget:
             self._reserved_cost += cost
             return True
 
-    def settle(self, price: Price | None, most: Usage, used: Usage) -> None:
-        """Give a reservation back and count what was used."""
+    def settle(
+        self, price: Price | None, most: Usage, used: Usage, cost: float | None = None
+    ) -> None:
+        """Give a reservation back and count what was used; a `cost` that the server told counts."""
         if not self.capped:
             return
         with self._lock:
@@ -164,7 +202,8 @@ class Budget:
             self.tokens += used.prompt_tokens + used.completion_tokens
             if price is not None:
                 self._reserved_cost -= price.cost(most)
-                self.cost += price.cost(used)
+                self.cost += price.cost(used) if cost is None else 0.0
+            self.cost += cost or 0.0
         for listener in self._listeners:
             listener()
 

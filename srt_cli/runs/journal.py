@@ -45,7 +45,9 @@ class Journal:
         self.path = path
         self.unreadable = 0
         self.spent: dict[str, Counter[str]] = {}
-        """Calls and tokens of all replies in the file, by model identity."""
+        """Calls and tokens of all replies in the file, by model identity; `estimated` calls too."""
+        self.told: dict[str, Counter[str]] = {}
+        """The same, and the dollars, of those replies whose server told what they cost."""
         self._offsets: dict[bytes, int] = {}
         self._unsynced = 0
         self._synced_at = time.monotonic()
@@ -131,6 +133,10 @@ class Journal:
         spent = self.spent.setdefault(entry.get("model", ""), Counter(calls=0))
         spent["calls"] += 1
         spent.update(entry.get("usage", {}))
+        spent["estimated"] += bool(entry.get("estimated"))
+        if "cost" in entry:
+            told = self.told.setdefault(entry.get("model", ""), Counter(calls=0))
+            told.update({"calls": 1, "dollars": entry["cost"], **entry.get("usage", {})})
 
     def sync(self) -> None:
         """Sync what was appended to disk."""

@@ -1,43 +1,45 @@
-"""The Batch API: half the price for patience; and its file format, which vLLM reads too.
+"""Batches: half the price for patience; and requests written to files, to be answered elsewhere.
 
-A batch is found again by what it asks: its plan's digest stands in the batch's metadata, so a client
-that was killed adopts its own batches instead of paying for them twice.
+A batch is found again by what it asks: its plan's digest goes with it, so a client that was killed
+adopts its own batches instead of paying for them twice.
 """
 
+import asyncio
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeVar
 
-import openai
 import orjson
 
 from srt_cli import console
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, Spec, canonical_request, reply_to_plain
-from srt_cli.models.api.client import TOKEN_FIELDS, address_of, chat_body
-from srt_cli.models.api.openai_chat import read_reply
+from srt_cli.models.api.dialect import (
+    Batch,
+    Batches,
+    Dialect,
+    NoAnswer,
+    Outcome,
+    Refused,
+)
+from srt_cli.models.api.place import Place, dialects, place_of
+from srt_cli.models.api.transport import Endpoint
 from srt_cli.models.budget import Budget, Price, most_tokens, price_of
 from srt_cli.runs.journal import Journal, request_key
 from srt_cli.runs.jsonl import read_rows
 
-MOST_REQUESTS: Final = 50_000
-MOST_BYTES: Final = 200_000_000
+MOST_IN_FLIGHT: Final = 50_000
 MOST_ROUNDS: Final = 5
-ENDPOINT: Final = "/v1/chat/completions"
-COMPLETION_WINDOW: Final = "24h"
-PLAN: Final = "srt_plan"
-DEAD: Final = ("failed", "cancelled", "cancelling")
-ENDED: Final = ("completed", "expired", "failed", "cancelled")
+MOST_TRIES: Final = 5
+FIRST_BACKOFF_S: Final = 0.5
+PASSING: Final = (408, 409, 429, 500, 502, 503, 504, 529)
+"""Statuses of trouble that passes."""
 
-
-def batch_line(identifier: str, body: Mapping[str, Any]) -> bytes:
-    """One request in the batch file format."""
-    line = {"custom_id": identifier, "method": "POST", "url": ENDPOINT, "body": body}
-    return orjson.dumps(line) + b"\n"
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -52,7 +54,7 @@ class _Ask:
 
 @dataclass
 class BatchModel:
-    """An OpenAI-compatible server asked through its Batch API."""
+    """A server asked through its batches."""
 
     spec: str
     parsed: Spec
@@ -61,28 +63,30 @@ class BatchModel:
     batched: bool = True
     is_program: bool = False
     continues: bool = False
-    gives_logprobs: bool = True
-    in_flight: int = MOST_REQUESTS
+    gives_logprobs: bool = field(init=False)
+    in_flight: int = MOST_IN_FLIGHT
     identity: str = field(init=False)
     price: Price | None = field(init=False)
-    _client: openai.OpenAI = field(init=False)
-    _token_field: str = field(init=False)
-    _batches: list[str] = field(default_factory=list)
+    _place: Place = field(init=False)
+    _dialect: Dialect = field(init=False)
+    _batches: Batches = field(init=False)
+    _names: list[str] = field(default_factory=list)
     _resubmitted: int = 0
     _closing: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        urls, key, self.identity = address_of(self.spec, self.parsed)
+        self._place = place_of(self.spec, self.parsed, self.options)
+        self._dialect = self._place.open_dialect()
+        self.identity, self.gives_logprobs = self._place.identity, self._dialect.gives_logprobs
+        if self._dialect.batches is None:
+            raise UsageError(f"--batch: {self.spec} takes no batches. Leave it out.")
+        self._batches = self._dialect.batches
         full = price_of(self.parsed, self.options.prices)
         self.price = full.of_batch() if full is not None else None
         if self.price is None and self._budget.max_cost is not None:
             raise UsageError(
                 f"--max-cost: the price of {self.parsed.name} is not known. Give it with --price."
             )
-        self._token_field = TOKEN_FIELDS[self.parsed.kind == "http"]
-        self._client = openai.OpenAI(
-            api_key=key, base_url=urls[0], timeout=self.options.timeout_s, max_retries=5
-        )
 
     @property
     def _budget(self) -> Budget:
@@ -95,10 +99,10 @@ class BatchModel:
         futures: list[Future[Reply]] = [Future() for _ in requests]
         asks: dict[str, _Ask] = {}
         for request, future, known in zip(requests, futures, answered, strict=True):
-            body = chat_body(self.parsed.name, request, self._token_field)
+            body = self._dialect.body(request)
             digest = hashlib.blake2b(orjson.dumps([body, request.sample]), digest_size=16)
             name = digest.hexdigest()
-            ask = asks.setdefault(name, _Ask(batch_line(name, body), request, [], True))
+            ask = asks.setdefault(name, _Ask(self._batches.line(name, body), request, [], True))
             ask.known &= known
             ask.futures.append(future)
         threading.Thread(target=self._work, args=(asks,), name="batch", daemon=True).start()
@@ -111,7 +115,7 @@ class BatchModel:
         return {
             "spec": self.spec,
             "identity": self.identity,
-            "batches": self._batches,
+            "batches": self._names,
             "requests_resubmitted": self._resubmitted,
         }
 
@@ -120,21 +124,34 @@ class BatchModel:
 
     def _work(self, asks: dict[str, _Ask]) -> None:
         try:
-            self._run(asks)
-        except openai.AuthenticationError as error:
-            _fail(asks, QuotaError(f"{self.spec}: the key is refused ({error.message})."))
-        except openai.OpenAIError as error:
-            _fail(asks, SrtError(f"{self.spec}: the Batch API answers: {error}"))
+            asyncio.run(self._serve(asks))
+        except Refused as refused:
+            if refused.status in (401, 403):
+                fatal: SrtError = QuotaError(
+                    f"{self.spec}: the key is refused ({refused.message})."
+                )
+            else:
+                fatal = SrtError(f"{self.spec}: its batches answer: {refused.message}.")
+            _fail(asks, fatal)
+        except NoAnswer as trouble:
+            _fail(asks, SrtError(f"{self.spec}: its batches cannot be reached ({trouble})."))
         except BaseException as error:  # a thread has no caller: the futures carry it
             _fail(asks, error)
 
-    def _run(self, asks: dict[str, _Ask]) -> None:
+    async def _serve(self, asks: dict[str, _Ask]) -> None:
+        wire = self._place.endpoints(self._dialect, self.options.timeout_s)[0]
+        try:
+            await self._run(wire, asks)
+        finally:
+            await wire.close()
+
+    async def _run(self, wire: Endpoint, asks: dict[str, _Ask]) -> None:
         left = self._reserved(asks)
         for round_number in range(1, MOST_ROUNDS + 1):
-            plans = list(_cut(left))
-            batches = [self._adopt_or_submit(plan) for plan in plans]
+            plans = list(_cut(left, self._batches))
+            batches = [await self._adopt_or_submit(wire, plan) for plan in plans]
             for plan, batch in zip(plans, batches, strict=True):
-                self._collect(plan, batch)
+                await self._collect(wire, plan, batch)
             left = {name: ask for name, ask in left.items() if not _settled(ask)}
             if not left or self._closing.is_set():
                 break
@@ -154,78 +171,89 @@ class BatchModel:
             if ask.known or self._budget.reserve(self.price, most_tokens(ask.request))
         }
 
-    def _adopt_or_submit(self, plan: dict[str, _Ask]) -> Any:
+    async def _adopt_or_submit(self, wire: Endpoint, plan: dict[str, _Ask]) -> Batch:
         digest = hashlib.blake2b("".join(sorted(plan)).encode(), digest_size=16).hexdigest()
-        for batch in self._client.batches.list(limit=100):
-            if (batch.metadata or {}).get(PLAN) == digest and batch.status not in DEAD:
-                console.say(f"batch {batch.id}: found again, {batch.status}")
-                self._batches.append(batch.id)
-                return batch
-        content = b"".join(ask.line for ask in plan.values())
-        file = self._client.files.create(file=("srt.jsonl", content), purpose="batch")
-        batch = self._client.batches.create(
-            input_file_id=file.id,
-            endpoint=ENDPOINT,
-            completion_window=COMPLETION_WINDOW,
-            metadata={PLAN: digest},
-        )
-        console.say(f"batch {batch.id}: {len(plan)} requests submitted")
-        self._batches.append(batch.id)
+        batch = await _patiently(self._batches.found, wire, digest)
+        if batch is not None:
+            console.say(f"batch {batch.name}: found again, {batch.status}")
+        else:
+            lines = [ask.line for ask in plan.values()]
+            batch = await _patiently(self._batches.submit, wire, digest, lines)
+            console.say(f"batch {batch.name}: {len(plan)} requests submitted")
+        self._names.append(batch.name)
         return batch
 
-    def _collect(self, plan: dict[str, _Ask], batch: Any) -> None:
+    async def _collect(self, wire: Endpoint, plan: dict[str, _Ask], batch: Batch) -> None:
         """Wait for a batch to end, and give its replies to those who asked."""
         shown = None
-        while batch.status not in ENDED:
-            if self._closing.wait(self.options.batch_poll_s):
+        while not batch.over:
+            if await asyncio.to_thread(self._closing.wait, self.options.batch_poll_s):
                 return
-            batch = self._client.batches.retrieve(batch.id)
-            counts = batch.request_counts
-            state = (batch.status, counts.completed if counts else None)
+            batch = await _patiently(self._batches.look, wire, batch.name)
+            state = (batch.status, batch.done)
             if state != shown:
-                done = f", {counts.completed} of {counts.total}" if counts else ""
-                console.say(f"batch {batch.id}: {batch.status}{done}")
+                done = f", {batch.done} of {batch.total}" if batch.done is not None else ""
+                console.say(f"batch {batch.name}: {batch.status}{done}")
                 shown = state
-        if batch.status == "failed":
-            errors = batch.errors.data if batch.errors and batch.errors.data else []
-            said = "; ".join(str(error.message) for error in errors) or "no reason given"
+        if batch.error or batch.status == "failed":
             raise SrtError(
-                f"{self.spec}: batch {batch.id} failed ({said}). For a limit on enqueued tokens, "
-                "use --limit, or run without --batch."
+                f"{self.spec}: batch {batch.name} failed ({batch.error or 'no reason given'}). For a "
+                "limit on enqueued tokens, use --limit, or run without --batch."
             )
-        for file_id in (batch.output_file_id, batch.error_file_id):
-            if file_id:
-                for line in self._client.files.content(file_id).content.splitlines():
-                    self._take_in(plan, orjson.loads(line))
+        for path in batch.results:
+            answer = await _patiently(_checked, wire, path)
+            for line in answer.splitlines():
+                outcome = self._batches.outcome(orjson.loads(line))
+                if outcome is not None:
+                    self._take_in(plan, outcome)
 
-    def _take_in(self, plan: dict[str, _Ask], line: dict[str, Any]) -> None:
-        ask = plan.get(line.get("custom_id", ""))
+    def _take_in(self, plan: dict[str, _Ask], outcome: Outcome) -> None:
+        ask = plan.get(outcome.name)
         if ask is None or _settled(ask):
             return
-        reply = reply_in(line, ask.request)
+        reply = reply_of(outcome, ask.request)
         if reply is not None:
             self._settle(ask, reply)
 
     def _settle(self, ask: _Ask, reply: Reply) -> None:
         if not ask.known:
-            self._budget.settle(self.price, most_tokens(ask.request), reply.usage)
+            self._budget.settle(self.price, most_tokens(ask.request), reply.usage, reply.cost)
         for future in ask.futures:
             if not future.cancelled() and not future.done():
                 future.set_result(reply)
 
 
-def reply_in(line: Mapping[str, Any], request: Request) -> Reply | None:
-    """The reply in a line of a batch's output; null for one that expired, which is owed again."""
-    error = line.get("error") or {}
-    if error.get("code") == "batch_expired":
+def reply_of(outcome: Outcome, request: Request) -> Reply | None:
+    """What became of a request of a batch; None for one that expired, which is owed again."""
+    if outcome.owed:
         return None
-    response = line.get("response") or {}
-    body = response.get("body") or {}
-    if response.get("status_code", 200) == 200 and body.get("choices"):
-        return read_reply(body, request, 1)
-    said = error or body.get("error") or {}
-    message = said.get("message") if isinstance(said, dict) else said
-    return Reply("", "failed", error=f"in a batch: {message or 'no reply'}")
+    if outcome.heard is None:
+        return Reply("", "failed", error=outcome.error)
+    return outcome.heard.reply(request, {}, 1)
+
+
+async def _checked(wire: Endpoint, path: str) -> bytes:
+    answer = await wire.get(path)
+    if answer.status >= 300:
+        raise Refused(answer)
+    return answer.content
+
+
+async def _patiently(call: Callable[..., Awaitable[Found]], *arguments: object) -> Found:
+    """Make a call, a few times where trouble passes."""
+    for attempt in range(1, MOST_TRIES + 1):
+        wait = FIRST_BACKOFF_S * 2**attempt
+        try:
+            return await call(*arguments)
+        except Refused as refused:
+            if refused.status not in PASSING or attempt == MOST_TRIES:
+                raise
+            wait = max(wait, refused.retry_after_s or 0.0)
+        except NoAnswer:
+            if attempt == MOST_TRIES:
+                raise
+        await asyncio.sleep(wait)
+    raise AssertionError  # the last try returns or raises
 
 
 def _settled(ask: _Ask) -> bool:
@@ -239,12 +267,14 @@ def _fail(asks: Mapping[str, _Ask], error: BaseException) -> None:
                 future.set_exception(error)
 
 
-def _cut(asks: dict[str, _Ask]) -> Iterator[dict[str, _Ask]]:
+def _cut(asks: dict[str, _Ask], batches: Batches) -> Iterator[dict[str, _Ask]]:
     """Parts that fit one batch file each."""
     part: dict[str, _Ask] = {}
     size = 0
     for name, ask in asks.items():
-        if part and (len(part) >= MOST_REQUESTS or size + len(ask.line) > MOST_BYTES):
+        if part and (
+            len(part) >= batches.most_requests or size + len(ask.line) > batches.most_bytes
+        ):
             yield part
             part, size = {}, 0
         part[name] = ask
@@ -262,19 +292,24 @@ class ExportModel:
 
     spec: str
     parsed: Spec
+    options: ModelOptions
     path: Path
     batched: bool = False
     is_program: bool = False
     continues: bool = False
-    gives_logprobs: bool = True
-    in_flight: int = MOST_REQUESTS
+    gives_logprobs: bool = field(init=False)
+    in_flight: int = MOST_IN_FLIGHT
     identity: str = field(init=False)
     written: int = 0
     _file: IO[bytes] | None = None
 
     def __post_init__(self) -> None:
-        _, _, self.identity = address_of(self.spec, self.parsed, needs_key=False)
-        self._token_field = TOKEN_FIELDS[self.parsed.kind == "http"]
+        place = place_of(self.spec, self.parsed, replace(self.options, offline=True))
+        self._dialect = place.open_dialect()
+        self.identity, self.gives_logprobs = place.identity, self._dialect.gives_logprobs
+        if self._dialect.batches is None:
+            raise UsageError(f"--export-batch: {self.spec} takes no batches.")
+        self._line = self._dialect.batches.line
 
     def submit(
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
@@ -284,8 +319,7 @@ class ExportModel:
         futures = []
         for request in requests:
             key = request_key(canonical_request(self, request)).hex()
-            body = chat_body(self.parsed.name, request, self._token_field)
-            self._file.write(batch_line(key, body))
+            self._file.write(self._line(key, self._dialect.body(request)))
             self.written += 1
             futures.append(Future[Reply]())
             futures[-1].set_result(Reply("", "failed", error=f"written to {self.path}"))
@@ -308,15 +342,18 @@ def import_replies(path: Path, journal: Journal) -> tuple[int, int]:
     Raises `SrtError` for a file that is no batch output, or none of ours.
     """
     taken = without = 0
+    readers = [dialect.batches for dialect in dialects() if dialect.batches is not None]
     for number, line in read_rows(path):
+        outcomes = (each for reader in readers if (each := reader.outcome(line)) is not None)
         try:
-            key = bytes.fromhex(line["custom_id"])
-            reply = reply_in(line, Request((), 0))
-        except (KeyError, ValueError, TypeError, AttributeError):
+            outcome = next(outcomes)
+            key = bytes.fromhex(outcome.name)
+        except (StopIteration, ValueError):
             raise SrtError(
                 f"{path}:{number}: not a reply to an exported request (no custom_id of ours). "
                 "Give the output file of the batch that --export-batch wrote."
             ) from None
+        reply = reply_of(outcome, Request((), 0))
         if reply is None or reply.finish_reason == "failed":
             without += 1
         elif key not in journal:

@@ -1,12 +1,11 @@
-"""OpenAI and every server that speaks its chat protocol: one asyncio loop behind the door.
+"""Every model behind a server: one asyncio loop behind the door, whatever the dialect.
 
-Retries are ours (`max_retries=0`), because each cause wants its own: throttling waits and never uses
-up an attempt, trouble backs off, and what cannot get better stops the run at once.
+Retries are by cause, because each wants its own: throttling waits and never uses up an attempt, trouble
+backs off, and what cannot get better stops the run at once.
 """
 
 import asyncio
 import contextlib
-import os
 import random
 import threading
 import time
@@ -16,8 +15,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from srt_cli import console
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, Spec
+from srt_cli.models.api.dialect import Answer, Dialect, NoAnswer, Refused, as_mapping, as_text
 from srt_cli.models.api.limits import (
     DEFAULT_PAUSE_S,
     HIGHEST_LIMIT,
@@ -26,7 +27,8 @@ from srt_cli.models.api.limits import (
     Pace,
     RateLimit,
 )
-from srt_cli.models.api.openai_chat import Endpoint, NoAnswer, Refused, read_reply
+from srt_cli.models.api.place import Place, place_of
+from srt_cli.models.api.transport import Endpoint, Redirected
 from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of
 from srt_cli.records import Usage
 
@@ -37,14 +39,9 @@ LONGEST_BACKOFF_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.02
 DOWN_FOR_S: Final = 30.0
 DOWN_BEFORE_FIRST_SUCCESS_S: Final = 1.0
-NO_KEY: Final = "none"
-OPENAI_URL: Final = "https://api.openai.com/v1"
 QUOTA_CODES: Final = (
     "insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached",
 )  # fmt: skip
-# What a server may refuse to be told; dropped once, remembered, and noted in the manifest.
-OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs")
-TOKEN_FIELDS: Final = ("max_completion_tokens", "max_tokens")
 
 
 @dataclass
@@ -69,7 +66,7 @@ class ApiModel:
     batched: bool = False
     is_program: bool = False
     continues: bool = False
-    gives_logprobs: bool = True
+    gives_logprobs: bool = field(init=False)
     in_flight: int = field(init=False)
     identity: str = field(init=False)
     price: Price | None = field(init=False)
@@ -79,8 +76,10 @@ class ApiModel:
     _jobs: "deque[_Job]" = field(default_factory=deque)
     _endpoints: list[Endpoint] = field(default_factory=list)
     _causes: Counter[str] = field(default_factory=Counter)
-    _dropped_fields: set[str] = field(default_factory=set)
-    _token_field: str = TOKEN_FIELDS[0]
+    _place: Place = field(init=False)
+    _dialect: Dialect = field(init=False)
+    _estimated: int = 0
+    """Replies whose usage the server did not tell."""
     _completion_tokens: Counter[str] = field(default_factory=Counter)
     _fatal: SrtError | None = None
     _succeeded: bool = False
@@ -93,11 +92,9 @@ class ApiModel:
         self.in_flight = self.options.concurrency or HIGHEST_LIMIT
         self._limit = AdaptiveLimit(fixed=self.options.concurrency)
         self._rate = RateLimit.of(self.options.rpm, self.options.tpm)
-        self._urls, self._key, self.identity = address_of(
-            self.spec, self.parsed, needs_key=not self.options.offline
-        )
-        if self.parsed.kind == "http":
-            self._token_field = "max_tokens"
+        self._place = place_of(self.spec, self.parsed, self.options)
+        self._dialect = self._place.open_dialect()
+        self.identity, self.gives_logprobs = self._place.identity, self._dialect.gives_logprobs
         self.price = price_of(self.parsed, self.options.prices)
         if self.price is None and self._budget.max_cost is not None:
             raise UsageError(
@@ -124,14 +121,14 @@ class ApiModel:
     def describe(self) -> dict[str, Any]:
         return {
             "spec": self.spec,
-            "endpoints": list(self._urls),
-            "token_field": self._token_field,
-            "fields_refused": sorted(self._dropped_fields),
+            "endpoints": list(self._place.urls),
+            **self._dialect.describe(),
             "causes_of_retries": dict(self._causes),
             "most_in_flight": self._limit.peak,
             "limit_at_the_end": self._limit.limit,
             "rate_limits": self._rate.describe(),
             "requests_per_second_found": self._pace.per_second,
+            **({"replies_without_usage": self._estimated} if self._estimated else {}),
         }
 
     def finish(self, seconds: float) -> bool:
@@ -169,7 +166,7 @@ class ApiModel:
     async def _main(self, ready: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
-        self._endpoints = [Endpoint(url, self._key, self.options.timeout_s) for url in self._urls]
+        self._endpoints = self._place.endpoints(self._dialect, self.options.timeout_s)
         ready.set()
         try:
             await self._dispatch()
@@ -259,14 +256,22 @@ class ApiModel:
         endpoint = self._choose_endpoint()
         endpoint.in_flight += 1
         used = Usage()
+        dialect = self._dialect
         try:
-            body = self._body(job.request)
+            body = dialect.body(job.request)
             job.sent_fields = frozenset(body)
-            data, headers = await endpoint.post(body)
-            reply = read_reply(data, job.request, job.attempts + 1)
+            answer = await endpoint.post(dialect.path, body)
+            if answer.status != 200:
+                raise dialect.refusal(answer)
+            reply = _read(dialect, answer, job)
         except asyncio.CancelledError:
             job.future.cancel()
             raise
+        except Redirected as fatal:
+            endpoint.in_flight -= 1
+            self._budget.settle(self.price, job.most, used)
+            self._limit.troubled()
+            self._give_up(fatal, job)
         except Refused as refused:
             endpoint.in_flight -= 1
             self._budget.settle(self.price, job.most, used)
@@ -278,16 +283,29 @@ class ApiModel:
             self._budget.settle(self.price, job.most, job.most if sent else used)
             self._limit.troubled()
             await self._try_later(trouble.cause, str(trouble), endpoint, job)
+        except Exception as error:  # a task has no caller: the future carries it
+            endpoint.in_flight -= 1
+            self._budget.settle(self.price, job.most, job.most)
+            self._limit.troubled()
+            if not job.future.cancelled():
+                job.future.set_exception(error)
         else:
             endpoint.in_flight -= 1
             endpoint.successes += 1
-            self._take_in(job, reply, headers)
+            self._take_in(job, reply, answer.headers)
         finally:
             self._notify()
 
     def _take_in(self, job: _Job, reply: Reply, headers: Mapping[str, str]) -> None:
         used = reply.usage
-        self._budget.settle(self.price, job.most, used)
+        self._budget.settle(self.price, job.most, used, reply.cost)
+        if reply.estimated:
+            if not self._estimated:
+                console.warn(
+                    f"{self.spec} does not tell how many tokens a reply took; they are estimated, at "
+                    "4 bytes each, and so are the cost and the caps."
+                )
+            self._estimated += 1
         self._completion_tokens.update(replies=1, tokens=used.completion_tokens)
         self._rate.settle(job.likely_tokens, used.prompt_tokens + used.completion_tokens)
         self._rate.learn(headers)
@@ -303,10 +321,6 @@ class ApiModel:
             return min(up, key=lambda endpoint: endpoint.in_flight)
         return min(self._endpoints, key=lambda endpoint: endpoint.down_until)
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        body = chat_body(self.parsed.name, request, self._token_field)
-        return {name: value for name, value in body.items() if name not in self._dropped_fields}
-
     # --- errors by cause ---------------------------------------------------------------------
 
     async def _handle_refusal(
@@ -319,7 +333,8 @@ class ApiModel:
         self._limit.troubled()
         if status in (408, 409) or status >= 500:
             await self._try_later("server error", refused.message, endpoint, job)
-        elif status in (400, 422) and self._adapt_to(refused, job):
+        elif (learnt := self._dialect.adapt(refused, job.request, job.sent_fields)) is not None:
+            self._dialect = learnt
             self._jobs.appendleft(job)
         elif status in (400, 413, 422):
             reason = f"the server refuses the request: {refused.message}"
@@ -377,31 +392,13 @@ class ApiModel:
             ),
         }
         said = why.get(cause, f"answers only with errors ({message}). Look at the server's log.")
-        return SrtError(f"{', '.join(self._urls)}: {said}")
-
-    def _adapt_to(self, refused: Refused, job: _Job) -> bool:
-        """Learn what this server does not want to be told; true when the request may go again."""
-        if job.sent_fields != frozenset(self._body(job.request)):
-            return True  # learnt already from a request that was under way beside this one
-        message = refused.message
-        if self._token_field in message and "unsupported" in message.lower():
-            other = TOKEN_FIELDS[self._token_field == TOKEN_FIELDS[0]]
-            if other not in self._dropped_fields:
-                self._dropped_fields.add(self._token_field)
-                self._token_field = other
-                return True
-        for name in OPTIONAL_FIELDS:
-            named = f"'{name}'" in message or f'"{name}"' in message or f"{name}:" in message
-            if name not in self._dropped_fields and (named or refused.param == name):
-                self._dropped_fields.add(name)
-                return True
-        return False
+        return SrtError(f"{', '.join(self._place.urls)}: {said}")
 
     async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
         message = refused.message
         if refused.status in (401, 403):
             return QuotaError(
-                f"{endpoint.url}: the key is refused ({message}). Set OPENAI_API_KEY to a valid one."
+                f"{endpoint.url}: the key is refused ({message}). {self._place.how_to_give_a_key()}"
             )
         if refused.status == 429:
             return QuotaError(
@@ -409,7 +406,7 @@ class ApiModel:
                 "and run the same line again."
             )
         if refused.status == 404:
-            names = await endpoint.listed_models()
+            names = await _listed_models(endpoint)
             offer = (
                 f". It offers: {', '.join(names[:8])}."
                 if names
@@ -436,42 +433,23 @@ class ApiModel:
             job.future.set_result(reply)
 
 
-def address_of(
-    spec: str, parsed: Spec, *, needs_key: bool = True
-) -> tuple[tuple[str, ...], str, str]:
-    """Where an API model is: its addresses, the key, and its identity in the journal.
-
-    Raises `QuotaError` when the OpenAI API is to be asked without a key.
-    """
-    key = os.environ.get("OPENAI_API_KEY")
-    if parsed.kind == "http":
-        urls = parsed.endpoints
-        return urls, key or NO_KEY, f"http:{','.join(sorted(urls))}#{parsed.name}"
-    base = os.environ.get("OPENAI_BASE_URL")
-    if not key and needs_key:
-        raise QuotaError(
-            f"{spec}: no key for the OpenAI API. Set OPENAI_API_KEY, or name another "
-            "model (a directory, http://HOST/v1#NAME, python:FILE:CALLABLE)."
-        )
-    identity = f"openai:{parsed.name}" + (f"@{base}" if base else "")
-    return (base.rstrip("/") if base else OPENAI_URL,), key or NO_KEY, identity
+def _read(dialect: Dialect, answer: Answer, job: _Job) -> Reply:
+    """What a dialect makes of an answer; one that it cannot take is no reply, whatever it raises."""
+    try:
+        return dialect.read(answer.json()).reply(job.request, answer.headers, job.attempts + 1)
+    except (NoAnswer, Refused):
+        raise
+    except Exception as error:
+        raise NoAnswer("malformed reply", f"{type(error).__name__}: {error}") from error
 
 
-def chat_body(model: str, request: Request, token_field: str) -> dict[str, Any]:
-    """A request as the chat completions endpoint wants it; only what was asked for is sent."""
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
-        token_field: request.max_tokens,
-        "temperature": request.temperature,
-    }
-    if request.top_p < 1:
-        body["top_p"] = request.top_p
-    if request.stop:
-        body["stop"] = list(request.stop)
-    if request.temperature > 0:
-        # Samples of one prompt must differ, and a re-run must repeat them where it can.
-        body["seed"] = request.seed + request.sample
-    if request.top_logprobs:
-        body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
-    return body
+async def _listed_models(endpoint: Endpoint) -> list[str] | None:
+    """Names of the models that a server offers; None when it does not say."""
+    try:
+        answer = await endpoint.get("/models")
+        listed = as_mapping(answer.json()).get("data")
+    except (NoAnswer, Redirected):
+        return None
+    if answer.status != 200 or not isinstance(listed, list):
+        return None
+    return sorted(as_text(as_mapping(model).get("id")) for model in listed)

@@ -1,202 +1,152 @@
-"""One server on the wire: a request's bytes go out, a reply comes back, or why there is none.
+"""OpenAI's chat completions, which most servers speak: `POST /chat/completions`."""
 
-Requests are posted through the OpenAI client's own HTTP client, address and headers, but past its
-model classes, which cost more than all the rest of a call (0.95 ms against 0.34 ms on one core).
-"""
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, ClassVar, Final
 
-import contextlib
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final
-
-import openai
-import orjson
-
-from srt_cli.models import Reply, Request, TokenLogprobs
+from srt_cli.models import FinishReason, Request, TokenLogprobs
+from srt_cli.models.api.dialect import (
+    Answer,
+    Dialect,
+    Heard,
+    Manner,
+    NoAnswer,
+    Refused,
+    as_count,
+    as_dollars,
+    as_list,
+    as_mapping,
+    as_text,
+)
+from srt_cli.models.api.openai_batches import OpenAiBatches
+from srt_cli.models.api.openai_responses import OpenAiResponses
 from srt_cli.records import Usage
 
-LONGEST_MESSAGE: Final = 300
+PATH: Final = "/chat/completions"
+TOKEN_FIELDS: Final = ("max_completion_tokens", "max_tokens")
+# What a server may refuse to be told; dropped once, remembered, and noted in the manifest.
+OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs")
+FINISHES: Final[Mapping[str, FinishReason]] = {"length": "length", "content_filter": "refused"}
 
 
-class Refused(Exception):
-    """The server answered with an error status."""
+class OpenAiChat:
+    """One model's chat completions; learns the token limit's name and which fields are refused."""
 
-    def __init__(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
-        self.status = status
-        self.headers = headers
-        error = _error_in(content)
-        self.code = str(error.get("code") or error.get("type") or "")
-        self.param = str(error.get("param") or "")
-        said = error.get("message") or content.decode("utf-8", errors="replace")
-        self.message = str(said).strip().rstrip(".")[:LONGEST_MESSAGE] or f"status {status}"
-        super().__init__(self.message)
+    gives_logprobs: ClassVar[bool] = True
+
+    def __init__(self, manner: Manner) -> None:
+        self.manner = manner
+        self.token_field = manner.token_field
+        self.dropped = set(manner.refuses)
+        self.batches = OpenAiBatches(PATH, self.read)
 
     @property
-    def retry_after_s(self) -> float | None:
-        """How long the server asks us to wait."""
-        for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-            with contextlib.suppress(KeyError, ValueError):
-                return float(self.headers[name]) * unit
+    def path(self) -> str:
+        """The manner's, where it names one."""
+        return (self.manner.path or PATH).format(model=self.manner.model)
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        """The key as a bearer, or in the header that the manner names."""
+        return self.manner.key_headers(key)
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """A request; only what was asked for is sent, and nothing that was refused."""
+        body: dict[str, Any] = {
+            "model": self.manner.model,
+            "messages": [{"role": turn.role, "content": turn.content} for turn in request.messages],
+            self.token_field: request.max_tokens,
+            "temperature": request.temperature,
+        }
+        if request.top_p < 1:
+            body["top_p"] = request.top_p
+        if request.stop:
+            body["stop"] = list(request.stop)
+        if request.temperature > 0:
+            # Samples of one prompt must differ, and a re-run must repeat them where it can.
+            body["seed"] = request.seed + request.sample
+        if request.top_logprobs:
+            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+        if self.manner.effort is not None:
+            body["reasoning_effort"] = self.manner.effort
+        kept = {name: value for name, value in body.items() if name not in self.dropped}
+        renames = self.manner.renames
+        return {renames.get(name, name): value for name, value in kept.items()} | self.manner.extra
+
+    def read(self, data: object) -> Heard:
+        """A chat completion."""
+        choices = as_list(as_mapping(data).get("choices"))
+        message = as_mapping(choices[0]).get("message") if choices else None
+        if not isinstance(message, dict):
+            raise NoAnswer("malformed reply", repr(str(data)[:60]))
+        text, thoughts = as_text(message.get("content")), as_text(message.get("reasoning_content"))
+        finish: FinishReason = FINISHES.get(str(choices[0].get("finish_reason")), "stop")
+        if message.get("refusal"):
+            text, finish = as_text(message["refusal"]), "refused"
+        usage = as_mapping(data).get("usage")
+        return Heard(
+            text,
+            finish,
+            thoughts or as_text(message.get("reasoning")),
+            _usage_of(usage) if isinstance(usage, dict) else None,
+            as_dollars(as_mapping(usage).get("cost")),
+            tuple(_places(choices[0].get("logprobs"))),
+        )
+
+    def refusal(self, answer: Answer) -> Refused:
+        """An error object, wherever a server puts it."""
+        return Refused(answer)
+
+    def adapt(self, refused: Refused, request: Request, sent: Collection[str]) -> Dialect | None:
+        """Another name for the token limit, a field less, or the Responses API."""
+        if refused.status == 404 and "v1/responses" in refused.message:
+            return OpenAiResponses(self.manner)
+        if refused.status not in (400, 422):
+            return None
+        if set(sent) != set(self.body(request)):
+            return self  # learnt already from a request that was under way beside this one
+        message = refused.message
+        if self.token_field in message and "unsupported" in message.lower():
+            other = TOKEN_FIELDS[self.token_field == TOKEN_FIELDS[0]]
+            if other not in self.dropped:
+                self.dropped.add(self.token_field)
+                self.token_field = other
+                return self
+        for name in OPTIONAL_FIELDS:
+            sent_as = self.manner.renames.get(name, name)
+            if name not in self.dropped and refused.names(sent_as):
+                self.dropped.add(name)
+                return self
         return None
 
-
-class NoAnswer(Exception):
-    """No reply came, or none that can be read: `timeout`, `no connection`, `malformed reply`."""
-
-    def __init__(self, cause: str, message: str) -> None:
-        self.cause = cause
-        super().__init__(message)
+    def describe(self) -> dict[str, Any]:
+        """The name of the token limit and the fields that were refused."""
+        return {"token_field": self.token_field, "fields_refused": sorted(self.dropped)}
 
 
-@dataclass
-class Endpoint:
-    """One address of a model, with what is known of its state."""
-
-    url: str
-    key: str
-    timeout_s: float
-    in_flight: int = 0
-    down_until: float = 0.0
-    successes: int = 0
-    client: openai.AsyncOpenAI = field(init=False)
-    _http: Any = field(init=False)
-    _headers: dict[str, str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._http = openai.DefaultAioHttpClient()
-        self.client = openai.AsyncOpenAI(
-            api_key=self.key,
-            base_url=self.url,
-            max_retries=0,
-            timeout=self.timeout_s,
-            http_client=self._http,
-        )
-        headers = {**self.client.default_headers, **self.client.auth_headers}
-        self._headers = {name: value for name, value in headers.items() if isinstance(value, str)}
-
-    async def post(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, str]]:
-        """Send a chat request; returns the reply's JSON and the response's headers.
-
-        Raises `Refused` for an error status and `NoAnswer` for everything that is no reply.
-        """
-        try:
-            response = await self._http.post(
-                f"{self.url}/chat/completions",
-                content=orjson.dumps(body),
-                headers=self._headers,
-                timeout=self.timeout_s,
-            )
-        # The transport's errors have no base class that every version of the client shares.
-        except Exception as error:
-            raise NoAnswer(_cause_of(error), _root_message(error)) from error
-        if response.status_code != 200:
-            raise Refused(response.status_code, response.headers, response.content)
-        try:
-            data = orjson.loads(response.content)
-            data["choices"][0]["message"]
-        except (orjson.JSONDecodeError, KeyError, IndexError, TypeError) as error:
-            start = response.content[:60].decode("utf-8", errors="replace")
-            raise NoAnswer("malformed reply", repr(start)) from error
-        return data, response.headers
-
-    async def listed_models(self) -> list[str] | None:
-        """Names of the models that the server offers; null when it does not say."""
-        try:
-            page = await self.client.models.list(timeout=10)
-        except openai.OpenAIError:
-            return None
-        return sorted(model.id for model in page.data)
-
-    @property
-    def up(self) -> bool:
-        """Whether the endpoint is not known to be down."""
-        return self.down_until <= time.monotonic()
-
-    async def close(self) -> None:
-        """Give the connections back."""
-        await self.client.close()
+DIALECT: Final[type[Dialect]] = OpenAiChat
 
 
-def _error_in(content: bytes) -> dict[str, Any]:
-    try:
-        body = orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return {}
-    inner = body.get("error", body) if isinstance(body, dict) else {}
-    if isinstance(inner, str):
-        return {"message": inner}
-    return inner if isinstance(inner, dict) else {}
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain = [error]
-    while (cause := chain[-1].__cause__) is not None:
-        chain.append(cause)
-    return chain
-
-
-def _cause_of(error: BaseException) -> str:
-    # The transport calls refused, broken and untrusted connections timeouts; their roots do not.
-    root = _chain(error)[-1]
-    names = " ".join(type(link).__name__ for link in _chain(error))
-    broken = isinstance(root, OSError) and not isinstance(root, TimeoutError)
-    if broken or "Disconnected" in names:
-        return "no connection"
-    return "timeout" if "Timeout" in names else "no connection"
-
-
-def _root_message(error: BaseException) -> str:
-    root = _chain(error)[-1]
-    return str(root) or type(root).__name__
-
-
-def read_reply(data: Mapping[str, Any], request: Request, attempts: int) -> Reply:
-    """A server's chat completion as a reply; stop texts that the server ignored are applied."""
-    choice = data["choices"][0]
-    message = choice["message"]
-    text = message.get("content") or ""
-    refusal = message.get("refusal")
-    finish = choice.get("finish_reason")
-    stops = [place for stop in request.stop if (place := text.find(stop)) >= 0]
-    if stops:
-        # Some servers ignore stop texts, others keep them in the reply.
-        text, finish = text[: min(stops)], "stop"
-    reason: Any = {"length": "length", "content_filter": "refused"}.get(str(finish), "stop")
-    if refusal:
-        text, reason = refusal, "refused"
-    return Reply(
-        text=text,
-        finish_reason=reason,
-        usage=_read_usage(data.get("usage") or {}),
-        logprobs=_read_logprobs(choice.get("logprobs"), request),
-        attempts=attempts,
-    )
-
-
-def _read_usage(usage: Mapping[str, Any]) -> Usage:
+def _usage_of(told: Mapping[str, Any]) -> Usage:
     # Servers leave the details out, or null.
     read, written = (
-        usage.get(name) or {} for name in ("prompt_tokens_details", "completion_tokens_details")
+        as_mapping(told.get(name))
+        for name in ("prompt_tokens_details", "completion_tokens_details")
     )
     return Usage(
-        prompt_tokens=usage.get("prompt_tokens") or 0,
-        completion_tokens=usage.get("completion_tokens") or 0,
-        cached_tokens=read.get("cached_tokens") or 0,
-        reasoning_tokens=written.get("reasoning_tokens") or 0,
+        prompt_tokens=as_count(told.get("prompt_tokens")),
+        completion_tokens=as_count(told.get("completion_tokens")),
+        cached_tokens=as_count(read.get("cached_tokens")),
+        reasoning_tokens=as_count(written.get("reasoning_tokens")),
     )
 
 
-def _read_logprobs(
-    logprobs: Mapping[str, Any] | None, request: Request
-) -> tuple[TokenLogprobs, ...]:
-    found: list[TokenLogprobs] = []
-    offset, behind_digit = 0, False
-    for place in (logprobs or {}).get("content") or []:
-        token = place["token"]
-        has_digit = any("0" <= character <= "9" for character in token)
-        if request.logprobs_at == "all" or has_digit or behind_digit:
-            top = {other["token"]: other["logprob"] for other in place.get("top_logprobs") or []}
-            found.append(TokenLogprobs(token, top, offset))
-        offset, behind_digit = offset + len(token), has_digit
-    return tuple(found)
+def _places(told: object) -> Iterator[TokenLogprobs]:
+    offset = 0
+    for place in map(as_mapping, as_list(as_mapping(told).get("content"))):
+        token, others = as_text(place.get("token")), as_list(place.get("top_logprobs"))
+        top = {
+            other["token"]: other["logprob"]
+            for other in map(as_mapping, others)
+            if isinstance(other.get("token"), str) and isinstance(other.get("logprob"), int | float)
+        }
+        yield TokenLogprobs(token, top, offset)
+        offset += len(token)

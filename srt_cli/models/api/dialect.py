@@ -1,0 +1,331 @@
+"""What a dialect is: the one place that knows how a protocol looks on the wire.
+
+A dialect file says where a request goes, with which headers and body, and how replies, errors and
+usage are read. It is opened once for each model and learns what that model's server refuses to be told.
+`providers.toml` names it; nothing else has to change for a provider with another protocol.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final, Protocol
+
+import orjson
+
+from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs
+from srt_cli.models.budget import estimated_usage, is_believable
+from srt_cli.records import Usage
+
+LONGEST_MESSAGE: Final = 300
+COST_HEADERS: Final = ("x-litellm-response-cost",)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How one model is asked, beyond what a request says."""
+
+    model: str
+    path: str | None = None
+    """Where its requests go, if not where the dialect has them go; `{model}` is filled in."""
+    token_field: str = "max_tokens"
+    key_header: str = "authorization"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    refuses: tuple[str, ...] = ()
+    """Fields that are known to be refused."""
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Fields that go by another name there."""
+    effort: str | None = None
+    """How hard a reasoning model should think, in the provider's own word."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields of the user's own, which win over ours."""
+
+    def key_headers(self, key: str | None) -> dict[str, str]:
+        """The headers that carry a key, and those that every request carries."""
+        if key is None:
+            return dict(self.headers)
+        value = f"Bearer {key}" if self.key_header == "authorization" else key
+        return {**self.headers, self.key_header: value}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back from a server, unread."""
+
+    status: int
+    headers: Mapping[str, str]
+    content: bytes
+
+    def json(self) -> object:
+        """The content as JSON; raises `NoAnswer` when it is none."""
+        try:
+            return orjson.loads(self.content)
+        except orjson.JSONDecodeError as error:
+            start = self.content[:60].decode("utf-8", errors="replace")
+            raise NoAnswer("malformed reply", repr(start)) from error
+
+
+class NoAnswer(Exception):
+    """No reply came, or none that can be read: `timeout`, `no connection`, `malformed reply`."""
+
+    def __init__(self, cause: str, message: str) -> None:
+        self.cause = cause
+        super().__init__(message)
+
+
+class Refused(Exception):
+    """The server answered with an error."""
+
+    def __init__(self, answer: Answer) -> None:
+        error = error_in(answer.content)
+        self.status = answer.status
+        self.headers = answer.headers
+        self.code = str(error.get("code") or error.get("type") or "")
+        self.param = str(error.get("param") or "")
+        said = as_text(error.get("message")) or answer.content.decode("utf-8", errors="replace")
+        self.message = said.strip().rstrip(".")[:LONGEST_MESSAGE] or f"status {answer.status}"
+        super().__init__(self.message)
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """How long the server asks us to wait."""
+        for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+            try:
+                return float(self.headers[name]) * unit
+            except (KeyError, ValueError):
+                continue
+        return None
+
+    def names(self, field: str) -> bool:
+        """Whether the refusal is about this field of the request."""
+        if self.param == field:
+            return True
+        quoted = rf"""['"`]{re.escape(field)}['"`]|\b{re.escape(field)}(?:\.|:| is | not )"""
+        return re.search(quoted, self.message) is not None
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What a dialect reads in a reply, before it is held against the request."""
+
+    text: str
+    finish: FinishReason
+    thoughts: str = ""
+    usage: Usage | None = None
+    cost: float | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def reply(self, request: Request, headers: Mapping[str, str], attempts: int) -> Reply:
+        """As the reply to a request: a stop text that was ignored cuts, and usage is believed or not."""
+        text, finish = self.text, self.finish
+        stops = [place for stop in request.stop if (place := text.find(stop)) >= 0]
+        if stops and finish != "refused":
+            # Some servers ignore stop texts, others keep them in the reply.
+            text, finish = text[: min(stops)], "stop"
+        usage = self.usage
+        estimated = usage is None or not is_believable(usage, request)
+        if usage is None or estimated:
+            usage = estimated_usage(request, self.text + self.thoughts)
+        return Reply(
+            text=text,
+            finish_reason=finish,
+            usage=usage,
+            logprobs=_kept(self.logprobs, request),
+            attempts=attempts,
+            thoughts=self.thoughts,
+            cost=self.cost if self.cost is not None else _told_cost(headers),
+            estimated=estimated,
+        )
+
+
+def _kept(places: tuple[TokenLogprobs, ...], request: Request) -> tuple[TokenLogprobs, ...]:
+    """The places that were asked for: a score needs only those around digits."""
+    if request.logprobs_at == "all":
+        return places
+    digits = [any("0" <= sign <= "9" for sign in place.token) for place in places]
+    # Also the place behind a digit: the 1 of a 10 is a token of its own in many tokenizers.
+    kept = zip(places, digits, [False, *digits], strict=False)
+    return tuple(place for place, here, before in kept if here or before)
+
+
+def _told_cost(headers: Mapping[str, str]) -> float | None:
+    for name in COST_HEADERS:
+        cost = as_dollars(headers.get(name))
+        if cost is not None:
+            return cost
+    return None
+
+
+# --- Batches -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch on its way, as its server tells."""
+
+    name: str
+    status: str
+    over: bool = False
+    dead: bool = False
+    """It ended without being worked on."""
+    done: int | None = None
+    total: int | None = None
+    results: tuple[str, ...] = ()
+    """Where the results lie."""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request of a batch."""
+
+    name: str
+    heard: Heard | None = None
+    error: str = ""
+    owed: bool = False
+    """It expired, and may be asked again."""
+
+
+class Wire(Protocol):
+    """A connection to one server."""
+
+    async def get(self, path: str) -> Answer:
+        """Fetch a path, or an address on the same host."""
+        ...
+
+    async def post(self, path: str, body: object) -> Answer:
+        """Post a body as JSON; a `Upload` as a form."""
+        ...
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file to post as a form."""
+
+    name: str
+    content: bytes
+    fields: Mapping[str, str]
+
+
+class Batches(Protocol):
+    """How a protocol takes many requests at once, for half the price."""
+
+    most_requests: ClassVar[int]
+    most_bytes: ClassVar[int]
+
+    def line(self, name: str, body: Mapping[str, Any]) -> bytes:
+        """One request as a line of a batch's file."""
+        ...
+
+    async def found(self, wire: Wire, plan: str) -> Batch | None:
+        """A batch that was submitted for a plan, if the server can tell."""
+        ...
+
+    async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
+        """Hand in lines as one batch."""
+        ...
+
+    async def look(self, wire: Wire, name: str) -> Batch:
+        """How a batch stands."""
+        ...
+
+    def outcome(self, line: Mapping[str, Any]) -> Outcome | None:
+        """What a line of the results says; None when it is no line of this protocol."""
+        ...
+
+
+# --- The dialect itself --------------------------------------------------------------------------
+
+
+class Dialect(Protocol):
+    """One protocol, spoken to one model."""
+
+    gives_logprobs: ClassVar[bool]
+
+    def __init__(self, manner: Manner) -> None: ...
+
+    @property
+    def path(self) -> str:
+        """Where requests go, below the server's address."""
+        ...
+
+    @property
+    def batches(self) -> Batches | None:
+        """How many requests go at once; None where they cannot."""
+        ...
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        """What stands above every request."""
+        ...
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """A request on the wire; only what was asked for is sent."""
+        ...
+
+    def read(self, data: object) -> Heard:
+        """A reply; raises `NoAnswer` when it is none, `Refused` when it is an error."""
+        ...
+
+    def refusal(self, answer: Answer) -> Refused:
+        """An answer with an error status."""
+        ...
+
+    def adapt(self, refused: Refused, request: Request, sent: Collection[str]) -> "Dialect | None":
+        """Learn how not to be refused again: how to go on, None when nothing can be learnt.
+
+        `sent` are the fields of the request that was refused.
+        """
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What was learnt, for the manifest."""
+        ...
+
+
+# --- Reading what may have any shape --------------------------------------------------------------
+
+
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """The value if it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: object) -> list[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def as_text(value: object) -> str:
+    """The value if it is a text, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
+def as_count(value: object) -> int:
+    """A number of tokens; 0 for none, -1 for what is no number of anything."""
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        return -1
+    return value
+
+
+def as_dollars(value: object) -> float | None:
+    """An amount of money, as a number or as text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        dollars = float(value)
+    except ValueError:
+        return None
+    return dollars if 0 <= dollars < float("inf") else None
+
+
+def error_in(content: bytes) -> Mapping[str, Any]:
+    """The error object of a body: `{"error": {...}}`, the same in a list, or the object itself."""
+    try:
+        body = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        return {}
+    if isinstance(body, list):
+        body = body[0] if body else {}
+    inner = body.get("error", body) if isinstance(body, dict) else {}
+    return {"message": inner} if isinstance(inner, str) else as_mapping(inner)
