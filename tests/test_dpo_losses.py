@@ -9,7 +9,7 @@ from conftest import read_jsonl, write_jsonl
 from test_dpo import pair_rows
 from torch.nn.functional import logsigmoid
 
-from srt_cli.training.objective import Objective
+from srt_cli.training.dpo import Objective
 
 BETA, RATE = 0.5, 0.02
 LN_2 = math.log(2)

@@ -48,14 +48,14 @@ def test_what_is_saved_is_what_was_trained(sft, tmp_path):
 
 
 def test_a_model_that_is_not_what_was_trained_is_not_kept(sft, tmp_path, monkeypatch):
-    from srt_cli.training import keeping
+    from srt_cli.training import saving
 
-    def save_other(model, tokenizer, out, card, *, save=keeping.save_model):
+    def save_other(model, tokenizer, out, card, *, save=saving.save_model):
         with torch.no_grad():
             model.model.norm.weight.mul_(1.5)
         save(model, tokenizer, out, card)
 
-    monkeypatch.setattr(keeping, "save_model", save_other)
+    monkeypatch.setattr(saving, "save_model", save_other)
     finished = sft("--learning-rate", 1e-2, "--samples", 0)
     assert finished.code == 1
     assert "read back from disk, the model does not answer as the one that was" in finished.stderr

@@ -19,7 +19,6 @@ MEASURE = """
 import sys
 from srt_cli import cli
 import srt_cli.training.dpo as dpo, srt_cli.training.sft as sft
-import srt_cli.training.keeping, srt_cli.training.packing, srt_cli.training.samples
 
 def of_status(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -217,18 +216,16 @@ def test_checkpointing_is_chosen_only_where_memory_needs_it(tiny_model):
     from dataclasses import replace
 
     from srt_cli.stages.sft import Sft
-    from srt_cli.training import fitting
-    from srt_cli.training.memory import Batch
-    from srt_cli.training.recipes import choose_hyperparameters
+    from srt_cli.training import memory
+    from srt_cli.training.memory import LargestPass, estimate_memory
     from srt_cli.training.setup import set_up
 
-    options = Sft()
-    setup = set_up(options, choose_hyperparameters(options, "sft", None).values, "sft")
+    setup, largest = set_up(Sft(), "sft", str(tiny_model)), LargestPass(8, 1024, 4)
     decided = {}
     with pytest.MonkeyPatch.context() as patch:
         for free in (2**40, 2**20):
-            patch.setattr(fitting, "available_memory", lambda setup, free=free: free)
-            decided[free] = fitting.fit(setup, str(tiny_model), Batch(8, 1024), 4, four_bit=False)
+            patch.setattr(memory, "available_memory", lambda setup, free=free: free)
+            decided[free] = memory.fit(setup, largest)
     roomy, tight = decided[2**40], decided[2**20]
     assert not roomy.setup.place.checkpointing
     assert tight.setup.place.checkpointing
@@ -237,39 +234,33 @@ def test_checkpointing_is_chosen_only_where_memory_needs_it(tiny_model):
     assert "GiB without it, and 1024.0 are free" in roomy.setup.place.checkpointing_reason
     on_gpu = replace(setup.place.placement, device="cuda")
     place = replace(setup.place, placement=on_gpu, bf16=True)
-    from srt_cli.training.memory import estimate_memory
-
-    arguments = {"four_bit": False, "accumulates": True, "live_reference": False,
-                 "optimizer": "adamw_torch_fused", "checkpointing": False}  # fmt: skip
-    gpu = estimate_memory(str(tiny_model), place, None, Batch(8, 1024), **arguments)
+    gpu = estimate_memory(replace(setup, place=place), largest)
     assert 0 < gpu.activations < roomy.memory.activations
 
 
-def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model):
-    from srt_cli.training.lora import Adapters
-    from srt_cli.training.memory import Batch, estimate_memory
-    from srt_cli.training.place import decide_training_place
-    from srt_cli.training.policy import count_parameters
+def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model, monkeypatch):
+    from srt_cli.stages.dpo import Dpo
+    from srt_cli.training import setup
+    from srt_cli.training.memory import LargestPass, estimate_memory
+    from srt_cli.training.place import count_parameters, decide_training_place
 
+    # Of bitsandbytes, which qlora needs, no estimate has any need.
+    monkeypatch.setattr(setup, "decide_training_place", lambda _: decide_training_place("full"))
     parameters = count_parameters(str(tiny_model))
-    place = decide_training_place("full")
 
-    def estimate(adapters=None, **changes):
-        arguments = {"four_bit": False, "accumulates": False, "live_reference": False,
-                     "optimizer": "adamw_torch_fused", "checkpointing": False}  # fmt: skip
-        return estimate_memory(
-            str(tiny_model), place, adapters, Batch(1, 16), **arguments | changes
-        )
+    def estimate(**options):
+        made = setup.set_up(Dpo(**options), "dpo", str(tiny_model))
+        return estimate_memory(made, LargestPass(1, 16))
 
     full = estimate()
     assert (full.weights, full.gradients) == (4 * parameters, 4 * parameters)
     assert full.optimizer == 8 * parameters
     assert full.reference == 0
-    assert estimate(live_reference=True).reference == 4 * parameters
-    assert estimate(optimizer="adamw_8bit").optimizer == 2 * parameters
-    lora = estimate(Adapters(4, 8, 0.0, False, False))
+    assert estimate(set=("precompute_ref_log_probs=false",)).reference == 4 * parameters
+    assert estimate(set=("optim=adamw_8bit",)).optimizer == 2 * parameters
+    lora = estimate(method="lora", lora_r=4, lora_alpha=8)
     assert lora.gradients == lora.weights - 4 * parameters
-    four_bit = estimate(Adapters(4, 8, 0.0, False, False), four_bit=True)
+    four_bit = estimate(method="qlora", lora_r=4, lora_alpha=8)
     assert four_bit.weights == pytest.approx(0.56 * parameters + lora.gradients, rel=0.01)
 
 

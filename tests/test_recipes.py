@@ -36,16 +36,13 @@ def test_a_recipe_has_its_published_values(stage, recipe):
     options_class = {"sft": Sft, "dpo": Dpo}[stage]
     full, large, lora, schedule, warmup, epochs, batch = EXPECTED[stage, recipe]
     chosen = choose_hyperparameters(options_class(recipe=recipe), stage, int(7e9))
-    values = chosen.values
-    assert values.learning_rate == full
-    assert (values.lr_schedule, values.warmup) == (schedule, warmup)
-    assert (values.epochs, values.global_batch) == (epochs, batch)
+    assert chosen.learning_rate == full
+    assert (chosen.lr_schedule, chosen.warmup) == (schedule, warmup)
+    assert (chosen.epochs, chosen.global_batch) == (epochs, batch)
     assert chosen.sources["learning_rate"]
     at_70b = choose_hyperparameters(options_class(recipe=recipe), stage, int(70e9))
-    assert at_70b.values.learning_rate == large
-    by_lora = choose_hyperparameters(
-        options_class(recipe=recipe, method="lora"), stage, int(7e9)
-    ).values
+    assert at_70b.learning_rate == large
+    by_lora = choose_hyperparameters(options_class(recipe=recipe, method="lora"), stage, int(7e9))
     assert by_lora.learning_rate == pytest.approx(lora)
     if stage == "dpo":
         assert (chosen.beta, chosen.loss_type) == BETAS[recipe]
@@ -53,7 +50,7 @@ def test_a_recipe_has_its_published_values(stage, recipe):
 
 def test_what_is_given_wins_and_is_called_given():
     chosen = choose_hyperparameters(Sft(learning_rate=3e-4, warmup=0.0), "sft", None)
-    assert (chosen.values.learning_rate, chosen.values.warmup) == (3e-4, 0.0)
+    assert (chosen.learning_rate, chosen.warmup) == (3e-4, 0.0)
     assert chosen.sources["learning_rate"] == chosen.sources["warmup"] == "given"
     assert chosen.sources["epochs"] == "SRT paper (arXiv 2406.07168), section 4.1"
     assert chosen.sources["lora_r"].startswith("srt's choice; SRT paper")

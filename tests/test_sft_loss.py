@@ -108,7 +108,7 @@ def test_auto_packs_only_where_padding_is_worth_it(srt, tmp_path, tiny_model):
 
 
 def test_a_packed_step_has_about_as_many_rows_as_were_asked_for():
-    from srt_cli.training.packing import pack, pack_length, packs_a_step
+    from srt_cli.training.batches import pack, pack_length, packs_a_step
 
     lengths = [10 + 7 * (n % 9) for n in range(90)]
     columns = {"input_ids": [[1] * length for length in lengths]}

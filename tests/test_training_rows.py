@@ -22,7 +22,7 @@ from srt_cli.training.rows import (
     split_rows,
 )
 from srt_cli.training.sequences import (
-    Sequence,
+    TokenSequence,
     chat_sequence,
     feedback_sequence,
     refinement_sequence,
@@ -280,8 +280,8 @@ def test_a_mixed_in_row_without_an_answer_is_named(tmp_path):
 def test_a_row_that_teaches_nothing_or_no_end_is_refused():
     from srt_cli.training.examples import check_labels
 
-    silent = Sequence("silent", [1, 2], [-100, -100], (("response", range(1, 2)),))
-    endless = Sequence("endless", [1, 5], [-100, 5], (("response", range(1, 2)),))
+    silent = TokenSequence("silent", [1, 2], [-100, -100], (("response", range(1, 2)),))
+    endless = TokenSequence("endless", [1, 5], [-100, 5], (("response", range(1, 2)),))
     with pytest.raises(SrtError, match="no token would be trained in silent"):
         check_labels([silent], end_of_turn=2)
     with pytest.raises(SrtError, match="no end-of-turn token would be trained in endless"):

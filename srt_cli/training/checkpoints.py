@@ -1,4 +1,4 @@
-"""Checkpoints: which one a training goes on from, and when it may not."""
+"""Which run and which checkpoint a training goes on from, and when it may not."""
 
 import errno
 import shutil
@@ -10,29 +10,86 @@ from typing import Any, Final
 import orjson
 from safetensors import SafetensorError
 
+from srt_cli import console
 from srt_cli.errors import SrtError
 from srt_cli.runs.jsonl import write_json
-from srt_cli.runs.run import InputFile, Manifest, Run
-from srt_cli.training.arguments import CHECKPOINTS
-from srt_cli.training.setup import Setup
+from srt_cli.runs.run import (
+    InputFile,
+    Manifest,
+    Run,
+    clear_directory,
+    open_run,
+    template_input,
+)
+from srt_cli.training.setup import CHECKPOINTS, Setup, Training
 
 WHOLE_MARKER: Final = "whole"
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def fingerprint(run: Run, setup: Setup) -> dict[str, Any]:
-    """What a checkpoint can be gone on from with: settings, data, templates, and how rows are cut.
+def open_training(
+    setup: Setup, out: Path, inputs: Mapping[str, Path], resolved: Mapping[str, Any]
+) -> Run:
+    """Begin or continue the run that trains into `out`.
+
+    `resolved` are settings that the command line left open. Raises `SrtError` when what stands in
+    `out` was trained with other settings, data or templates.
+    """
+    options = setup.options
+    if options.overwrite:
+        clear_directory(out)
+    run = open_run(
+        setup.stage,
+        options,
+        out,
+        inputs=dict(inputs) | template_input(options.chat_template),
+        overwrite=options.overwrite,
+        directory=True,
+        resolved={"model": setup.model} | setup.values.settings(setup.stage) | dict(resolved),
+    )
+    _refuse_changed_inputs(run)
+    if run.complete:
+        console.say("trained already under these settings; nothing to do")
+    return run
+
+
+def _refuse_changed_inputs(run: Run) -> None:
+    """Refuse to continue a model that was trained on other data or templates."""
+    if run.earlier is None:
+        return
+    changed = _changed_inputs(run.earlier, run.manifest)
+    if changed:
+        raise SrtError(
+            f"{run.out}: was trained on another {' and '.join(changed)}. "
+            "Choose another --out, or start anew with --overwrite."
+        )
+
+
+def _changed_inputs(earlier: Manifest, now: Manifest) -> list[str]:
+    changed = []
+    for name, file in now.inputs.items():
+        before = earlier.inputs.get(name, InputFile(path=file.path))
+        if before.sha256 is not None and before.sha256 != file.sha256:
+            changed.append(f"{file.path} (its content has changed)")
+    if earlier.templates != now.templates:
+        changed.append("set of templates")
+    return changed
+
+
+def fingerprint(training: Training) -> dict[str, Any]:
+    """What must agree for a checkpoint to be resumed: settings, data, templates, and how rows are cut.
 
     It stands in the checkpoint itself, because a `run.json` can be edited or lost.
     """
+    manifest, setup = training.run.manifest, training.setup
     return {
-        "settings": run.manifest.settings,
-        "data": {name: file.sha256 for name, file in run.manifest.inputs.items()},
-        "templates": run.manifest.templates,
+        "settings": manifest.settings,
+        "data": {name: file.sha256 for name, file in manifest.inputs.items()},
+        "templates": manifest.templates,
         "place": {
             "rows a forward pass": setup.micro_batch,
             "processes": setup.processes,
-            "packing": run.manifest.tallies.get("packing", {}).get("on", False),
+            "packing": training.packed,
             "bf16": setup.place.bf16,
         },
     }
@@ -44,7 +101,7 @@ def mark_whole(out: Path, step: int, mark: Mapping[str, Any]) -> None:
 
 
 def newest_checkpoint(out: Path) -> tuple[Path | None, int]:
-    """The newest whole checkpoint and its step; (null, 0) when there is none."""
+    """The newest whole checkpoint and its step; (None, 0) when there is none."""
     whole = [marker.parent for marker in (out / CHECKPOINTS).glob(f"checkpoint-*/{WHOLE_MARKER}")]
     steps = {int(path.name.rpartition("-")[2]): path for path in whole}
     return (steps[max(steps)], max(steps)) if steps else (None, 0)
@@ -87,29 +144,6 @@ def take_away_torn(out: Path) -> None:
 def clear_checkpoints(out: Path) -> None:
     """Take the checkpoints of a finished training away."""
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-
-
-def refuse_changed_inputs(run: Run) -> None:
-    """A model half or wholly trained on other data or templates is not continued on these."""
-    if run.earlier is None:
-        return
-    changed = _changed_inputs(run.earlier, run.manifest)
-    if changed:
-        raise SrtError(
-            f"{run.out}: was trained on another {' and '.join(changed)}. "
-            "Choose another --out, or start anew with --overwrite."
-        )
-
-
-def _changed_inputs(earlier: Manifest, now: Manifest) -> list[str]:
-    changed = []
-    for name, file in now.inputs.items():
-        before = earlier.inputs.get(name, InputFile(path=file.path))
-        if before.sha256 is not None and before.sha256 != file.sha256:
-            changed.append(f"{file.path} (its content has changed)")
-    if earlier.templates != now.templates:
-        changed.append("set of templates")
-    return changed
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Rows to examples: token ids within the length that is allowed, and a look at their health."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
@@ -10,13 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import end_of_turn_id
 from srt_cli.records import FeedbackRecord, Preference, Record
+from srt_cli.training.place import positions_of
 from srt_cli.training.rows import (
     PARTS,
     Chat,
     Fallen,
-    Mix,
     Prepared,
-    Targets,
+    SftTask,
     draw_chats,
     read_chats,
     require_both_sides,
@@ -24,16 +23,17 @@ from srt_cli.training.rows import (
 )
 from srt_cli.training.sequences import (
     PairIds,
-    Sequence,
+    TokenSequence,
     chat_sequence,
     feedback_sequence,
     preference_ids,
     refinement_feedback_sequence,
     refinement_sequence,
 )
+from srt_cli.training.setup import Setup
 
 LENGTH_RATIO_TO_WARN_AT: Final = 1.3
-Example = TypeVar("Example", Sequence, PairIds)
+Ids = TypeVar("Ids", TokenSequence, PairIds)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class LengthLimit:
     tokens: int
     of_model: bool
     """Whether the model's positions end there, below --max-length."""
-    truncation: Literal["refuse", "drop"]
+    drops: bool
+    """Whether longer rows are dropped; else a training refuses them, and a plan counts them."""
+    refuses: bool
 
     @property
     def named(self) -> str:
@@ -59,57 +61,55 @@ class LengthLimit:
         return f"{raised}, or leave them out with --truncation drop."
 
 
-def length_limit(
-    max_length: int, positions: int | None, truncation: Literal["refuse", "drop"]
-) -> LengthLimit:
+def length_limit(setup: Setup) -> LengthLimit:
     """`--max-length`, or the model's positions where these are fewer."""
-    if positions is not None and positions < max_length:
-        return LengthLimit(positions, True, truncation)
-    return LengthLimit(max_length, False, truncation)
+    positions, longest = positions_of(setup.model), setup.values.max_length
+    of_model = positions is not None and positions < longest
+    drops = setup.options.truncation == "drop"
+    return LengthLimit(
+        positions if positions is not None and of_model else longest,
+        of_model,
+        drops,
+        refuses=not drops and not setup.options.dry_run,
+    )
 
 
 # --- sft ---------------------------------------------------------------------------------------
 
 
 def prepare_sft(
+    setup: Setup,
     tokenizer: PreTrainedTokenizerBase,
-    records: SequenceOf[FeedbackRecord],
-    targets: Targets,
-    mixes: SequenceOf[Mix],
-    limit: LengthLimit,
-    *,
-    good_score: float,
-    eval_split: float,
-    seed: int,
-    refuse: bool = True,
-) -> Prepared[Sequence]:
+    records: Sequence[FeedbackRecord],
+    task: SftTask,
+) -> Prepared[TokenSequence]:
     """Token ids and masks of feedback records and of the chats mixed in.
 
     A mix's weight counts against the feedback records that are trained on. Raises `SrtError` for a
-    row that does not fit (unless it may be dropped, or `refuse` is False, for a plan), and for one
-    that would teach nothing.
+    row that does not fit (unless it may be dropped, or this is a plan), and for one that would teach
+    nothing.
     """
-    train, held_out = split_rows(records, lambda record: record.prompt, eval_split)
-    require_both_sides(train, held_out, eval_split)
-    chats, held_chats = _mixed(mixes, len(train), eval_split, seed)
+    share = setup.options.eval_split
+    train, held_out = split_rows(records, lambda record: record.prompt, share)
+    require_both_sides(train, held_out, share)
+    chats, held_chats = _mixed(setup, task, len(train))
 
-    def encode(some: SequenceOf[FeedbackRecord]) -> list[tuple[Sequence, Record]]:
+    def encode(some: Sequence[FeedbackRecord]) -> list[tuple[TokenSequence, Record]]:
         return [
             (sequence, record)
             for record in some
-            for sequence in _sequences(tokenizer, record, targets, good_score)
+            for sequence in _sequences(tokenizer, record, task)
         ]
 
-    def encode_chats(some: SequenceOf[Chat]) -> list[tuple[Sequence, Record]]:
+    def encode_chats(some: Sequence[Chat]) -> list[tuple[TokenSequence, Record]]:
         return [(chat_sequence(tokenizer, chat.id, chat.messages), chat) for chat in some]
 
-    prepared = _fit(
+    prepared = _within(
+        length_limit(setup),
         encode(train) + encode_chats(chats),
         encode(held_out) + encode_chats(held_chats),
         lambda sequence: len(sequence.input_ids),
-        limit,
         "sequences",
-        refuse,
     )
     check_labels(prepared.train + prepared.held_out, end_of_turn_id(tokenizer))
     _describe_sequences(prepared)
@@ -118,35 +118,35 @@ def prepare_sft(
 
 
 def _sequences(
-    tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord, targets: Targets, good_score: float
-) -> list[Sequence]:
+    tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord, task: SftTask
+) -> list[TokenSequence]:
+    targets = task.targets
     if targets.refinement_only:
         return [refinement_sequence(tokenizer, record)]
     sequences = [feedback_sequence(tokenizer, record, targets.loss_on, targets.drop)]
     own = record.refinement_feedback
-    if targets.refinement_feedback and own is not None and own.score >= good_score:
+    if targets.refinement_feedback and own is not None and own.score >= task.good_score:
         sequences.append(
             refinement_feedback_sequence(tokenizer, record, targets.loss_on, targets.drop)
         )
     return sequences
 
 
-def _mixed(
-    mixes: SequenceOf[Mix], rows: int, eval_split: float, seed: int
-) -> tuple[list[Chat], list[Chat]]:
+def _mixed(setup: Setup, task: SftTask, rows: int) -> tuple[list[Chat], list[Chat]]:
+    share = setup.options.eval_split
     drawn: list[Chat] = []
     held_out: list[Chat] = []
-    for mix in mixes:
-        chats, held = split_rows(read_chats(mix.path), lambda chat: chat.messages[:-1], eval_split)
+    for mix in task.mixes:
+        chats, held = split_rows(read_chats(mix.path), lambda chat: chat.messages[:-1], share)
         if not chats:
-            raise SrtError(f"--eval-split {eval_split:g} leaves no chat of {mix.path} to train on.")
-        drawn += draw_chats(chats, max(1, round(mix.weight * rows)), seed)
+            raise SrtError(f"--eval-split {share:g} leaves no chat of {mix.path} to train on.")
+        drawn += draw_chats(chats, max(1, round(mix.weight * rows)), setup.options.seed)
         held_out += held
     return drawn, held_out
 
 
-def check_labels(sequences: SequenceOf[Sequence], end_of_turn: int) -> None:
-    """Raise `SrtError` for rows without a trained token, or that teach no turn to end."""
+def check_labels(sequences: Sequence[TokenSequence], end_of_turn: int) -> None:
+    """Raise `SrtError` for rows without a trained token, or that do not teach a turn to end."""
     untrained = [s.id for s in sequences if not any(s.trained.values())]
     if untrained or not sequences:
         raise SrtError(
@@ -161,7 +161,7 @@ def check_labels(sequences: SequenceOf[Sequence], end_of_turn: int) -> None:
         )
 
 
-def _describe_sequences(prepared: Prepared[Sequence]) -> None:
+def _describe_sequences(prepared: Prepared[TokenSequence]) -> None:
     tokens = {part: sum(s.trained[part] for s in prepared.train) for part in PARTS}
     trained = {part: count for part, count in tokens.items() if count}
     total = sum(len(s.input_ids) for s in prepared.train)
@@ -173,7 +173,7 @@ def _describe_sequences(prepared: Prepared[Sequence]) -> None:
     )
 
 
-def _warn_of_pad(tokenizer: PreTrainedTokenizerBase, prepared: Prepared[Example]) -> None:
+def _warn_of_pad(tokenizer: PreTrainedTokenizerBase, prepared: Prepared[Ids]) -> None:
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         prepared.warnings.append(
             f"{tokenizer.name_or_path}: the tokenizer has no token to pad with but its end token. "
@@ -185,29 +185,24 @@ def _warn_of_pad(tokenizer: PreTrainedTokenizerBase, prepared: Prepared[Example]
 
 
 def prepare_dpo(
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: SequenceOf[Preference],
-    limit: LengthLimit,
-    *,
-    eval_split: float,
-    loss_type: str,
-    refuse: bool = True,
+    setup: Setup, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]
 ) -> Prepared[PairIds]:
-    """Token ids of preference pairs; pairs of two equal answers fall out.
+    """Token ids of preference pairs; pairs of two equal answers are dropped.
 
-    Raises `SrtError` for a pair that does not fit (unless it may be dropped).
+    Raises `SrtError` for a pair that does not fit (unless it may be dropped, or this is a plan).
     """
+    share = setup.options.eval_split
     telling, warnings, fallen = _telling_pairs(pairs)
-    train, held_out = split_rows(telling, lambda pair: pair.prompt, eval_split)
-    require_both_sides(train, held_out, eval_split)
+    train, held_out = split_rows(telling, lambda pair: pair.prompt, share)
+    require_both_sides(train, held_out, share)
 
-    def encode(some: SequenceOf[Preference]) -> list[tuple[PairIds, Record]]:
+    def encode(some: Sequence[Preference]) -> list[tuple[PairIds, Record]]:
         return [(preference_ids(tokenizer, pair), pair) for pair in some]
 
-    prepared = _fit(encode(train), encode(held_out), longest_side, limit, "pairs", refuse)
+    prepared = _within(length_limit(setup), encode(train), encode(held_out), longest_side, "pairs")
     prepared.fallen = fallen + prepared.fallen
     prepared.warnings = warnings + prepared.warnings
-    _describe_pairs(prepared, loss_type)
+    _describe_pairs(prepared, setup.values.loss_type)
     _warn_of_pad(tokenizer, prepared)
     return prepared
 
@@ -218,9 +213,9 @@ def longest_side(pair: PairIds) -> int:
 
 
 def _telling_pairs(
-    pairs: SequenceOf[Preference],
+    pairs: Sequence[Preference],
 ) -> tuple[list[Preference], list[str], list[Fallen]]:
-    """Pairs whose answers differ; warns of pairs that repeat or contradict one another."""
+    """Pairs whose answers differ; warns of pairs that repeat or contradict each other."""
     telling, fallen = [], []
     seen: set[tuple[str, str, str]] = set()
     repeated = contradicting = 0
@@ -242,7 +237,7 @@ def _telling_pairs(
         )
     if repeated:
         warnings.append(
-            f"{repeated} pairs stand there more than once and weigh so much more. "
+            f"{repeated} pairs stand there more than once and count more than once. "
             "Remove them from the preferences if that is not meant."
         )
     if contradicting:
@@ -276,18 +271,17 @@ def _describe_pairs(prepared: Prepared[PairIds], loss_type: str) -> None:
 # --- Length ------------------------------------------------------------------------------------
 
 
-def _fit(
-    train: list[tuple[Example, Record]],
-    held_out: list[tuple[Example, Record]],
-    length_of: Callable[[Example], int],
+def _within(
     limit: LengthLimit,
+    train: list[tuple[Ids, Record]],
+    held_out: list[tuple[Ids, Record]],
+    length_of: Callable[[Ids], int],
     kind: Literal["sequences", "pairs"],
-    refuse: bool,
-) -> Prepared[Example]:
-    """Examples within the limit; longer ones are refused, or fall out. They are never cut."""
+) -> Prepared[Ids]:
+    """Examples within the limit; longer ones are refused or dropped. They are never cut."""
     everything = train + held_out
     long = [(example, row) for example, row in everything if length_of(example) > limit.tokens]
-    if long and refuse and limit.truncation == "refuse":
+    if long and limit.refuses:
         worst, _ = max(long, key=lambda pair: length_of(pair[0]))
         raise SrtError(
             f"{len(long)} of {len(everything)} {kind} exceed {limit.named} "
@@ -306,4 +300,12 @@ def _fit(
         prepared.tallies["held_out"] = len(prepared.held_out)
     if long:
         prepared.warnings.append(f"{len(long)} {kind} over {limit.named} were left out.")
+        if limit.drops:
+            prepared.too_long = (
+                f"{len(long)} rows exceed {limit.named}; they are left out, never cut."
+            )
+        else:
+            prepared.too_long = (
+                f"{len(long)} rows exceed {limit.named}: a run would refuse them. {limit.advice}"
+            )
     return prepared

@@ -2,38 +2,69 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import orjson
 import torch
-from transformers import PrinterCallback, ProgressCallback
+from datasets import Dataset
+from peft import PeftModel
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from srt_cli import console
+from srt_cli.console import ProgressLine
+from srt_cli.errors import SrtError
 from srt_cli.report.training import write_training_page
-from srt_cli.runs.run import Run
+from srt_cli.training import health
+from srt_cli.training.batches import LengthGroupedOrder
 from srt_cli.training.checkpoints import (
     fingerprint,
     full_disk_in_one_sentence,
+    mark_whole,
     newest_checkpoint,
     refuse_other_training,
 )
-from srt_cli.training.health import DpoStart, never_left_warm_up
-from srt_cli.training.meter import MeteredTrainer, meter_for, throughput
+from srt_cli.training.meter import TokenMeter, meter_for, throughput
+from srt_cli.training.options import TrainingOptions
+from srt_cli.training.place import sharding
 from srt_cli.training.processes import AgreedStop, is_main, team
-from srt_cli.training.samples import SAMPLES, Sampler, summarise
-from srt_cli.training.setup import Setup
+from srt_cli.training.samples import SAMPLES, summarise
+from srt_cli.training.setup import CHECKPOINTS, Training, training_arguments
 from srt_cli.training.trackers import keep_events_beside, tracking
-from srt_cli.training.watch import METRICS, Watch, best_evaluation
+
+EVALUATIONS_A_RUN: Final = 10
+SAVE_EVERY_SECONDS: Final = 600.0
+METRICS: Final = "metrics.jsonl"
+SHOWN: Final = {
+    "loss": ("loss", ".3f"),
+    "eval_loss": ("eval loss", ".3f"),
+    "learning_rate": ("lr", ".2g"),
+    "grad_norm": ("grad norm", ".2f"),
+    "rewards/margins": ("margin", ".3f"),
+    "rewards/accuracies": ("accuracy", ".0%"),
+    "logps/chosen": ("log p chosen", ".1f"),
+    "logps/rejected": ("rejected", ".1f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "mfu": ("MFU", ".0%"),
+}
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished training came to."""
+    """The figures of a finished training."""
 
     steps: int
     first_loss: float | None
@@ -64,40 +95,91 @@ class Trained:
         return text
 
 
+class Outcome(NamedTuple):
+    """What a training hands on."""
+
+    model: PreTrainedModel | PeftModel
+    """Its adapter apart."""
+    trained: Trained
+    reference_seconds: float = 0.0
+    """How long dpo's reference took, before the first step."""
+
+
+class WatchedTrainer(Trainer):
+    """A trainer with its own order of rows, whose log says what each step trained and how fast."""
+
+    meter: TokenMeter = TokenMeter()
+
+    def __init__(self, *, order: LengthGroupedOrder, **arguments: Any) -> None:
+        self._order = order
+        super().__init__(**arguments)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> LengthGroupedOrder:
+        return self._order
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.meter.count(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self.meter.read(self)
+        super().log(logs, *args, **kwargs)
+
+
+def trainer_arguments(training: Training, *, evaluates: bool) -> dict[str, Any]:
+    """For TRL's configs; evaluations stand before the first step, at intervals, and at the end."""
+    arguments = training_arguments(training.setup, training.out)
+    if evaluates:
+        arguments |= {
+            "eval_strategy": "steps",
+            # A float below 1 is a share of the steps.
+            "eval_steps": training.setup.options.eval_every or 1 / EVALUATIONS_A_RUN,
+            "eval_on_start": team().share(newest_checkpoint(training.out)[0] is None),
+            "per_device_eval_batch_size": training.setup.micro_batch,
+        }
+    return arguments
+
+
 def train(
-    trainer: MeteredTrainer,
-    run: Run,
-    setup: Setup,
-    sampler: Sampler,
-    start: DpoStart | None = None,
+    trainer: WatchedTrainer, training: Training, start: health.DpoStart | None = None
 ) -> Trained:
     """Train to the end, from the newest whole checkpoint if there is one.
 
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
     `SrtError` for a checkpoint of another training, what `health` cannot let pass, or a full disk.
     """
+    run, setup, options = training.run, training.setup, training.setup.options
     run.at_end(lambda: write_training_page(run.out, run.manifest))
-    mark = fingerprint(run, setup)
+    mark = fingerprint(training)
     checkpoint, done = team().share(newest_checkpoint(run.out))
     if checkpoint is not None:
         refuse_other_training(checkpoint, mark)
         console.say(f"going on from step {done} ({checkpoint})")
     rows = team().share(_keep_until(run.out / METRICS, done) if is_main() else None)
+    sampler = training.sampler
     sampler.rows = _keep_until(run.out / SAMPLES, done) if is_main() else []
     frozen = setup.adapters is not None
     trainer.meter = meter_for(trainer.model, setup.place, setup.processes, base_frozen=frozen)
     started = time.monotonic()
-    trackers = setup.report_to if is_main() else ()
+    trackers = options.report_to if is_main() else ()
     with tracking(trackers, run.out), console.progress("training", None) as progress:
         watch = Watch(
-            run, trainer.meter, sampler, progress, start, mark, setup.save_every,
-            setup.early_stopping,
+            training, trainer.meter, progress, start, mark,
             steps=[row for row in rows if "loss" in row],
             evaluations=[row for row in rows if "loss" not in row],
         )  # fmt: skip
-        _attach(trainer, watch)
+        trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        # Set only now: transformers would insist that its own schedule of checkpoints finds the best.
+        trainer.args.load_best_model_at_end = options.early_stopping is not None
         keep_events_beside(trainer, run.out)
-        with _stop_after_the_step(watch), _deterministic(setup), full_disk_in_one_sentence(run):
+        with (
+            _stop_after_the_step(watch),
+            _deterministic(options.deterministic),
+            full_disk_in_one_sentence(run),
+        ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
     run.manifest.progress = f"{state.global_step} of {state.max_steps} steps"
@@ -105,38 +187,181 @@ def train(
         raise AgreedStop
     if watch.stopped_early:
         run.manifest.progress += ", stopped early"
-    if warning := never_left_warm_up(watch.steps):
+    if warning := health.never_left_warm_up(watch.steps):
         run.warn(warning)
     run.manifest.tallies |= {"samples": summarise(sampler.rows)} if sampler.rows else {}
-    return _come_to(watch, state.global_step, time.monotonic() - started)
-
-
-def _attach(trainer: MeteredTrainer, watch: Watch) -> None:
-    trainer.add_callback(watch)
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    # Set only now: transformers would insist that its own schedule of checkpoints finds the best.
-    trainer.args.load_best_model_at_end = watch.patience is not None
-
-
-def _come_to(watch: Watch, steps: int, seconds: float) -> Trained:
-    best = best_evaluation(watch.evaluations) if watch.patience is not None else None
+    best = best_evaluation(watch.evaluations) if options.early_stopping is not None else None
     figures: dict[str, Any] = throughput(watch.steps)
     return Trained(
-        steps=steps,
+        steps=state.global_step,
         first_loss=watch.steps[0]["loss"] if watch.steps else None,
         final_loss=watch.steps[-1]["loss"] if watch.steps else None,
-        seconds=seconds,
+        seconds=time.monotonic() - started,
         best_step=best.step if best else None,
         best_eval_loss=best.loss if best else None,
         **figures,
     )
 
 
+@dataclass
+class Watch(TrainerCallback):
+    """TRL's trainer calls it after every step, evaluation and checkpoint."""
+
+    training: Training
+    meter: TokenMeter
+    progress: ProgressLine
+    start: health.DpoStart | None
+    mark: Mapping[str, Any]
+    """What every checkpoint says of its training."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of `metrics.jsonl` so far that are training steps."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    """The other lines."""
+    stop_asked: bool = False
+    stopped_early: bool = False
+    _saved_at: float = field(default_factory=time.monotonic)
+    _warned: set[str] = field(default_factory=set)
+
+    @property
+    def options(self) -> TrainingOptions:
+        return self.training.setup.options
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        self.progress.expect(state.max_steps)
+        self.progress.advance(state.global_step)
+        if (
+            self.options.early_stopping is not None
+            and (best := best_evaluation(self.evaluations)) is not None
+        ):
+            # The directory may have been moved since.
+            state.best_model_checkpoint = str(self._checkpoint(best.step))
+        if state.global_step == 0:
+            self._sample(state, more["model"])
+        self.meter.restart()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> TrainerControl:
+        due = time.monotonic() - self._saved_at > SAVE_EVERY_SECONDS
+        if self.options.save_every is not None:
+            due = state.global_step % self.options.save_every == 0
+        # Clocks and signals differ between processes; what they do next may not.
+        due, self.stop_asked = team().any(due, self.stop_asked)
+        if state.global_step < state.max_steps:
+            control.should_save = due or self.stop_asked
+        if self.stop_asked:
+            control.should_training_stop = True
+        return control
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        row = {"step": state.global_step, **more["logs"]}
+        is_step = "loss" in row
+        if not is_step and not any(name.startswith("eval_") for name in row):
+            return
+        (self.steps if is_step else self.evaluations).append(row)
+        if is_main():
+            with open(self.training.out / METRICS, "ab") as metrics:
+                metrics.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
+        if is_step:
+            self._check_health(state)
+        self.progress.advance(int(is_step), figures=figures_of(row))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> TrainerControl:
+        if (
+            self.options.early_stopping is not None
+            and (best := best_evaluation(self.evaluations)) is not None
+        ):
+            if best.step == state.global_step:
+                state.best_model_checkpoint = str(self._checkpoint(best.step))
+                control.should_save = True
+            elif best.waited >= self.options.early_stopping:
+                control.should_training_stop = self.stopped_early = True
+        self._sample(state, more["model"])
+        self.meter.restart()
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        team().wait()
+        if is_main():
+            mark_whole(self.training.out, state.global_step, self.mark)
+        self._saved_at = time.monotonic()
+        self.meter.restart()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        if not self.stop_asked:
+            self._sample(state, more["model"])
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.training.out / CHECKPOINTS / f"checkpoint-{step}"
+
+    def _sample(self, state: TrainerState, model: Any) -> None:
+        # Weights that GPUs share would have to be gathered for every token.
+        if is_main() and sharding() is None:
+            self.training.sampler.sample(model, state.global_step, self.training.out)
+        self._warn("length", health.length_drift(self.training.sampler.rows))
+
+    def _check_health(self, state: TrainerState) -> None:
+        aborts: list[health.Rule] = [health.diverged, health.nothing_trained]
+        if self.start is not None:
+            aborts.append(health.wrong_start(self.start))
+        for rule in aborts:
+            if (message := rule(self.steps)) is not None:
+                raise SrtError(message)
+        self._warn("gradient", health.exploding_gradient(self.steps))
+        if health.looked_at_now(state.global_step) or state.global_step == state.max_steps:
+            for name, warns in health.WARNINGS.items():
+                self._warn(name, warns(self.steps))
+
+    def _warn(self, name: str, message: str | None) -> None:
+        """Each kind of warning comes once."""
+        if message is not None and name not in self._warned:
+            self._warned.add(name)
+            self.training.run.warn(message)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The lowest validation loss so far."""
+
+    step: int
+    loss: float
+    waited: int
+    """Evaluations since then."""
+
+
+def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> Best | None:
+    """Read off the metrics, so that it survives a resume; None before the first evaluation.
+
+    Step 0 is left out: its weights are the ones that training began with.
+    """
+    evaluated = [
+        (row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row and row["step"]
+    ]
+    if not evaluated:
+        return None
+    loss, step = min(evaluated)
+    return Best(step, loss, sum(later > step for _, later in evaluated))
+
+
+def figures_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """What the terminal shows of a step or an evaluation."""
+    return {label: format(row[name], spec) for name, (label, spec) in SHOWN.items() if name in row}
+
+
 @contextmanager
-def _deterministic(setup: Setup) -> Iterator[None]:
-    """transformers has chosen the kernels when it made the trainer; here that ends again."""
-    if setup.deterministic:
+def _deterministic(on: bool) -> Iterator[None]:
+    """Undo the global switch that transformers set when it made the trainer."""
+    if on:
         console.say(
             "deterministic: only kernels that give the same result every time; on a GPU each is "
             "waited for, which is slower"
@@ -144,7 +369,7 @@ def _deterministic(setup: Setup) -> Iterator[None]:
     try:
         yield
     finally:
-        if setup.deterministic:
+        if on:
             torch.use_deterministic_algorithms(False)
 
 
@@ -167,7 +392,7 @@ def _stop_after_the_step(watch: Watch) -> Iterator[None]:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Lines behind the checkpoint come again, and must not stand there twice; returns the others."""
+    """Delete lines from behind a checkpoint, which will come again; returns those that stay."""
     if not path.exists():
         return []
     kept = []

@@ -1,14 +1,16 @@
-"""How much memory a training takes, part by part, before any of it is allocated.
+"""Does a training fit the device? How much memory a step takes, before any of it is allocated.
 
 Weights, gradients and optimizer are counted. What a forward and backward pass holds besides is found
-by making one without data: tensors of the right shapes that hold no numbers, every allocation of
-theirs noted (torch's fake tensors). So any architecture, and adapters, checkpointing and TRL's own
-loss are accounted for as they are.
+by making one without data: tensors of the right shapes that hold no numbers, with every allocation
+noted (torch's fake tensors). So any architecture, and adapters, checkpointing and TRL's own loss are
+accounted for as they are.
 """
 
+import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -17,19 +19,21 @@ from peft import PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from srt_cli.models.weights import resolve_source
-from srt_cli.training.lora import Adapters, lora_config
-from srt_cli.training.place import TrainingPlace
+from srt_cli.training.place import config_of, lora_config, sharding
+from srt_cli.training.setup import Setup
 
+SAFE_SHARE: Final = 0.9
+"""Of what is free on a device; the rest is for fragments and the libraries' own buffers."""
+GIB: Final = 2**30
 FOUR_BIT_BYTES: Final = 0.56
 """A parameter of QLoRA's base: 4 bits, and the scales of its blocks."""
 OPTIMIZER_BYTES: Final = {"adamw": 8.0, "adam": 8.0, "8bit": 2.0, "sgd": 0.0, "adafactor": 0.1}
 """A trained parameter, by what the optimizer's name holds; the last that fits counts."""
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768
-"""TRL computes the head in tiles of so many logits."""
+"""TRL computes the head in tiles of this many logits."""
 
 
 @dataclass(frozen=True)
@@ -50,72 +54,117 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Batch:
+class LargestPass:
     """The largest forward pass: rows (a pair is two), and tokens a row, padding included."""
 
     rows: int
     tokens: int
+    a_step: int = 1
+    """Forward passes of one process; gradients are there from the second on."""
 
 
-def estimate_memory(
-    name: str,
-    place: TrainingPlace,
-    adapters: Adapters | None,
-    batch: Batch,
-    *,
-    four_bit: bool,
-    accumulates: bool,
-    live_reference: bool,
-    optimizer: str,
-    checkpointing: bool,
-) -> Memory | None:
-    """The peak of one step; null when the model's configuration is not local.
+@dataclass(frozen=True)
+class Fit:
+    """What a step needs, what there is, and what was decided."""
 
-    `accumulates` tells whether a step has several passes: gradients are there from the second on.
+    memory: Memory | None
+    """None when the model's configuration is not on this machine, or cannot be run without data."""
+    available: int | None
+    """Bytes free for one process; None where the system does not say."""
+    setup: Setup
+    """With activation checkpointing as decided."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits; also true where it cannot be known."""
+        if self.memory is None or self.available is None:
+            return True
+        return self.memory.total <= SAFE_SHARE * self.available
+
+
+def fit(setup: Setup, largest: LargestPass) -> Fit:
+    """Estimate a step's memory; checkpoint activations only if it would not fit without."""
+    available = available_memory(setup)
+    memory = estimate_memory(setup, largest)
+    checkpointing = False
+    if memory is None:
+        checkpointing = setup.place.placement.device == "cuda"
+        reason = "what a step needs is not known beforehand"
+    elif available is None:
+        reason = f"a step needs {memory.total / GIB:.1f} GiB, and how much is free is not known"
+    else:
+        reason = (
+            f"a step needs {memory.total / GIB:.1f} GiB without it, "
+            f"and {available / GIB:.1f} are free"
+        )
+        checkpointing = memory.total > SAFE_SHARE * available
+    place = replace(setup.place, checkpointing=checkpointing, checkpointing_reason=reason)
+    setup = replace(setup, place=place)
+    return Fit(estimate_memory(setup, largest) if checkpointing else memory, available, setup)
+
+
+def available_memory(setup: Setup) -> int | None:
+    """Bytes free for one process on its device; None where the system does not say."""
+    if setup.place.placement.device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")
+        )
+    except (OSError, StopIteration):
+        if "SC_PHYS_PAGES" not in os.sysconf_names:
+            return None
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // setup.processes
+
+
+def estimate_memory(setup: Setup, largest: LargestPass) -> Memory | None:
+    """The peak of one step on one device; None when the model's configuration is not local.
+
+    FSDP and ZeRO spread everything but the activations over the processes.
     """
-    made = _make_without_data(name, place, adapters, checkpointing)
+    made = _make_without_data(setup)
     if made is None:
         return None
     model, fake = made
     trained = [p for p in model.parameters() if p.requires_grad]
     base = [p for p in model.parameters() if not p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
-    frozen = sum(p.numel() * FOUR_BIT_BYTES if four_bit else p.nbytes for p in base)
+    frozen = sum(p.numel() * FOUR_BIT_BYTES if setup.four_bit else p.nbytes for p in base)
     weights = int(frozen) + gradients
     try:
         with fake:
-            peak = _peak_of_pass(model, place, batch, passes=2 if accumulates else 1)
+            peak = _peak_of_pass(model, setup, largest)
     except (RuntimeError, NotImplementedError, TypeError):
         return None  # an operation that cannot be run without data
-    moments = next(
-        bytes_ for named, bytes_ in reversed(OPTIMIZER_BYTES.items()) if named in optimizer
-    )
+    optimizer = str(setup.fields.get("optim", "adamw_torch_fused"))
+    moments = next(size for name, size in reversed(OPTIMIZER_BYTES.items()) if name in optimizer)
+    live_reference = setup.fields.get("precompute_ref_log_probs") is False
+    shards = 1 if sharding() is None else setup.processes
     return Memory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=int(sum(p.numel() for p in trained) * moments),
+        weights=weights // shards,
+        gradients=gradients // shards,
+        optimizer=int(sum(p.numel() for p in trained) * moments) // shards,
         activations=max(0, peak - gradients),
-        reference=weights if live_reference else 0,
+        reference=weights // shards if live_reference and setup.adapters is None else 0,
     )
 
 
-def _make_without_data(
-    name: str, place: TrainingPlace, adapters: Adapters | None, checkpointing: bool
-) -> tuple[Any, FakeTensorMode] | None:
-    try:
-        config = AutoConfig.from_pretrained(str(resolve_source(name)), local_files_only=True)
-    except (OSError, ValueError, KeyError):
+def _make_without_data(setup: Setup) -> tuple[Any, FakeTensorMode] | None:
+    config = config_of(setup.model)
+    if config is None:
         return None
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=place.placement.dtype, attn_implementation="sdpa"
+            config, dtype=setup.place.placement.dtype, attn_implementation="sdpa"
         )
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        if (wanted := lora_config(adapters)) is not None:
+        if (wanted := lora_config(setup.adapters)) is not None:
             model = get_peft_model(model, wanted, low_cpu_mem_usage=True)
     model.tie_weights()  # building without data has untied what the configuration ties
-    if checkpointing:
-        if adapters is not None:
+    if setup.place.checkpointing:
+        if setup.adapters is not None:
             model.enable_input_require_grads()
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
@@ -138,23 +187,23 @@ def _put_on_device(model: Any, fake: FakeTensorMode) -> None:
             module._parameters[name] = made[id(parameter)]
 
 
-def _peak_of_pass(model: Any, place: TrainingPlace, batch: Batch, passes: int) -> int:
+def _peak_of_pass(model: Any, setup: Setup, largest: LargestPass) -> int:
     inputs: dict[str, Any] = {
-        name: torch.ones((batch.rows, batch.tokens), dtype=torch.long)
+        name: torch.ones((largest.rows, largest.tokens), dtype=torch.long)
         for name in ("input_ids", "attention_mask", "labels")
     }
     head = 0
     forward: Callable[..., Any] = model
-    if place.placement.device == "cuda":
+    if setup.place.placement.device == "cuda":
         # There the head's tiles are folded in place, by kernels that need data: counted instead.
         whole = model.get_base_model() if isinstance(model, PeftModel) else model
-        forward, head = whole.base_model, _head_bytes(whole.config.get_text_config(), batch)
+        forward, head = whole.base_model, _head_bytes(whole.config.get_text_config(), largest)
         del inputs["labels"]
     else:
         inputs["fused_lm_head"] = True
     with _LiveBytes() as live:
-        for _ in range(passes):
-            with torch.autocast("cpu", torch.bfloat16, enabled=place.bf16):
+        for _ in range(min(2, largest.a_step)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=setup.place.bf16):
                 output = forward(**inputs, use_cache=False)
             loss = output.last_hidden_state.sum() if head else -output.log_probs.sum()
             del output
@@ -163,8 +212,8 @@ def _peak_of_pass(model: Any, place: TrainingPlace, batch: Batch, passes: int) -
     return int(live.peak) + head
 
 
-def _head_bytes(config: Any, batch: Batch) -> int:
-    tokens = batch.rows * batch.tokens
+def _head_bytes(config: Any, largest: LargestPass) -> int:
+    tokens = largest.rows * largest.tokens
     tile = 2 * min(tokens, HEAD_TOKENS) * min(int(config.vocab_size), HEAD_WIDTH)
     return tile + 4 * tokens * int(config.hidden_size)
 

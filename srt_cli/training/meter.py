@@ -17,17 +17,17 @@ FLOPS_A_PARAMETER_OF_A_FROZEN_BASE: Final = 4
 
 
 @dataclass
-class Meter:
+class TokenMeter:
     """Counts tokens over all processes; its clock stands still while nothing is trained."""
 
     flops_a_token: float = 0.0
     peak_flops: float | None = None
-    """Of all devices together; null where it is not known (and on every CPU)."""
+    """Of all devices together; None where it is not known (and on every CPU)."""
     _counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.long))
     _started: float = field(default_factory=time.monotonic)
 
     def restart(self) -> None:
-        """What went before was no training: an evaluation, samples, a checkpoint."""
+        """Forget the time since the last reading: an evaluation, samples, a checkpoint."""
         self._started = time.monotonic()
 
     def count(self, inputs: Mapping[str, Any]) -> None:
@@ -52,21 +52,6 @@ class Meter:
         return figures if share is None else figures | {"mfu": round(share, 4)}
 
 
-class MeteredTrainer(Trainer):
-    """A trainer whose every log entry says what the step trained and how long it took."""
-
-    meter: Meter = Meter()
-
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self.meter.count(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            logs |= self.meter.read(self)
-        super().log(logs, *args, **kwargs)
-
-
 def count_tokens(inputs: Mapping[str, Any]) -> Tensor:
     """Tokens and trained tokens of a batch of TRL's SFT or DPO collator, padding left out."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -78,11 +63,11 @@ def count_tokens(inputs: Mapping[str, Any]) -> Tensor:
     return torch.stack([tokens, trained]).long()
 
 
-def meter_for(model: Any, place: TrainingPlace, processes: int, *, base_frozen: bool) -> Meter:
+def meter_for(model: Any, place: TrainingPlace, processes: int, *, base_frozen: bool) -> TokenMeter:
     """A meter that knows what the model costs a token and what the devices can do."""
     factor = FLOPS_A_PARAMETER_OF_A_FROZEN_BASE if base_frozen else FLOPS_A_PARAMETER
     peak = _peak_flops(place)
-    return Meter(
+    return TokenMeter(
         flops_a_token=float(factor * model.num_parameters()),
         peak_flops=None if peak is None else peak * processes,
     )

@@ -16,6 +16,7 @@ LossType = Literal[
     "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop",
 ]  # fmt: skip
 """The preference losses as TRL's `DPOConfig.loss_type` names them."""
+PackingChoice = Literal["auto", "bfd", "off"]
 RecipeName = Literal["srt", "tulu2", "tulu3", "zephyr", "smol", "apo"]
 
 

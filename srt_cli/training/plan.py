@@ -3,15 +3,34 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Final, Generic
+
+from transformers import PreTrainedTokenizerBase
 
 from srt_cli import console
-from srt_cli.training.fitting import GIB, Fit
-from srt_cli.training.recipes import Chosen
+from srt_cli.training.batches import Packing, largest_pass, pack_length
+from srt_cli.training.examples import longest_side
+from srt_cli.training.memory import GIB, Fit
+from srt_cli.training.rows import PARTS, Example, Prepared
+from srt_cli.training.sequences import IGNORED, PairIds, TokenSequence
 from srt_cli.training.setup import Setup
 
 BINS: Final = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+Stretches = list[tuple[str, str]]
+"""Stretches of text, each with the part that is trained, or with none."""
+
+
+@dataclass(frozen=True)
+class Ready(Generic[Example]):
+    """Everything that a training knows before its weights are loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared[Example]
+    fit: Fit
+    packing: Packing | None = None
+    """None for dpo, which TRL cannot pack."""
 
 
 @dataclass(frozen=True)
@@ -64,48 +83,103 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `--dry-run` shows."""
+    """What `--dry-run` shows besides what is ready."""
 
-    stage: str
-    rows: int
-    reasons: Mapping[str, int]
-    """Rows that fall out, per reason."""
-    train: int
-    held_out: int
-    too_long: str | None
-    """What a run would do about rows over the limit, if there are any."""
+    read: int
+    """Rows of the input."""
     lengths: Mapping[str, Sequence[int]]
     """Tokens of each part of each row."""
     steps: Steps
-    chosen: Chosen
-    fit: Fit
-    packing: str | None
-    masks: Sequence[tuple[str, Sequence[tuple[str, str]]]]
-    """For some rows a title, and stretches of text with the part that is trained, or none."""
-    warnings: Sequence[str]
-    measured: Measured | None
+    masks: Sequence[tuple[str, Stretches]]
+    """For some rows a title, and their text."""
 
 
-def show_plan(plan: Plan) -> None:
-    """Print the plan as the command's result."""
+# --- What is planned ---------------------------------------------------------------------------
+
+
+def plan_sft(ready: Ready[TokenSequence], read: int) -> Plan:
+    """The plan of stage 1; `read` counts the rows of the input."""
+    train, setup = ready.prepared.train, ready.fit.setup
+    lengths = {"prompt": [s.prompt_tokens for s in train]}
+    lengths |= {
+        part: counts for part in PARTS if (counts := [n for s in train if (n := s.tokens_of(part))])
+    }
+    lengths["whole row"] = [len(s.input_ids) for s in train]
+    masks = [
+        (
+            f"row {s.id}: what is trained stands between ⟦ and ⟧",
+            sequence_stretches(ready.tokenizer, s),
+        )
+        for s in train[: setup.options.show_masks]
+    ]
+    assert ready.packing is not None
+    return Plan(read, lengths, sft_steps(lengths["whole row"], ready.packing, setup), masks)
+
+
+def plan_dpo(ready: Ready[PairIds], read: int) -> Plan:
+    """The plan of stage 2; `read` counts the pairs of the input."""
+    train, setup = ready.prepared.train, ready.fit.setup
+    lengths = {
+        "prompt": [len(pair.prompt_ids) for pair in train],
+        "chosen": [len(pair.chosen_ids) for pair in train],
+        "rejected": [len(pair.rejected_ids) for pair in train],
+        "prompt with the longer": [longest_side(pair) for pair in train],
+    }
+    masks = [
+        (
+            f"pair {pair.id}: the two answers that are compared",
+            pair_stretches(ready.tokenizer, pair),
+        )
+        for pair in train[: setup.options.show_masks]
+    ]
+    return Plan(read, lengths, dpo_steps(train, setup), masks)
+
+
+def sft_steps(lengths: Sequence[int], packing: Packing, setup: Setup) -> Steps:
+    """How long the training is; packs are counted as if they could be filled to the brim."""
+    passes = -(-len(lengths) // setup.micro_batch)
+    if packing.on:
+        passes = -(-sum(lengths) // pack_length(lengths, setup.micro_batch))
+    a_step = largest_pass(lengths, packing, setup).a_step
+    share = -(-passes // setup.processes)
+    steps = Steps(len(lengths), share, a_step, setup.values.epochs, sum(lengths))
+    return replace(steps, packed=packing.on)
+
+
+def dpo_steps(pairs: Sequence[PairIds], setup: Setup) -> Steps:
+    """How long the training is; a pair's tokens are those of both its rows."""
+    tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    share = -(-len(pairs) // (setup.micro_batch * setup.processes))
+    return Steps(len(pairs), share, setup.accumulation, setup.values.epochs, tokens)
+
+
+# --- What is shown -----------------------------------------------------------------------------
+
+
+def show_plan(ready: Ready[Any], plan: Plan, measured: Measured | None) -> None:
+    """Print the plan as the command's result, with the time that a probe found."""
     for title, stretches in plan.masks:
         console.marked(title, stretches)
-    _show_rows(plan)
+    _show_rows(ready.prepared, plan.read)
     _show_tokens(plan.lengths)
-    _show_values(plan.chosen, plan.stage, adapters=plan.fit.setup.adapters is not None)
-    _show_memory(plan.fit, plan.stage)
-    _show_steps(plan)
-    for warning in plan.warnings:
+    _show_values(ready.fit.setup)
+    _show_memory(ready.fit)
+    console.result(describe_steps(plan.steps, ready.fit.setup))
+    if ready.packing is not None:
+        console.result(ready.packing.sentence())
+    if measured is not None:
+        _show_time(plan.steps, measured)
+    for warning in ready.prepared.warnings:
         console.warn(warning)
 
 
-def _show_rows(plan: Plan) -> None:
-    rows = [["read", str(plan.rows)], ["trained on", str(plan.train)]]
-    rows += [["held out", str(plan.held_out)]] if plan.held_out else []
-    rows += [[f"dropped: {reason}", str(count)] for reason, count in plan.reasons.items()]
+def _show_rows(prepared: Prepared[Any], read: int) -> None:
+    rows = [["read", str(read)], ["trained on", str(len(prepared.train))]]
+    rows += [["held out", str(len(prepared.held_out))]] if prepared.held_out else []
+    rows += [[f"dropped: {reason}", str(count)] for reason, count in prepared.reasons.items()]
     console.table("rows", ["", "rows"], rows)
-    if plan.too_long is not None:
-        console.result(f"{plan.too_long}\n")
+    if prepared.too_long is not None:
+        console.result(f"{prepared.too_long}\n")
 
 
 def _show_tokens(lengths: Mapping[str, Sequence[int]]) -> None:
@@ -126,18 +200,17 @@ def _show_tokens(lengths: Mapping[str, Sequence[int]]) -> None:
             [part, *map(str, figures), *(str(binned.get(n) or "·") for n in range(len(heads)))]
         )
     console.table(
-        "tokens, and how many rows have so many",
+        "tokens, and how many rows have that many",
         ["", "all", "mean", "median", "most", *heads],
         rows,
     )
 
 
-def _show_values(chosen: Chosen, stage: str, *, adapters: bool) -> None:
-    values = chosen.settings("dpo" if stage == "dpo" else "sft")
+def _show_values(setup: Setup) -> None:
     rows = [
-        [name, _plain(value), chosen.sources.get(name, "")]
-        for name, value in values.items()
-        if adapters or not name.startswith("lora_")
+        [name, _plain(value), setup.values.sources[name]]
+        for name, value in setup.values.settings(setup.stage).items()
+        if setup.adapters is not None or not name.startswith("lora_")
     ]
     console.table("values", ["", "value", "from"], rows)
 
@@ -146,13 +219,13 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _show_memory(fit: Fit, stage: str) -> None:
+def _show_memory(fit: Fit) -> None:
     place = fit.setup.place
     if fit.memory is None:
         console.result("memory: not known before the model is loaded\n")
         return
     parts = vars(fit.memory) | {"together": fit.memory.total}
-    if stage == "sft":
+    if fit.setup.stage == "sft":
         parts.pop("reference")
     elif not fit.memory.reference:
         parts["reference (its log-probs are computed beforehand)"] = parts.pop("reference")
@@ -168,15 +241,6 @@ def _show_memory(fit: Fit, stage: str) -> None:
         )
 
 
-def _show_steps(plan: Plan) -> None:
-    steps, setup = plan.steps, plan.fit.setup
-    console.result(describe_steps(steps, setup))
-    if plan.packing is not None:
-        console.result(plan.packing)
-    if plan.measured is not None:
-        _show_time(steps, plan.measured)
-
-
 def _show_time(steps: Steps, measured: Measured) -> None:
     training, reference = measured.seconds_of(steps), measured.seconds_of_reference(steps)
     speed = steps.tokens_an_epoch * steps.epochs / training
@@ -190,7 +254,7 @@ def _show_time(steps: Steps, measured: Measured) -> None:
 
 
 def describe_steps(steps: Steps, setup: Setup) -> str:
-    """How rows, passes and steps hang together, in one sentence."""
+    """How rows, passes and steps are related, in one sentence."""
     most = setup.values.global_batch
     if steps.packed and steps.rows > most:
         rows = f"about {most}"
@@ -211,7 +275,7 @@ def _many(count: float, noun: str, plural: str = "s") -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it."""
+    """A duration in the unit that people would use."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 90:
@@ -219,3 +283,31 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def sequence_stretches(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Stretches:
+    """The row's text, cut where another part begins to be trained, or none."""
+    named = [""] * len(sequence.input_ids)
+    for part, places in sequence.parts:
+        for place in places:
+            if sequence.labels[place] != IGNORED:
+                named[place] = part
+    stretches: Stretches = []
+    for part, tokens in groupby(zip(named, sequence.input_ids, strict=True), lambda pair: pair[0]):
+        stretches.append((_text(tokenizer, [token for _, token in tokens]), part))
+    return stretches
+
+
+def pair_stretches(tokenizer: PreTrainedTokenizerBase, pair: PairIds) -> Stretches:
+    """Prompt, chosen and rejected answer of a pair."""
+    return [
+        (_text(tokenizer, pair.prompt_ids), ""),
+        (_text(tokenizer, pair.chosen_ids), "chosen"),
+        ("\n", ""),
+        (_text(tokenizer, pair.rejected_ids), "rejected"),
+    ]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    decoded: Any = tokenizer.decode(ids)
+    return str(decoded)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import orjson
 import torch
@@ -22,62 +22,69 @@ from torch.optim.optimizer import (
 
 from srt_cli import console
 from srt_cli.runs.run import Manifest, Run
-from srt_cli.training.order import LengthGroupedOrder
-from srt_cli.training.plan import Measured
-from srt_cli.training.setup import Setup
-
-Row = TypeVar("Row")
+from srt_cli.training.batches import LengthGroupedOrder
+from srt_cli.training.loop import METRICS, Outcome
+from srt_cli.training.plan import Measured, Ready
+from srt_cli.training.rows import Example
+from srt_cli.training.samples import Sampler
+from srt_cli.training.setup import Setup, Training
 
 STEPS: Final = 3
 """The first warms up and is not counted."""
 PASSES_A_STEP: Final = 2
 
 
-def probe_setup(setup: Setup) -> Setup:
-    """The same training with short steps, and few of them."""
-    passes = min(PASSES_A_STEP, setup.accumulation)
-    values = replace(setup.values, global_batch=setup.micro_batch * setup.processes * passes)
-    return replace(
-        setup,
-        values=values,
-        fields=setup.fields | {"max_steps": STEPS},
-        early_stopping=None,
-        report_to=(),
-    )
+def probe(
+    ready: Ready[Example],
+    lengths: Sequence[int],
+    train: Callable[[Training, list[Example]], Outcome],
+) -> Measured:
+    """Let `train` train into a directory that is gone afterwards, and read its figures off.
 
-
-def rows_of_probe(rows: Sequence[Row], lengths: Sequence[int], setup: Setup) -> list[Row]:
-    """The rows that the training itself would take first: of all lengths, like ones together."""
-    order = LengthGroupedOrder(lengths, setup.micro_batch, setup.seed)
-    needed = STEPS * probe_setup(setup).values.global_batch
-    return [rows[index] for index in islice(order, needed)]
-
-
-def probe(command: str, train: Callable[[Run], Any]) -> Measured:
-    """Let `train` train into a directory that is gone afterwards, and read its figures off."""
+    It gets the rows that the training itself would take first: of all `lengths`, like ones together.
+    """
+    setup = _with_short_steps(ready.fit.setup)
+    order = LengthGroupedOrder(lengths, setup.micro_batch, setup.options.seed)
+    needed = STEPS * setup.values.global_batch
+    rows = [ready.prepared.train[index] for index in islice(order, needed)]
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with _thrown_away() as folder, _optimizer_clock() as optimizer:
-        run = Run(Manifest(command=command, settings={}, runtime={}), folder, None)
+    with (
+        tempfile.TemporaryDirectory(prefix="srt-probe-") as folder,
+        _optimizer_clock() as optimizer,
+    ):
+        run = Run(Manifest(command=setup.stage, settings={}, runtime={}), Path(folder), None)
+        packed = ready.packing is not None and ready.packing.on
+        training = Training(setup, ready.tokenizer, run, Sampler(ready.tokenizer, []), packed)
         console.hush()
         try:
-            train(run)
+            outcome = train(training, rows)
         finally:
             console.speak()
-        rows = [orjson.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
-    steps = [row for row in rows if "loss" in row]
+        metrics = [orjson.loads(line) for line in (run.out / METRICS).read_bytes().splitlines()]
+    steps = [row for row in metrics if "loss" in row]
     updates = optimizer.seconds or [0.0] * len(steps)
     # The first step warms up.
     counted, updates = (steps[1:], updates[1:]) if len(steps) > 1 else (steps, updates)
     tokens = sum(row["tokens"] for row in counted)
     seconds = sum(row["seconds"] for row in counted)
-    reference = run.manifest.tallies.get("reference_seconds", 0.0)
     return Measured(
         seconds_a_token=(seconds - sum(updates)) / tokens,
         seconds_an_update=sum(updates) / len(updates),
-        reference_seconds_a_token=reference / sum(row["tokens"] for row in steps),
-        seconds=sum(row["seconds"] for row in steps) + reference,
+        reference_seconds_a_token=outcome.reference_seconds / sum(row["tokens"] for row in steps),
+        seconds=sum(row["seconds"] for row in steps) + outcome.reference_seconds,
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    )
+
+
+def _with_short_steps(setup: Setup) -> Setup:
+    """The same training with short steps, and few of them."""
+    passes = min(PASSES_A_STEP, setup.accumulation)
+    return replace(
+        setup,
+        options=replace(setup.options, early_stopping=None, report_to=()),
+        values=replace(setup.values, global_batch=setup.micro_batch * setup.processes * passes),
+        fields={**setup.fields, "max_steps": STEPS},
     )
 
 
@@ -112,9 +119,3 @@ def _optimizer_clock() -> Iterator[_OptimizerClock]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _thrown_away() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="srt-probe-") as folder:
-        yield Path(folder)

@@ -97,7 +97,7 @@ RECIPES: Final[Mapping[StageName, Mapping[RecipeName, Recipe]]] = {"sft": SFT, "
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What a training uses; names as those of the options."""
+    """What a training uses, under the names of the options, and where each value comes from."""
 
     learning_rate: float
     lr_schedule: LearningRateSchedule
@@ -110,50 +110,45 @@ class Hyperparameters:
     lora_r: int
     lora_alpha: int
     lora_dropout: float
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Hyperparameters, and where each of them comes from."""
-
-    values: Hyperparameters
     beta: float
+    """Of dpo alone, like the loss."""
     loss_type: LossType
     sources: Mapping[str, str]
 
     def settings(self, stage: StageName) -> dict[str, Any]:
-        """For the manifest, under the names of the options."""
-        dpo = {"beta": self.beta, "loss_type": self.loss_type} if stage == "dpo" else {}
-        return asdict(self.values) | dpo
+        """The values that the stage uses, for the manifest."""
+        return {name: getattr(self, name) for name in _names(stage)}
+
+
+def _names(stage: StageName) -> list[str]:
+    names = [field.name for field in fields(Hyperparameters) if field.name != "sources"]
+    return [name for name in names if stage == "dpo" or name not in ("beta", "loss_type")]
 
 
 def choose_hyperparameters(
     options: TrainingOptions, stage: StageName, parameters: int | None
-) -> Chosen:
+) -> Hyperparameters:
     """The options' values, and the recipe's where they have none.
 
-    `parameters` is the size of the model, null when it is not known before it is loaded. Raises
-    `UsageError` for a recipe without this stage.
+    `parameters` is the size of the model, None while it is unknown. Raises `UsageError` for a recipe
+    without this stage.
     """
     recipe = RECIPES[stage].get(options.recipe)
     if recipe is None:
         having = ", ".join(RECIPES[stage])
         raise UsageError(f"--recipe {options.recipe} has no {stage} stage. Choose one of {having}.")
     rate, rate_source = _learning_rate(recipe, options, parameters)
-    defaults = asdict(recipe) | {"learning_rate": rate}
-    names = [field.name for field in fields(Hyperparameters)]
-    names += ["beta", "loss_type"] if stage == "dpo" else []
-    values, sources = {}, {}
-    for name in names:
+    values = asdict(recipe) | {"learning_rate": rate}
+    sources = {}
+    for name in _names(stage):
         given = getattr(options, name)
-        values[name] = defaults[name] if given is None else given
-        silent = f"srt's choice; {recipe.source} does not state it"
-        published = silent if name in recipe.silent_on else recipe.source
-        sources[name] = "given" if given is not None else published
-    if options.learning_rate is None:
-        sources["learning_rate"] = rate_source
-    beta, loss_type = values.pop("beta", 0.0), values.pop("loss_type", "sigmoid")
-    return Chosen(Hyperparameters(**values), beta, loss_type, sources)
+        if given is not None:
+            values[name], sources[name] = given, "given"
+        elif name in recipe.silent_on:
+            sources[name] = f"srt's choice; {recipe.source} does not state it"
+        else:
+            sources[name] = rate_source if name == "learning_rate" else recipe.source
+    return Hyperparameters(**{name: values[name] for name in _names("dpo")}, sources=sources)
 
 
 def _learning_rate(
@@ -173,7 +168,7 @@ def _learning_rate(
 def advise_on_size(
     options: TrainingOptions, stage: StageName, parameters: int | None
 ) -> str | None:
-    """What the paper's rate means for a model far smaller than the paper's; null where it fits."""
+    """What the paper's rate means for a model far smaller than the paper's; None where it fits."""
     small = parameters is not None and parameters < SMALL_PARAMETERS
     if not small or options.learning_rate is not None or options.recipe == "smol":
         return None

@@ -1,4 +1,4 @@
-"""Which rows a training sees: those that teach, a share held out, and other chats mixed in."""
+"""What a training is asked for, and which rows it sees: some held out, other chats mixed in."""
 
 import hashlib
 import random
@@ -14,21 +14,22 @@ from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.records import FeedbackRecord, Message, Prompt, Record, as_messages, content_id
 from srt_cli.runs.jsonl import DroppedRows, read_rows
-from srt_cli.runs.run import Run
+from srt_cli.runs.run import Run, inherited, read_manifest
 from srt_cli.templates import FEEDBACK_FIELDS, FeedbackField
+from srt_cli.training.options import PackingChoice
 
 Part = Literal["response", "feedback", "refinement", "mix"]
 PARTS: Final[tuple[Part, ...]] = ("response", "feedback", "refinement", "mix")
 """What may bear loss: the three parts of a feedback record, and the answers of mixed-in chats."""
 FEEDBACK_PARTS: Final = PARTS[:3]
 
-Row = TypeVar("Row")
+AnyRow = TypeVar("AnyRow")
 Example = TypeVar("Example")
 Name = TypeVar("Name", bound=str)
 
 
 class Fallen(NamedTuple):
-    """A row that is not trained on, and why."""
+    """A row that was dropped, and why."""
 
     id: str
     reason: str
@@ -37,7 +38,7 @@ class Fallen(NamedTuple):
 
 @dataclass
 class Prepared(Generic[Example]):
-    """What a training will see, what is held out, and what fell out on the way."""
+    """What a training will see, what is held out, and what was dropped on the way."""
 
     train: list[Example]
     held_out: list[Example] = field(default_factory=list)
@@ -45,15 +46,17 @@ class Prepared(Generic[Example]):
     warnings: list[str] = field(default_factory=list)
     tallies: dict[str, Any] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
-    """For the terminal: what came of the rows."""
+    """For the terminal: what became of the rows."""
+    too_long: str | None = None
+    """What a training does about rows over the limit, if there are any; for a plan."""
 
     @property
     def reasons(self) -> Counter[str]:
-        """How many rows fell out, per reason."""
+        """How many rows were dropped, per reason."""
         return Counter(row.reason for row in self.fallen)
 
     def record(self, run: Run, dropped_beside: Path) -> None:
-        """Write down in the run what fell out, and say the rest."""
+        """Record in the run what was dropped, and say the rest."""
         write_dropped(dropped_beside, self.fallen)
         run.manifest.tallies |= self.tallies | {"dropped": dict(self.reasons)}
         for sentence in self.sentences:
@@ -63,7 +66,7 @@ class Prepared(Generic[Example]):
 
 
 def write_dropped(beside: Path, fallen: Sequence[Fallen]) -> Path:
-    """Write the rows that fell out, with their reasons, into a file beside the output."""
+    """Write the dropped rows, with their reasons, into a file beside the output."""
     dropped = DroppedRows(beside)
     for row in fallen:
         dropped.add(*row)
@@ -75,7 +78,7 @@ def write_dropped(beside: Path, fallen: Sequence[Fallen]) -> Path:
 
 
 def why_not_trained(record: FeedbackRecord) -> str | None:
-    """The paper's two rules (section 4.1); null when a row passes both."""
+    """Which of the paper's two rules (section 4.1) a row breaks; None when it passes both."""
     if record.status != "ok":
         return record.status
     if record.gain is None:
@@ -115,11 +118,6 @@ class Targets:
     drop: tuple[FeedbackField, ...] = ()
     refinement_only: bool = False
     refinement_feedback: bool = False
-
-    @property
-    def whole_feedback(self) -> bool:
-        """Whether the model learns to write feedback that can be read: with every field."""
-        return "feedback" in self.loss_on and not self.drop and not self.refinement_only
 
     @property
     def scores(self) -> bool:
@@ -163,8 +161,8 @@ def is_held_out(prompt: str | list[Message], share: float) -> bool:
 
 
 def split_rows(
-    rows: Sequence[Row], prompt_of: Callable[[Row], str | list[Message]], share: float
-) -> tuple[list[Row], list[Row]]:
+    rows: Sequence[AnyRow], prompt_of: Callable[[AnyRow], str | list[Message]], share: float
+) -> tuple[list[AnyRow], list[AnyRow]]:
     """Rows to train on, and rows held out."""
     if not 0 <= share < 1:
         raise UsageError(f"--eval-split {share:g}: give a share of the prompts, from 0 to below 1.")
@@ -173,7 +171,7 @@ def split_rows(
     return train, [row for row, held in zip(rows, held_out, strict=True) if held]
 
 
-def require_both_sides(train: Sequence[Row], held_out: Sequence[Row], share: float) -> None:
+def require_both_sides(train: Sequence[AnyRow], held_out: Sequence[AnyRow], share: float) -> None:
     """Raise `SrtError` when a share was to be held out, and one side is empty."""
     rows = len(train) + len(held_out)
     if share and rows and not (train and held_out):
@@ -184,12 +182,20 @@ def require_both_sides(train: Sequence[Row], held_out: Sequence[Row], share: flo
         )
 
 
+def prompts_to_sample(
+    prompts: Sequence[str | list[Message]], share: float, count: int
+) -> list[list[Message]]:
+    """The first `count` of the prompts that are held out, or of all if none is."""
+    held_out = [prompt for prompt in prompts if is_held_out(prompt, share)]
+    return [as_messages(prompt) for prompt in (held_out or prompts)[:count]]
+
+
 # --- Other chats, mixed in ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Mix:
-    """`--mix FILE:WEIGHT`: so many of the file's chats for each feedback row."""
+    """`--mix FILE:WEIGHT`: WEIGHT of the file's chats for each feedback row."""
 
     path: Path
     weight: float
@@ -241,7 +247,52 @@ def _chat(path: Path, number: int, row: Mapping[str, Any]) -> Chat:
 
 
 def draw_chats(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
-    """`count` chats in the order of a seeded shuffle; begun anew when there are fewer."""
+    """`count` chats in the order of a seeded shuffle, which starts over when there are fewer."""
     order = list(chats)
     random.Random(seed).shuffle(order)
     return [order[position % len(order)] for position in range(count)]
+
+
+# --- What is asked for, beside the options that both stages share ------------------------------
+
+
+@dataclass(frozen=True)
+class SftTask:
+    """Stage 1 as its own options describe it, read and checked."""
+
+    data: Path
+    model: str
+    out: Path
+    targets: Targets
+    mixes: Sequence[Mix]
+    packing: PackingChoice
+    good_score: float
+    """From this score on, an answer counts as good."""
+    critic_check: int
+    """Answers that the tuned model scores at the end."""
+
+
+@dataclass(frozen=True)
+class DpoTask:
+    """Stage 2 as its own options describe it."""
+
+    prefs: Path
+    model: str
+    out: Path
+    model_given: bool
+    """Whether --model named the model, and not the manifest of the preferences."""
+    label_smoothing: str | None
+    nll_weight: float
+    ld_alpha: float | None
+    adapter: Literal["merge", "continue"]
+
+
+def model_that_wrote(prefs: Path) -> str | None:
+    """The policy behind a preference file, by the manifests of the file and of its input."""
+    manifest = read_manifest(prefs)
+    if manifest is None or "data" not in manifest.inputs:
+        return None
+    data = Path(manifest.inputs["data"].path)
+    if not data.exists():
+        data = prefs.parent / data.name
+    return inherited(data, "model")

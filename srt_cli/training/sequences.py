@@ -7,7 +7,7 @@ A feedback record becomes one conversation (design of the method, paper section 
 Prompt and request never carry loss. Every trained turn ends with the end-of-turn token.
 """
 
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,7 +23,7 @@ IGNORED: Final = -100
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One training example: `labels` repeats `input_ids` where a token is trained, else -100."""
 
     id: str
@@ -58,9 +58,9 @@ class Sequence:
 def feedback_sequence(
     tokenizer: PreTrainedTokenizerBase,
     record: FeedbackRecord,
-    loss_on: SequenceOf[Part],
-    drop: SequenceOf[FeedbackField] = (),
-) -> Sequence:
+    loss_on: Sequence[Part],
+    drop: Sequence[FeedbackField] = (),
+) -> TokenSequence:
     """The paper's sequence of one record; with all three parts in `loss_on` its loss is Eq. 1.
 
     `drop` leaves fields of the feedback out of the target (paper, Table 6).
@@ -68,20 +68,15 @@ def feedback_sequence(
     assert record.response is not None
     assert record.feedback is not None
     assert record.refinement is not None
-    return _conversation(
-        tokenizer,
-        record.id,
-        as_messages(record.prompt),
-        (record.response, "response"),
-        record.feedback,
-        record.refinement,
-        loss_on,
-        drop,
-        copied=False,
+    told = _Criticised(
+        record.id, as_messages(record.prompt), record.response, record.feedback, record.refinement
     )
+    return _conversation(tokenizer, told, loss_on, drop)
 
 
-def refinement_sequence(tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord) -> Sequence:
+def refinement_sequence(
+    tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord
+) -> TokenSequence:
     """Prompt and refinement, as if it were the first answer (paper, Table 6: "Refinement Only")."""
     assert record.refinement is not None
     answer = Message(role="assistant", content=record.refinement.strip())
@@ -90,8 +85,8 @@ def refinement_sequence(tokenizer: PreTrainedTokenizerBase, record: FeedbackReco
 
 
 def chat_sequence(
-    tokenizer: PreTrainedTokenizerBase, identifier: str, messages: SequenceOf[Message]
-) -> Sequence:
+    tokenizer: PreTrainedTokenizerBase, identifier: str, messages: Sequence[Message]
+) -> TokenSequence:
     """Other chat data (`--mix`): every assistant's turn bears loss."""
     answers = [place for place, turn in enumerate(messages) if turn.role == "assistant"]
     return _answers(tokenizer, identifier, list(messages), answers, "mix")
@@ -103,19 +98,19 @@ def _answers(
     messages: list[Message],
     answers: list[int],
     part: Part,
-) -> Sequence:
+) -> TokenSequence:
     ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
     turns = [_turn(tokenizer, ids, messages[: place + 1]) for place in answers]
     labels = _labels(ids, turns)
-    return Sequence(identifier, ids, labels, tuple((part, turn) for turn in turns))
+    return TokenSequence(identifier, ids, labels, tuple((part, turn) for turn in turns))
 
 
 def refinement_feedback_sequence(
     tokenizer: PreTrainedTokenizerBase,
     record: FeedbackRecord,
-    loss_on: SequenceOf[Part],
-    drop: SequenceOf[FeedbackField] = (),
-) -> Sequence:
+    loss_on: Sequence[Part],
+    drop: Sequence[FeedbackField] = (),
+) -> TokenSequence:
     """A refinement as the first answer, with its own blind feedback: shows what good looks like.
 
     Its improved response is the refinement unchanged, so that the reply is complete; this copy
@@ -124,36 +119,42 @@ def refinement_feedback_sequence(
     """
     assert record.refinement is not None
     assert record.refinement_feedback is not None
-    return _conversation(
-        tokenizer,
+    told = _Criticised(
         f"{record.id}:refinement",
         as_messages(record.prompt),
-        (record.refinement, "refinement"),
+        record.refinement,
         record.refinement_feedback,
         record.refinement,
-        loss_on,
-        drop,
-        copied=True,
+        good=True,
     )
+    return _conversation(tokenizer, told, loss_on, drop)
+
+
+@dataclass(frozen=True)
+class _Criticised:
+    """An answer with its feedback, as it is put into a conversation."""
+
+    id: str
+    prompt: list[Message]
+    answer: str
+    feedback: Feedback
+    improved: str
+    good: bool = False
+    """Whether the answer is a refinement, and the improved response its copy."""
 
 
 def _conversation(
     tokenizer: PreTrainedTokenizerBase,
-    identifier: str,
-    prompt: list[Message],
-    answer: tuple[str, Part],
-    feedback: Feedback,
-    refinement: str,
-    loss_on: SequenceOf[Part],
-    drop: SequenceOf[FeedbackField],
-    *,
-    copied: bool,
-) -> Sequence:
-    answered = [*prompt, Message(role="assistant", content=answer[0].strip())]
+    told: _Criticised,
+    loss_on: Sequence[Part],
+    drop: Sequence[FeedbackField],
+) -> TokenSequence:
+    answer: Part = "refinement" if told.good else "response"
+    answered = [*told.prompt, Message(role="assistant", content=told.answer.strip())]
     asked = [*answered, Message(role="user", content=CRITIQUE_REQUEST)]
-    feedback_text = render_feedback(feedback, drop)
+    feedback_text = render_feedback(told.feedback, drop)
     improved = render_refinement("") if feedback_text else render_refinement("").lstrip("\n")
-    whole_text = feedback_text + improved + refinement.strip()
+    whole_text = feedback_text + improved + told.improved.strip()
     whole = [*asked, Message(role="assistant", content=whole_text)]
     ids = encode_chat(tokenizer, whole, add_generation_prompt=False)
 
@@ -163,37 +164,37 @@ def _conversation(
     border = _border(tokenizer, ids, asked, feedback_text) if feedback_text else second.start
     end = second.stop - 1
     trained: list[range] = []
-    if answer[1] in loss_on:
+    if answer in loss_on:
         trained.append(first)
     if "feedback" in loss_on:
         trained.append(range(second.start, border))
     if "refinement" in loss_on:
-        heading = _border(tokenizer, ids, asked, feedback_text + improved) if copied else end
+        heading = _border(tokenizer, ids, asked, feedback_text + improved) if told.good else end
         trained.append(range(border, heading))
     # Whatever of the turn is trained, the turn must end: its end-of-turn token is trained with it.
     ends_feedback = "feedback" in loss_on and "refinement" not in loss_on
     if ends_feedback or "refinement" in loss_on:
         trained.append(range(end, second.stop))
     parts: list[tuple[Part, range]] = [
-        (answer[1], first),
+        (answer, first),
         ("feedback", range(second.start, border)),
         ("refinement", range(border, end)),
         ("feedback" if ends_feedback else "refinement", range(end, second.stop)),
     ]
-    return Sequence(identifier, ids, _labels(ids, trained), tuple(parts))
+    return TokenSequence(told.id, ids, _labels(ids, trained), tuple(parts))
 
 
-def _labels(ids: list[int], trained: SequenceOf[range]) -> list[int]:
+def _labels(ids: list[int], trained: Sequence[range]) -> list[int]:
     labels = [IGNORED] * len(ids)
     for places in trained:
         labels[places.start : places.stop] = ids[places.start : places.stop]
     return labels
 
 
-def _turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], until: SequenceOf[Message]) -> range:
+def _turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], until: Sequence[Message]) -> range:
     """Where the last turn of `until` stands in `ids`, its end-of-turn token included.
 
-    Raises `SrtError` when the template writes this turn otherwise once the chat goes on.
+    Raises `SrtError` when the template writes this turn differently once the chat goes on.
     """
     opening = encode_chat(tokenizer, until[:-1], add_generation_prompt=True)
     closed = encode_chat(tokenizer, until, add_generation_prompt=False)

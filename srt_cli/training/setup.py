@@ -1,78 +1,147 @@
 """How a training runs on this machine: what the options, the recipe and the device come to."""
 
-from collections.abc import Mapping
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from transformers import TrainingArguments
+from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
 from srt_cli import console
 from srt_cli.errors import UsageError
-from srt_cli.training.fields import parse_fields
-from srt_cli.training.lora import Adapters, adapters_of
+from srt_cli.models.weights import Loading, base_of, load_weights, resolve_source
+from srt_cli.runs.run import Run
 from srt_cli.training.options import TrainingOptions
-from srt_cli.training.place import TrainingPlace, decide_training_place
+from srt_cli.training.place import (
+    Adapters,
+    TrainingPlace,
+    accelerate_checkpoints,
+    adapters_of,
+    count_parameters,
+    decide_training_place,
+    quantization,
+    sharding,
+)
 from srt_cli.training.processes import team
-from srt_cli.training.recipes import Hyperparameters, StageName
-from srt_cli.training.trackers import check_trackers
+from srt_cli.training.recipes import (
+    Hyperparameters,
+    StageName,
+    advise_on_size,
+    choose_hyperparameters,
+)
+from srt_cli.training.samples import Sampler
+from srt_cli.training.trackers import check_trackers, tracker_arguments
 
+CHECKPOINTS: Final = "checkpoints"
 CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
 }
 
+# Fields that an option of ours, or the way we run, decides: setting them apart would contradict it.
+DECIDED: Final[Mapping[str, str]] = {
+    "output_dir": "--out", "num_train_epochs": "--epochs", "learning_rate": "--learning-rate",
+    "lr_scheduler_type": "--lr-schedule", "warmup_steps": "--warmup",
+    "weight_decay": "--weight-decay", "max_grad_norm": "--max-grad-norm",
+    "per_device_train_batch_size": "--micro-batch", "gradient_accumulation_steps": "--global-batch",
+    "seed": "--seed", "data_seed": "--seed", "full_determinism": "--deterministic",
+    "report_to": "--report-to", "max_length": "--max-length", "beta": "--beta",
+    "loss_type": "--loss-type", "label_smoothing": "--label-smoothing", "packing": "--packing",
+    "padding_free": "--packing", "eval_strategy": "--eval-split", "eval_steps": "--eval-every",
+    "eval_on_start": "--eval-split",
+    "save_strategy": "--save-every", "save_steps": "--save-every",
+    "trust_remote_code": "--trust-remote-code",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that both trainers are told alike."""
+    """How a training runs, as far as it is known before any data is read."""
 
+    stage: StageName
+    options: TrainingOptions
+    model: str
+    """What is trained, as `--model` names it."""
+    continues: bool
+    """Whether `model` is an adapter that is trained further instead of merged."""
     values: Hyperparameters
+    advice: str | None
+    """What the recipe's learning rate means for a model of this size."""
     place: TrainingPlace
     adapters: Adapters | None
     micro_batch: int
     """Rows a forward pass on one device."""
     processes: int
-    seed: int
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
     """`--set`: fields of TRL's config."""
-    save_every: int | None
-    eval_every: int | None
-    """Steps between evaluations; null: ten a training."""
-    early_stopping: int | None
-    deterministic: bool
-    report_to: tuple[str, ...]
 
     @property
     def accumulation(self) -> int:
         """Forward passes a step on one device."""
         return self.values.global_batch // (self.micro_batch * self.processes)
 
+    @property
+    def base(self) -> str:
+        """The weights that training starts from, without an adapter that is trained further."""
+        return base_of(self.model) if self.continues else self.model
 
-def set_up(options: TrainingOptions, values: Hyperparameters, stage: StageName) -> Setup:
-    """Decide place and batches; `--micro-batch` defaults to 2 on a CPU, 8 on a GPU.
+    @property
+    def four_bit(self) -> bool:
+        """Whether the base is held in 4 bits."""
+        return self.options.method == "qlora"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training is: how it runs, with which tokenizer, and the run that it writes."""
+
+    setup: Setup
+    tokenizer: PreTrainedTokenizerBase
+    run: Run
+    sampler: Sampler
+    packed: bool = False
+    """Whether several rows share one row of a forward pass."""
+
+    @property
+    def out(self) -> Path:
+        """Where the model, its metrics and its checkpoints go."""
+        return self.run.out
+
+
+def set_up(
+    options: TrainingOptions, stage: StageName, model: str, *, continues: bool = False
+) -> Setup:
+    """Decide values, place and batches; `--micro-batch` defaults to 2 on a CPU, 8 on a GPU.
 
     Raises `UsageError` for a `--set` that TRL does not know or a `--global-batch` that the processes
     cannot share, `SrtError` for a method that this machine cannot do.
     """
+    parameters = count_parameters(model)
+    values = choose_hyperparameters(options, stage, parameters)
     check_trackers(options.report_to)
     check_early_stopping(options)
     place = decide_training_place(options.method)
     micro = options.micro_batch or (8 if place.placement.device == "cuda" else 2)
     processes = team().size
     return Setup(
+        stage=stage,
+        options=options,
+        model=model,
+        continues=continues,
         values=values,
+        advice=advise_on_size(options, stage, parameters),
         place=place,
         adapters=adapters_of(options, values),
         micro_batch=divide_batch(values.global_batch, micro, processes),
         processes=processes,
-        seed=options.seed,
         fields=parse_fields(options.set, CONFIG_CLASSES[stage]),
-        save_every=options.save_every,
-        eval_every=options.eval_every,
-        early_stopping=options.early_stopping,
-        deterministic=options.deterministic,
-        report_to=options.report_to,
     )
 
 
@@ -110,3 +179,110 @@ def check_early_stopping(options: TrainingOptions) -> None:
         )
     if options.early_stopping < 1:
         raise UsageError("--early-stopping waits for 1 evaluation or more.")
+
+
+def load_policy(setup: Setup) -> PreTrainedModel | PeftModel:
+    """The weights on their device, in train mode; in 4 bits for qlora.
+
+    Weights that GPUs share stay where transformers puts them, and accelerate places the parts.
+    """
+    model: PreTrainedModel | PeftModel = load_weights(
+        setup.base,
+        placement=setup.place.placement,
+        trust_remote_code=setup.options.trust_remote_code,
+        loading=Loading(
+            attention=setup.place.attention,
+            quantization=quantization() if setup.four_bit else None,
+            move=sharding() is None,
+        ),
+    )
+    if setup.continues:
+        adapter = str(resolve_source(setup.model))
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    if setup.options.method == "full":
+        model.requires_grad_(True)  # peft leaves weights that carried an adapter frozen
+    model.train()
+    return model
+
+
+# --- What TRL is told --------------------------------------------------------------------------
+
+
+def training_arguments(setup: Setup, out: Path) -> dict[str, Any]:
+    """Arguments for `SFTConfig` and `DPOConfig` that leave none of their traps open.
+
+    TRL's own defaults would take bf16 on a CPU, checkpoint activations and cut at 1024 tokens.
+    """
+    values, place, options = setup.values, setup.place, setup.options
+    on_gpu = place.placement.device == "cuda"
+    return {
+        "output_dir": str(out / CHECKPOINTS),
+        "num_train_epochs": values.epochs,
+        "learning_rate": values.learning_rate,
+        "lr_scheduler_type": values.lr_schedule,
+        # A float below 1 is a share of the steps.
+        "warmup_steps": values.warmup,
+        "weight_decay": values.weight_decay,
+        "max_grad_norm": values.max_grad_norm,
+        "per_device_train_batch_size": setup.micro_batch,
+        "gradient_accumulation_steps": setup.accumulation,
+        "seed": options.seed,
+        "data_seed": options.seed,
+        "use_cpu": place.placement.device == "cpu",
+        "bf16": place.bf16,
+        "fp16": False,
+        "activation_checkpointing": place.checkpointing and not accelerate_checkpoints(),
+        "max_length": None,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "save_total_limit": 2,
+        "full_determinism": options.deterministic,
+        **tracker_arguments(options.report_to, out),
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+        "remove_unused_columns": True,
+        # Every weight has a part in every loss; looking for others costs time in each step.
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def parse_fields(given: Sequence[str], config_class: type[TrainingArguments]) -> dict[str, Any]:
+    """`--set KEY=VALUE` as arguments of TRL's config class.
+
+    Raises `UsageError` for a key that it has not (naming the nearest), one that an option of ours
+    decides (naming that), or a value of another type.
+    """
+    known = {field.name: field for field in dataclasses.fields(config_class)}
+    hints = typing.get_type_hints(config_class)
+    parsed = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set {text}: write KEY=VALUE.")
+        if key in DECIDED:
+            raise UsageError(f"--set {key}: {DECIDED[key]} decides this. Use that option.")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UsageError(f"--set {key}: {config_class.__name__} has no such field.{hint}")
+        try:
+            parsed[key] = _read_value(value, TypeAdapter(hints[key]))
+        except ValidationError:
+            wanted = _name_of(hints[key])
+            raise UsageError(f"--set {key}={value}: the value is not {wanted}.") from None
+    return parsed
+
+
+def _read_value(text: str, adapter: TypeAdapter[Any]) -> Any:
+    try:
+        return adapter.validate_json(text)
+    except ValidationError:
+        return adapter.validate_python(text)  # a text needs no quotes
+
+
+def _name_of(hint: Any) -> str:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        parts = [_name_of(part) for part in typing.get_args(hint) if part is not type(None)]
+        return " or ".join(dict.fromkeys(parts))
+    return str(getattr(hint, "__name__", hint))

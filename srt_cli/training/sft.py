@@ -1,34 +1,251 @@
-"""Stage 1's training: TRL's SFTTrainer on our own token ids and masks."""
+"""Stage 1: fine-tune the policy on response, feedback and refinement (paper, section 3.1.2).
 
-from collections.abc import Callable
-from typing import Any
+Read feedback, keep what teaches, prepare token ids and masks, fit the machine, train by TRL's
+SFTTrainer, check the critic that came of it, save.
+"""
 
+from collections import Counter
+from typing import Any, Final
+
+import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
+from srt_cli import console
+from srt_cli.errors import SrtError
+from srt_cli.feedback.critic_check import check_critic
+from srt_cli.models.weights import load_tokenizer
+from srt_cli.records import FeedbackRecord
+from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run
-from srt_cli.training.arguments import training_arguments
-from srt_cli.training.batches import keep_rows
-from srt_cli.training.evaluation import evaluation_arguments, loss_by_part
-from srt_cli.training.gathering import whole_model
-from srt_cli.training.loop import Trained, train
-from srt_cli.training.lora import lora_config
-from srt_cli.training.order import LengthGroupedOrder, OrderedTrainer
-from srt_cli.training.packing import Packing, pack, pack_length, packs_a_step
+from srt_cli.training.batches import (
+    Columns,
+    LengthGroupedOrder,
+    decide_packing,
+    keep_rows,
+    largest_pass,
+    pack,
+    pack_length,
+    packs_a_step,
+)
+from srt_cli.training.checkpoints import clear_checkpoints, open_training
+from srt_cli.training.examples import prepare_sft
+from srt_cli.training.loop import Outcome, Trained, WatchedTrainer, train, trainer_arguments
+from srt_cli.training.memory import fit
+from srt_cli.training.options import TrainingOptions
+from srt_cli.training.place import lora_config
+from srt_cli.training.plan import Ready, plan_sft, show_plan
+from srt_cli.training.probe import probe
 from srt_cli.training.processes import in_every_process
+from srt_cli.training.rows import (
+    FEEDBACK_PARTS,
+    PARTS,
+    Fallen,
+    SftTask,
+    keep_teaching_rows,
+    prompts_to_sample,
+    write_dropped,
+)
 from srt_cli.training.samples import Sampler
-from srt_cli.training.sequences import Sequence
-from srt_cli.training.setup import Setup
+from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
+from srt_cli.training.sequences import IGNORED, TokenSequence
+from srt_cli.training.setup import Setup, Training, load_policy, set_up
+
+DROPPED: Final = "sft.jsonl"
+"""Beside it stands the file of dropped rows."""
 
 
-class _OwnSFTTrainer(OrderedTrainer, SFTTrainer):
-    """An SFTTrainer that evaluates by part."""
+def fine_tune(options: TrainingOptions, task: SftTask) -> None:
+    """Read feedback, keep what teaches, prepare, fit, train, check, save."""
+    setup = set_up(options, "sft", task.model)
+    records = list(read_records(task.data, FeedbackRecord.model_validate, limit=options.limit))
+    kept, fallen = keep_teaching_rows(records)
+    if options.dry_run:
+        _show_plan(setup, task, kept, fallen)
+        return
+    inputs = {"data": task.data}
+    inputs |= {f"mix_{number}": mix.path for number, mix in enumerate(task.mixes, start=1)}
+    run = open_training(setup, task.out, inputs, {})
+    if not run.complete:
+        with run:
+            if setup.advice is not None:
+                run.warn(setup.advice)
+            _tell_of_rows(run, len(kept), fallen)
+            trained = _trained_before(run) or _train(setup, task, kept, fallen, run)
+            if task.critic_check and not task.targets.scores:
+                console.say("no critic check: this model is not trained to score")
+            elif task.critic_check:
+                check_critic(run, kept, task.critic_check, task.good_score, options.seed)
+            if not options.keep_checkpoints:
+                clear_checkpoints(run.out)
+        console.say(
+            f"{trained.sentence()}; loss {trained.first_loss:.3f} to {trained.final_loss:.3f}"
+        )
+    finish_training(options, task.out, f"srt self-critique --model {task.out}")
 
-    def __init__(self, *, held_out: list[Sequence], **arguments: Any) -> None:
+
+def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
+    counts = Counter(row.reason for row in fallen)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+    rows = kept + len(fallen)
+    console.say(f"{rows} rows: {kept} kept" + (f"; dropped: {reasons}" if reasons else ""))
+    run.manifest.tallies |= {"rows": rows, "kept": kept}
+    if not kept:
+        dropped = write_dropped(run.out / DROPPED, fallen)
+        raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped}.")
+
+
+def _trained_before(run: Run) -> Trained | None:
+    """The figures of a training whose model is saved, but whose critic check was cut off."""
+    earlier = run.earlier.tallies.get("training") if run.earlier else None
+    saved = any((run.out / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if earlier is None or not saved:
+        return None
+    run.manifest.tallies |= {"training": earlier}
+    console.say("trained and saved already; only the critic check is left")
+    return Trained(**earlier)
+
+
+def _prepare(
+    setup: Setup, task: SftTask, records: list[FeedbackRecord], fallen: list[Fallen]
+) -> Ready[TokenSequence]:
+    """Everything that a training needs to know before its weights are loaded."""
+    tokenizer = load_tokenizer(task.model, chat_template=setup.options.chat_template)
+    prepared = prepare_sft(setup, tokenizer, records, task)
+    prepared.fallen = fallen + prepared.fallen
+    lengths = _lengths(prepared.train)
+    packing = decide_packing(task.packing, lengths, setup)
+    return Ready(tokenizer, prepared, fit(setup, largest_pass(lengths, packing, setup)), packing)
+
+
+def _lengths(sequences: list[TokenSequence]) -> list[int]:
+    return [len(sequence.input_ids) for sequence in sequences]
+
+
+def _show_plan(
+    setup: Setup, task: SftTask, records: list[FeedbackRecord], fallen: list[Fallen]
+) -> None:
+    if not records:
+        raise SrtError(f"{task.data}: no row is left to train on.")
+    ready = _prepare(setup, task, records, fallen)
+    prepared = ready.prepared
+    prepared.warnings += [setup.advice] if setup.advice else []
+    measured = None
+    if setup.options.probe:
+        measured = probe(ready, _lengths(prepared.train), train_sft)
+    show_plan(ready, plan_sft(ready, len(records) + len(fallen)), measured)
+
+
+def _train(
+    setup: Setup, task: SftTask, records: list[FeedbackRecord], fallen: list[Fallen], run: Run
+) -> Trained:
+    ready = _prepare(setup, task, records, fallen)
+    setup, prepared, packing = ready.fit.setup, ready.prepared, ready.packing
+    assert packing is not None
+    prepared.record(run, run.out / DROPPED)
+    run.manifest.tallies["packing"] = vars(packing)
+    console.say(packing.sentence())
+    run.manifest.models = {task.model: setup.place.describe()}
+    console.say(setup.place.sentence())
+    prompts = prompts_to_sample(
+        [record.prompt for record in records], setup.options.eval_split, setup.options.samples
+    )
+    sampler = Sampler(ready.tokenizer, prompts)
+    training = Training(setup, ready.tokenizer, run, sampler, packing.on)
+    outcome = train_sft(training, prepared.train, prepared.held_out)
+    run.manifest.tallies["training"] = vars(outcome.trained)
+    loss_on = ", ".join(task.targets.loss_on)
+    facts = {
+        "base": task.model,
+        "method": f"supervised fine-tuning ({setup.options.method}), loss on {loss_on}",
+        "sequences trained on": len(prepared.train),
+        "epochs": setup.values.epochs,
+        "learning rate": setup.values.learning_rate,
+    }
+    card = model_card(training, outcome.trained, "A model tuned by stage 1 of SRT", facts)
+    rows = [sequence.input_ids for sequence in prepared.train]
+    keep_model(outcome.model, training, card, rows)
+    run.save()
+    return outcome.trained
+
+
+# --- The training itself -----------------------------------------------------------------------
+
+
+def train_sft(
+    training: Training,
+    sequences: list[TokenSequence],
+    held_out: list[TokenSequence] | None = None,
+) -> Outcome:
+    """Fine-tune on the sequences' labels: TRL's SFTTrainer on our own token ids and masks."""
+    columns, setup = _columns_of(sequences), training.setup
+    batches = {}
+    if training.packed:
+        columns = pack(columns, pack_length(_lengths(sequences), setup.micro_batch))
+        packs = len(columns["input_ids"])
+        batches = {
+            "padding_free": True,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": packs_a_step(
+                len(sequences), packs, setup.values.global_batch, setup.processes
+            ),
+        }
+    rows = keep_rows(columns, training.out)
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    outcome = _train_everywhere(training, rows, lengths, batches, held_out or [])
+    assert outcome is not None
+    return outcome
+
+
+def _columns_of(sequences: list[TokenSequence]) -> Columns:
+    """Ids and labels, as TRL names them."""
+    return {
+        "input_ids": [sequence.input_ids for sequence in sequences],
+        "labels": [sequence.labels for sequence in sequences],
+    }
+
+
+@in_every_process
+def _train_everywhere(
+    training: Training,
+    rows: Dataset,
+    lengths: list[int],
+    batches: dict[str, Any],
+    held_out: list[TokenSequence],
+) -> Outcome | None:
+    setup = training.setup
+    arguments = trainer_arguments(training, evaluates=bool(held_out)) | {
+        # Our labels say what is trained; TRL is to change neither ids nor masks.
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "packing": False,
+    }
+    # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
+    config = SFTConfig(**arguments | batches | dict(setup.fields))
+    trainer = _PartwiseTrainer(
+        held_out=held_out,
+        order=LengthGroupedOrder(lengths, config.per_device_train_batch_size, setup.options.seed),
+        model=load_policy(setup),
+        args=config,
+        train_dataset=rows,
+        eval_dataset=Dataset.from_dict(dict(_columns_of(held_out))) if held_out else None,
+        processing_class=training.tokenizer,
+        peft_config=lora_config(setup.adapters),
+    )
+    trained = train(trainer, training)
+    model = whole_model(trainer, setup.adapters)
+    return None if model is None else Outcome(model, trained)
+
+
+# --- The loss on rows that are held out --------------------------------------------------------
+
+
+class _PartwiseTrainer(WatchedTrainer, SFTTrainer):
+    """An SFTTrainer that evaluates each part apart."""
+
+    def __init__(self, *, held_out: list[TokenSequence], **arguments: Any) -> None:
         self._held_out = held_out
         super().__init__(**arguments)
 
@@ -39,87 +256,67 @@ class _OwnSFTTrainer(OrderedTrainer, SFTTrainer):
         return loss_by_part(self, self._held_out, micro_batch, metric_key_prefix)
 
 
-def train_sft(
-    load_policy: Callable[[], PreTrainedModel | PeftModel],
-    tokenizer: PreTrainedTokenizerBase,
-    sequences: list[Sequence],
-    held_out: list[Sequence],
-    packing: Packing,
-    setup: Setup,
-    run: Run,
-    sampler: Sampler,
-) -> tuple[PreTrainedModel | PeftModel, Trained]:
-    """Fine-tune on the sequences' labels; returns the model, its adapter apart, and the figures."""
-    columns = columns_of(sequences)
-    if packing.on:
-        columns = packed(columns, setup)
-    rows = keep_rows(columns, run.out)
-    lengths = [len(ids) for ids in columns["input_ids"]]
-    batches = batch_arguments(len(sequences), len(rows), packing, setup)
-    model, trained = _train_everywhere(
-        load_policy, tokenizer, rows, lengths, batches, held_out, setup, run, sampler
-    )
-    assert model is not None
-    return model, trained
+def loss_by_part(
+    trainer: Trainer, sequences: list[TokenSequence], micro_batch: int, prefix: str
+) -> EvalLoopOutput:
+    """Mean loss over the trained tokens of all sequences: `loss`, and `loss_PART` for each part.
 
-
-def columns_of(sequences: list[Sequence]) -> dict[str, list[list[int]]]:
-    """Ids and labels, as TRL names them."""
-    return {
-        "input_ids": [sequence.input_ids for sequence in sequences],
-        "labels": [sequence.labels for sequence in sequences],
+    `loss` is that of the feedback records' parts; chats mixed in have their own. Each token weighs
+    the same, whichever batch and process it is in.
+    """
+    model: Any = trainer.model_wrapped
+    model.eval()
+    sums = torch.zeros(len(PARTS), 2, dtype=torch.float64)
+    accelerator = trainer.accelerator
+    own = _share_of_process(sequences, accelerator.process_index, accelerator.num_processes)
+    for start in range(0, len(own), micro_batch):
+        batch = own[start : start + micro_batch]
+        codes = [_part_codes(sequence) for sequence in batch]
+        inputs = _collate(trainer, batch, [sequence.labels for sequence in batch])
+        parts = _collate(trainer, batch, codes)["labels"][:, 1:]
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            losses = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs
+        for number in range(len(PARTS)):
+            places = parts == number
+            sums[number, 0] += losses[places].double().sum().cpu()
+            sums[number, 1] += places.sum().cpu()
+    # A device that sums in float32 rounds the mean at 1e-7, far below what a loss can tell.
+    summed = accelerator.reduce(sums.float().to(accelerator.device), reduction="sum").cpu()
+    metrics = {
+        f"{prefix}_loss_{part}": float(total / count)
+        for part, (total, count) in zip(PARTS, summed, strict=True)
+        if count
     }
+    total, count = summed[[PARTS.index(part) for part in FEEDBACK_PARTS]].sum(0)
+    metrics = {f"{prefix}_loss": float(total / count)} | metrics
+    return EvalLoopOutput(None, None, metrics, len(sequences))  # type: ignore[arg-type]
 
 
-def packed(columns: dict[str, list[list[int]]], setup: Setup) -> dict[str, list[list[int]]]:
-    """The same rows in packs that cost about as much memory as `--micro-batch` of them."""
-    lengths = [len(ids) for ids in columns["input_ids"]]
-    return pack(columns, pack_length(lengths, setup.micro_batch))
+def _share_of_process(
+    sequences: list[TokenSequence], process: int, processes: int
+) -> list[TokenSequence]:
+    """This process's sequences, by length; as many as every other's, so that none waits."""
+    ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
+    silent = TokenSequence("", ordered[0].input_ids, [IGNORED] * len(ordered[0].input_ids), ())
+    own = ordered[process::processes]
+    return own + [silent] * (-(-len(ordered) // processes) - len(own))
 
 
-def batch_arguments(rows: int, passes: int, packing: Packing, setup: Setup) -> dict[str, Any]:
-    """For `SFTConfig`: how much of the data is a forward pass, and how many passes are a step."""
-    if not packing.on:
-        return {}
-    share = packs_a_step(rows, passes, setup.values.global_batch, setup.processes)
-    return {
-        "padding_free": True,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": share,
-    }
+def _part_codes(sequence: TokenSequence) -> list[int]:
+    codes = [IGNORED] * len(sequence.input_ids)
+    for part, places in sequence.parts:
+        for place in places:
+            if sequence.labels[place] != IGNORED:
+                codes[place] = PARTS.index(part)
+    return codes
 
 
-@in_every_process
-def _train_everywhere(
-    load_policy: Callable[[], PreTrainedModel | PeftModel],
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Dataset,
-    lengths: list[int],
-    batches: dict[str, Any],
-    held_out: list[Sequence],
-    setup: Setup,
-    run: Run,
-    sampler: Sampler,
-) -> tuple[PreTrainedModel | PeftModel | None, Trained]:
-    arguments = training_arguments(setup, run.out) | {
-        # Our labels say what is trained; TRL is to change neither ids nor masks.
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-        "packing": False,
-    }
-    arguments |= batches
-    if held_out:
-        arguments |= evaluation_arguments(setup, run.out)
-    # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
-    config = SFTConfig(**arguments | setup.fields)
-    trainer = _OwnSFTTrainer(
-        held_out=held_out,
-        order=LengthGroupedOrder(lengths, config.per_device_train_batch_size, setup.seed),
-        model=load_policy(),
-        args=config,
-        train_dataset=rows,
-        eval_dataset=Dataset.from_dict(columns_of(held_out)) if held_out else None,
-        processing_class=tokenizer,
-        peft_config=lora_config(setup.adapters),
-    )
-    trained = train(trainer, run, setup, sampler)
-    return whole_model(trainer, setup.adapters), trained
+def _collate(
+    trainer: Trainer, batch: list[TokenSequence], labels: list[list[int]]
+) -> dict[str, Any]:
+    rows = [
+        {"input_ids": sequence.input_ids, "labels": marks}
+        for sequence, marks in zip(batch, labels, strict=True)
+    ]
+    inputs: Any = trainer.data_collator(rows)
+    return dict(trainer._prepare_inputs(inputs))
