@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +28,21 @@ ROOT = Path(__file__).parents[1]
 
 # A shell lets its background jobs ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONGEST = "test_learning.py"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # xdist would start the files with most tests first, and the longest, which has one, last.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, then the others by their number of tests."""
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != LONGEST, -counts[item.path], item.path))
 
 
 class Finished(NamedTuple):

@@ -58,7 +58,7 @@ def test_a_live_reference_is_the_model_that_training_starts_from(srt, tmp_path, 
     from transformers import AutoModelForCausalLM
 
     from srt_cli.models.weights import load_tokenizer
-    from srt_cli.training.place import Adapters, lora_config
+    from srt_cli.training.setup import Adapters, lora_config
 
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = get_peft_model(base, lora_config(Adapters(4, 8, 0.0, dora=False, rslora=False)))

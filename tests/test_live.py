@@ -216,10 +216,10 @@ def test_trackio_gets_the_metrics_and_keeps_off_stdout(tmp_path, tiny_model):
 def test_a_tracker_that_is_not_installed_is_one_sentence(sft, tmp_path, tracker, monkeypatch):
     import importlib.util
 
-    from srt_cli.training import trackers
+    from srt_cli.training import setup
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None if name == tracker else find(name))
+    monkeypatch.setattr(setup, "find_spec", lambda name: None if name == tracker else find(name))
     finished = sft("--report-to", tracker)
     assert finished.code == 1
     assert finished.stderr.count("\n") == 1

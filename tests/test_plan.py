@@ -242,9 +242,9 @@ def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model, mo
     from srt_cli.stages.dpo import Dpo
     from srt_cli.training import setup
     from srt_cli.training.memory import LargestPass, estimate_memory
-    from srt_cli.training.place import count_parameters, decide_training_place
+    from srt_cli.training.setup import count_parameters, decide_training_place
 
-    # Of bitsandbytes, which qlora needs, no estimate has any need.
+    # An estimate needs no bitsandbytes.
     monkeypatch.setattr(setup, "decide_training_place", lambda _: decide_training_place("full"))
     parameters = count_parameters(str(tiny_model))
 

@@ -17,7 +17,7 @@ from test_dpo import pair_rows
 from test_sft import feedback_rows
 
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.training import launch
+from srt_cli.training import processes
 from srt_cli.training.setup import divide_batch
 
 ROOT = Path(__file__).parents[1]
@@ -204,14 +204,14 @@ def test_a_file_that_accelerate_refuses_is_named_with_its_reason(srt, tmp_path):
 
 
 def test_a_configuration_for_gpus_is_refused_where_there_are_none(srt, monkeypatch):
-    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
+    monkeypatch.setattr(processes, "count_gpus", lambda: 0)
     finished = srt("sft", "--model", "m", "--accelerate-config", "fsdp2")
     assert finished.code == 2
     assert "needs GPUs, and this machine has none" in finished.stderr
 
 
 def test_more_processes_than_gpus_are_refused(srt, monkeypatch):
-    monkeypatch.setattr(launch, "count_gpus", lambda: 2)
+    monkeypatch.setattr(processes, "count_gpus", lambda: 2)
     for more in ((), ("--accelerate-config", "fsdp2")):
         finished = srt("sft", "--model", "m", "--num-processes", 8, *more)
         assert finished.code == 2
@@ -247,8 +247,8 @@ SHIPPED = {
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configurations_are_what_accelerates_parser_reads(name):
-    assert {path.stem for path in launch.SHIPPED.glob("*.yaml")} == set(SHIPPED)
-    config = launch.read_config(launch.find_config(name))
+    assert {path.stem for path in processes.SHIPPED.glob("*.yaml")} == set(SHIPPED)
+    config = processes.read_config(processes.find_config(name))
     assert config.distributed_type == SHIPPED[name]
     assert config.mixed_precision == "bf16"
     assert not config.use_cpu
@@ -274,7 +274,7 @@ def test_accelerate_passes_the_shipped_configurations_on_to_the_processes(name, 
         monkeypatch.setattr(
             accelerates, launcher, lambda arguments, by=launcher: started.update({by: arguments})
         )
-    launch._with_accelerate(launch.find_config(name), 4)()
+    processes._with_accelerate(processes.find_config(name), 4)()
     ((launcher, arguments),) = started.items()
     assert arguments.num_processes == 4
     assert arguments.training_script == "srt_cli"
@@ -295,8 +295,8 @@ def test_gathered_weights_make_an_ordinary_model_again(adapters, tiny_model):
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from srt_cli.training.place import Adapters, lora_config
     from srt_cli.training.saving import rebuild
+    from srt_cli.training.setup import Adapters, lora_config
 
     kind = Adapters(r=4, alpha=8, dropout=0.0, dora=False, rslora=False) if adapters else None
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)

@@ -7,8 +7,8 @@ from typing import Literal
 from srt_cli.errors import UsageError
 from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
-from srt_cli.training.launch import run_in_processes
 from srt_cli.training.options import LossType, TrainingOptions
+from srt_cli.training.processes import run_in_processes
 from srt_cli.training.rows import DpoTask, model_that_wrote
 
 

@@ -8,8 +8,8 @@ from srt_cli.errors import UsageError
 from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
 from srt_cli.runs.run import inherited
-from srt_cli.training.launch import run_in_processes
 from srt_cli.training.options import TrainingOptions
+from srt_cli.training.processes import run_in_processes
 from srt_cli.training.rows import SftTask, parse_mix, parse_targets
 
 

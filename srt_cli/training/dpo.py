@@ -29,7 +29,6 @@ from srt_cli.training.health import DpoStart
 from srt_cli.training.loop import Outcome, Trained, WatchedTrainer, train, trainer_arguments
 from srt_cli.training.memory import LargestPass, fit
 from srt_cli.training.options import LossType, TrainingOptions
-from srt_cli.training.place import lora_config, sharding
 from srt_cli.training.plan import Ready, plan_dpo, show_plan
 from srt_cli.training.probe import probe
 from srt_cli.training.processes import in_every_process
@@ -37,7 +36,7 @@ from srt_cli.training.rows import DpoTask, model_that_wrote, prompts_to_sample
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
 from srt_cli.training.sequences import PairIds
-from srt_cli.training.setup import Setup, Training, load_policy, set_up
+from srt_cli.training.setup import Setup, Training, load_policy, lora_config, set_up, sharding
 
 # Of a log-prob, which other company in a batch may change by rounding alone.
 TOLERANCE_FP32: Final = 1e-4

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import end_of_turn_id
 from srt_cli.records import FeedbackRecord, Preference, Record
-from srt_cli.training.place import positions_of
 from srt_cli.training.rows import (
     PARTS,
     Chat,
@@ -30,7 +29,7 @@ from srt_cli.training.sequences import (
     refinement_feedback_sequence,
     refinement_sequence,
 )
-from srt_cli.training.setup import Setup
+from srt_cli.training.setup import Setup, positions_of
 
 LENGTH_RATIO_TO_WARN_AT: Final = 1.3
 Ids = TypeVar("Ids", TokenSequence, PairIds)

@@ -1,9 +1,11 @@
 """Run a TRL trainer so that it can be watched, stopped, killed and resumed bit for bit."""
 
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from srt_cli import console
 from srt_cli.console import ProgressLine
@@ -39,15 +42,14 @@ from srt_cli.training.checkpoints import (
 )
 from srt_cli.training.meter import TokenMeter, meter_for, throughput
 from srt_cli.training.options import TrainingOptions
-from srt_cli.training.place import sharding
 from srt_cli.training.processes import AgreedStop, is_main, team
 from srt_cli.training.samples import SAMPLES, summarise
-from srt_cli.training.setup import CHECKPOINTS, Training, training_arguments
-from srt_cli.training.trackers import keep_events_beside, tracking
+from srt_cli.training.setup import CHECKPOINTS, PROJECT, Training, sharding, training_arguments
 
 EVALUATIONS_A_RUN: Final = 10
 SAVE_EVERY_SECONDS: Final = 600.0
 METRICS: Final = "metrics.jsonl"
+EVENTS: Final = "tensorboard"
 SHOWN: Final = {
     "loss": ("loss", ".3f"),
     "eval_loss": ("eval loss", ".3f"),
@@ -163,7 +165,7 @@ def train(
     trainer.meter = meter_for(trainer.model, setup.place, setup.processes, base_frozen=frozen)
     started = time.monotonic()
     trackers = options.report_to if is_main() else ()
-    with tracking(trackers, run.out), console.progress("training", None) as progress:
+    with _tracking(trackers, run.out), console.progress("training", None) as progress:
         watch = Watch(
             training, trainer.meter, progress, start, mark,
             steps=[row for row in rows if "loss" in row],
@@ -174,7 +176,7 @@ def train(
         trainer.remove_callback(ProgressCallback)
         # Set only now: transformers would insist that its own schedule of checkpoints finds the best.
         trainer.args.load_best_model_at_end = options.early_stopping is not None
-        keep_events_beside(trainer, run.out)
+        _keep_events_beside(trainer, run.out)
         with (
             _stop_after_the_step(watch),
             _deterministic(options.deterministic),
@@ -406,3 +408,50 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     option = orjson.OPT_APPEND_NEWLINE
     path.write_bytes(b"".join(orjson.dumps(row, option=option) for row in kept))
     return kept
+
+
+# --- Trackers: transformers' own integrations, only when asked for -----------------------------
+
+
+def _keep_events_beside(trainer: Trainer, out: Path) -> None:
+    """TensorBoard's files would stand among the checkpoints, and go with them."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(out / EVENTS)
+
+
+@contextmanager
+def _tracking(names: Sequence[str], out: Path) -> Iterator[None]:
+    """Open what needs an account before the first step, and close it; trackers talk on stderr.
+
+    Raises `SrtError` when Weights & Biases will not take the run.
+    """
+    if not names:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        finish = _open_wandb(out) if "wandb" in names else None
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if finish is not None:
+                finish(exit_code=int(failed))
+
+
+def _open_wandb(out: Path) -> Any:
+    """Begin the run that transformers' integration will find; gives what ends it."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    try:
+        # The integration itself would take the project huggingface.
+        wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=str(out))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise SrtError(
+            f"--report-to wandb: {reason}. To keep the run on this machine instead, set "
+            "WANDB_MODE=offline."
+        ) from error
+    return wandb.finish

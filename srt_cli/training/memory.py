@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from srt_cli.training.place import config_of, lora_config, sharding
-from srt_cli.training.setup import Setup
+from srt_cli.training.setup import Setup, config_of, lora_config, sharding
 
 SAFE_SHARE: Final = 0.9
 """Of what is free on a device; the rest is for fragments and the libraries' own buffers."""

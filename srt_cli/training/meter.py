@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from srt_cli.training.place import TrainingPlace
+from srt_cli.training.setup import TrainingPlace
 
 # Multiply-adds count twice; forward 2, and backward 2 for the activations and 2 for the weights.
 FLOPS_A_PARAMETER: Final = 6

@@ -27,9 +27,8 @@ from srt_cli.models.weights import (
 from srt_cli.training.checkpoints import full_disk_in_one_sentence
 from srt_cli.training.loop import Trained
 from srt_cli.training.options import TrainingOptions
-from srt_cli.training.place import Adapters, lora_config
 from srt_cli.training.processes import is_main
-from srt_cli.training.setup import Setup, Training
+from srt_cli.training.setup import Adapters, Setup, Training, lora_config
 
 HALF: Final = "half-saved"
 LAST: Final = ("config.json", ADAPTER_CONFIG)

@@ -2,33 +2,43 @@
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from peft import PeftModel
+import torch
+from accelerate import init_empty_weights
+from peft import LoraConfig, PeftModel
 from pydantic import TypeAdapter, ValidationError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+from transformers.utils.import_utils import is_flash_attn_2_available
 from trl import DPOConfig, SFTConfig
 
 from srt_cli import console
-from srt_cli.errors import UsageError
-from srt_cli.models.weights import Loading, base_of, load_weights, resolve_source
-from srt_cli.runs.run import Run
-from srt_cli.training.options import TrainingOptions
-from srt_cli.training.place import (
-    Adapters,
-    TrainingPlace,
-    accelerate_checkpoints,
-    adapters_of,
-    count_parameters,
-    decide_training_place,
-    quantization,
-    sharding,
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.models.weights import (
+    Loading,
+    Placement,
+    base_of,
+    decide_placement,
+    load_weights,
+    resolve_source,
 )
+from srt_cli.runs.run import Run
+from srt_cli.training.options import Method, TrainingOptions
 from srt_cli.training.processes import team
 from srt_cli.training.recipes import (
     Hyperparameters,
@@ -37,7 +47,6 @@ from srt_cli.training.recipes import (
     choose_hyperparameters,
 )
 from srt_cli.training.samples import Sampler
-from srt_cli.training.trackers import check_trackers, tracker_arguments
 
 CHECKPOINTS: Final = "checkpoints"
 CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
@@ -45,6 +54,14 @@ CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
     "dpo": DPOConfig,
 }
 
+# Any one of these serves; the first is in the extra of the tracker's name.
+PACKAGES: Final = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
+PROJECT: Final = "srt"
+"""Of the trackers."""
 # Fields that an option of ours, or the way we run, decides: setting them apart would contradict it.
 DECIDED: Final[Mapping[str, str]] = {
     "output_dir": "--out", "num_train_epochs": "--epochs", "learning_rate": "--learning-rate",
@@ -59,6 +76,134 @@ DECIDED: Final[Mapping[str, str]] = {
     "save_strategy": "--save-every", "save_steps": "--save-every",
     "trust_remote_code": "--trust-remote-code",
 }  # fmt: skip
+
+
+# --- Where it computes -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingPlace:
+    """Where and how a training computes, with the reason; for the manifest."""
+
+    placement: Placement
+    bf16: bool
+    """Whether matrix products are computed in bfloat16 (autocast)."""
+    attention: str
+    """As transformers' `attn_implementation` names it."""
+    checkpointing: bool
+    """Whether activations are recomputed in the backward pass instead of kept."""
+    checkpointing_reason: str = "not decided yet"
+
+    def describe(self) -> dict[str, Any]:
+        """Device, weights' dtype, autocast, attention, and why."""
+        return self.placement.describe() | {
+            "bf16_autocast": self.bf16,
+            "attention": self.attention,
+            "activation_checkpointing": self.checkpointing,
+            "activation_checkpointing_reason": self.checkpointing_reason,
+        }
+
+    def sentence(self) -> str:
+        """For the terminal."""
+        dtype = str(self.placement.dtype).removeprefix("torch.")
+        twice = "activations computed twice" if self.checkpointing else "activations kept"
+        return (
+            f"training on {self.placement.device}, {dtype} weights: {self.placement.reason}; "
+            f"{twice}: {self.checkpointing_reason}"
+        )
+
+
+def decide_training_place(method: Method) -> TrainingPlace:
+    """Device and formats for this machine; `memory.fit` decides about checkpointing later.
+
+    Weights that are trained stay float32, with bfloat16 products where the device computes them;
+    weights that only carry adapters are bfloat16 there. Raises `SrtError` for qlora without
+    bitsandbytes.
+    """
+    found = decide_placement()
+    bf16 = found.dtype == torch.bfloat16
+    if method == "qlora" and find_spec("bitsandbytes") is None:
+        raise SrtError(
+            "--method qlora needs the package bitsandbytes: pip install 'srt-cli[quant]'."
+        )
+    if method == "full" or not bf16:
+        reason = f"{found.reason}; weights stay float32 while they are trained"
+        placement = Placement(found.device, torch.float32, reason)
+    else:
+        reason = f"{found.reason}; only the adapters are trained, in float32"
+        placement = Placement(found.device, found.dtype, reason)
+    on_gpu = found.device == "cuda"
+    attention = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
+    return TrainingPlace(placement, bf16, attention, checkpointing=False)
+
+
+def sharding() -> Literal["fsdp", "zero"] | None:
+    """Whether accelerate spreads the weights over the GPUs, as its launcher says; never on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    if _is_on("ACCELERATE_USE_FSDP"):
+        return "fsdp"
+    return "zero" if _is_on("ACCELERATE_USE_DEEPSPEED") else None
+
+
+def accelerate_checkpoints() -> bool:
+    """Whether FSDP itself recomputes activations; transformers must not do it too."""
+    return sharding() == "fsdp" and _is_on("FSDP_ACTIVATION_CHECKPOINTING")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+# --- Adapters ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Rank, scale, dropout and kind, as peft's `LoraConfig` names them."""
+
+    r: int
+    alpha: int
+    dropout: float
+    dora: bool
+    rslora: bool
+
+
+def adapters_of(options: TrainingOptions, values: Hyperparameters) -> Adapters | None:
+    """The adapters that a training uses; None when it trains all weights."""
+    if options.method == "full":
+        return None
+    return Adapters(
+        values.lora_r, values.lora_alpha, values.lora_dropout, options.dora, options.rslora
+    )
+
+
+def lora_config(adapters: Adapters | None) -> LoraConfig | None:
+    """All linear layers but the head: attention-only adapters lose at equal size."""
+    if adapters is None:
+        return None
+    return LoraConfig(
+        r=adapters.r,
+        lora_alpha=adapters.alpha,
+        lora_dropout=adapters.dropout,
+        use_dora=adapters.dora,
+        use_rslora=adapters.rslora,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
+def quantization() -> BitsAndBytesConfig:
+    """Four bits as in QLoRA (arXiv 2305.14314): NF4, double quantization."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
+
+
+# --- The setup ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,6 +326,52 @@ def check_early_stopping(options: TrainingOptions) -> None:
         raise UsageError("--early-stopping waits for 1 evaluation or more.")
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `SrtError` for a tracker whose package is not installed."""
+    for name in names:
+        if not any(find_spec(package) for package in PACKAGES[name]):
+            raise SrtError(
+                f"--report-to {name} needs the package {PACKAGES[name][0]}: "
+                f"pip install 'srt-cli[{name}]'."
+            )
+
+
+# --- The model itself --------------------------------------------------------------------------
+
+
+def config_of(name: str) -> PretrainedConfig | None:
+    """A model's configuration, of an adapter its base's; None when it is not on this machine."""
+    try:
+        source = str(resolve_source(base_of(name)))
+        config = AutoConfig.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return None
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def count_parameters(name: str) -> int | None:
+    """How many parameters a model has, from its configuration alone; None when that is not here."""
+    config = config_of(name)
+    if config is None:
+        return None
+    try:
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()  # building without data has untied what the configuration ties
+        return int(model.num_parameters())
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def positions_of(name: str) -> int | None:
+    """How many positions a model has; None when its configuration does not say, or is not here."""
+    config = config_of(name)
+    text = config.get_text_config() if config is not None else None
+    positions = getattr(text, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
 def load_policy(setup: Setup) -> PreTrainedModel | PeftModel:
     """The weights on their device, in train mode; in 4 bits for qlora.
 
@@ -245,6 +436,13 @@ def training_arguments(setup: Setup, out: Path) -> dict[str, Any]:
         # Every weight has a part in every loss; looking for others costs time in each step.
         "ddp_find_unused_parameters": False,
     }
+
+
+def tracker_arguments(names: Sequence[str], out: Path) -> dict[str, Any]:
+    """For TRL's configs; without a name nothing is reported to anyone."""
+    if not names:
+        return {"report_to": "none"}
+    return {"report_to": list(names), "run_name": str(out), "project": PROJECT}
 
 
 def parse_fields(given: Sequence[str], config_class: type[TrainingArguments]) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from srt_cli.training.examples import prepare_sft
 from srt_cli.training.loop import Outcome, Trained, WatchedTrainer, train, trainer_arguments
 from srt_cli.training.memory import fit
 from srt_cli.training.options import TrainingOptions
-from srt_cli.training.place import lora_config
 from srt_cli.training.plan import Ready, plan_sft, show_plan
 from srt_cli.training.probe import probe
 from srt_cli.training.processes import in_every_process
@@ -52,7 +51,7 @@ from srt_cli.training.rows import (
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
 from srt_cli.training.sequences import IGNORED, TokenSequence
-from srt_cli.training.setup import Setup, Training, load_policy, set_up
+from srt_cli.training.setup import Setup, Training, load_policy, lora_config, set_up
 
 DROPPED: Final = "sft.jsonl"
 """Beside it stands the file of dropped rows."""
