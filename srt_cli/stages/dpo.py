@@ -82,7 +82,6 @@ def _prefer(options: Dpo) -> None:
     task = DpoTask(
         prefs=options.prefs,
         model=model,
-        out=options.out,
         model_given=options.model is not None,
         label_smoothing=options.label_smoothing,
         nll_weight=options.nll_weight,

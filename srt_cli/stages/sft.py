@@ -88,7 +88,6 @@ def _fine_tune(options: Sft) -> None:
     task = SftTask(
         data=options.data,
         model=model,
-        out=options.out,
         targets=targets,
         mixes=mixes,
         packing=options.packing,

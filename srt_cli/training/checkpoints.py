@@ -27,23 +27,19 @@ WHOLE_MARKER: Final = "whole"
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def open_training(
-    setup: Setup, out: Path, inputs: Mapping[str, Path], resolved: Mapping[str, Any]
-) -> Run:
-    """Begin or continue the run that trains into `out`.
+def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[str, Any]) -> Run:
+    """Begin or continue the run that trains into `--out`.
 
-    `resolved` are settings that the command line left open. Raises `SrtError` when what stands in
-    `out` was trained with other settings, data or templates.
+    `resolved` are settings that the command line left open. Raises `SrtError` when the model there
+    was trained with other settings, data or templates.
     """
     options = setup.options
     if options.overwrite:
-        clear_directory(out)
+        clear_directory(options.out)
     run = open_run(
         setup.stage,
         options,
-        out,
         inputs=dict(inputs) | template_input(options.chat_template),
-        overwrite=options.overwrite,
         directory=True,
         resolved={"model": setup.model} | setup.values.settings(setup.stage) | dict(resolved),
     )

@@ -55,7 +55,7 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
         return
     smoothing = objective.label_smoothing
     resolved = {"label_smoothing": repr(smoothing)} if smoothing else {}
-    run = open_training(setup, task.out, {"prefs": task.prefs}, resolved)
+    run = open_training(setup, {"prefs": task.prefs}, resolved)
     if not run.complete:
         with run:
             if setup.advice is not None:
@@ -67,7 +67,7 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
             f"{trained.sentence()}; loss {trained.first_loss:.4f} to {trained.final_loss:.4f}; "
             f"reference: {task.model}"
         )
-    finish_training(options, task.out, f"srt eval --model {task.out}")
+    finish_training(options, f"srt eval --model {options.out}")
 
 
 def why_not_of_this_model(task: DpoTask) -> str | None:
@@ -118,22 +118,20 @@ def _train(
     if warning := why_not_of_this_model(task):
         run.warn(warning)
     reference = what_the_reference_is(setup)
-    run.manifest.models = {
-        "policy": {"spec": task.model, **setup.place.describe()},
-        "reference": {
-            "spec": task.model,
-            "weights": fingerprint_of(task.model),
-            "is": reference,
-        },
-    }
+    weights = fingerprint_of(task.model)
+    run.describe_models(
+        {
+            "policy": {"spec": task.model, **setup.place.describe()},
+            "reference": {"spec": task.model, "weights": weights, "is": reference},
+        }
+    )
     console.say(setup.place.sentence())
     prompts = prompts_to_sample(
         [pair.prompt for pair in pairs], setup.options.eval_split, setup.options.samples
     )
     training = Training(setup, ready.tokenizer, run, Sampler(ready.tokenizer, prompts))
     outcome = train_dpo(training, prepared.train, prepared.held_out, objective)
-    run.manifest.tallies["reference_seconds"] = outcome.reference_seconds
-    run.manifest.tallies["training"] = vars(outcome.trained)
+    run.tally({"reference_seconds": outcome.reference_seconds, "training": vars(outcome.trained)})
     values = setup.values
     facts = {
         "base and reference": task.model,
@@ -242,7 +240,7 @@ def label_smoothing_of(task: DpoTask) -> float:
         return 0.0
     if given == "auto":
         manifest = read_manifest(task.prefs)
-        audit = manifest.tallies.get("audit") if manifest is not None else None
+        audit = manifest.tally("audit", dict[str, Any]) if manifest is not None else None
         if not audit or audit.get("noise") is None:
             raise SrtError(
                 f"{task.prefs}: was never audited, so --label-smoothing auto knows nothing. Run srt "

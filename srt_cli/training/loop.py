@@ -184,14 +184,14 @@ def train(
         ):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state = trainer.state
-    run.manifest.progress = f"{state.global_step} of {state.max_steps} steps"
+    early = ", stopped early" if watch.stopped_early and not watch.stop_asked else ""
+    run.reached(f"{state.global_step} of {state.max_steps} steps{early}")
     if watch.stop_asked:
         raise AgreedStop
-    if watch.stopped_early:
-        run.manifest.progress += ", stopped early"
     if warning := health.never_left_warm_up(watch.steps):
         run.warn(warning)
-    run.manifest.tallies |= {"samples": summarise(sampler.rows)} if sampler.rows else {}
+    if sampler.rows:
+        run.tally({"samples": summarise(sampler.rows)})
     best = best_evaluation(watch.evaluations) if options.early_stopping is not None else None
     figures: dict[str, Any] = throughput(watch.steps)
     return Trained(

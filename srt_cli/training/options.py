@@ -24,6 +24,8 @@ RecipeName = Literal["srt", "tulu2", "tulu3", "zephyr", "smol", "apo"]
 class TrainingOptions:
     """How weights are trained; names as in TRL and peft where they have one."""
 
+    out: Path
+    """Each stage declares it, for each has its own default."""
     recipe: RecipeName = setting(
         "srt", "Where values that are not given come from: the paper (srt), or a published recipe.",
         group="Training", common=True,

@@ -58,7 +58,7 @@ class Prepared(Generic[Example]):
     def record(self, run: Run, dropped_beside: Path) -> None:
         """Record in the run what was dropped, and say the rest."""
         write_dropped(dropped_beside, self.fallen)
-        run.manifest.tallies |= self.tallies | {"dropped": dict(self.reasons)}
+        run.tally(self.tallies | {"dropped": dict(self.reasons)})
         for sentence in self.sentences:
             console.say(sentence)
         for warning in self.warnings:
@@ -262,7 +262,6 @@ class SftTask:
 
     data: Path
     model: str
-    out: Path
     targets: Targets
     mixes: Sequence[Mix]
     packing: PackingChoice
@@ -278,7 +277,6 @@ class DpoTask:
 
     prefs: Path
     model: str
-    out: Path
     model_given: bool
     """Whether --model named the model, and not the manifest of the preferences."""
     label_smoothing: str | None

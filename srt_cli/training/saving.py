@@ -89,7 +89,7 @@ def keep_model(
         + ("" if exact else " (trained on 4 bits, read on all)")
     )
     found |= {"largest_logit_difference": difference, "rows_compared": len(probe)}
-    training.run.manifest.tallies["saved"] = found
+    training.run.tally({"saved": found})
 
 
 def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -136,12 +136,12 @@ def _say_what_merging_changed(
     return found
 
 
-def finish_training(options: TrainingOptions, out: Path, then: str) -> None:
+def finish_training(options: TrainingOptions, then: str) -> None:
     """Upload the model if that was asked for, and say where it is and which command is next."""
     if options.push_to_hub is not None:
-        address = push_model(out, options.push_to_hub, public=options.hub_public)
+        address = push_model(options.out, options.push_to_hub, public=options.hub_public)
         console.say(f"uploaded to {address}")
-    console.finish(f"{out}: a model", then)
+    console.finish(f"{options.out}: a model", then)
 
 
 # --- Adapter and base become one model, never in 4 bits ----------------------------------------

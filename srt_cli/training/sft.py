@@ -67,7 +67,7 @@ def fine_tune(options: TrainingOptions, task: SftTask) -> None:
         return
     inputs = {"data": task.data}
     inputs |= {f"mix_{number}": mix.path for number, mix in enumerate(task.mixes, start=1)}
-    run = open_training(setup, task.out, inputs, {})
+    run = open_training(setup, inputs, {})
     if not run.complete:
         with run:
             if setup.advice is not None:
@@ -83,7 +83,7 @@ def fine_tune(options: TrainingOptions, task: SftTask) -> None:
         console.say(
             f"{trained.sentence()}; loss {trained.first_loss:.3f} to {trained.final_loss:.3f}"
         )
-    finish_training(options, task.out, f"srt self-critique --model {task.out}")
+    finish_training(options, f"srt self-critique --model {options.out}")
 
 
 def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
@@ -91,7 +91,7 @@ def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     rows = kept + len(fallen)
     console.say(f"{rows} rows: {kept} kept" + (f"; dropped: {reasons}" if reasons else ""))
-    run.manifest.tallies |= {"rows": rows, "kept": kept}
+    run.tally({"rows": rows, "kept": kept})
     if not kept:
         dropped = write_dropped(run.out / DROPPED, fallen)
         raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped}.")
@@ -99,13 +99,13 @@ def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
 
 def _trained_before(run: Run) -> Trained | None:
     """The figures of a training whose model is saved, but whose critic check was cut off."""
-    earlier = run.earlier.tallies.get("training") if run.earlier else None
+    earlier = run.earlier.tally("training", Trained) if run.earlier else None
     saved = any((run.out / name).is_file() for name in ("config.json", "adapter_config.json"))
     if earlier is None or not saved:
         return None
-    run.manifest.tallies |= {"training": earlier}
+    run.tally({"training": vars(earlier)})
     console.say("trained and saved already; only the critic check is left")
-    return Trained(**earlier)
+    return earlier
 
 
 def _prepare(
@@ -145,9 +145,9 @@ def _train(
     setup, prepared, packing = ready.fit.setup, ready.prepared, ready.packing
     assert packing is not None
     prepared.record(run, run.out / DROPPED)
-    run.manifest.tallies["packing"] = vars(packing)
+    run.tally({"packing": vars(packing)})
     console.say(packing.sentence())
-    run.manifest.models = {task.model: setup.place.describe()}
+    run.describe_models({task.model: setup.place.describe()})
     console.say(setup.place.sentence())
     prompts = prompts_to_sample(
         [record.prompt for record in records], setup.options.eval_split, setup.options.samples
@@ -155,7 +155,7 @@ def _train(
     sampler = Sampler(ready.tokenizer, prompts)
     training = Training(setup, ready.tokenizer, run, sampler, packing.on)
     outcome = train_sft(training, prepared.train, prepared.held_out)
-    run.manifest.tallies["training"] = vars(outcome.trained)
+    run.tally({"training": vars(outcome.trained)})
     loss_on = ", ".join(task.targets.loss_on)
     facts = {
         "base": task.model,
