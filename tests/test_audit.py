@@ -12,7 +12,8 @@ from srt_cli.pairs.pairing import Pairing, Sample, pair_key, refined_of, text_ke
 from srt_cli.pairs.rows import FeedbackRow
 from srt_cli.records import Message, Preference
 from srt_cli.runs.jsonl import to_line
-from srt_cli.stages.dpo import Dpo, label_smoothing_of
+from srt_cli.stages.dpo import Dpo
+from srt_cli.training.dpo import label_smoothing_of
 
 JUDGES = """
 def truth(prompt, a, b):
