@@ -28,7 +28,7 @@ from srt_cli.options import (
     without_none,
 )
 
-STOPPED: Final = "stopped; what is complete is written. Run the same line to go on."
+STOPPED: Final = "stopped; what is complete is written. Run the same line to continue."
 
 
 class Stage(NamedTuple):
@@ -279,7 +279,7 @@ def main() -> None:
 def _describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     reason = error.strerror or str(error)
-    hint = " Free some space and run the same line again." if error.errno == 28 else ""
+    hint = " Free some space, then run the same line again." if error.errno == 28 else ""
     return f"{where}{reason[:1].lower()}{reason[1:]}.{hint}"
 
 

@@ -1,6 +1,6 @@
 """What can go wrong, and the exit code that says so.
 
-SrtError            1    the user can mend it: one or two sentences, no traceback
+SrtError            1    the user can fix it: one or two sentences, no traceback
 ├─ UsageError       2    the command line itself is wrong
 ├─ TooManyFailures  3    the run finished, but more rows failed than `--max-failures`
 ├─ BudgetReached    4    a cap on cost, tokens or requests was reached
@@ -14,7 +14,7 @@ an error at all: it is data with a status (`records.Status`).
 
 
 class SrtError(Exception):
-    """Something the user can mend; the message says where, what, and what to do next."""
+    """Something the user can fix; the message says where, what, and what to do next."""
 
     exit_code = 1
 

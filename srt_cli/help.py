@@ -57,8 +57,12 @@ def command_page(command: str, options_class: type[Any], *, everything: bool) ->
     width = _width()
     story, examples = _story_and_examples(options_class)
     groups: dict[str, list[Entry]] = {group: [] for group in GROUPS}
-    # A stage's own options first, then those that it shares with others.
-    for field in sorted(fields(options_class), key=lambda field: not is_own(options_class, field)):
+    # What a person needs first; among equals, a stage's own options before those that it shares.
+    listed = {
+        field: (not is_common(options_class, field), not is_own(options_class, field))
+        for field in fields(options_class)
+    }
+    for field in sorted(listed, key=lambda field: listed[field]):
         if everything or is_common(options_class, field):
             groups[group_of(options_class, field)].append(_entry(field))
     groups["Run"].append(CONFIG)

@@ -52,11 +52,11 @@ class ApiOptions:
         False, "Use the Batch API: half the price, within 24 hours.", group="Calls and money"
     )
     batch_poll: float = runtime(
-        60.0, "Look at a batch every so many seconds.",
+        60.0, "Seconds between checks on a batch.",
         group="Calls and money", metavar="SECONDS",
     )  # fmt: skip
     max_failures: int | None = runtime(
-        None, "Exit with 3 when more than this many rows fail.", group="Run"
+        None, "Exit with status 3 if more than this many rows fail.", group="Run"
     )
     api_key: tuple[str, ...] = runtime(
         (), "The environment variable that holds the key of a host. Repeatable.",

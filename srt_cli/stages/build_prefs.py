@@ -90,7 +90,7 @@ class BuildPrefs(ApiOptions):
         group="Pairs",
     )  # fmt: skip
     near_duplicates: float | None = setting(
-        None, "Drop prompts that share this much with another, or with an excluded one: e.g. 0.8.",
+        None, "Drop prompts at least this similar to another or to an excluded one, e.g. 0.8.",
         group="Pairs", metavar="SHARE",
     )  # fmt: skip
     exclude: tuple[Path, ...] = setting(

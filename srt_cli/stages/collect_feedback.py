@@ -22,7 +22,7 @@ COMMAND = "collect-feedback"
 class CollectFeedback(CallOptions):
     """Let a policy answer prompts, and a critic write feedback and a refinement for each answer.
 
-    The critic is asked twice a row: once for weaknesses, suggestions, a score and an improved
+    The critic is asked twice per row: once for weaknesses, suggestions, a score and an improved
     response (paper, Table 1), and once, blind, for the score of that improved response. Nothing is
     filtered here: every input row ends in exactly one status.
 

@@ -76,11 +76,11 @@ class SelfCritique(CallOptions):
         1, "Judgements to average for each answer's expected score.", group="Critic"
     )
     check: str | None = setting(
-        None, "A program that knows good answers: python:FILE:CALLABLE.",
+        None, "A program that tells good answers from bad: python:FILE:CALLABLE.",
         group="Critic", metavar="SPEC",
     )  # fmt: skip
     good_score: float = setting(
-        8.0, "The model calls an answer good from this score on.", group="Critic"
+        8.0, "Take the model to call an answer good from this score up.", group="Critic"
     )
     num_processes: int = runtime(
         1, "Split the rows over N processes, each with its own GPU.",

@@ -17,9 +17,9 @@ from srt_cli.training.rows import SftTask, parse_mix, parse_targets
 class Sft(TrainingOptions):
     """Fine-tune the policy on response, feedback and refinement.
 
-    Kept are rows that pass the paper's two rules: feedback in the complete format, and a
-    refinement scored not lower than its draft. The loss covers response, feedback and refinement
-    (paper, Eq. 1) or those that --loss-on names; prompt and critique request carry none.
+    It keeps the rows that pass the paper's two rules: feedback in the complete format, and a
+    refinement scored no lower than its draft. The loss covers response, feedback and refinement
+    (paper, Eq. 1), or the parts that --loss-on names; prompt and critique request carry none.
 
     Examples:
       srt sft --data feedback.jsonl --model models/base
@@ -40,7 +40,7 @@ class Sft(TrainingOptions):
         group="Output", common=True, metavar="DIRECTORY",
     )  # fmt: skip
     loss_on: str = setting(
-        "response,feedback,refinement", "The parts that carry loss (paper: all three).",
+        "response,feedback,refinement", "Parts that carry loss (paper: all three).",
         group="Loss", common=True, metavar="PARTS",
     )  # fmt: skip
     drop: str | None = setting(
@@ -56,14 +56,14 @@ class Sft(TrainingOptions):
         group="Loss",
     )  # fmt: skip
     mix: tuple[str, ...] = setting(
-        (), "Mix in other chats (messages, or prompt and response): WEIGHT of them for each row of "
+        (), "Mix in other chats (messages, or prompt and response): WEIGHT chats per row of "
         "feedback. Repeatable.", group="Data", metavar="FILE:WEIGHT",
     )  # fmt: skip
     packing: Literal["auto", "bfd", "off"] = setting(
         "auto", "Pack several rows into one pass without padding (bfd), each seeing only itself. "
         "auto: where it pays.", group="Training",
     )  # fmt: skip
-    good_score: float = setting(8.0, "An answer counts as good from this score on.", group="Loss")
+    good_score: float = setting(8.0, "Count an answer as good from this score up.", group="Loss")
     critic_check: int = runtime(
         16, "Let the tuned model score N of the answers, to show whether it knows good from bad.",
         group="Output",

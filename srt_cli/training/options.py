@@ -27,7 +27,7 @@ class TrainingOptions:
     out: Path
     """Each stage declares it, for each has its own default."""
     recipe: RecipeName = setting(
-        "srt", "Where values that are not given come from: the paper (srt), or a published recipe.",
+        "srt", "Where unset values come from: the paper (srt) or a published recipe.",
         group="Training", common=True,
     )  # fmt: skip
     method: Method = setting(
@@ -49,7 +49,7 @@ class TrainingOptions:
         None, "Rows per forward pass.", otherwise="2 on a CPU, 8 on a GPU", group="Training"
     )
     lr_schedule: LearningRateSchedule | None = setting(
-        None, "Course of the learning rate.", otherwise="the recipe's (paper: cosine)",
+        None, "Schedule of the learning rate.", otherwise="the recipe's (paper: cosine)",
         group="Training",
     )  # fmt: skip
     warmup: float | None = setting(
@@ -98,7 +98,7 @@ class TrainingOptions:
         group="Data", metavar="SHARE",
     )  # fmt: skip
     eval_every: int | None = setting(
-        None, "Steps between evaluations.", otherwise="ten evaluations per training",
+        None, "Steps between evaluations.", otherwise="ten evaluations in all",
         group="Training", metavar="STEPS",
     )  # fmt: skip
     seed: int = setting(42, "Seed of the data order and of dropout.", group="Training", common=True)
@@ -108,8 +108,8 @@ class TrainingOptions:
         group="Many processes", common=True,
     )  # fmt: skip
     accelerate_config: str | None = runtime(
-        None, "How processes share the work: multi_gpu, fsdp2, zero2, zero3, or a file of "
-        "accelerate.", group="Many processes", metavar="NAME|FILE",
+        None, "How processes share the work: multi_gpu, fsdp2, zero2, zero3, or an "
+        "accelerate config file.", group="Many processes", metavar="NAME|FILE",
     )  # fmt: skip
     dry_run: bool = runtime(
         False, "Show the plan: rows, tokens, steps, memory and values. Write nothing.",
@@ -134,7 +134,7 @@ class TrainingOptions:
         group="Training",
     )  # fmt: skip
     samples: int = runtime(
-        4, "Let the model answer N prompts now and then while it trains (samples.jsonl).",
+        4, "Every so often, let the model in training answer N prompts (samples.jsonl).",
         group="Output",
     )  # fmt: skip
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = runtime(
@@ -145,8 +145,8 @@ class TrainingOptions:
         group="Adapters",
     )  # fmt: skip
     merge_base: Literal["original", "dequantised"] = setting(
-        "original", "What a qlora adapter is merged into: the base as it was, or as 4 bits rounded "
-        "it.", group="Adapters",
+        "original", "What to merge a qlora adapter into: the base as it was, or as rounded to 4 bits.",
+        group="Adapters",
     )  # fmt: skip
     push_to_hub: str | None = runtime(
         None, "Upload the finished model as a private repository.",
@@ -154,11 +154,11 @@ class TrainingOptions:
     )  # fmt: skip
     hub_public: bool = runtime(False, "Make what --push-to-hub uploads public.", group="Output")
     keep_checkpoints: bool = runtime(
-        False, "Keep the checkpoints of a finished training.", group="Output"
+        False, "Keep the checkpoints once training has finished.", group="Output"
     )
     trust_remote_code: bool = runtime(
         False, "Let a model directory run its own code.", group="Model"
     )
     overwrite: bool = runtime(
-        False, "Delete the directory and start over.", group="Run", common=True
+        False, "Delete the output directory and start over.", group="Run", common=True
     )

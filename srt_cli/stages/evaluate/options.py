@@ -30,7 +30,7 @@ class Evaluate(ApiOptions, PromptOptions):
         group="Model", common=True, metavar="SPEC",
     )  # fmt: skip
     reference: str | None = setting(
-        None, "What they are compared with.", otherwise="the base of the first model",
+        None, "What to compare them with.", otherwise="the base of the first model",
         group="Model", common=True, metavar="SPEC",
     )  # fmt: skip
     judge: tuple[str, ...] = setting(
@@ -53,7 +53,7 @@ class Evaluate(ApiOptions, PromptOptions):
         1024, "Maximum tokens in a judge's reasons and verdict.", group="Judge"
     )
     judge_template: Path | None = setting(
-        None, "Your own judge's prompt, with {instruction}, {answer_M} and {answer_m}.",
+        None, "Your own prompt for the judge, with {instruction}, {answer_M} and {answer_m}.",
         group="Judge", metavar="FILE",
     )  # fmt: skip
     check: str | None = setting(
@@ -61,11 +61,11 @@ class Evaluate(ApiOptions, PromptOptions):
         group="Judge", common=True, metavar="SPEC",
     )  # fmt: skip
     scorer: str | None = setting(
-        None, "A model, or python:FILE:critique, that scores every direct answer blind beside the "
-        "model's own score: shows drift.", group="Judge", metavar="SPEC",
+        None, "Also score every direct answer blind with this model, or python:FILE:critique, to "
+        "show how far a model's own scores drift.", group="Judge", metavar="SPEC",
     )  # fmt: skip
     labels: Path | None = setting(
-        None, "What people said of the pairs: id, label (model, reference, tie), a.",
+        None, "People's verdicts on the pairs: id, label (model, reference or tie) and a (the model).",
         group="Judge", metavar="FILE",
     )  # fmt: skip
     objective: tuple[str, ...] = setting(
@@ -73,7 +73,7 @@ class Evaluate(ApiOptions, PromptOptions):
         group="Data", metavar="MODEL=FILE",
     )  # fmt: skip
     use: tuple[Use, ...] = setting(
-        ("response",), "Which answer counts. Give it twice for both.", group="Model", common=True
+        ("response",), "Which answer to judge. Repeat for both.", group="Model", common=True
     )
     annotations: tuple[Path, ...] = setting(
         (), "Count saved judgments instead: AlpacaEval's annotations.json, or judgments.jsonl. "
@@ -113,7 +113,7 @@ class Evaluate(ApiOptions, PromptOptions):
         2048, "Maximum tokens in feedback and refinement together.", group="Critic"
     )
     min_coverage: float = setting(
-        0.95, "Exit with 3 when fewer than this share of the pairs have valid verdicts in both "
+        0.95, "Exit with status 3 if fewer than this share of the pairs have valid verdicts in both "
         "orders.", group="Judge", metavar="SHARE",
     )  # fmt: skip
     seed: int = setting(42, "Seed of sampled answers.", group="Sampling", common=True)
