@@ -8,7 +8,7 @@ import orjson
 
 from srt_cli.pairs.length_balance import LengthCut, Shape
 from srt_cli.pairs.pairing import STRATEGIES, Pairing, Refined, ScoreKind, Strategy, refined_of
-from srt_cli.pairs.rows import Group, GroupedRows, InputRow
+from srt_cli.pairs.rows import GroupedRows, InputRow, RowGroup
 from srt_cli.pairs.rules import NearDuplicates, PairRules, near_duplicates_of, text_of
 
 FAR: Final = 2**63
@@ -64,7 +64,7 @@ def decide(rows: GroupedRows, plan: PairPlan, label: str) -> Iterator[Decision]:
         yield _decide_on(group, plan, near)
 
 
-def _decide_on(group: Group, plan: PairPlan, near: NearDuplicates | None) -> Decision:
+def _decide_on(group: RowGroup, plan: PairPlan, near: NearDuplicates | None) -> Decision:
     decision = Decision()
     for row, position in group.repeated:
         decision.drop(row, "duplicate", position)

@@ -6,10 +6,9 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Final
 
-Entry = tuple[bytes, bytes]
+KeyValue = tuple[bytes, bytes]
 """Key and value; entries are ordered by both."""
 
 MEMORY_BYTES: Final = 80 << 20
@@ -30,19 +29,14 @@ class ExternalSort:
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self._folder = folder
         self._memory_bytes = memory_bytes
-        self._entries: list[Entry] = []
+        self._entries: list[KeyValue] = []
         self._bytes = 0
         self._runs: list[_Run] = []
 
     def __enter__(self) -> "ExternalSort":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for run in self._runs:
             run.close()
 
@@ -53,7 +47,7 @@ class ExternalSort:
         if self._bytes >= self._memory_bytes:
             self._spill()
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[KeyValue]:
         """All entries in order; none may be added meanwhile."""
         if self._runs and self._entries:
             self._spill()
@@ -70,7 +64,7 @@ class ExternalSort:
             for run in runs:
                 run.close()
 
-    def _write(self, entries: Iterable[Entry]) -> None:
+    def _write(self, entries: Iterable[KeyValue]) -> None:
         try:
             self._runs.append(_Run(self._folder, entries))
         except OSError as error:
@@ -81,7 +75,7 @@ class ExternalSort:
 class _Run:
     """Sorted entries in a file."""
 
-    def __init__(self, folder: Path, entries: Iterable[Entry]) -> None:
+    def __init__(self, folder: Path, entries: Iterable[KeyValue]) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115  held until close()
             dir=folder, buffering=BUFFER_BYTES
         )
@@ -93,7 +87,7 @@ class _Run:
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[Entry]:
+    def __iter__(self) -> Iterator[KeyValue]:
         self._file.seek(0)
         read = self._file.read
         while head := read(_LENGTHS.size):

@@ -14,7 +14,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 import orjson
 
 from srt_cli.pairs.rows import FeedbackRow
-from srt_cli.records import FeedbackRecord, Message, Preference, as_messages
+from srt_cli.records import FeedbackRecord, Message, Preference
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
 ScoreKind = Literal["integer", "expected"]
@@ -152,20 +152,11 @@ def group_key(record: FeedbackRecord, strategy: Strategy) -> bytes:
 
 def preference_of(pairing: Pairing) -> Preference:
     """A pair in TRL's conversational form."""
-    record = pairing.chosen.record
-    return Preference(
-        id=pair_id(record),
-        prompt=as_messages(record.prompt),
-        chosen=[Message(role="assistant", content=pairing.chosen.text)],
-        rejected=[Message(role="assistant", content=pairing.rejected.text)],
-        chosen_score=pairing.chosen.score,
-        rejected_score=pairing.rejected.score,
-        source=record.critic,
-    )
+    return Preference.model_validate_json(line_of(pairing))
 
 
 def line_of(pairing: Pairing) -> bytes:
-    """A pair as its JSONL line: `to_line(preference_of(pairing))`, but much faster."""
+    """A pair as its JSONL line, as `to_line` writes a `Preference`, but much faster."""
     chosen, rejected = pairing
     record = chosen.record
     prompt = record.prompt

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import orjson
@@ -72,7 +71,7 @@ class InputRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RowGroup:
     """The different rows of a group, and the positions of rows that repeat one of them."""
 
     rows: list[InputRow]
@@ -92,13 +91,8 @@ class GroupedRows:
     def __enter__(self) -> "GroupedRows":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._sort.__exit__(kind, error, traceback)
+    def __exit__(self, *error: object) -> None:
+        self._sort.__exit__(*error)
 
     def read(self, paths: Sequence[Path], limit: int | None, total: int | None) -> None:
         """Read the first `limit` rows of the files together; `total` is for the progress bar."""
@@ -113,7 +107,7 @@ class GroupedRows:
                         progress.advance(PROGRESS_EVERY)
             progress.advance(self.count % PROGRESS_EVERY)
 
-    def groups(self, label: str) -> Iterator[Group]:
+    def groups(self, label: str) -> Iterator[RowGroup]:
         """The groups, in the order of their keys; `label` names the work on the progress bar."""
         with console.progress(label, self.count) as progress:
             done = shown = 0
@@ -128,7 +122,7 @@ class GroupedRows:
                     else:
                         rows.append(InputRow(FeedbackRow.of_line(line), line, position))
                     done += 1
-                yield Group(rows, repeated)
+                yield RowGroup(rows, repeated)
                 if done - shown >= PROGRESS_EVERY:
                     progress.advance(done - shown)
                     shown = done

@@ -11,9 +11,8 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Final
 
 import orjson
@@ -48,27 +47,22 @@ class Journal:
         """Calls and tokens of all replies in the file, by model identity; `estimated` calls too."""
         self.told: dict[str, Counter[str]] = {}
         """The same, and the dollars, of those replies whose server told what they cost."""
-        self._offsets: dict[bytes, int] = {}
         self._unsynced = 0
         self._synced_at = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115  held until close()
         _lock(self._file, path)
+        self._offsets: dict[bytes, int]
         self._end = self._read_index()
         self._beside_offsets: dict[bytes, int] = {}
         if beside is not None and beside.exists():
             self._beside = open(beside, "rb")  # noqa: SIM115  held until close()
-            self._beside_offsets = _offsets_in(self._beside)
+            self._beside_offsets = _offsets_in(self._beside, lambda entry: None)
 
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __len__(self) -> int:
@@ -172,23 +166,19 @@ class Journal:
 
     def _read_index(self) -> int:
         """Index every whole line and return the offset of the next one."""
-        offset = 0
         with open(self.path, "rb") as lines:
-            for line in lines:
-                entry = _entry_in(line)
-                if entry is None:
-                    self.unreadable += 1
-                elif FORGOTTEN in entry:
-                    self._offsets.pop(bytes.fromhex(entry["key"]), None)
-                else:
-                    self._offsets[bytes.fromhex(entry["key"])] = offset
-                    self._count(entry)
-                offset += len(line)
-                torn = not line.endswith(b"\n")
-        if offset and torn:
+            self._offsets = _offsets_in(lines, self._note)
+            end = lines.tell()
+            torn = end > 0 and os.pread(lines.fileno(), 1, end - 1) != b"\n"
+        if torn:
             self._file.write(b"\n")
-            offset += 1
-        return offset
+        return end + torn
+
+    def _note(self, entry: Mapping[str, Any] | None) -> None:
+        if entry is None:
+            self.unreadable += 1
+        elif FORGOTTEN not in entry:
+            self._count(entry)
 
 
 def _lock(file: IO[bytes], path: Path, wait_s: float = 0.0) -> None:
@@ -207,16 +197,21 @@ def _lock(file: IO[bytes], path: Path, wait_s: float = 0.0) -> None:
             time.sleep(0.1)
 
 
-def _offsets_in(lines: IO[bytes]) -> dict[bytes, int]:
-    """The offset of each stored reply of a journal."""
+def _offsets_in(
+    lines: IO[bytes], note: Callable[[Mapping[str, Any] | None], None]
+) -> dict[bytes, int]:
+    """The offset of each stored reply of a journal; `note` is told every entry, None for torn ones."""
     offsets: dict[bytes, int] = {}
     start = 0
     for line in lines:
         entry = _entry_in(line)
-        if entry is not None and FORGOTTEN in entry:
-            offsets.pop(bytes.fromhex(entry["key"]), None)
-        elif entry is not None:
-            offsets[bytes.fromhex(entry["key"])] = start
+        note(entry)
+        if entry is not None:
+            key = bytes.fromhex(entry["key"])
+            if FORGOTTEN in entry:
+                offsets.pop(key, None)
+            else:
+                offsets[key] = start
         start += len(line)
     return offsets
 
