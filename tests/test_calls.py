@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from srt_cli.calls.conduct import Call, Tally, conduct
 from srt_cli.errors import QuotaError
-from srt_cli.models import Reply, Request
+from srt_cli.models import EVERYTHING, Reply, Request
 from srt_cli.records import Message
 from srt_cli.runs.journal import Journal
 
@@ -16,7 +16,7 @@ from srt_cli.runs.journal import Journal
 class Echo:
     """A model that answers when told to, in an order of the test's choosing."""
 
-    def __init__(self, *, batched=False, in_flight=4, fail_at=None, reverse=False):
+    def __init__(self, *, batched=False, in_flight=2, fail_at=None, reverse=False):
         self.spec = self.identity = "echo"
         self.batched, self.in_flight = batched, in_flight
         self.fail_at, self.reverse = fail_at, reverse
@@ -54,10 +54,10 @@ def row(model, name, steps=2):
     return said
 
 
-def run(tmp_path, model, rows=6, window=3, tally=None):
+def run(tmp_path, model, rows=6, tally=None):
     scripts = (row(model, f"r{n}") for n in range(rows))
     with Journal(tmp_path / "x.journal.jsonl") as journal:
-        return dict(conduct(scripts, journal, window=window, tally=tally))
+        return dict(conduct(scripts, journal, [model], tally))
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -89,7 +89,7 @@ def test_a_batched_model_sees_the_same_waves_whatever_is_answered_already(tmp_pa
 
 def test_replies_that_came_in_before_a_fatal_error_are_kept(tmp_path):
     with pytest.raises(QuotaError):
-        run(tmp_path, Echo(in_flight=64, fail_at=4), window=6)
+        run(tmp_path, Echo(in_flight=64, fail_at=4))
     again = Echo()
     run(tmp_path, again)
     assert len(again.asked) == 12 - 3
@@ -114,11 +114,11 @@ def test_a_failed_call_is_owed_again(tmp_path):
 
 def test_rows_nearest_to_their_end_go_first(tmp_path):
     model = Echo(in_flight=1)
-    run(tmp_path, model, rows=3, window=3)
+    run(tmp_path, model, rows=3)
     assert model.asked == ["r0-0", "r0-1", "r1-0", "r1-1", "r2-0", "r2-1"]
 
 
-def test_never_more_rows_are_started_than_the_window_holds(tmp_path):
+def test_a_model_has_twice_as_many_rows_as_it_holds_requests(tmp_path):
     started = []
 
     def counted(name):
@@ -128,20 +128,26 @@ def test_never_more_rows_are_started_than_the_window_holds(tmp_path):
     model = Echo()
     scripts = (counted(f"r{n}") for n in range(50))
     with Journal(tmp_path / "x.journal.jsonl") as journal:
-        results = conduct(scripts, journal, window=5)
+        results = conduct(scripts, journal, [model])
         next(results)
-        assert len(started) <= 5
+        assert len(started) == 4
         results.close()
 
 
-@given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 5), st.booleans())
+def test_a_model_that_takes_everything_gets_all_rows_in_one_wave(tmp_path):
+    model = Echo(batched=True, in_flight=EVERYTHING)
+    run(tmp_path, model, rows=1200)
+    assert [len(wave) for wave in model.waves] == [1200, 1200]
+
+
+@given(st.lists(st.integers(0, 4), max_size=12), st.integers(1, 3), st.booleans())
 @settings(max_examples=40, deadline=None)
-def test_any_mix_of_row_lengths_comes_out_whole(tmp_path_factory, lengths, window, batched):
-    model = Echo(batched=batched)
+def test_any_mix_of_row_lengths_comes_out_whole(tmp_path_factory, lengths, in_flight, batched):
+    model = Echo(batched=batched, in_flight=in_flight)
     path = tmp_path_factory.mktemp("calls") / "x.journal.jsonl"
     scripts = (row(model, f"r{n}", steps) for n, steps in enumerate(lengths))
     with Journal(path) as journal:
-        results = dict(conduct(scripts, journal, window=window))
+        results = dict(conduct(scripts, journal, [model]))
     assert {n: len(said) for n, said in results.items()} == dict(enumerate(lengths))
 
 

@@ -288,6 +288,25 @@ def test_a_batch_gives_what_single_calls_give(srt, serve, prompts, tmp_path):
     assert f"cost: ${cost:.4f}" in batched.stderr
 
 
+@pytest.mark.parametrize("verdicts", ["auto", "reasoned"])
+def test_a_judge_by_batch_is_asked_everything_in_one_wave(srt, serve, tmp_path, verdicts):
+    def judge(body, number):
+        odds = {"M": -0.5, "m": -1.0} if body["max_tokens"] == 1 else None
+        return Answer(text="M" if odds else "Verdict: [[M]]", top_logprobs=odds)
+
+    (tmp_path / "p.py").write_text("def base(prompt): return 'a'\ndef tuned(prompt): return 'b'\n")
+    rows = [{"id": f"q{n}", "prompt": f"question {n}"} for n in range(300)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    server = serve(judge, BatchServer)
+    finished = srt(
+        "eval", "--model", "python:p.py:tuned", "--reference", "python:p.py:base",
+        "--judge", server.spec, "--verdicts", verdicts, *BATCH,
+    )  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    assert [len(content.splitlines()) for content in server.files.values()][:1] == [600]
+    assert len(server.batches) == 1
+
+
 def test_expired_requests_alone_are_asked_again(srt, serve, prompts, tmp_path):
     prompts(6)
     late = set()

@@ -1,9 +1,10 @@
-"""Asking models many questions under one journal and one budget, or replaying what was asked."""
+"""The only driver of model calls: journal, progress, cost and interruption, for every command."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 from srt_cli import console
 from srt_cli.calls.conduct import Script, Tally, conduct, replay
@@ -11,62 +12,132 @@ from srt_cli.calls.cost import Cost
 from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError
 from srt_cli.models import Model, ModelOptions, open_model
+from srt_cli.models.budget import Budget
+from srt_cli.models.local.meter import together
+from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.run import Run
 
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asking:
-    """What every question to a model needs: the journal, the door with its budget, the cost."""
+    """Models at work under one journal and one budget; offline, what the journal holds.
 
-    run: Run
+    Leaving the `with` block closes the models. What they are and what they cost stands in the
+    run's manifest then, however the block was left.
+    """
+
     journal: Journal
-    door: ModelOptions
-    cost: Cost
-    offline: bool
+    models: list[Model] = field(default_factory=list)
+    """Those that may be asked now."""
+    run: Run | None = None
+    door: ModelOptions = field(default_factory=ModelOptions)
+    cost: Cost | None = None
+    offline: bool = False
+    tally: Tally = field(default_factory=Tally)
+    usage: Usage | None = None
+    """Tokens of the rows that were written, for the manifest."""
+    elsewhere: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By spec, how the models of other processes of this run described themselves."""
 
     @classmethod
-    def begin(cls, run: Run, options: ApiOptions, *, offline: bool) -> "Asking":
-        """Open the run's journal, and a door through which all its models are opened."""
-        journal, door = run.journal(), replace(options.door(), offline=offline)
-        return cls(run, journal, door, Cost(journal, options, door.budget), offline)
+    def begin(
+        cls, run: Run, options: ApiOptions, *, offline: bool = False, budget: Budget | None = None
+    ) -> "Asking":
+        """Open the run's journal, and a door through which its models are opened.
+
+        Models that are open already share their `budget`.
+        """
+        door = replace(options.door(), offline=offline)
+        door = door if budget is None else replace(door, budget=budget)
+        journal = run.journal()
+        cost = Cost(journal, options, door.budget)
+        return cls(journal, run=run, door=door, cost=cost, offline=offline)
+
+    def __enter__(self) -> "Asking":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for model in self.models:
+            self._leave(model)
+        if self.run is not None and self.cost is not None:
+            self.run.bill(self.cost.describe(), self.usage)
+
+    def employ(self, models: Iterable[Model]) -> None:
+        """Have models at work that are open already, until the end."""
+        for model in models:
+            self.models.append(model)
+            if self.cost is not None:
+                self.cost.watch(model)
 
     @contextmanager
     def open(self, spec: str) -> Iterator[Model]:
-        """A model for as long as it is needed; its description goes into the manifest."""
+        """A model for as long as it is needed."""
         model = open_model(spec, self.door)
-        self.cost.watch(model)
+        self.employ([model])
         try:
             yield model
         finally:
-            self.run.describe_models({spec: model.describe()})
-            model.close()
+            self._leave(model)
+
+    def _leave(self, model: Model) -> None:
+        """Close a model; its description goes into the manifest."""
+        self.models = [other for other in self.models if other is not model]
+        if self.run is not None:
+            described = {"identity": model.identity, **model.describe()}
+            others = self.elsewhere.get(model.spec)
+            if others:
+                described = together([described, *others], self.tally.seconds)
+            self.run.describe_models({model.spec: described})
+        model.close()
+
+    def cost_sentence(self) -> str:
+        """Tokens and dollars, for the end of a run."""
+        assert self.cost is not None
+        return self.cost.sentence()
+
+    def answers(
+        self, scripts: Iterable[Script[Result]]
+    ) -> Generator[tuple[int, Result], None, None]:
+        """Run scripts side by side; gives each one's place and result as it ends.
+
+        Offline, the results of those that the journal holds whole.
+        """
+        if not self.offline:
+            yield from conduct(scripts, self.journal, self.models, self.tally)
+            return
+        for row in replay(scripts, self.journal.get):
+            self.tally.from_journal += len(row.answered)
+            if row.owed is None:
+                yield row.index, cast(Result, row.result)
+
+    def stream(
+        self,
+        label: str,
+        scripts: Iterable[Script[Result]],
+        total: int,
+        note: Callable[[], str] = str,
+    ) -> Generator[tuple[int, Result], None, None]:
+        """`answers` behind a progress line; `note` tells what stands beside the count."""
+        with console.progress(label, total) as progress, closing(self.answers(scripts)) as answers:
+            for answer in answers:
+                yield answer
+                cost = self.cost.note() if self.cost is not None else ""
+                progress.advance(note=" ".join(filter(None, [note(), cost])))
 
     def ask(self, label: str, scripts: Iterable[Script[Result]], total: int) -> list[Result]:
         """Run scripts and give their results in the order of the scripts."""
-        results: dict[int, Result] = {}
-        if self.offline:
-            return self._replay(label, scripts)
-        with console.progress(label, total) as progress:
-            for index, result in conduct(scripts, self.journal, window=512, tally=Tally()):
-                results[index] = result
-                progress.advance(note=self.cost.note())
-        return [results[index] for index in range(total)]
-
-    def _replay(self, label: str, scripts: Iterable[Script[Result]]) -> list[Result]:
-        """`--offline`: what the journal holds, all of it or an error."""
-        results = []
-        owed = 0
-        for row in replay(scripts, self.journal.get):
-            if row.owed is not None:
-                owed += 1
-            else:
-                results.append(cast(Result, row.result))
-        if owed:
+        results = dict(self.stream(label, scripts, total))
+        if len(results) < total:
             raise SrtError(
-                f"--offline: {label}: {owed} of {owed + len(results)} are not whole in the journal. "
-                "Run the same line without --offline to have them made."
+                f"--offline: {label}: {total - len(results)} of {total} are not whole in the "
+                "journal. Run the same line without --offline to have them made."
             )
-        return results
+        return [results[place] for place in range(total)]

@@ -9,7 +9,7 @@ import heapq
 import queue
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -201,7 +201,7 @@ class _Conductor(Generic[Result]):
     ) -> tuple[_Pending[Result], Reply]:
         self.in_flight[id(pending.call.model)] -= 1
         reply = future.result()
-        if reply.finish_reason == "failed":
+        if reply.status == "failed":
             self.tally.failed += 1
         else:
             model = pending.call.model.identity
@@ -215,15 +215,17 @@ class _Conductor(Generic[Result]):
 def conduct(
     scripts: Iterable[Script[Result]],
     journal: Journal,
-    *,
-    window: int,
+    models: Sequence[Model],
     tally: Tally | None = None,
 ) -> Generator[tuple[int, Result], None, None]:
-    """Run the scripts, at most `window` rows at a time; yields (row index, result) as rows finish.
+    """Run the scripts with the models at work; yields (row index, result) as rows finish.
 
-    Failed calls are not journalled, so a later run owes them again. Raises what a model raises
-    for good (`QuotaError`, unknown model); rows yielded until then stay valid.
+    Enough rows are under way for each model to have its fill while others wait elsewhere: all of
+    them, where a model takes everything at once. Failed calls are not journalled, so a later run
+    owes them again. Raises what a model raises for good (`QuotaError`, unknown model); rows yielded
+    until then stay valid.
     """
+    window = 2 * max((model.in_flight for model in models), default=1)
     conductor: _Conductor[Result] = _Conductor(journal, window, tally or Tally())
     try:
         yield from _run(conductor, enumerate(scripts))

@@ -146,7 +146,7 @@ def prices_of(models: Sequence[Model], options: ApiOptions) -> dict[str, tuple[s
 
 
 @dataclass
-class Estimate:
+class Owed:
     """Calls that one model still owes, and the tokens they may take."""
 
     calls: int = 0
@@ -193,7 +193,7 @@ def open_replies(journal_path: Path) -> Iterator[Callable[[bytes], dict[str, Any
 
 
 def show_estimates(
-    estimates: Mapping[str, Estimate],
+    estimates: Mapping[str, Owed],
     prices: Mapping[str, tuple[str, Price | None]],
     options: ApiOptions,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Final, Literal
 from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.conduct import Call
-from srt_cli.models import Model, Reply, Request, Task
+from srt_cli.models import EVERYTHING, Model, Reply, Request, Task
 from srt_cli.records import Judgment, Output, Prompt, Status
 from srt_cli.templates import (
     LETTER_REQUIREMENTS,
@@ -173,11 +173,16 @@ def judge_pairs(
         scripts = (judge_pair(judge, each, sample) for each in part)
         return asking.ask(label, scripts, len(part)) if part else []
 
-    alone = 1 if judge.asks_for_letter and not judge.known else 0
-    first = ask(shown[:alone])
-    if alone and judge.without_logprobs:
-        _say_that_odds_are_missing(judge)
-    return [*first, *ask(shown[alone:])]
+    # What takes everything at once is not asked for one reply first: that may take a day.
+    waits = judge.model.in_flight == EVERYTHING
+    alone = 1 if judge.asks_for_letter and not judge.known and not waits else 0
+    judgments: list[Judgment] = []
+    for part in (shown[:alone], shown[alone:]):
+        knew = judge.without_logprobs
+        judgments += ask(part)
+        if judge.without_logprobs and not knew:
+            _say_that_odds_are_missing(judge)
+    return judgments
 
 
 def _say_that_odds_are_missing(judge: Judge) -> None:

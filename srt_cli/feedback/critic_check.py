@@ -3,10 +3,9 @@
 import random
 from collections.abc import Iterable, Sequence
 
-from srt_cli.calls.conduct import conduct
+from srt_cli.calls.asking import Asking
 from srt_cli.feedback.critic import Critic, Sampling, blind_score
 from srt_cli.feedback.summary import show_confusion
-from srt_cli.models import open_model
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.run import Run
@@ -24,22 +23,21 @@ def check_critic(
     warns when the model says the same of all.
     """
     answers = _answers(records, count, seed)
-    model = open_model(str(run.out))
-    critic = Critic(model, Sampling(FEEDBACK_TOKENS, temperature=0.0), in_conversation=True)
-    with Journal(run.out / "critic-check.journal.jsonl") as journal:
+    with (
+        Journal(run.out / "critic-check.journal.jsonl") as journal,
+        Asking(journal) as asking,
+        asking.open(str(run.out)) as model,
+    ):
+        critic = Critic(model, Sampling(FEEDBACK_TOKENS, temperature=0.0), in_conversation=True)
         scripts = (
             blind_score(critic, prompt, text, f"{prompt.id} critic check")
             for prompt, text, _ in answers
         )
-        try:
-            said = dict(conduct(scripts, journal, window=model.in_flight))
-        finally:
-            model.close()
-    scores = [said[number].score for number in range(len(answers))]
+        said = asking.ask("checking the tuned model as a critic", scripts, len(answers))
     read = [
-        (score, truth)
-        for score, (_, _, truth) in zip(scores, answers, strict=True)
-        if score is not None
+        (each.score, truth)
+        for each, (_, _, truth) in zip(said, answers, strict=True)
+        if each.score is not None
     ]
     table = confusion(
         [says >= good_score for says, _ in read],

@@ -12,20 +12,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from srt_cli import console
-from srt_cli.calls.conduct import Script, Tally, conduct
+from srt_cli.calls.asking import Asking
+from srt_cli.calls.conduct import Script, Tally
 from srt_cli.errors import SrtError
 from srt_cli.models import Model
 from srt_cli.runs.journal import Journal
 
 Options = TypeVar("Options")
-WINDOW: Final = 512
 WATCH_SECONDS: Final = 0.2
 
 
@@ -52,16 +52,6 @@ class _Word:
     models: dict[str, dict[str, Any]]
 
 
-@dataclass
-class Answered:
-    """What the processes came to."""
-
-    whole: bool = False
-    """They went through all rows; false when they were interrupted."""
-    models: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    """By spec, how each process's model last described itself."""
-
-
 def part_paths(main: Path) -> list[Path]:
     """Journals that processes left beside a journal."""
     stem = main.name.removesuffix(".jsonl")
@@ -75,21 +65,21 @@ def absorb_parts(journal: Journal) -> None:
 
 
 def answer_in_processes(
-    journal: Journal,
-    tally: Tally,
+    asking: Asking,
     open_scripts: Callable[[Options], tuple[Iterable[Script[Any]], list[Model]]],
     options: Options,
-    *,
     processes: int,
     rows: int,
-) -> Answered:
-    """Have every row's calls made by so many processes, and counted.
+) -> bool:
+    """Have every row's calls made by this many processes; False when they were interrupted.
 
-    Raises `SrtError` when a process met an error of the user's; one that was killed is only named.
+    Their replies, counts and models' descriptions are added to `asking`. Raises `SrtError` when a
+    process met an error of the user's; one that was killed is only named.
     """
     from srt_cli.models.weights import accelerators
 
     places = accelerators() or [None]
+    journal = asking.journal
     stem = journal.path.name.removesuffix(".jsonl")
     journal.sync()
     before = _spent(journal)
@@ -108,14 +98,14 @@ def answer_in_processes(
     ]
     workers: dict[Any, Any] = {}
     problems: list[str] = []
-    answered = Answered()
+    whole = False
     last_words: dict[Any, _Word] = {}
     try:
         with _deaf_to_ctrl_c():
             for share in shares:
                 _start(share, workers)
         problems = _listen(dict(workers), rows, last_words)
-        answered.whole = True
+        whole = True
     except KeyboardInterrupt:
         pass
     finally:
@@ -127,11 +117,11 @@ def answer_in_processes(
     if problems:
         raise SrtError(problems[0])
     made = _spent(journal) - before
-    tally.made_elsewhere(made["calls"], made["completion_tokens"])
+    asking.tally.made_elsewhere(made["calls"], made["completion_tokens"])
     for word in last_words.values():
         for spec, described in word.models.items():
-            answered.models.setdefault(spec, []).append(described)
-    return answered
+            asking.elsewhere.setdefault(spec, []).append(described)
+    return whole
 
 
 def _spent(journal: Journal) -> Counter[str]:
@@ -195,21 +185,23 @@ def _answer(share: Share[Options], sender: Any) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = share.accelerator
     threading.Thread(target=_end_with_parent, args=(share.parent,), daemon=True).start()
     console.quiet_libraries()
-    models: list[Model] = []
     try:
         scripts, models = share.open_scripts(share.options)
         mine = itertools.islice(scripts, share.index, None, share.of)
-        tally, before = Tally(), 0
-        with Journal(share.part, beside=share.main) as journal:
-            for _ in conduct(mine, journal, window=WINDOW, tally=tally):
+        before = 0
+        with (
+            Journal(share.part, beside=share.main) as journal,
+            Asking(journal, models) as asking,
+            closing(asking.answers(mine)) as answers,
+        ):
+            for _ in answers:
                 described = {model.spec: model.describe() for model in models}
-                sender.send(_Word(tally.completion_tokens - before, described))
-                before = tally.completion_tokens
+                written = asking.tally.completion_tokens
+                sender.send(_Word(written - before, described))
+                before = written
     except SrtError as error:
         sender.send(str(error))
     finally:
-        for model in models:
-            model.close()
         sender.close()
 
 

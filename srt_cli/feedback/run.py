@@ -4,17 +4,17 @@ Both feedback stages hand their prompts and models in here; what happens to one 
 `story.py`.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from srt_cli import console
-from srt_cli.calls.conduct import Script, Tally, conduct, replay
+from srt_cli.calls.asking import Asking
+from srt_cli.calls.conduct import Script, replay
 from srt_cli.calls.cost import (
     EXPECTED_TOKENS,
-    Cost,
-    Estimate,
+    Owed,
     open_replies,
     prices_of,
     show_estimates,
@@ -22,12 +22,11 @@ from srt_cli.calls.cost import (
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.feedback.critic import Question
-from srt_cli.feedback.processes import Answered, absorb_parts
+from srt_cli.feedback.processes import absorb_parts
 from srt_cli.feedback.story import Check, CheckedRow, Roles, tell_and_check
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
-from srt_cli.models.local.meter import together
 from srt_cli.records import Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import OrderedWriter
@@ -81,20 +80,10 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
     return True
 
 
-def _describe_models(job: Job, elsewhere: Answered, seconds: float) -> dict[str, dict[str, Any]]:
-    """Every model's description, the other processes' share included."""
-    models = {}
-    for model in job.models:
-        described = {"identity": model.identity, **model.describe()}
-        others = elsewhere.models.get(model.spec)
-        models[model.spec] = together([described, *others], seconds) if others else described
-    return models
-
-
 def show_critique_plan(run: Run, job: Job, options: CallOptions) -> None:
     """`--dry-run`: what the run would come to; sends and writes nothing."""
     prices = prices_of(job.models, options)
-    estimates = {identity: Estimate() for identity in prices}
+    estimates = {identity: Owed() for identity in prices}
     critic = job.roles.critic
     rows = owed = 0
     with open_replies(run.journal_path) as look_up:
@@ -122,14 +111,54 @@ def run_critiques(
     run: Run,
     job: Job,
     options: CallOptions,
-    beforehand: Callable[[Journal, Tally], Answered] | None = None,
+    beforehand: Callable[[Asking], bool] | None = None,
 ) -> CritiqueSummary:
     """Write the feedback of every prompt to `run.out`, in the order of the input.
 
-    `beforehand` may fill the journal in other processes. An interrupted run writes what is
-    complete. Raises `TooManyFailures` at the end.
+    `beforehand` may fill the journal in other processes, and returns False when it was interrupted.
+    An interrupted run writes what is complete. Raises `TooManyFailures` at the end.
     """
-    journal = run.journal()
+    finished, expected = 0, job.count * job.samples
+    interrupted = False
+    with Asking.begin(run, options, budget=job.budget) as asking:
+        asking.employ(job.models)
+        summary = CritiqueSummary(asking.tally)
+        _prepare_journal(asking.journal, job, options)
+        if beforehand is not None:
+            interrupted = not beforehand(asking)
+        asking.offline = options.reparse or interrupted
+
+        def note() -> str:
+            return " ".join(filter(None, [summary.note(), asking.tally.speed()]))
+
+        writer = OrderedWriter(run.out)
+        try:
+            rows = asking.stream("criticising", job.scripts(), expected, note)
+            with closing(rows):
+                for index, row in rows:
+                    writer.add(index, row.records)
+                    summary.add(row)
+                    finished += 1
+            writer.commit()
+            if interrupted:
+                raise KeyboardInterrupt
+        except (SrtError, KeyboardInterrupt):
+            if not interrupted:
+                writer.commit()
+            raise
+        finally:
+            writer.discard()
+            whole = finished == expected and options.export_batch is None
+            run.reached(f"{finished} of {expected}", whole=whole)
+            run.tally(summary.tallies())
+            asking.usage = summary.usage
+    _close(run, summary, options, finished, expected)
+    console.say(asking.cost_sentence())
+    return summary
+
+
+def _prepare_journal(journal: Journal, job: Job, options: CallOptions) -> None:
+    """Take in what is known from elsewhere, and forget what is to be asked again."""
     absorb_parts(journal)
     if options.import_batch is not None:
         _import(options, journal)
@@ -137,48 +166,6 @@ def run_critiques(
     if statuses:
         forgotten = forget_rows(job.scripts(), journal, statuses)
         console.say(f"{forgotten} rows that ended {', '.join(sorted(statuses))} are owed again")
-    cost = Cost(journal, options, job.budget)
-    for model in job.models:
-        cost.watch(model)
-    summary = CritiqueSummary()
-    elsewhere = Answered(whole=True)
-    if beforehand is not None:
-        elsewhere = beforehand(journal, summary.calls)
-    interrupted = not elsewhere.whole
-    finished, expected = 0, job.count * job.samples
-    window = 2 * max(model.in_flight for model in job.models)
-    writer = OrderedWriter(run.out)
-    try:
-        if options.reparse or interrupted:
-            rows = _rows_in_journal(job.scripts(), journal, summary)
-        else:
-            rows = conduct(job.scripts(), journal, window=window, tally=summary.calls)
-        with console.progress("criticising", expected) as progress, closing(rows):
-            for index, row in rows:
-                writer.add(index, row.records)
-                summary.add(row)
-                finished += 1
-                notes = [summary.note(), summary.calls.speed(), cost.note()]
-                progress.advance(note=" ".join(filter(None, notes)))
-        writer.commit()
-        if interrupted:
-            raise KeyboardInterrupt
-    except (SrtError, KeyboardInterrupt):
-        if not interrupted:
-            writer.commit()
-        raise
-    finally:
-        writer.discard()
-        whole = finished == expected and options.export_batch is None
-        run.reached(f"{finished} of {expected}", whole=whole)
-        run.tally(summary.tallies())
-        run.bill(cost.describe(), summary.usage)
-        run.describe_models(_describe_models(job, elsewhere, summary.calls.seconds))
-        for model in job.models:
-            model.close()
-    _close(run, summary, options, finished, expected)
-    console.say(cost.sentence())
-    return summary
 
 
 def _close(
@@ -214,15 +201,6 @@ def _import(options: CallOptions, journal: Journal) -> None:
     taken, without = import_replies(options.import_batch, journal)
     missing = f"; {without} came without a reply and are owed again" if without else ""
     console.say(f"{options.import_batch}: {taken} replies taken into the journal{missing}")
-
-
-def _rows_in_journal(
-    scripts: Iterable[Script[CheckedRow]], journal: Journal, summary: CritiqueSummary
-) -> Generator[tuple[int, CheckedRow], None, None]:
-    for row in replay(scripts, journal.get):
-        summary.calls.from_journal += len(row.answered)
-        if row.result is not None:
-            yield row.index, row.result
 
 
 def forget_rows(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from srt_cli.models.budget import Budget, Price
 
 FinishReason = Literal["stop", "length", "loop", "refused", "failed"]
+EVERYTHING: Final = sys.maxsize
+"""`in_flight` of a model that wants whatever there is, in one wave."""
 Engine = Literal["auto", "static", "continuous"]
 TaskKind = Literal["respond", "critique", "score", "judge", "check"]
 LOOP_LENGTH: Final = 128
@@ -125,7 +128,7 @@ class Model(Protocol):
     identity: str
     """Enters the journal key: the same identity and request mean the same reply."""
     in_flight: int
-    """How many requests it wants to hold at once."""
+    """How many requests it wants to hold at once; may be `EVERYTHING`."""
     is_program: bool
     """Whether it is code of the user's, which is handed the texts themselves (`Request.task`)."""
     continues: bool

@@ -141,11 +141,8 @@ def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions
     def ask(pairs: Sequence[Preference]) -> list[BothOrders]:
         if any(pair.source == spec for pair in pairs):
             run.warn(f"{spec} judges pairs that it scored itself: that it agrees says little.")
-        asking = Asking.begin(run, options, offline=False)
-        try:
+        with Asking.begin(run, options) as asking:
             return _ask_judge(asking, spec, pairs)
-        finally:
-            run.bill(asking.cost.describe())
 
     return Auditor(spec, min_precision, ask)
 

@@ -17,7 +17,15 @@ import orjson
 
 from srt_cli import console
 from srt_cli.errors import QuotaError, SrtError, UsageError
-from srt_cli.models import ModelOptions, Reply, Request, Spec, canonical_request, reply_to_plain
+from srt_cli.models import (
+    EVERYTHING,
+    ModelOptions,
+    Reply,
+    Request,
+    Spec,
+    canonical_request,
+    reply_to_plain,
+)
 from srt_cli.models.api.dialect import (
     Batch,
     Batches,
@@ -32,7 +40,6 @@ from srt_cli.models.budget import Budget, Price, most_tokens, price_of
 from srt_cli.runs.journal import Journal, request_key
 from srt_cli.runs.jsonl import read_rows
 
-MOST_IN_FLIGHT: Final = 50_000
 MOST_ROUNDS: Final = 5
 MOST_TRIES: Final = 5
 FIRST_BACKOFF_S: Final = 0.5
@@ -64,7 +71,7 @@ class BatchModel:
     is_program: bool = False
     continues: bool = False
     gives_logprobs: bool = field(init=False)
-    in_flight: int = MOST_IN_FLIGHT
+    in_flight: int = EVERYTHING
     identity: str = field(init=False)
     price: Price | None = field(init=False)
     _place: Place = field(init=False)
@@ -298,7 +305,7 @@ class ExportModel:
     is_program: bool = False
     continues: bool = False
     gives_logprobs: bool = field(init=False)
-    in_flight: int = MOST_IN_FLIGHT
+    in_flight: int = EVERYTHING
     identity: str = field(init=False)
     written: int = 0
     _file: IO[bytes] | None = None

@@ -60,16 +60,13 @@ def run(options: Evaluate) -> None:
         resolved={"reference": reference, "judge": list(judges)},
     )
     with run:
-        asking = Asking.begin(run, options, offline=options.offline)
-        try:
+        with Asking.begin(run, options, offline=options.offline) as asking:
             outputs, critiques = _answers(options, reference, rows, asking)
             if options.check is not None:
                 outputs = _checked(options.check, rows, outputs, asking)
             judged = [_judged(judge, reference, options, rows, outputs, asking) for judge in judges]
             scores = _scores(options, rows, outputs, asking)
             paired = _pairs(options, reference, pairs, asking)
-        finally:
-            run.bill(asking.cost.describe())
         evidence = Evidence(
             rows, outputs, [each for judgments, _ in judged for each in judgments], reference,
             judges, options.orders,
@@ -80,7 +77,7 @@ def run(options: Evaluate) -> None:
         from srt_cli.stages.evaluate.figures import close_contest, write_figures
 
         contest = write_figures(run, options, evidence)
-    console.say(asking.cost.sentence())
+    console.say(asking.cost_sentence())
     close_contest(options, contest)
 
 

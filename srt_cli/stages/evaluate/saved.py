@@ -55,13 +55,12 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
     run = open_run(command, options, inputs={"pairs": path})
     found = []
     with run:
-        asking = Asking.begin(run, options, offline=options.offline)
-        for spec in dict.fromkeys(options.model):
-            in_conversation = asked_in_conversation(options.critic_prompt, spec)
-            with asking.open(spec) as model:
-                scored = ask_pairs(asking, Critic(model, sampling, in_conversation), pairs)
-            found.append(count_pairs(spec, pairs, scored))
-        run.bill(asking.cost.describe())
+        with Asking.begin(run, options, offline=options.offline) as asking:
+            for spec in dict.fromkeys(options.model):
+                in_conversation = asked_in_conversation(options.critic_prompt, spec)
+                with asking.open(spec) as model:
+                    scored = ask_pairs(asking, Critic(model, sampling, in_conversation), pairs)
+                found.append(count_pairs(spec, pairs, scored))
         run.tally({"pairs": len(pairs)})
         write_json(options.out, {"pairs": [asdict(each) for each in found]})
     table = pairs_table(found)
@@ -85,18 +84,17 @@ def judge_feedback(options: Evaluate, command: str) -> None:
     sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
     found = []
     with run:
-        asking = Asking.begin(run, options, offline=options.offline)
-        for path in options.feedback:
-            parse = FeedbackRecord.model_validate
-            records = list(read_records(path, parse, limit=options.limit))
-            outside: Sequence[OutsideScores] = ()
-            if options.scorer is not None:
-                with asking.open(options.scorer) as model:
-                    critic = Critic(model, sampling, in_conversation=False)
-                    scripts = (score_record(critic, n, row) for n, row in enumerate(records))
-                    outside = asking.ask(f"scores by {options.scorer}", scripts, len(records))
-            found.append(critic_quality(str(path), records, options.scorer, outside))
-        run.bill(asking.cost.describe())
+        with Asking.begin(run, options, offline=options.offline) as asking:
+            for path in options.feedback:
+                parse = FeedbackRecord.model_validate
+                records = list(read_records(path, parse, limit=options.limit))
+                outside: Sequence[OutsideScores] = ()
+                if options.scorer is not None:
+                    with asking.open(options.scorer) as model:
+                        critic = Critic(model, sampling, in_conversation=False)
+                        scripts = (score_record(critic, n, row) for n, row in enumerate(records))
+                        outside = asking.ask(f"scores by {options.scorer}", scripts, len(records))
+                found.append(critic_quality(str(path), records, options.scorer, outside))
         write_json(options.out, {"feedback": [asdict(each) for each in found]})
         for warning in warnings_of(found):
             run.warn(f"{warning}.")
