@@ -95,6 +95,23 @@ def test_replies_that_came_in_before_a_fatal_error_are_kept(tmp_path):
     assert len(again.asked) == 12 - 3
 
 
+def test_ctrl_c_while_a_reply_is_being_kept_loses_nothing(tmp_path, monkeypatch):
+    append, interrupted = Journal.append, []
+
+    def interrupted_once(journal, *reply):
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        append(journal, *reply)
+
+    monkeypatch.setattr(Journal, "append", interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Echo(in_flight=64))
+    again = Echo()
+    run(tmp_path, again)
+    assert len(again.asked) == 12 - 6
+
+
 def test_a_failed_call_is_owed_again(tmp_path):
     class Flaky(Echo):
         def submit(self, requests, answered=()):

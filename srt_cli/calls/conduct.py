@@ -110,9 +110,9 @@ class _Conductor(Generic[Result]):
     active: int = 0
     batching: bool = False
     """A batched model is at work: rows then go in whole windows, so that batches repeat exactly."""
-    finished: "queue.SimpleQueue[tuple[_Pending[Result], Future[Reply]]]" = field(
-        default_factory=queue.SimpleQueue
-    )
+    under_way: dict[int, tuple[_Pending[Result], Future[Reply]]] = field(default_factory=dict)
+    """Calls whose replies are not kept yet."""
+    finished: "queue.SimpleQueue[int]" = field(default_factory=queue.SimpleQueue)
 
     def advance(self, row: _Row[Result], reply: Reply | None) -> list[tuple[int, Result]]:
         """Let a row go on until it must wait for a model; its result when it is done."""
@@ -167,17 +167,22 @@ class _Conductor(Generic[Result]):
             [pending.call.request for pending in ready],
             [pending.known is not None for pending in ready],
         )
-        for pending, future in zip(ready, futures, strict=True):
-            if pending.known is None:
-                self.in_flight[id(model)] += 1
-                future.add_done_callback(partial(self._finish, pending))
+        new = {
+            id(pending): (pending, future)
+            for pending, future in zip(ready, futures, strict=True)
+            if pending.known is None
+        }
+        self.under_way |= new
+        self.in_flight[id(model)] += len(new)
+        for name, (_, future) in new.items():
+            future.add_done_callback(partial(self._finish, name))
 
-    def _finish(self, pending: _Pending[Result], future: Future[Reply]) -> None:
-        self.finished.put((pending, future))
+    def _finish(self, name: int, future: Future[Reply]) -> None:
+        self.finished.put(name)
 
     def receive(self) -> tuple[_Pending[Result], Reply]:
         """Wait for the next reply and keep it; a fatal error of its model is raised here."""
-        return self._keep(*self.finished.get())
+        return self._keep(self.finished.get())
 
     def finish(self) -> None:
         """Wait a while for replies under way, which are paid for; a second Ctrl-C ends the wait."""
@@ -191,15 +196,13 @@ class _Conductor(Generic[Result]):
 
     def keep_finished(self) -> None:
         """Journal replies that came in but were not looked at: an ending run has paid for them."""
-        while not self.finished.empty():
-            pending, future = self.finished.get_nowait()
-            if not future.cancelled() and future.exception() is None:
-                self._keep(pending, future)
+        for name, (_, future) in list(self.under_way.items()):
+            if future.done() and not future.cancelled() and future.exception() is None:
+                self._keep(name)
 
-    def _keep(
-        self, pending: _Pending[Result], future: Future[Reply]
-    ) -> tuple[_Pending[Result], Reply]:
-        self.in_flight[id(pending.call.model)] -= 1
+    def _keep(self, name: int) -> tuple[_Pending[Result], Reply]:
+        """Journal a reply; only then is its call no longer under way, whatever comes between."""
+        pending, future = self.under_way[name]
         reply = future.result()
         if reply.status == "failed":
             self.tally.failed += 1
@@ -209,6 +212,8 @@ class _Conductor(Generic[Result]):
             self.journal.append(pending.key, pending.call.name, plain)
             self.tally.paid += 1
             self.tally.completion_tokens += reply.usage.completion_tokens
+        del self.under_way[name]
+        self.in_flight[id(pending.call.model)] -= 1
         return pending, reply
 
 
