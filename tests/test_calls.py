@@ -1,5 +1,8 @@
 """Many rows side by side: every reply is kept, asked for once, and order changes nothing."""
 
+import os
+import signal
+import time
 from concurrent.futures import Future
 
 import pytest
@@ -110,6 +113,21 @@ def test_ctrl_c_while_a_reply_is_being_kept_loses_nothing(tmp_path, monkeypatch)
     again = Echo()
     run(tmp_path, again)
     assert len(again.asked) == 12 - 6
+
+
+def test_ctrl_c_while_calls_are_handed_over_loses_none(tmp_path):
+    class Interrupted(Echo):
+        def submit(self, requests, answered=()):
+            futures = super().submit(requests, answered)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            return futures
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Interrupted())
+    again = Echo()
+    run(tmp_path, again)
+    assert len(again.asked) == 12 - 2
 
 
 def test_a_failed_call_is_owed_again(tmp_path):

@@ -7,10 +7,13 @@ sees it.
 
 import heapq
 import queue
+import signal
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
@@ -163,17 +166,18 @@ class _Conductor(Generic[Result]):
     def _submit(self, model: Model, ready: list[_Pending[Result]]) -> None:
         if not ready:
             return
-        futures = model.submit(
-            [pending.call.request for pending in ready],
-            [pending.known is not None for pending in ready],
-        )
-        new = {
-            id(pending): (pending, future)
-            for pending, future in zip(ready, futures, strict=True)
-            if pending.known is None
-        }
-        self.under_way |= new
-        self.in_flight[id(model)] += len(new)
+        with _ctrl_c_waits():
+            futures = model.submit(
+                [pending.call.request for pending in ready],
+                [pending.known is not None for pending in ready],
+            )
+            new = {
+                id(pending): (pending, future)
+                for pending, future in zip(ready, futures, strict=True)
+                if pending.known is None
+            }
+            self.under_way |= new
+            self.in_flight[id(model)] += len(new)
         for name, (_, future) in new.items():
             future.add_done_callback(partial(self._finish, name))
 
@@ -215,6 +219,23 @@ class _Conductor(Generic[Result]):
         del self.under_way[name]
         self.in_flight[id(pending.call.model)] -= 1
         return pending, reply
+
+
+@contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Raise Ctrl-C only behind the block: a call that was handed over must be known, to be kept."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    heard = []
+    signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if heard:
+        raise KeyboardInterrupt
 
 
 def conduct(
