@@ -5,7 +5,7 @@ Only `Prompt` keeps extra fields, because a program critic may need them (constr
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -205,6 +205,30 @@ class Dropped(Record):
     row: dict[str, Any]
 
 
+class Entrant(NamedTuple):
+    """Who is compared: a contestant, by its answers (`response`) or by what it refines them to."""
+
+    contestant: str
+    use: str
+
+    def __str__(self) -> str:
+        """As judgments name it on disk."""
+        return f"{self.contestant} {self.use}"
+
+    @classmethod
+    def read(cls, text: str) -> "Entrant":
+        """From its name in a judgment."""
+        contestant, _, use = text.rpartition(" ")
+        return cls(contestant, use)
+
+    @property
+    def kind(self) -> str:
+        """`direct` for the first answer, `refined` behind the model's own critique, or more often."""
+        if self.use == "response":
+            return "direct"
+        return "refined" + self.use.removeprefix("refinement").replace("-", " x")
+
+
 class Judgment(Record):
     """A verdict in one presentation order: `preference` is 1 for `a`, 0 for `b`, None if unread.
 
@@ -221,6 +245,11 @@ class Judgment(Record):
     raw: str
     judge: str
     usage: Usage
+
+    @property
+    def entrant(self) -> Entrant:
+        """Whose output `a` is; `b` is the reference's."""
+        return Entrant.read(self.a)
 
 
 class Scored(Record):
@@ -249,3 +278,8 @@ class Output(Record):
     parsed: bool | None
     status: Status
     passed: bool | None
+
+    @property
+    def entrant(self) -> Entrant:
+        """Whose output this is."""
+        return Entrant(self.contestant, self.use)

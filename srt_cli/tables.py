@@ -93,15 +93,6 @@ class Table:
         return replace(self, cells=cells)
 
 
-def figures_as_rows(
-    title: str, names: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
-) -> Table:
-    """A table of a few things with many figures: a column each, so that it fits a terminal."""
-    short = short_names(names)
-    columns = ["", *(short[name] for name in names)]
-    return Table(title, columns, [[label, *cells] for label, cells in rows], len(names))
-
-
 def tell_apart(names: Sequence[str], longest: int) -> list[str]:
     """Names of at most `longest` characters: what all long ones share is cut first.
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srt_cli import console
-from srt_cli.tables import Table, figures_as_rows, tell_apart
+from srt_cli.tables import Table, tell_apart
 
 MODELS = [
     "SmolLM2-135M-Instruct",
@@ -53,7 +53,7 @@ def test_a_table_is_as_wide_as_the_terminal_and_no_heading_is_broken(monkeypatch
 
 def test_more_things_than_fit_stand_in_a_further_table_with_their_names_whole_enough():
     names = [*MODELS, "SmolLM2-135M-Instruct-srt-dpo-3"]
-    table = figures_as_rows("t", names, [("right", ["100% [87, 100]"] * 4)])
+    table = Table("t", ["", *names], [["right", *["100% [87, 100]"] * 4]], things=4)
     first, second = table.fitted(60)
     assert first.columns == ["", "…Instruct", "…srt-sft", "…srt-dpo-2"]
     assert second.columns == ["", "SmolLM2-135M-Instruct-srt-dpo-3"]

@@ -1,4 +1,4 @@
-"""How good the critiques of feedback files are: by themselves, and against an outside scorer."""
+"""How good a critic is: its critiques as texts, and its scores against others' and people's."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -7,6 +7,7 @@ from typing import Final
 
 from srt_cli.calls.conduct import Call
 from srt_cli.evaluation.evidence import with_blind_scores
+from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair
 from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Prompt, Scored
@@ -14,14 +15,7 @@ from srt_cli.stats.agreement import ScoreAgreement, score_agreement
 from srt_cli.stats.critiques import generic_share, is_grounded, same_language
 from srt_cli.stats.diversity import distinct_pairs
 from srt_cli.stats.echo import APART, SelfBias, self_bias
-from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
-from srt_cli.tables import (
-    Table,
-    figures_as_rows,
-    score_with_error,
-    share_with_interval,
-    shorten,
-)
+from srt_cli.stats.rates import Estimate, bootstrap_mean, mean_with_error, pass_rate
 
 ACCEPTED_GAIN: Final = 1.0
 SCORES: Final = (float(MIN_SCORE), float(MAX_SCORE))
@@ -75,6 +69,24 @@ class CriticQuality:
     words: Estimate | None
     """Mean words of a critique."""
     outside: AgainstOutside | None
+
+
+@dataclass(frozen=True)
+class PairAccuracy:
+    """How often a critic scored the chosen answer higher."""
+
+    critic: str
+    accuracy: Estimate | None
+    """Ties count as wrong; over pairs with both scores."""
+    with_half_ties: Estimate | None
+    without_ties: Estimate | None
+    ties: int
+    unread: int
+    gap: Estimate | None
+    """Mean score of the chosen minus that of the rejected."""
+    longer_wins: Estimate | None
+    """The baseline: how often the longer answer is the chosen one."""
+    pairs: int
 
 
 def score_record(
@@ -174,44 +186,31 @@ def _against(
     )
 
 
-def quality_tables(found: Sequence[CriticQuality]) -> list[Table]:
-    """What the critiques are like, and, with a scorer, what their scores are worth; a column a file."""
-    names = [each.file for each in found]
-    texts = [
-        ("rows", [str(each.rows) for each in found]),
-        ("whole", [share_with_interval(each.valid) for each in found]),
-        ("about the answer", [share_with_interval(each.grounded) for each in found]),
-        ("in its language", [share_with_interval(each.same_language) for each in found]),
-        ("generic", [share_with_interval(each.generic) for each in found]),
-        ("words", [f"{each.words.value:.0f}" if each.words else "-" for each in found]),
+def count_pairs(
+    critic: str, pairs: Sequence[LabelledPair], scored: Sequence[ScoredPair]
+) -> PairAccuracy:
+    """How often the chosen answer's score is the higher (the paper's Table 5).
+
+    Ties count as wrong, as half, and not at all, because the paper does not say what it does with
+    them; unread pairs are counted apart.
+    """
+    both = [
+        (s.chosen, s.rejected) for s in scored if s.chosen is not None and s.rejected is not None
     ]
-    tables = [figures_as_rows("critiques", names, texts)]
-    scored = [each.outside for each in found if each.outside is not None]
-    if not scored:
-        return tables
-    biases = [each.bias for each in scored]
-    agreements = [each.agreement for each in scored]
-    scores = [
-        ("bias, own - outside", [score_with_error(b.bias if b else None, "+") for b in biases]),
-        ("  one-sided (dskew)", [score_with_error(b.skewness if b else None) for b in biases]),
-        ("  rank correlation", [score_with_error(a.spearman if a else None) for a in agreements]),
-        ("  tau-b", [score_with_error(a.kendall if a else None) for a in agreements]),
-        (
-            "  kappa, quadratic",
-            [score_with_error(a.weighted_kappa if a else None) for a in agreements],
-        ),
-        (
-            "  alpha, ordinal",
-            [score_with_error(a.alpha_ordinal if a else None) for a in agreements],
-        ),
-        ("refining gains, own", [score_with_error(each.own_gain, "+") for each in scored]),
-        ("refining gains, outside", [score_with_error(each.outside_gain, "+") for each in scored]),
-        ("inflation", [score_with_error(each.inflation, "+") for each in scored]),
-        ("false accepts", [share_with_interval(each.false_accepts) for each in scored]),
-    ]
-    scorer = shorten(scored[0].scorer, 40)
-    tables.append(figures_as_rows(f"their scores, against {scorer}", names, scores))
-    return tables
+    decided = [(a, b) for a, b in both if a != b]
+    longer = [len(p.chosen) > len(p.rejected) for p in pairs if len(p.chosen) != len(p.rejected)]
+    halves = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in both]
+    return PairAccuracy(
+        critic=critic,
+        accuracy=pass_rate([a > b for a, b in both]),
+        with_half_ties=bootstrap_mean(halves) if halves else None,
+        without_ties=pass_rate([a > b for a, b in decided]),
+        ties=len(both) - len(decided),
+        unread=len(scored) - len(both),
+        gap=mean_with_error([a - b for a, b in both], APART),
+        longer_wins=pass_rate(longer),
+        pairs=len(pairs),
+    )
 
 
 def warnings_of(found: Sequence[CriticQuality]) -> list[str]:

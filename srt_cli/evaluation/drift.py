@@ -2,13 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
-from srt_cli.evaluation.critic_quality import SCORES, CriticQuality
-from srt_cli.evaluation.labelled_pairs import ScoredPair
-from srt_cli.evaluation.pair_accuracy import PairAccuracy
-from srt_cli.records import MAX_SCORE, MIN_SCORE, Output, Scored
+from srt_cli.evaluation.contest import Contest, Standing
+from srt_cli.evaluation.critic_quality import (
+    SCORES,
+    CriticQuality,
+    PairAccuracy,
+    count_pairs,
+    own_quality,
+)
+from srt_cli.evaluation.evidence import Evidence
+from srt_cli.records import MAX_SCORE, MIN_SCORE
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement
 from srt_cli.stats.diversity import distinct_pairs, diversity_change, self_bleu
 from srt_cli.stats.echo import Echo, SelfBias, Signs, echo_alarm, self_bias
@@ -23,26 +28,9 @@ from srt_cli.stats.rates import (
     ratio_of_means,
 )
 
-if TYPE_CHECKING:
-    from srt_cli.evaluation.contest import Contest, Row
-
 
 @dataclass(frozen=True)
-class DriftMaterial:
-    """What the drift table is made of besides the contest; all by contestant, empty where not asked."""
-
-    scores: Sequence[Scored] = ()
-    objective: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
-    pairs: Mapping[str, tuple[PairAccuracy, Sequence[ScoredPair]]] = field(default_factory=dict)
-    critiques: Mapping[str, CriticQuality] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        """Whether anything was asked for that a drift table shows."""
-        return bool(self.scores or self.objective or self.pairs)
-
-
-@dataclass(frozen=True)
-class Step:
+class SincePrevious:
     """A stage against the stage before, over the same prompts."""
 
     by: str
@@ -53,15 +41,17 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageFigures:
     """One stage: what it wins, how long it writes, what it says of itself, what others say of it."""
 
+    standing: Standing
+    """Its direct answers in the contest; in `eval.json` it stands there."""
     name: str
     prompts: int
     win_rate: Estimate | None
     equal_length: Estimate | None
     pass_rate: Estimate | None
-    to_previous: Step | None
+    to_previous: SincePrevious | None
     length_ratio: Estimate | None
     """To the reference, in characters."""
     length_to_previous: Estimate | None
@@ -88,91 +78,80 @@ class Stage:
     objective: dict[str, Estimate]
     """Results of lm-evaluation-harness, by task and metric."""
     echo: Echo | None
-    """Against the stage before; null for the first."""
+    """Against the stage before; None for the first."""
 
 
 @dataclass(frozen=True)
 class _Facts:
     """What one contestant answered and was told, by prompt."""
 
-    row: "Row"
+    standing: Standing
     texts: dict[str, str]
-    values: dict[str, float] | None
-    """Preferences by the first judge, else passes of the check; null for the reference of a judge."""
+    values: Mapping[str, float] | None
+    """Preferences by the first judge, else passes of the check; None for the reference of a judge."""
     own: dict[str, float]
     outside: dict[str, float]
 
 
-def drift_of(
-    contest: "Contest",
-    outputs: Sequence[Output],
-    preferences: Mapping[tuple[str, str], Mapping[str, float]],
-    material: DriftMaterial,
-) -> list[Stage]:
-    """One row for each contestant's direct answers, in the order in which they were named.
-
-    `preferences` are per (contestant and use, judge) and prompt.
-    """
-    by = contest.judges[0] if contest.judges else "check"
-    facts = [
-        _facts_of(row, by, outputs, preferences, material.scores)
-        for row in contest.rows
-        if row.use == "response"
-    ]
-    stages: list[Stage] = []
+def drift_of(evidence: Evidence, contest: Contest) -> list[StageFigures]:
+    """Each contestant's direct answers, in the order in which they were named."""
+    facts = [_facts_of(evidence, row) for row in contest.rows if row.use == "response"]
+    stages: list[StageFigures] = []
     for place, mine in enumerate(facts):
         before = facts[place - 1] if place else None
-        stages.append(_stage_of(mine, before, facts[0], by, material))
+        stages.append(_stage_of(evidence, mine, before, facts[0]))
     return _adjusted(stages)
 
 
-def _facts_of(
-    row: "Row",
-    by: str,
-    outputs: Sequence[Output],
-    preferences: Mapping[tuple[str, str], Mapping[str, float]],
-    scores: Sequence[Scored],
-) -> _Facts:
-    answers = [o for o in outputs if o.contestant == row.contestant and o.use == "response"]
-    values: dict[str, float] | None = None
-    if by == "check":
-        values = {o.id: float(o.passed) for o in answers if o.passed is not None}
-    elif row.judged:
-        values = dict(preferences.get((f"{row.contestant} response", by), {}))
+def _yardstick(evidence: Evidence) -> str:
+    return evidence.judges[0] if evidence.judges else "check"
+
+
+def _facts_of(evidence: Evidence, standing: Standing) -> _Facts:
+    answers = evidence.answers[standing.entrant]
+    values: Mapping[str, float] | None = None
+    if not evidence.judges:
+        values = {o.id: float(o.passed) for o in answers.values() if o.passed is not None}
+    elif standing.judged:
+        values = evidence.preferences.get((standing.entrant, _yardstick(evidence)), {})
     own: dict[str, float] = {}
     outside: dict[str, float] = {}
-    for scored in scores:
-        mine = scored.contestant == row.contestant and scored.use == "response"
+    for scored in evidence.scores:
+        mine = (scored.contestant, scored.use) == standing.entrant
         if mine and scored.score is not None:
             (own if scored.by == scored.contestant else outside)[scored.id] = scored.score
-    return _Facts(row, {o.id: o.response for o in answers}, values, own, outside)
+    texts = {output.id: output.response for output in answers.values()}
+    return _Facts(standing, texts, values, own, outside)
 
 
 def _stage_of(
-    mine: _Facts, before: _Facts | None, first: _Facts, by: str, material: DriftMaterial
-) -> Stage:
-    row = mine.row
+    evidence: Evidence, mine: _Facts, before: _Facts | None, first: _Facts
+) -> StageFigures:
+    row = mine.standing
     judged = row.judged[0] if row.judged else None
     controlled = judged.length_controlled if judged else None
     both = [name for name in mine.own if name in mine.outside]
     own_and_outside = [mine.own[name] for name in both], [mine.outside[name] for name in both]
-    accuracy = material.pairs.get(row.contestant)
+    scored_pairs = evidence.scored_pairs.get(row.contestant)
+    critiques = evidence.critiques.get(row.contestant)
     growth = _length_ratio(mine, before) if before else None
     shared = [name for name in mine.texts if before and name in before.texts]
     change = None
     if before is not None:
         old, new = ([facts.texts[name] for name in shared] for facts in (before, mine))
         change = diversity_change(old, new)
-    against_pairs = _pairs_step(row, before, material)
-    step = _step(mine, before, by) if before else None
+    against_pairs = _pairs_step(evidence, row, before.standing) if before else None
+    step = _step(mine, before) if before else None
+    by = _yardstick(evidence)
     texts = list(mine.texts.values())
-    return Stage(
+    return StageFigures(
+        standing=row,
         name=row.name,
         prompts=row.prompts,
         win_rate=judged.win_rate if judged else None,
         equal_length=controlled.rate if controlled else None,
         pass_rate=row.pass_rate,
-        to_previous=Step(by, step, step.p_value) if step else None,
+        to_previous=SincePrevious(by, step, step.p_value) if step else None,
         length_ratio=_length_ratio(mine, first) if mine is not first else None,
         length_to_previous=growth,
         own_score=mean_with_error(list(mine.own.values()), SCORES),
@@ -182,19 +161,23 @@ def _stage_of(
         own_histogram=_histogram(mine.own.values()),
         outside_histogram=_histogram(mine.outside.values()),
         top_share=pass_rate([score == MAX_SCORE for score in mine.own.values()]),
-        pair_accuracy=accuracy[0] if accuracy else None,
+        pair_accuracy=count_pairs(row.contestant, evidence.pairs, scored_pairs)
+        if scored_pairs
+        else None,
         pairs_to_previous=against_pairs,
-        critiques=material.critiques.get(row.contestant),
+        critiques=own_quality(row.contestant, critiques, evidence.scores, evidence.scorer)
+        if critiques
+        else None,
         distinct_pairs=distinct_pairs(texts),
         self_bleu=self_bleu(texts),
         diversity_to_previous=change,
         degenerate=row.degenerate.rate,
-        objective=dict(material.objective.get(row.contestant, {})),
+        objective=dict(evidence.objective.get(row.contestant, {})),
         echo=_echo(mine, before, growth, change, against_pairs) if before else None,
     )
 
 
-def _step(mine: _Facts, before: _Facts, by: str) -> PairedDifference | None:
+def _step(mine: _Facts, before: _Facts) -> PairedDifference | None:
     """Against the stage before by judge or check; a judge's reference stands at one half."""
     if mine.values is None:
         return None
@@ -213,17 +196,15 @@ def _length_ratio(mine: _Facts, other: _Facts) -> Estimate | None:
     )
 
 
-def _pairs_step(
-    row: "Row", before: _Facts | None, material: DriftMaterial
-) -> PairedDifference | None:
+def _pairs_step(evidence: Evidence, row: Standing, before: Standing) -> PairedDifference | None:
     """How often the chosen answer scores higher, against the stage before, over pairs both scored."""
-    mine = material.pairs.get(row.contestant)
-    theirs = material.pairs.get(before.row.contestant) if before else None
+    mine = evidence.scored_pairs.get(row.contestant)
+    theirs = evidence.scored_pairs.get(before.contestant)
     if mine is None or theirs is None:
         return None
     read = [
         (float(a.right), float(b.right))
-        for a, b in zip(mine[1], theirs[1], strict=True)
+        for a, b in zip(mine, theirs, strict=True)
         if a.right is not None and b.right is not None
     ]
     return paired_difference([a for a, _ in read], [b for _, b in read])
@@ -243,7 +224,7 @@ def _echo(
     ]
     signs = Signs(
         length_growth=growth.value if growth else None,
-        equal_length_gain=_equal_length(mine.row) - _equal_length(before.row),
+        equal_length_gain=_equal_length(mine.standing) - _equal_length(before.standing),
         diversity_change=change,
         pair_accuracy=pairs,
     )
@@ -256,13 +237,13 @@ def _echo(
     )
 
 
-def _equal_length(row: "Row") -> float:
+def _equal_length(row: Standing) -> float:
     """Wins at equal length; the reference itself stands at one half."""
     controlled = row.judged[0].length_controlled if row.judged else None
     return controlled.rate.value if controlled else 0.5
 
 
-def _adjusted(stages: Sequence[Stage]) -> list[Stage]:
+def _adjusted(stages: Sequence[StageFigures]) -> list[StageFigures]:
     """The stages with the p values of their steps corrected for how many steps there are."""
     steps = [stage.to_previous for stage in stages if stage.to_previous]
     adjusted = iter(holm([step.paired.p_value for step in steps]))

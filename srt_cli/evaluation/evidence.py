@@ -1,13 +1,14 @@
-"""All that an evaluation was told: outputs, verdicts, scores; its figures rest on this alone."""
+"""All that an evaluation was told: outputs, verdicts, scores, labels. Its figures rest on this alone."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
 
 from srt_cli.evaluation.judging import Orders, Twice
 from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair
-from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Record, Scored
-from srt_cli.runs.jsonl import OrderedWriter
+from srt_cli.evaluation.verdicts import Preferences, preferences_by_entrant
+from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, Scored
+from srt_cli.stats.rates import Estimate
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Evidence:
     reference: str
     judges: Sequence[str]
     orders: Orders
+    check: str | None = None
+    scorer: str | None = None
     repeats: Mapping[str, Sequence[Twice]] = field(default_factory=dict)
     """By judge: the questions that it was asked twice."""
     scores: Sequence[Scored] = ()
@@ -28,26 +31,33 @@ class Evidence:
     pairs: Sequence[LabelledPair] = ()
     scored_pairs: Mapping[str, Sequence[ScoredPair]] = field(default_factory=dict)
     """By contestant: its scores of both sides of each of `pairs`."""
+    labels: Mapping[tuple[Entrant, str], float] = field(default_factory=dict)
+    """What people said, by entrant and prompt: 1 for the entrant, 0 for the reference, 1/2 a tie."""
+    objective: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
+    """By contestant: results of lm-evaluation-harness, by task and metric."""
 
+    @property
+    def base(self) -> Entrant:
+        """The reference's direct answers, with which all others are compared."""
+        return Entrant(self.reference, "response")
 
-def beside(out: Path, name: str) -> Path:
-    """Where a further file of an evaluation goes: two in one folder do not overwrite each other."""
-    return out.with_name(name if out.stem == "eval" else f"{out.stem}.{name}")
+    @cached_property
+    def answers(self) -> Mapping[Entrant, Mapping[str, Output]]:
+        """Each entrant's outputs, by prompt."""
+        found: dict[Entrant, dict[str, Output]] = {}
+        for output in self.outputs:
+            found.setdefault(output.entrant, {})[output.id] = output
+        return found
 
+    @cached_property
+    def preferences(self) -> Preferences:
+        """What all judgments come to."""
+        return preferences_by_entrant(self.judgments, self.orders)
 
-def write_evidence(out: Path, evidence: Evidence) -> None:
-    """Write it as files beside the figures: outputs, judgments and, where there are any, the rest."""
-    _write(out.with_name(out.stem + ".outputs.jsonl"), evidence.outputs)
-    _write(beside(out, "judgments.jsonl"), evidence.judgments)
-    again = [second for twice in evidence.repeats.values() for _, second in twice]
-    if again:
-        _write(out.with_name(out.stem + ".repeats.jsonl"), again)
-    if evidence.scores:
-        _write(out.with_name(out.stem + ".scores.jsonl"), evidence.scores)
-    own = [record for records in evidence.critiques.values() for record in records]
-    if own:
-        scored = with_blind_scores(own, evidence.scores)
-        _write(out.with_name(out.stem + ".feedback.jsonl"), scored)
+    @property
+    def has_stages(self) -> bool:
+        """Whether anything was asked for that only a drift table shows."""
+        return bool(self.scores or self.objective or self.scored_pairs)
 
 
 def with_blind_scores(
@@ -65,12 +75,3 @@ def with_blind_scores(
         else row
         for row in records
     ]
-
-
-def _write(path: Path, records: Iterable[Record]) -> None:
-    writer = OrderedWriter(path)
-    try:
-        writer.add(0, records)
-        writer.commit()
-    finally:
-        writer.discard()

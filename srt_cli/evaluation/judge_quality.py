@@ -1,22 +1,23 @@
-"""Can a judge be believed? Held against another judge, against itself, and for its own answers."""
+"""How reliable a judge is: against people, other judges and itself, and on its own answers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.judging import Twice
+from srt_cli.evaluation.verdicts import Preferences
+from srt_cli.records import Entrant
 from srt_cli.stats.agreement import Agreement, agreement
 from srt_cli.stats.rates import Estimate, mean_with_error, pass_rate
-from srt_cli.tables import (
-    Table,
-    score_with_error,
-    share,
-    share_with_error,
-    share_with_interval,
-    shorten,
-)
 
-Preferences = Mapping[tuple[str, str], Mapping[str, float]]
-"""Per (contestant and use, judge) and prompt, 0 to 1."""
+
+@dataclass(frozen=True)
+class AgreesWithPeople:
+    """A judge, or a rule that needs no judge, against the labels."""
+
+    who: str
+    agreement: Agreement
 
 
 @dataclass(frozen=True)
@@ -55,38 +56,43 @@ class SelfPreference:
 
 def judges_agree(judges: Sequence[str], preferences: Preferences) -> list[JudgesAgree]:
     """The first judge against each other, over all pairs that both judged."""
-    values: dict[str, dict[tuple[str, str], float]] = {judge: {} for judge in judges}
-    for (label, judge), by_prompt in preferences.items():
-        values[judge] |= {(label, name): value for name, value in by_prompt.items()}
     found = []
     for other in judges[1:]:
-        common = [pair for pair in values[judges[0]] if pair in values[other]]
-        agreed = agreement(
-            [values[judges[0]][pair] for pair in common], [values[other][pair] for pair in common]
-        )
+        mine, theirs = _said_by(judges[0], preferences), _said_by(other, preferences)
+        common = [pair for pair in mine if pair in theirs]
+        agreed = agreement([mine[pair] for pair in common], [theirs[pair] for pair in common])
         if agreed is not None:
             found.append(JudgesAgree(judges[0], other, agreed))
     return found
 
 
+def _said_by(judge: str, preferences: Preferences) -> dict[tuple[Entrant, str], float]:
+    """One judge's preferences, by entrant and prompt."""
+    return {
+        (entrant, item): value
+        for (entrant, by), by_prompt in preferences.items()
+        if by == judge
+        for item, value in by_prompt.items()
+    }
+
+
 def self_preferences(
-    judges: Sequence[str], preferences: Preferences, labels: Mapping[str, str]
+    judges: Sequence[str], preferences: Preferences, labels: Mapping[Entrant, str]
 ) -> list[SelfPreference]:
     """Every judge that is a contestant too, against every judge that is not.
 
-    `labels` names each contestant and use for people.
+    `labels` names each entrant for people.
     """
     found = []
-    for (label, judge), mine in preferences.items():
-        contestant, _, _ = label.rpartition(" ")
-        if judge != contestant:
+    for (entrant, judge), mine in preferences.items():
+        if judge != entrant.contestant:
             continue
         for other in judges:
-            theirs = preferences.get((label, other), {})
+            theirs = preferences.get((entrant, other), {})
             gaps = [value - theirs[name] for name, value in mine.items() if name in theirs]
             gap = mean_with_error(gaps, (-1.0, 1.0))
             if other != judge and gap is not None:
-                found.append(SelfPreference(judge, labels[label], other, gap))
+                found.append(SelfPreference(judge, labels[entrant], other, gap))
     return found
 
 
@@ -99,64 +105,35 @@ def repeats_itself(judge: str, questions: Sequence[Twice]) -> RepeatsItself:
     ]
     return RepeatsItself(
         judge=judge,
-        same=pass_rate([_side(a) == _side(b) for a, b in both]),
+        same=pass_rate([_side(a - 0.5) == _side(b - 0.5) for a, b in both]),
         moved=mean_with_error([abs(a - b) for a, b in both]),
         asked=len(questions),
         unread=len(questions) - len(both),
     )
 
 
-def _side(preference: float) -> int:
-    return (preference > 0.5) - (preference < 0.5)
+def _side(value: float) -> int:
+    return (value > 0) - (value < 0)
 
 
-def judge_tables(
-    agreements: Sequence[JudgesAgree],
-    repeats: Sequence[RepeatsItself],
-    preferences: Sequence[SelfPreference],
-    name: Callable[[str], str],
-) -> list[Table]:
-    """What is known of the judges, a table a kind of knowledge; `name` makes a judge's spec short."""
+def agree_with_people(evidence: Evidence) -> list[AgreesWithPeople]:
+    """Each judge, then the rules: the longer answer wins, the first shown wins, the usual label."""
+    labels, answers, base = evidence.labels, evidence.answers, evidence.answers[evidence.base]
     found = []
-    if agreements:
-        columns = ["", "same [95 %]", "ties out", "kappa", "tau-b", "n"]
-        cells = [
-            [
-                f"{shorten(name(each.first), 14)} and {shorten(name(each.second), 14)}",
-                share_with_interval(each.agreement.accuracy),
-                share(each.agreement.without_ties),
-                *_coefficients(each.agreement),
-                str(each.agreement.n),
-            ]
-            for each in agreements
-        ]
-        found.append(Table("judges against each other", columns, cells))
-    if repeats:
-        columns = ["", "same [95 %]", "moved, points", "asked twice", "unread"]
-        cells = [
-            [
-                shorten(name(each.judge), 30),
-                share_with_interval(each.same),
-                share_with_error(each.moved),
-                str(each.asked),
-                str(each.unread),
-            ]
-            for each in repeats
-        ]
-        found.append(Table("the same question twice", columns, cells))
-    if preferences:
-        columns = ["", "favours itself by, points", "n"]
-        cells = [
-            [
-                f"{shorten(each.contestant, 30)}, against {shorten(name(each.outside), 18)}",
-                share_with_error(each.gap, "+"),
-                str(each.gap.n),
-            ]
-            for each in preferences
-        ]
-        found.append(Table("judges of their own answers", columns, cells))
-    return found
-
-
-def _coefficients(found: Agreement) -> list[str]:
-    return [score_with_error(each) for each in (found.kappa, found.kendall)]
+    for judge in dict.fromkeys(judge for _, judge in evidence.preferences):
+        said = _said_by(judge, evidence.preferences)
+        found.append((judge, [(said[key], label) for key, label in labels.items() if key in said]))
+    known = [
+        (len(answers[entrant][item].response) - len(base[item].response), label)
+        for (entrant, item), label in labels.items()
+        if item in answers.get(entrant, {}) and item in base
+    ]
+    usual = Counter(label for _, label in known).most_common(1)
+    found.append(("the longer answer", [((_side(more) + 1) / 2, label) for more, label in known]))
+    found.append(("the answer shown first", [(1.0, label) for _, label in known]))
+    found.append(("the usual label", [(usual[0][0], label) for _, label in known]))
+    return [
+        AgreesWithPeople(who, agreed)
+        for who, pairs in found
+        if (agreed := agreement([p for p, _ in pairs], [label for _, label in pairs])) is not None
+    ]

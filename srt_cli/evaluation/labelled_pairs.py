@@ -1,6 +1,6 @@
 """Does a critic know the better answer? It scores both sides of labelled pairs, one by one.
 
-What the scores come to is counted in `pair_accuracy`.
+What the scores come to is counted in `critic_quality`.
 """
 
 from collections.abc import Generator, Iterator, Sequence

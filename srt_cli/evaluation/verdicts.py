@@ -7,7 +7,7 @@ from itertools import combinations
 from typing import Final
 
 from srt_cli.evaluation.judging import Orders
-from srt_cli.records import Judgment, Output, Prompt
+from srt_cli.records import Entrant, Judgment, Output, Prompt
 from srt_cli.stats.length_control import (
     LengthControlled,
     difficulties_of,
@@ -35,6 +35,11 @@ SHAKY_CONSISTENCY: Final = 0.75
 MOST_GAP: Final = 0.05
 FEWEST_FOR_A_HABIT: Final = 10
 
+Preferences = Mapping[tuple[Entrant, str], Mapping[str, float]]
+"""By entrant and judge: each prompt's preference for the entrant, 0 to 1."""
+Opponents = tuple[Prompt, Output, Output]
+"""A prompt with an entrant's answer to it, and the reference's."""
+
 
 @dataclass(frozen=True)
 class LengthBin:
@@ -45,7 +50,7 @@ class LengthBin:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Ruling:
     """What one judge said of one contestant against the reference."""
 
     judge: str
@@ -110,7 +115,7 @@ def _by_order(verdicts: Sequence[Judgment]) -> dict[str, dict[str, float]]:
 
 
 def preferences_of(verdicts: Sequence[Judgment], orders: Orders) -> dict[str, float]:
-    """Each prompt's preference for `a`: the mean of its orders; prompts without all fall out."""
+    """Each prompt's preference for `a`: the mean of its orders; prompts without all are left out."""
     by_order = _by_order(verdicts)
     if orders == "one":
         return by_order["ba"] | by_order["ab"]
@@ -121,31 +126,24 @@ def preferences_of(verdicts: Sequence[Judgment], orders: Orders) -> dict[str, fl
     }
 
 
-def preferences_by_pair(
-    judgments: Sequence[Judgment], orders: Orders
-) -> dict[tuple[str, str], dict[str, float]]:
-    """The preferences of each (contestant and use, judge), by prompt."""
-    groups: dict[tuple[str, str], list[Judgment]] = {}
+def preferences_by_entrant(judgments: Sequence[Judgment], orders: Orders) -> Preferences:
+    """The preferences that all judgments come to."""
+    groups: dict[tuple[Entrant, str], list[Judgment]] = {}
     for judgment in judgments:
-        groups.setdefault((judgment.a, judgment.judge), []).append(judgment)
+        groups.setdefault((judgment.entrant, judgment.judge), []).append(judgment)
     return {pair: preferences_of(given, orders) for pair, given in groups.items()}
 
 
 def count_verdicts(
-    judge: str,
-    orders: Orders,
-    prompts: Sequence[Prompt],
-    mine: Mapping[str, Output],
-    theirs: Mapping[str, Output],
-    verdicts: Sequence[Judgment],
-) -> Judged:
+    judge: str, orders: Orders, opponents: Sequence[Opponents], verdicts: Sequence[Judgment]
+) -> Ruling:
     """Count one judge's verdicts; with `both` orders a pair counts only with valid verdicts in both."""
     preferences = preferences_of(verdicts, orders)
-    valid = [prompt for prompt in prompts if prompt.id in preferences]
-    y = [preferences[prompt.id] for prompt in valid]
-    lengths = [len(mine[prompt.id].response) for prompt in valid]
-    reference = [len(theirs[prompt.id].response) for prompt in valid]
-    texts = [prompt.text for prompt in valid]
+    valid = [each for each in opponents if each[0].id in preferences]
+    y = [preferences[prompt.id] for prompt, _, _ in valid]
+    lengths = [len(mine.response) for _, mine, _ in valid]
+    reference = [len(theirs.response) for _, _, theirs in valid]
+    texts = [prompt.text for prompt, _, _ in valid]
     first, second = _by_slot(verdicts, preferences, orders)
     bias = position_bias if orders == "both" else position_bias_apart
     rate = win_rate(y)
@@ -160,7 +158,7 @@ def count_verdicts(
     by_order: dict[str, Counter[str]] = {}
     for verdict in verdicts:
         by_order.setdefault(verdict.order, Counter())[verdict.status] += 1
-    return Judged(
+    return Ruling(
         judge=judge,
         orders=orders,
         win_rate=rate,
@@ -177,7 +175,7 @@ def count_verdicts(
         by_length=_by_length(y, lengths, reference),
         statuses=dict(Counter(verdict.status for verdict in verdicts)),
         statuses_by_order={order: dict(counts) for order, counts in sorted(by_order.items())},
-        pairs=len(prompts),
+        pairs=len(opponents),
         valid_pairs=len(valid),
     )
 

@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
-import srt_cli
-from srt_cli.report.curves import Curve, line_plot
-from srt_cli.report.shell import html_table, write_page
+from srt_cli.report.html import write_page
+from srt_cli.report.plots import Curve, line_plot
 from srt_cli.runs.run import Manifest
+from srt_cli.tables import Table
 
 PAGE: Final = "training.html"
 Rows = Sequence[Mapping[str, Any]]
+Plot = tuple[str, str, str]
+"""Title, note, and the plot, "" where there is nothing to show."""
 
 # Title, what to read off, the metrics with their names, whether they are shares.
 PLOTS: Final = (
@@ -38,22 +39,25 @@ def write_training_page(directory: Path, manifest: Manifest) -> None:
     samples = _read(directory / "samples.jsonl")
     if not metrics:
         return
-    title = f"srt {manifest.command}: {directory.name}"
-    body = "".join(
-        [
-            _header(manifest, metrics),
-            _warnings(manifest),
-            *(_plot(*plot, metrics) for plot in PLOTS[:1]),
-            _evaluations(metrics),
-            *(_plot(*plot, metrics) for plot in PLOTS[1:]),
-            _lengths(samples),
-            _samples(samples),
-            _settings(manifest),
-            f"<footer>Made by srt {escape(srt_cli.__version__)}. Every figure is in metrics.jsonl, "
-            "every setting in run.json.</footer>",
-        ]
-    )
-    write_page(directory / PAGE, title, body)
+    curves = [_plot(*plot, metrics) for plot in PLOTS]
+    facts = [str(manifest.settings.get("model")), str(manifest.settings.get("method"))]
+    facts += [f"{name} {file.path}" for name, file in manifest.inputs.items()]
+    facts += [manifest.progress or ""]
+    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        prompt = "\n\n".join(turn["content"] for turn in sample["prompt"])
+        by_prompt.setdefault(prompt, []).append(sample)
+    settings = [[k, _shown(value)] for k, value in manifest.settings.items() if value is not None]
+    values = {
+        "title": f"srt {manifest.command}: {directory.name}",
+        "headline": _headline(metrics),
+        "facts": [fact for fact in facts if fact],
+        "doubts": [*manifest.warnings, *([manifest.error] if manifest.error else [])],
+        "plots": [curves[0], _evaluations(metrics), *curves[1:], _lengths(samples)],
+        "samples": by_prompt,
+        "settings": Table("as trained", ["", ""], settings),
+    }
+    write_page(directory / PAGE, "training.html", values)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -62,53 +66,39 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def _header(manifest: Manifest, metrics: Rows) -> str:
+def _headline(metrics: Rows) -> str:
     losses = [row["loss"] for row in metrics if row.get("loss") is not None]
-    steps = [row["step"] for row in metrics if "loss" in row]
-    sentence = f"No loss was finite in {len(steps)} steps."
-    if losses:
-        sentence = f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {len(steps)} steps."
-    facts = [str(manifest.settings.get("model")), str(manifest.settings.get("method"))]
-    facts += [f"{name} {file.path}" for name, file in manifest.inputs.items()]
-    facts += [manifest.progress or ""]
-    shown = " · ".join(escape(fact) for fact in facts if fact)
-    return f"<header><h1>{escape(sentence)}</h1><p class=facts>{shown}</p></header>"
+    steps = sum("loss" in row for row in metrics)
+    if not losses:
+        return f"No loss was finite in {steps} steps."
+    return f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {steps} steps."
 
 
-def _warnings(manifest: Manifest) -> str:
-    sentences = [*manifest.warnings, *([manifest.error] if manifest.error else [])]
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
-    return (
-        f'<section class="warnings"><h2>Read with care</h2><ul>{items}</ul></section>'
-        if items
-        else ""
-    )
+def _plot(title: str, note: str, named: Mapping[str, str], percent: bool, metrics: Rows) -> Plot:
+    curves = [Curve(name, _points(metrics, metric)) for metric, name in named.items()]
+    return _drawn(title, note, curves, percent=percent)
 
 
-def _plot(title: str, note: str, named: Mapping[str, str], percent: bool, metrics: Rows) -> str:
-    return _figure(title, note, [Curve(n, _points(metrics, m)) for m, n in named.items()], percent)
-
-
-def _evaluations(metrics: Rows) -> str:
+def _evaluations(metrics: Rows) -> Plot:
     """Validation loss, whole and by part: every `eval_loss_PART` that there is."""
     found = {name for row in metrics for name in row}
     names = sorted(n for n in found if n.startswith("eval_loss"))
     curves = [Curve(_part_of(name), _points(metrics, name)) for name in names]
-    return _figure("Validation loss", "Rows that are not trained on.", curves, False)
+    return _drawn("Validation loss", "Rows that are not trained on.", curves)
 
 
 def _part_of(name: str) -> str:
     return name.removeprefix("eval_loss").strip("_").replace("_", " ") or "all"
 
 
-def _lengths(samples: Rows) -> str:
+def _lengths(samples: Rows) -> Plot:
     steps = sorted({sample["step"] for sample in samples})
     points = []
     for step in steps:
         lengths = [sample["tokens"] for sample in samples if sample["step"] == step]
         points.append((float(step), sum(lengths) / len(lengths)))
     note = "Mean tokens of the samples below, cut at their limit."
-    return _figure("Length of the samples", note, [Curve("tokens", points)], False)
+    return _drawn("Length of the samples", note, [Curve("tokens", points)])
 
 
 def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
@@ -117,55 +107,9 @@ def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
     return [(float(step), math.nan if value is None else float(value)) for step, value in found]
 
 
-def _figure(title: str, note: str, curves: Sequence[Curve], percent: bool) -> str:
-    curves = [curve for curve in curves if curve.points]
-    plot = line_plot(curves, caption=title, percent=percent)
-    if not plot:
-        return ""
-    said = f"<p>{escape(note)}</p>" if note else ""
-    return f'<section><h2>{escape(title)}</h2>{said}<div class="plot">{plot}</div></section>'
-
-
-def _samples(samples: Rows) -> str:
-    if not samples:
-        return ""
-    by_prompt: dict[str, list[Mapping[str, Any]]] = {}
-    for sample in samples:
-        prompt = "\n\n".join(turn["content"] for turn in sample["prompt"])
-        by_prompt.setdefault(prompt, []).append(sample)
-    articles = "".join(_article(prompt, answers) for prompt, answers in by_prompt.items())
-    return f"<section><h2>What it answered on the way</h2>{articles}</section>"
-
-
-def _article(prompt: str, answers: Rows) -> str:
-    # Start and end side by side; what lies between is a click away.
-    ends = [answers[0], answers[-1]] if len(answers) > 1 else list(answers)
-    between = answers[1:-1]
-    more = (
-        f"<details><summary>{len(between)} more in between</summary>"
-        f'<div class="answers">{"".join(map(_answer, between))}</div></details>'
-        if between
-        else ""
-    )
-    return (
-        f'<article><p class="prompt">{escape(prompt)}</p>'
-        f'<div class="answers">{"".join(map(_answer, ends))}</div>{more}</article>'
-    )
-
-
-def _answer(sample: Mapping[str, Any]) -> str:
-    end = "ended by itself" if sample["stopped"] else "cut off"
-    return (
-        f'<div class="answer"><h3>step {sample["step"]} · {sample["tokens"]} tokens · {end}</h3>'
-        f"<pre>{escape(sample['text'])}</pre></div>"
-    )
-
-
-def _settings(manifest: Manifest) -> str:
-    cells = [
-        [name, _shown(value)] for name, value in manifest.settings.items() if value is not None
-    ]
-    return f"<section><h2>Settings</h2>{html_table('as trained', ['', ''], cells)}</section>"
+def _drawn(title: str, note: str, curves: Sequence[Curve], *, percent: bool = False) -> Plot:
+    known = [curve for curve in curves if curve.points]
+    return title, note, line_plot(known, caption=title, percent=percent)
 
 
 def _shown(value: object) -> str:

@@ -328,7 +328,7 @@ def write_pages(
         write_prefs_report(options.report, options.out.name, summary, audit)
         console.say(f"the same as a page: {options.report}")
     if options.label_page is not None:
-        from srt_cli.report.labelling import write_label_page
+        from srt_cli.report.label import write_label_page
 
         write_label_page(options.label_page, looked_at, options.seed)
         console.say(

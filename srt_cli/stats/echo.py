@@ -121,7 +121,7 @@ def _worse(signs: Signs) -> list[str]:
     if pairs is not None and pairs.difference.value < 0 and pairs.p_value < SIGNIFICANT:
         found.append(
             f"it tells people's pairs apart {-100 * pairs.difference.value:.0f} points less often "
-            f"(McNemar p = {pairs.p_value:.3f})"
+            f"(McNemar p {'< 0.001' if pairs.p_value < 0.001 else f'= {pairs.p_value:.3f}'})"
         )
     growth = signs.length_growth
     if growth is not None and growth > LONGER and (signs.equal_length_gain or 0.0) <= 0:

@@ -17,7 +17,6 @@ from srt_cli.evaluation.contestants import (
     read_outputs,
     score_output,
 )
-from srt_cli.evaluation.evidence import Evidence, write_evidence
 from srt_cli.evaluation.judging import Judge, Shown, Twice, ask_again, judge_pairs, orders_of
 from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pairs, read_pairs
 from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
@@ -39,13 +38,16 @@ def run(options: Evaluate) -> None:
     """Answer, check, judge, score, count, report; or count what was judged before."""
     if _count_saved(options):
         return
+    # Counting needs numpy, for which `srt eval --help` does not wait.
+    from srt_cli.evaluation.evidence import Evidence
+    from srt_cli.evaluation.files import read_objective, write_evidence
+    from srt_cli.stages.evaluate.figures import close_contest, write_figures
+
     reference = options.reference or base_of(options.model[0])
     judges = tuple(dict.fromkeys(options.judge)) or critic_as_judge()
     _refuse_contradictions(options, judges)
     pairs = list(read_pairs(options.pairs, options.limit)) if options.pairs else []
     if options.objective:
-        from srt_cli.evaluation.objective import read_objective
-
         # A wrong file or name is said before any work is done.
         read_objective(options.objective, [reference, *options.model])
     prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
@@ -74,11 +76,9 @@ def run(options: Evaluate) -> None:
             scores=scores, critiques=critiques, pairs=pairs, scored_pairs=paired,
         )  # fmt: skip
         write_evidence(options.out, evidence)
-        from srt_cli.stages.evaluate.figures import close_contest, write_figures
-
-        contest = write_figures(run, options, evidence)
+        findings = write_figures(run, options, evidence)
     console.say(asking.cost_sentence())
-    close_contest(options, contest)
+    close_contest(options, findings)
 
 
 def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:

@@ -7,22 +7,22 @@ from pathlib import Path
 from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.errors import TooManyFailures, UsageError
-from srt_cli.evaluation.annotations import read_annotations
 from srt_cli.evaluation.critic_quality import (
     OutsideScores,
+    count_pairs,
     critic_quality,
-    quality_tables,
     score_record,
     warnings_of,
 )
 from srt_cli.evaluation.evidence import Evidence
+from srt_cli.evaluation.files import read_annotations
 from srt_cli.evaluation.labelled_pairs import ask_pairs, read_pairs
-from srt_cli.evaluation.pair_accuracy import count_pairs, pairs_table
+from srt_cli.evaluation.tables import pairs_table, quality_tables
 from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.jsonl import read_records, write_json
 from srt_cli.runs.run import open_run
-from srt_cli.stages.evaluate.figures import close_contest, write_figures
+from srt_cli.stages.evaluate.figures import close_contest, show, write_figures
 from srt_cli.stages.evaluate.options import Evaluate
 
 
@@ -39,13 +39,13 @@ def count_annotations(options: Evaluate, command: str) -> None:
             list(found.prompts.values()), list(found.outputs.values()), found.judgments,
             found.reference, found.judges, found.orders,
         )  # fmt: skip
-        contest = write_figures(run, options, evidence)
+        findings = write_figures(run, options, evidence)
         if found.repeated:
             run.warn(
                 f"{found.repeated} of {len(found.judgments)} rows judge a pair that an earlier row "
                 "judged: each pair counts once, by its last row."
             )
-    close_contest(options, contest)
+    close_contest(options, findings)
 
 
 def score_pairs(options: Evaluate, command: str, path: Path) -> None:
@@ -63,8 +63,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
                 found.append(count_pairs(spec, pairs, scored))
         run.tally({"pairs": len(pairs)})
         write_json(options.out, {"pairs": [asdict(each) for each in found]})
-    table = pairs_table(found)
-    console.table(table.title, table.columns, table.cells, table.things)
+    show([pairs_table(found)])
     console.result(
         f"n = {len(pairs)} pairs; a tie is not right; ties out: among the pairs with different scores."
     )
@@ -98,6 +97,5 @@ def judge_feedback(options: Evaluate, command: str) -> None:
         write_json(options.out, {"feedback": [asdict(each) for each in found]})
         for warning in warnings_of(found):
             run.warn(f"{warning}.")
-    for table in quality_tables(found):
-        console.table(table.title, table.columns, table.cells, table.things)
+    show(quality_tables(found))
     console.finish(f"{options.out}: {len(found)} files", f"less {options.out}")

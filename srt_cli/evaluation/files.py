@@ -1,24 +1,67 @@
-"""Judgments made elsewhere or earlier, read back so that they can be counted without any model."""
+"""The files of an evaluation: what is written beside its figures, and what others judged or measured.
+
+Judgments made elsewhere or earlier (AlpacaEval's, or ours) are read back without any model, human
+labels and results of lm-evaluation-harness too; outputs and judgments are exported for AlpacaEval.
+"""
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import orjson
 from pydantic import ValidationError
 
-from srt_cli.errors import SrtError
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.evaluation.evidence import Evidence, with_blind_scores
 from srt_cli.evaluation.judging import Orders, output_of
-from srt_cli.records import Judgment, Output, Prompt, Usage, content_id
-from srt_cli.runs.jsonl import describe_invalid, read_records, read_rows, write_json
+from srt_cli.records import Entrant, Judgment, Output, Prompt, Record, Usage, content_id
+from srt_cli.runs.jsonl import (
+    OrderedWriter,
+    describe_invalid,
+    read_records,
+    read_rows,
+    write_json,
+)
+from srt_cli.stats.rates import Estimate
+from srt_cli.tables import short_names
 
 NEEDED: Final = ("instruction", "output_1", "output_2", "preference")
 TEXTS: Final = ("instruction", "output_1", "output_2")
 ANNOTATOR: Final = "annotations"
 EXPORTED: Final = "srt"
+LABELS: Final = {"model": 1.0, "a": 1.0, "reference": 0.0, "b": 0.0, "tie": 0.5}
+
+
+def beside(out: Path, name: str) -> Path:
+    """Where a further file of an evaluation goes: two in one folder do not overwrite each other."""
+    return out.with_name(name if out.stem == "eval" else f"{out.stem}.{name}")
+
+
+def write_evidence(out: Path, evidence: Evidence) -> None:
+    """Write it as files beside the figures: outputs, judgments and, where there are any, the rest."""
+    _write(out.with_name(out.stem + ".outputs.jsonl"), evidence.outputs)
+    _write(beside(out, "judgments.jsonl"), evidence.judgments)
+    again = [second for twice in evidence.repeats.values() for _, second in twice]
+    if again:
+        _write(out.with_name(out.stem + ".repeats.jsonl"), again)
+    if evidence.scores:
+        _write(out.with_name(out.stem + ".scores.jsonl"), evidence.scores)
+    own = [record for records in evidence.critiques.values() for record in records]
+    if own:
+        scored = with_blind_scores(own, evidence.scores)
+        _write(out.with_name(out.stem + ".feedback.jsonl"), scored)
+
+
+def _write(path: Path, records: Iterable[Record]) -> None:
+    writer = OrderedWriter(path)
+    try:
+        writer.add(0, records)
+        writer.commit()
+    finally:
+        writer.discard()
 
 
 @dataclass
@@ -26,7 +69,7 @@ class Annotations:
     """Saved judgments as a contest counts them: prompts, outputs and verdicts, each once."""
 
     prompts: dict[str, Prompt] = field(default_factory=dict)
-    outputs: dict[tuple[str, str, str], Output] = field(default_factory=dict)
+    outputs: dict[tuple[Entrant, str], Output] = field(default_factory=dict)
     judgments: list[Judgment] = field(default_factory=list)
     reference: str | None = None
     repeated: int = 0
@@ -90,7 +133,7 @@ def _read_alpaca_eval(path: Path, found: Annotations) -> None:
         preference = _preference_of(value, f"{path}, row {number}")
         found.judgments.append(
             Judgment(
-                id=name, a=f"{model} response", b=f"{reference} response",
+                id=name, a=str(Entrant(model, "response")), b=str(Entrant(reference, "response")),
                 order=_order_of(text, row.get("dataset")),
                 preference=None if preference is None else (preference - 1 if preference else 0.5),
                 verdict=str(value), status="unparsed" if preference is None else "ok",
@@ -112,7 +155,7 @@ def _order_of(instruction: str, dataset: object) -> Literal["ab", "ba"]:
 
 
 def _preference_of(value: object, where: str) -> float | None:
-    """A number from 1 to 2, or 0 for a draw; null where the judge said nothing that could be read."""
+    """A number from 1 to 2, or 0 for a draw; None where the judge said nothing that could be read."""
     if value is None or value != value or value == "":
         return None
     try:
@@ -139,34 +182,33 @@ def _read_ours(path: Path, found: Annotations) -> None:
         except ValidationError as error:
             reason = describe_invalid(error)
             raise SrtError(f"{path}:{number}: {reason} {_EXPECTED}") from None
-        reference, _, _ = judgment.b.rpartition(" ")
-        _set_reference(found, reference, path)
+        base = Entrant.read(judgment.b)
+        _set_reference(found, base.contestant, path)
         found.prompts.setdefault(judgment.id, Prompt(id=judgment.id, prompt=judgment.id))
-        for side in (judgment.b, judgment.a):
-            contestant, _, use = side.rpartition(" ")
-            output = texts.get((contestant, use, judgment.id))
+        for entrant in (base, judgment.entrant):
+            output = texts.get((entrant, judgment.id))
             if output is None:
                 raise SrtError(
-                    f"{path}: the output of {side} for {judgment.id!r} is in no *.outputs.jsonl "
+                    f"{path}: the output of {entrant} for {judgment.id!r} is in no *.outputs.jsonl "
                     "beside it. Keep the files of srt eval together."
                 )
-            found.outputs.setdefault((contestant, use, judgment.id), output)
+            found.outputs.setdefault((entrant, judgment.id), output)
         found.judgments.append(judgment)
     seen = {(judgment.id, judgment.a, judgment.judge) for judgment in found.judgments}
     if len(seen) < len(found.judgments):
         found.orders = "both"
 
 
-def _outputs_beside(path: Path) -> Mapping[tuple[str, str, str], Output]:
-    beside: dict[tuple[str, str, str], Output] = {}
-    for file in sorted(path.parent.glob("*.outputs.jsonl")):
-        for output in read_records(file, Output.model_validate):
-            beside[output.contestant, output.use, output.id] = output
-    return beside
+def _outputs_beside(path: Path) -> Mapping[tuple[Entrant, str], Output]:
+    return {
+        (output.entrant, output.id): output
+        for file in sorted(path.parent.glob("*.outputs.jsonl"))
+        for output in read_records(file, Output.model_validate)
+    }
 
 
 def _add_output(found: Annotations, name: str, contestant: str, text: str) -> None:
-    key = (contestant, "response", name)
+    key = (Entrant(contestant, "response"), name)
     known = found.outputs.get(key)
     if known is not None and known.response != text:
         raise SrtError(
@@ -185,24 +227,16 @@ def _set_reference(found: Annotations, reference: str, path: Path) -> None:
     found.reference = reference
 
 
-def export_alpaca_eval(
-    folder: Path,
-    prompts: Sequence[Prompt],
-    outputs: Sequence[Output],
-    preferences: Mapping[tuple[str, str], Mapping[str, float]],
-    reference: str,
-) -> list[Path]:
-    """Write each contestant's `model_outputs.json` and, where judged, `annotations.json`.
+def export_alpaca_eval(folder: Path, evidence: Evidence) -> list[Path]:
+    """Write each entrant's `model_outputs.json` and, where judged, `annotations.json`.
 
-    `preferences` are per (contestant and use, judge) and prompt, 0 to 1; AlpacaEval's run 1 to 2.
+    AlpacaEval's preferences run from 1 to 2.
     """
-    texts = {prompt.id: prompt.text for prompt in prompts}
-    groups: dict[str, dict[str, Output]] = {}
-    for output in outputs:
-        groups.setdefault(f"{output.contestant} {output.use}", {})[output.id] = output
-    base = groups[f"{reference} response"]
+    texts = {prompt.id: prompt.text for prompt in evidence.prompts}
+    base = evidence.answers[evidence.base]
     written = []
-    for name, mine in groups.items():
+    for entrant, mine in evidence.answers.items():
+        name = str(entrant)
         own = folder / re.sub(r"[^\w.-]+", "-", name).strip("-")
         answers = [
             {
@@ -220,17 +254,98 @@ def export_alpaca_eval(
                 "dataset": EXPORTED,
                 "instruction": texts[key],
                 "output_1": base[key].response,
-                "generator_1": reference,
+                "generator_1": evidence.reference,
                 "output_2": mine[key].response,
                 "generator_2": name,
                 "annotator": judge,
                 "preference": 1 + value,
             }
-            for (label, judge), by_prompt in preferences.items()
-            if label == name
+            for (judged, judge), by_prompt in evidence.preferences.items()
+            if judged == entrant
             for key, value in by_prompt.items()
         ]
         if rows:
             write_json(own / "annotations.json", rows)
             written.append(own / "annotations.json")
     return written
+
+
+def read_labels(path: Path, entrants: Sequence[Entrant]) -> dict[tuple[Entrant, str], float]:
+    """Rows with `id`, `label` (model, reference, tie, or 0 to 1) and, with several entrants, `a`.
+
+    `a` is a contestant's name, alone or with its use. Raises `SrtError` naming file and line.
+    """
+    labels = {}
+    for number, row in read_rows(path):
+        where = f"{path}:{number}"
+        if "id" not in row or "label" not in row:
+            found = ", ".join(row) or "nothing"
+            raise SrtError(f'{where}: needs "id" and "label" (found: {found}).')
+        label = row["label"]
+        value = LABELS.get(label.lower()) if isinstance(label, str) else label
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+            raise SrtError(f"{where}: label {label!r} is none of {', '.join(LABELS)}, or 0 to 1.")
+        name = str(row.get("a", entrants[0] if len(entrants) == 1 else ""))
+        named = [each for each in entrants if name in (str(each), each.contestant)]
+        if not named:
+            known = ", ".join(map(str, entrants))
+            raise SrtError(f'{where}: which contestant? Give "a", one of: {known}.')
+        labels[named[0], str(row["id"])] = float(value)
+    return labels
+
+
+def read_objective(
+    given: Sequence[str], contestants: Sequence[str]
+) -> dict[str, dict[str, Estimate]]:
+    """`--objective MODEL=results.json`: results of lm-evaluation-harness, by contestant.
+
+    MODEL is a contestant as it was named, or its short name in the tables.
+
+    Raises `UsageError` for a wrong form and `SrtError` for a file that is no such result.
+    """
+    found: dict[str, dict[str, Estimate]] = {}
+    for text in given:
+        name, equals, file = text.rpartition("=")
+        if not equals:
+            raise UsageError(f"--objective {text}: write MODEL=results.json.")
+        short = short_names(contestants)
+        named = [each for each in contestants if name in (each, short[each])]
+        if not named:
+            raise UsageError(
+                f"--objective {text}: {name} is no contestant. Name one of: {', '.join(contestants)}."
+            )
+        path = Path(file)
+        try:
+            document = orjson.loads(path.read_bytes())
+            samples = document.get("n-samples") or {}
+            found.setdefault(named[0], {}).update(_tasks_of(document["results"], samples))
+        except FileNotFoundError:
+            raise SrtError(f"{path}: no such file. Check the path.") from None
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise SrtError(
+                f"{path}: not a result of lm-evaluation-harness (no results by task). Give the JSON "
+                "file that lm_eval writes under --output_path."
+            ) from None
+    return found
+
+
+def _tasks_of(
+    results: Mapping[str, Mapping[str, Any]], samples: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Estimate]:
+    """Each task's first metric, with its standard error, a normal interval, and the samples if told."""
+    found = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not isinstance(value, float | int) or isinstance(value, bool):
+                continue
+            if "_stderr" in metric or not kind:  # without a filter's name it is no metric
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            known = float(error) if isinstance(error, float | int) else None
+            reach = 1.96 * (known or 0.0)
+            n = metrics.get("sample_len") or samples.get(task, {}).get("effective") or 0
+            name = f"{task} {metric}"
+            found[name] = Estimate(float(value), value - reach, value + reach, int(n), known)
+            break
+    return found
