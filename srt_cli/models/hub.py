@@ -1,13 +1,22 @@
-"""The hub: prompts from its data sets, and finished models onto it."""
+"""The hub: prompts from its data sets, finished models onto it; and the folder of what is kept here."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from srt_cli.errors import SrtError
 
+CACHE_VARIABLE: Final = "SRT_CACHE"
 # What a run needs and a reader of the model does not.
 KEPT_HERE: Final = ("checkpoints/*", "tensorboard/*", "*.journal.jsonl", "*.lock", "*.tmp")
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: `SRT_CACHE`, else the user's cache folder."""
+    if CACHE_VARIABLE in os.environ:
+        return Path(os.environ[CACHE_VARIABLE])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "srt"
 
 
 def read_hub_rows(name: str, split: str) -> Iterator[Mapping[str, object]]:

@@ -23,8 +23,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from srt_cli.errors import SrtError
+from srt_cli.models.hub import cache_folder
 
-CACHE_VARIABLE: Final = "SRT_CACHE"
 ADAPTER_CONFIG: Final = "adapter_config.json"
 
 transformers_logging.disable_progress_bar()
@@ -278,13 +278,6 @@ def _convert(gguf: Path, directory: Path) -> None:
     model.config.name_or_path = gguf.name
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-def cache_folder() -> Path:
-    """Where converted weights are kept: `SRT_CACHE`, else the user's cache folder."""
-    if CACHE_VARIABLE in os.environ:
-        return Path(os.environ[CACHE_VARIABLE])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "srt"
 
 
 def fingerprint_of(name: str) -> str:

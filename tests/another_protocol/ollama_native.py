@@ -45,6 +45,9 @@ class OllamaNative:
     def adapt(self, refused, request, sent):
         return None
 
+    async def offered(self, wire):
+        return None
+
     def describe(self):
         return {"protocol": "ollama"}
 

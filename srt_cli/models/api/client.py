@@ -18,7 +18,7 @@ from typing import Any, Final
 from srt_cli import console
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, Spec
-from srt_cli.models.api.dialect import Answer, Dialect, NoAnswer, Refused, as_mapping, as_text
+from srt_cli.models.api.dialect import Answer, Dialect, NoAnswer, Refused
 from srt_cli.models.api.limits import (
     DEFAULT_PAUSE_S,
     HIGHEST_LIMIT,
@@ -39,6 +39,7 @@ LONGEST_BACKOFF_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.02
 DOWN_FOR_S: Final = 30.0
 DOWN_BEFORE_FIRST_SUCCESS_S: Final = 1.0
+THROTTLED: Final = (429, 529)
 QUOTA_CODES: Final = (
     "insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached",
 )  # fmt: skip
@@ -327,12 +328,14 @@ class ApiModel:
         self, refused: Refused, endpoint: Endpoint, job: _Job, started: float
     ) -> None:
         status = refused.status
-        if status == 429 and refused.code not in QUOTA_CODES:
+        if status in THROTTLED and refused.code not in QUOTA_CODES:
             await self._throttle(refused, job, started)
             return
         self._limit.troubled()
         if status in (408, 409) or status >= 500:
             await self._try_later("server error", refused.message, endpoint, job)
+        elif status == 402 or refused.code in QUOTA_CODES:
+            self._give_up(await self._fatal_error(refused, endpoint), job)
         elif (learnt := self._dialect.adapt(refused, job.request, job.sent_fields)) is not None:
             self._dialect = learnt
             self._jobs.appendleft(job)
@@ -400,13 +403,13 @@ class ApiModel:
             return QuotaError(
                 f"{endpoint.url}: the key is refused ({message}). {self._place.how_to_give_a_key()}"
             )
-        if refused.status == 429:
+        if refused.status in (402, 429) or refused.code in QUOTA_CODES:
             return QuotaError(
                 f"{endpoint.url}: no credit left ({message}). What is answered is kept; add credit "
                 "and run the same line again."
             )
         if refused.status == 404:
-            names = await _listed_models(endpoint)
+            names = await self._dialect.offered(endpoint)
             offer = (
                 f". It offers: {', '.join(names[:8])}."
                 if names
@@ -441,15 +444,3 @@ def _read(dialect: Dialect, answer: Answer, job: _Job) -> Reply:
         raise
     except Exception as error:
         raise NoAnswer("malformed reply", f"{type(error).__name__}: {error}") from error
-
-
-async def _listed_models(endpoint: Endpoint) -> list[str] | None:
-    """Names of the models that a server offers; None when it does not say."""
-    try:
-        answer = await endpoint.get("/models")
-        listed = as_mapping(answer.json()).get("data")
-    except (NoAnswer, Redirected):
-        return None
-    if answer.status != 200 or not isinstance(listed, list):
-        return None
-    return sorted(as_text(as_mapping(model).get("id")) for model in listed)

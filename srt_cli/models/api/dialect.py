@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
+from srt_cli.errors import SrtError
 from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs
 from srt_cli.models.budget import estimated_usage, is_believable
 from srt_cli.records import Usage
@@ -276,9 +277,32 @@ class Dialect(Protocol):
         """
         ...
 
+    async def offered(self, wire: Wire) -> list[str] | None:
+        """Names of the models that the server offers; None when it does not say."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What was learnt, for the manifest."""
         ...
+
+
+async def listed_models(wire: Wire, path: str) -> list[str] | None:
+    """Names in a list of models as OpenAI has it; None when there is none."""
+    try:
+        answer = await wire.get(path)
+        listed = as_mapping(answer.json()).get("data")
+    except (NoAnswer, SrtError):
+        return None
+    if answer.status != 200 or not isinstance(listed, list):
+        return None
+    return sorted(as_text(as_mapping(model).get("id")) for model in listed)
+
+
+def checked(answer: Answer) -> Mapping[str, Any]:
+    """The object in an answer; raises `Refused` for an error."""
+    if answer.status >= 300:
+        raise Refused(answer)
+    return as_mapping(answer.json())
 
 
 # --- Reading what may have any shape --------------------------------------------------------------

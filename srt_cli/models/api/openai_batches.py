@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Final
 import orjson
 
 from srt_cli.models.api.dialect import (
-    Answer,
     Batch,
     Heard,
     NoAnswer,
@@ -20,6 +19,7 @@ from srt_cli.models.api.dialect import (
     as_list,
     as_mapping,
     as_text,
+    checked,
 )
 
 COMPLETION_WINDOW: Final = "24h"
@@ -45,7 +45,7 @@ class OpenAiBatches:
 
     async def found(self, wire: Wire, plan: str) -> Batch | None:
         """The newest batch whose metadata names the plan, unless it died."""
-        listed = _checked(await wire.get("/batches?limit=100"))
+        listed = checked(await wire.get("/batches?limit=100"))
         for each in map(as_mapping, as_list(listed.get("data"))):
             if (
                 as_mapping(each.get("metadata")).get(PLAN) == plan
@@ -57,18 +57,18 @@ class OpenAiBatches:
     async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
         """Upload the file, then have it worked on."""
         upload = Upload("srt.jsonl", b"".join(lines), {"purpose": "batch"})
-        file = _checked(await wire.post("/files", upload))
+        file = checked(await wire.post("/files", upload))
         body = {
             "input_file_id": file.get("id"),
             "endpoint": self.url,
             "completion_window": COMPLETION_WINDOW,
             "metadata": {PLAN: plan},
         }
-        return _batch(_checked(await wire.post("/batches", body)))
+        return _batch(checked(await wire.post("/batches", body)))
 
     async def look(self, wire: Wire, name: str) -> Batch:
         """How a batch stands."""
-        return _batch(_checked(await wire.get(f"/batches/{name}")))
+        return _batch(checked(await wire.get(f"/batches/{name}")))
 
     def outcome(self, line: Mapping[str, Any]) -> Outcome | None:
         """A line of the output or the error file."""
@@ -103,9 +103,3 @@ def _batch(told: Mapping[str, Any]) -> Batch:
         results=tuple(f"/files/{file}/content" for file in files if file),
         error="; ".join(str(as_mapping(error).get("message")) for error in errors),
     )
-
-
-def _checked(answer: Answer) -> Mapping[str, Any]:
-    if answer.status >= 300:
-        raise Refused(answer)
-    return as_mapping(answer.json())

@@ -11,11 +11,13 @@ from srt_cli.models.api.dialect import (
     Manner,
     NoAnswer,
     Refused,
+    Wire,
     as_count,
     as_dollars,
     as_list,
     as_mapping,
     as_text,
+    listed_models,
 )
 from srt_cli.models.api.openai_batches import OpenAiBatches
 from srt_cli.models.api.openai_responses import OpenAiResponses
@@ -112,10 +114,14 @@ class OpenAiChat:
                 return self
         for name in OPTIONAL_FIELDS:
             sent_as = self.manner.renames.get(name, name)
-            if name not in self.dropped and refused.names(sent_as):
+            if sent_as in sent and refused.names(sent_as):
                 self.dropped.add(name)
                 return self
         return None
+
+    async def offered(self, wire: Wire) -> list[str] | None:
+        """The models that may be asked."""
+        return await listed_models(wire, "/models")
 
     def describe(self) -> dict[str, Any]:
         """The name of the token limit and the fields that were refused."""

@@ -11,10 +11,12 @@ from srt_cli.models.api.dialect import (
     Manner,
     NoAnswer,
     Refused,
+    Wire,
     as_count,
     as_list,
     as_mapping,
     as_text,
+    listed_models,
 )
 from srt_cli.models.api.openai_batches import OpenAiBatches
 from srt_cli.records import Usage
@@ -112,6 +114,10 @@ class OpenAiResponses:
                 self.dropped.add(name)
                 return self
         return None
+
+    async def offered(self, wire: Wire) -> list[str] | None:
+        """The models that may be asked."""
+        return await listed_models(wire, "/models")
 
     def describe(self) -> dict[str, Any]:
         """That it is this API, and the fields that were refused."""

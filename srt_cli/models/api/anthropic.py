@@ -1,0 +1,220 @@
+"""Anthropic's messages: `POST /v1/messages`, and the batches beside them."""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import orjson
+
+from srt_cli.models import FinishReason, Request
+from srt_cli.models.api.dialect import (
+    Answer,
+    Batch,
+    Dialect,
+    Heard,
+    Manner,
+    NoAnswer,
+    Outcome,
+    Refused,
+    Wire,
+    as_count,
+    as_list,
+    as_mapping,
+    as_text,
+    checked,
+    listed_models,
+)
+from srt_cli.models.hub import cache_folder
+from srt_cli.records import Usage
+
+VERSION: Final = "2023-06-01"
+PATH: Final = "/v1/messages"
+# The least missed first: some models take only one of the first two.
+OPTIONAL_FIELDS: Final = ("top_p", "temperature", "stop_sequences", "output_config")
+FINISHES: Final[Mapping[str, FinishReason]] = {
+    "end_turn": "stop", "stop_sequence": "stop", "refusal": "refused",
+}  # fmt: skip
+"""What else ends a reply leaves it incomplete: `max_tokens`, a full context, a pause, a tool."""
+NO_CREDIT: Final = "credit balance is too low"
+
+
+class Anthropic:
+    """One model's messages. It takes no seed, and tells no log-probabilities."""
+
+    gives_logprobs: ClassVar[bool] = False
+
+    def __init__(self, manner: Manner) -> None:
+        self.manner = manner
+        self.dropped = set(manner.refuses)
+        self.batches = AnthropicBatches(self.read)
+
+    @property
+    def path(self) -> str:
+        """The same for every model."""
+        return PATH
+
+    def headers(self, key: str | None) -> dict[str, str]:
+        """The key, and which version of the protocol is meant."""
+        return {**self.manner.key_headers(key), "anthropic-version": VERSION}
+
+    def body(self, request: Request) -> dict[str, Any]:
+        """A request: what the system says stands apart, and may be kept in the server's cache."""
+        system = [turn.content for turn in request.messages if turn.role == "system"]
+        body: dict[str, Any] = {
+            "model": self.manner.model,
+            "max_tokens": request.max_tokens,
+            "messages": [
+                {"role": turn.role, "content": turn.content}
+                for turn in request.messages
+                if turn.role != "system"
+            ],
+            "temperature": request.temperature,
+        }
+        if system:
+            # It is the same for row after row; what is shorter than a cache's least costs nothing.
+            text = {"type": "text", "text": "\n\n".join(system)}
+            body["system"] = [{**text, "cache_control": {"type": "ephemeral"}}]
+        if request.top_p < 1:
+            body["top_p"] = request.top_p
+        if request.stop:
+            body["stop_sequences"] = list(request.stop)
+        if self.manner.effort is not None:
+            body["output_config"] = {"effort": self.manner.effort}
+        kept = {name: value for name, value in body.items() if name not in self.dropped}
+        return kept | self.manner.extra
+
+    def read(self, data: object) -> Heard:
+        """A message: its text, its thoughts, and why it ended."""
+        told = as_mapping(data)
+        if not isinstance(told.get("content"), list):
+            raise NoAnswer("malformed reply", repr(str(data)[:60]))
+        blocks = [as_mapping(block) for block in as_list(told["content"])]
+        texts = [as_text(block.get("text")) for block in blocks if block.get("type") == "text"]
+        thoughts = [
+            as_text(block.get("thinking")) for block in blocks if block.get("type") == "thinking"
+        ]
+        usage = told.get("usage")
+        return Heard(
+            "".join(texts),
+            FINISHES.get(as_text(told.get("stop_reason")), "length"),
+            "\n\n".join(thoughts),
+            _usage_of(usage) if isinstance(usage, dict) else None,
+        )
+
+    def refusal(self, answer: Answer) -> Refused:
+        """An error; an empty account is told as a malformed request, and by its words alone."""
+        refused = Refused(answer)
+        if NO_CREDIT in refused.message:
+            refused.code = "insufficient_quota"
+        return refused
+
+    def adapt(self, refused: Refused, request: Request, sent: Collection[str]) -> Dialect | None:
+        """A field less."""
+        if refused.status != 400:
+            return None
+        if set(sent) != set(self.body(request)):
+            return self  # learnt already from a request that was under way beside this one
+        for name in OPTIONAL_FIELDS:
+            if name in sent and refused.names(name):
+                self.dropped.add(name)
+                return self
+        return None
+
+    async def offered(self, wire: Wire) -> list[str] | None:
+        """The models that may be asked."""
+        return await listed_models(wire, "/v1/models?limit=1000")
+
+    def describe(self) -> dict[str, Any]:
+        """The fields that were refused."""
+        return {"protocol": "messages", "fields_refused": sorted(self.dropped)}
+
+
+DIALECT: Final[type[Dialect]] = Anthropic
+
+
+def _usage_of(told: Mapping[str, Any]) -> Usage:
+    # What was read from the cache or written into it is told apart from the rest of the prompt.
+    read = as_count(told.get("cache_read_input_tokens"))
+    written = as_count(told.get("cache_creation_input_tokens"))
+    details = as_mapping(told.get("output_tokens_details"))
+    return Usage(
+        prompt_tokens=as_count(told.get("input_tokens")) + written + read,
+        completion_tokens=as_count(told.get("output_tokens")),
+        cached_tokens=read,
+        reasoning_tokens=as_count(details.get("thinking_tokens")),
+    )
+
+
+class AnthropicBatches:
+    """Message batches; one carries no words of ours, so its name is kept beside the caches."""
+
+    most_requests: ClassVar[int] = 100_000
+    most_bytes: ClassVar[int] = 250_000_000
+
+    def __init__(self, read: Any) -> None:
+        self.read = read
+
+    def line(self, name: str, body: Mapping[str, Any]) -> bytes:
+        """One request, as it stands in the list that is posted."""
+        return orjson.dumps({"custom_id": name, "params": body}) + b"\n"
+
+    async def found(self, wire: Wire, plan: str) -> Batch | None:
+        """The batch that was submitted for a plan from this machine, if the server still has it."""
+        note = _note(plan)
+        if not note.is_file():
+            return None
+        try:
+            return await self.look(wire, note.read_text())
+        except Refused as refused:
+            if refused.status == 404:
+                return None
+            raise
+
+    async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
+        """Post all requests at once, and note the batch's name."""
+        body = {"requests": [orjson.Fragment(line) for line in lines]}
+        batch = _batch(checked(await wire.post(f"{PATH}/batches", body)))
+        note = _note(plan)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        half = note.with_suffix(f".{os.getpid()}")
+        half.write_text(batch.name)
+        half.rename(note)
+        return batch
+
+    async def look(self, wire: Wire, name: str) -> Batch:
+        """How a batch stands."""
+        return _batch(checked(await wire.get(f"{PATH}/batches/{name}")))
+
+    def outcome(self, line: Mapping[str, Any]) -> Outcome | None:
+        """A line of the results."""
+        name, result = line.get("custom_id"), as_mapping(line.get("result"))
+        if not isinstance(name, str) or not result:
+            return None
+        if result.get("type") == "expired":
+            return Outcome(name, owed=True)
+        try:
+            return Outcome(name, self.read(result.get("message")))
+        except NoAnswer:
+            error = as_mapping(as_mapping(result.get("error")).get("error"))
+            message = as_text(error.get("message")) or as_text(result.get("type")) or "no reply"
+            return Outcome(name, error=f"in a batch: {message}")
+
+
+def _note(plan: str) -> Path:
+    return cache_folder() / "batches" / plan
+
+
+def _batch(told: Mapping[str, Any]) -> Batch:
+    counts = {
+        name: as_count(count) for name, count in as_mapping(told.get("request_counts")).items()
+    }
+    total, results = sum(counts.values()), as_text(told.get("results_url"))
+    return Batch(
+        as_text(told.get("id")),
+        as_text(told.get("processing_status")),
+        over=told.get("processing_status") == "ended",
+        done=total - counts.get("processing", 0),
+        total=total,
+        results=(results,) if results else (),
+    )
