@@ -12,7 +12,7 @@ from killing import command, environment
 from test_dpo import pair_rows
 from test_sft import feedback_rows
 
-from srt_cli.training.meter import count_tokens, mfu, throughput
+from srt_cli.training.loop import count_tokens, mfu, throughput
 
 SFT = ("sft", "--global-batch", 4, "--learning-rate", 1e-2, "--critic-check", 0)
 DPO = ("dpo", "--global-batch", 4, "--learning-rate", 1e-3, "--beta", 0.1)

@@ -270,9 +270,9 @@ def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model, mo
 @pytest.fixture
 def processor_time(monkeypatch):
     """Clocks that stand still while other programs have the processor."""
-    from srt_cli.training import dpo, meter, probe
+    from srt_cli.training import dpo, loop, probe
 
-    for module in (dpo, meter, probe):
+    for module in (dpo, loop, probe):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=time.process_time))
 
 

@@ -1,1 +1,1 @@
-"""What sft and dpo share: sequences and masks, loading, launching, health."""
+"""How models are trained: sft.py and dpo.py tell the two stages, the other files what they share."""

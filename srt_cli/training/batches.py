@@ -1,8 +1,8 @@
-"""Rows to forward passes: in which order, packed or padded, and kept on disk for every process.
+"""From rows to forward passes: their order, packing, and the copy on disk that all processes read.
 
-Packing puts several rows into one, without padding. They are told apart by their position ids, from
-which transformers builds an attention mask of separate blocks (flash attention, the blocks
-themselves). So a packed row's loss is that of the row alone.
+Packing puts several rows into one, without padding. Position ids tell them apart: from
+these transformers builds a block-diagonal attention mask (flash attention needs none). So a packed
+row has the same loss as the row alone.
 """
 
 import os
@@ -25,7 +25,7 @@ from srt_cli.training.setup import CHECKPOINTS, Setup
 TOKEN_ID: Final = "int32"
 PASSES_A_POOL: Final = 16
 PADDING_TO_PACK_AT: Final = 0.1
-"""Without flash attention a pack's attention costs the square of its length; padding must cost more."""
+"""Packs cost the square of their length without flash attention, so padding must cost more."""
 
 Columns = Mapping[str, list[list[int]]]
 """Token ids of all rows, under TRL's names."""
@@ -89,7 +89,7 @@ class Packing:
 
 
 def decide_packing(choice: PackingChoice, lengths: Sequence[int], setup: Setup) -> Packing:
-    """`--packing`; auto packs where attention skips what lies between rows, or padding costs more."""
+    """Apply `--packing`; auto packs where attention skips other rows, or padding would cost more."""
     if choice != "auto":
         return Packing(choice == "bfd", f"--packing {choice}")
     if setup.place.attention == "flash_attention_2":
@@ -118,13 +118,13 @@ def pack_length(lengths: Sequence[int], micro_batch: int) -> int:
 
 
 def pack(columns: Columns, tokens: int) -> dict[str, list[list[int]]]:
-    """Rows put together, best fit first; `seq_lengths` tells them apart again."""
+    """Pack rows, best fit decreasing; `seq_lengths` tells them apart again."""
     packed = pack_dataset(Dataset.from_dict(dict(columns)), seq_length=tokens, strategy="bfd")
     return {name: packed[name][:] for name in (*columns, "seq_lengths")}
 
 
 def packs_a_step(rows: int, packs: int, global_batch: int, processes: int) -> int:
-    """Packs a process takes a step, so that a step has about `global_batch` rows over all of them."""
+    """Packs per process and step, so that a step has about `global_batch` rows over all processes."""
     return max(1, round(global_batch * packs / rows / processes))
 
 
@@ -142,11 +142,11 @@ def largest_pass(lengths: Sequence[int], packing: Packing, setup: Setup) -> Larg
 
 
 def keep_rows(columns: Columns, out: Path) -> Dataset:
-    """Columns of token ids as a data set on disk, beside the checkpoints and gone with them.
+    """Columns of token ids as a data set on disk, beside the checkpoints and deleted with them.
 
     The main process makes them once, and every process maps them into memory. Rows of the same
-    content are found again, and with them what TRL keeps beside them: a resumed dpo need not compute
-    the reference's log-probs again.
+    content are found again, with what TRL caches beside them: a resumed dpo need not recompute the
+    log-probs of the reference.
     """
     features = Features({name: ListOf(Value(TOKEN_ID)) for name in columns})
     made = Dataset.from_dict(dict(columns), features=features)

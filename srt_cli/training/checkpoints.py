@@ -1,4 +1,4 @@
-"""Which run and which checkpoint a training goes on from, and when it may not."""
+"""Which run and checkpoint a training resumes from, and when it must not."""
 
 import errno
 import shutil
@@ -57,7 +57,7 @@ def _refuse_changed_inputs(run: Run) -> None:
     if changed:
         raise SrtError(
             f"{run.out}: was trained on another {' and '.join(changed)}. "
-            "Choose another --out, or start anew with --overwrite."
+            "Choose another --out, or start over with --overwrite."
         )
 
 
@@ -73,7 +73,7 @@ def _changed_inputs(earlier: Manifest, now: Manifest) -> list[str]:
 
 
 def fingerprint(training: Training) -> dict[str, Any]:
-    """What must agree for a checkpoint to be resumed: settings, data, templates, and how rows are cut.
+    """What must match for a checkpoint to be resumed: settings, data, templates, and the batches.
 
     It stands in the checkpoint itself, because a `run.json` can be edited or lost.
     """
@@ -92,7 +92,7 @@ def fingerprint(training: Training) -> dict[str, Any]:
 
 
 def mark_whole(out: Path, step: int, mark: Mapping[str, Any]) -> None:
-    """Written last: a checkpoint without it was cut off and is never resumed from."""
+    """Write the mark, last: a checkpoint without it was cut off and is never resumed."""
     write_json(out / CHECKPOINTS / f"checkpoint-{step}" / WHOLE_MARKER, mark)
 
 
@@ -109,7 +109,7 @@ def refuse_other_training(checkpoint: Path, now: Mapping[str, Any]) -> None:
         then = orjson.loads((checkpoint / WHOLE_MARKER).read_bytes())
     except orjson.JSONDecodeError:
         raise SrtError(
-            f"{checkpoint}: does not say how it was made. Start anew with --overwrite."
+            f"{checkpoint}: does not say how it was made. Start over with --overwrite."
         ) from None
     differing = [
         f"{_named(kind, name)} was {then.get(kind, {}).get(name)!r}, now {value!r}"
@@ -120,7 +120,7 @@ def refuse_other_training(checkpoint: Path, now: Mapping[str, Any]) -> None:
     if differing:
         raise SrtError(
             f"{checkpoint}: is of another training ({'; '.join(differing)}). "
-            "Choose another --out, or start anew with --overwrite."
+            "Choose another --out, or start over with --overwrite."
         )
 
 
@@ -131,20 +131,20 @@ def _named(kind: str, name: str) -> str:
 
 
 def take_away_torn(out: Path) -> None:
-    """Delete checkpoints that were cut off: on a full disk they are in the way of the next one."""
+    """Delete checkpoints that were cut off: on a full disk they leave no room for the next one."""
     for directory in (out / CHECKPOINTS).glob("checkpoint-*"):
         if not (directory / WHOLE_MARKER).exists():
             shutil.rmtree(directory, ignore_errors=True)
 
 
 def clear_checkpoints(out: Path) -> None:
-    """Take the checkpoints of a finished training away."""
+    """Delete the checkpoints of a finished training."""
     shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 @contextmanager
 def full_disk_in_one_sentence(run: Run) -> Iterator[None]:
-    """Turn a full disk into an `SrtError` that says from where the same line goes on."""
+    """Turn a full disk into an `SrtError` that says where the same line will resume."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -160,7 +160,7 @@ def full_disk_in_one_sentence(run: Run) -> Iterator[None]:
 
 
 def _says_disk_is_full(error: BaseException) -> bool:
-    """Also what safetensors and torch make of an `OSError` of their own."""
+    """Also recognises what safetensors and torch turn the `OSError` into."""
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return True
     text = str(error).lower()

@@ -26,7 +26,7 @@ from srt_cli.training.batches import Columns, LengthGroupedOrder, keep_rows
 from srt_cli.training.checkpoints import clear_checkpoints, open_training
 from srt_cli.training.examples import longest_side, prepare_dpo
 from srt_cli.training.health import DpoStart
-from srt_cli.training.loop import Outcome, Trained, WatchedTrainer, train, trainer_arguments
+from srt_cli.training.loop import Trained, Tuned, WatchedTrainer, train, trainer_arguments
 from srt_cli.training.memory import LargestPass, fit
 from srt_cli.training.options import LossType, TrainingOptions
 from srt_cli.training.plan import Ready, plan_dpo, show_plan
@@ -38,7 +38,7 @@ from srt_cli.training.saving import finish_training, keep_model, model_card, who
 from srt_cli.training.sequences import PairIds
 from srt_cli.training.setup import Setup, Training, load_policy, lora_config, set_up, sharding
 
-# Of a log-prob, which other company in a batch may change by rounding alone.
+# Relative, of a log-prob: another batch may change it by rounding alone.
 TOLERANCE_FP32: Final = 1e-4
 TOLERANCE_BF16: Final = 1e-2
 SMOOTHED: Final[tuple[LossType, ...]] = ("robust", "exo_pair", "aot", "aot_unpaired")
@@ -130,8 +130,8 @@ def _train(
         [pair.prompt for pair in pairs], setup.options.eval_split, setup.options.samples
     )
     training = Training(setup, ready.tokenizer, run, Sampler(ready.tokenizer, prompts))
-    outcome = train_dpo(training, prepared.train, prepared.held_out, objective)
-    run.tally({"reference_seconds": outcome.reference_seconds, "training": vars(outcome.trained)})
+    tuned = train_dpo(training, prepared.train, prepared.held_out, objective)
+    run.tally({"reference_seconds": tuned.reference_seconds, "training": vars(tuned.trained)})
     values = setup.values
     facts = {
         "base and reference": task.model,
@@ -141,10 +141,10 @@ def _train(
         "epochs": values.epochs,
         "learning rate": values.learning_rate,
     }
-    card = model_card(training, outcome.trained, "A model tuned by stage 2 of SRT", facts)
+    card = model_card(training, tuned.trained, "A model tuned by stage 2 of SRT", facts)
     rows = [pair.prompt_ids + pair.chosen_ids for pair in prepared.train]
-    keep_model(outcome.model, training, card, rows)
-    return outcome.trained
+    keep_model(tuned.model, training, card, rows)
+    return tuned.trained
 
 
 def what_the_reference_is(setup: Setup) -> str:
@@ -175,7 +175,7 @@ class Objective:
     nll_weight: float = 0.0
     """Weight of the mean negative log-likelihood of the chosen answers (RPO)."""
     ld_alpha: float | None = None
-    """Weight of the tokens behind the shorter answer's length (LD-DPO, arXiv 2409.06411)."""
+    """Weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv 2409.06411)."""
 
     def arguments(self) -> dict[str, Any]:
         """For `DPOConfig`."""
@@ -264,7 +264,7 @@ def label_smoothing_of(task: DpoTask) -> float:
 
 
 class _TokenisedDPOTrainer(WatchedTrainer, DPOTrainer):
-    """A DPOTrainer whose rows are token ids already: the very ids that generation uses."""
+    """A DPOTrainer whose rows are already token ids: the same ids that generation uses."""
 
     reference_seconds: float = 0.0
     """How long the reference's log-probs took, before the first step."""
@@ -281,7 +281,7 @@ class _TokenisedDPOTrainer(WatchedTrainer, DPOTrainer):
 
 def train_dpo(
     training: Training, pairs: list[PairIds], held_out: list[PairIds], objective: Objective
-) -> Outcome:
+) -> Tuned:
     """Prefer chosen over rejected: TRL's DPOTrainer on our own token ids.
 
     The reference is the model that training starts from: its log-probs are computed before the first
@@ -290,9 +290,9 @@ def train_dpo(
     rows = keep_rows(_columns_of(pairs), training.out)
     held_rows = keep_rows(_columns_of(held_out), training.out) if held_out else None
     lengths = [longest_side(pair) for pair in pairs]
-    outcome = _train_everywhere(training, rows, lengths, held_rows, objective)
-    assert outcome is not None
-    return outcome
+    tuned = _train_everywhere(training, rows, lengths, held_rows, objective)
+    assert tuned is not None
+    return tuned
 
 
 def _columns_of(pairs: list[PairIds]) -> Columns:
@@ -311,7 +311,7 @@ def _train_everywhere(
     lengths: list[int],
     held_out: Dataset | None,
     objective: Objective,
-) -> Outcome | None:
+) -> Tuned | None:
     setup = training.setup
     arguments = trainer_arguments(training, evaluates=held_out is not None) | {
         **objective.arguments(),
@@ -342,7 +342,7 @@ def _train_everywhere(
     )
     trained = train(trainer, training, start)
     model = whole_model(trainer, setup.adapters)
-    return None if model is None else Outcome(model, trained, trainer.reference_seconds)
+    return None if model is None else Tuned(model, trained, trainer.reference_seconds)
 
 
 def _without_dropout(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
@@ -355,7 +355,7 @@ def _without_dropout(model: PreTrainedModel | PeftModel) -> PreTrainedModel | Pe
 
 
 def _needs_reference_model(config: DPOConfig, setup: Setup) -> bool:
-    """Whether TRL would load the reference itself, from a path that may hold other weights.
+    """Whether TRL would load the reference itself, perhaps from a path that holds other weights.
 
     With adapters, the reference is the policy without them; log-probs are computed beforehand with
     the policy itself, except under FSDP, which has not split it by then.

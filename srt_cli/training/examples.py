@@ -1,4 +1,4 @@
-"""Rows to examples: token ids within the length that is allowed, and a look at their health."""
+"""From rows to examples: token ids within the length limit, and checks that they teach something."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,13 +37,13 @@ Ids = TypeVar("Ids", TokenSequence, PairIds)
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The most tokens a row may have, whose limit that is, and what happens to longer rows."""
+    """The maximum tokens in a row, who sets that limit, and what happens to longer rows."""
 
     tokens: int
     of_model: bool
-    """Whether the model's positions end there, below --max-length."""
+    """Whether it is the model's number of positions, which is below --max-length."""
     drops: bool
-    """Whether longer rows are dropped; else a training refuses them, and a plan counts them."""
+    """Whether longer rows are dropped; otherwise a training refuses them and a plan counts them."""
     refuses: bool
 
     @property
@@ -55,7 +55,7 @@ class LengthLimit:
 
     @property
     def advice(self) -> str:
-        """How rows that are too long can be kept, or left out."""
+        """What to do about rows that are too long."""
         raised = "Take a model of more positions" if self.of_model else "Raise --max-length"
         return f"{raised}, or leave them out with --truncation drop."
 

@@ -1,7 +1,7 @@
-"""What can go wrong while a model trains, as rules on the run of its metrics.
+"""What can go wrong while a model trains, as rules on the history of its metrics.
 
-A row is a line of `metrics.jsonl`. Each rule looks at all rows so far, the last being the newest,
-and returns a sentence (what is wrong, what to do) or null.
+A history is the lines of `metrics.jsonl` so far. Each rule looks at it and returns a sentence (what is
+wrong, what to do) or None.
 """
 
 import math
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any, Final
 
-Rows = Sequence[Mapping[str, Any]]
-Rule = Callable[[Rows], str | None]
+History = Sequence[Mapping[str, Any]]
+Rule = Callable[[History], str | None]
 
 LOSS_TOLERANCE: Final = 5e-3
 WINDOW: Final = 8
 EXPLODED: Final = 2.0
-"""Times the lowest the loss once had."""
+"""Times the lowest loss so far."""
 REMEMBERED: Final = 64
 GRADIENT_EXPLODED: Final = 20.0
 CHOSEN_FELL: Final = 0.1
@@ -32,7 +32,7 @@ class DpoStart:
 
     beta: float
     loss: float | None
-    """What the loss begins at (ln 2 for the paper's); null where that depends on the answers."""
+    """What the loss begins at (ln 2 for the paper's); None where that depends on the answers."""
     tolerance: float
     """How far a log-prob may lie from the reference's, as a share of itself."""
 
@@ -40,8 +40,8 @@ class DpoStart:
 # --- Aborts ------------------------------------------------------------------------------------
 
 
-def diverged(rows: Rows) -> str | None:
-    """A loss or a gradient that is no number any more."""
+def diverged(rows: History) -> str | None:
+    """A loss or a gradient that is NaN or infinite."""
     row = rows[-1]
     for name, value in (("loss", row["loss"]), ("gradient norm", row.get("grad_norm", 0.0))):
         if not math.isfinite(value):
@@ -52,7 +52,7 @@ def diverged(rows: Rows) -> str | None:
     return None
 
 
-def nothing_trained(rows: Rows) -> str | None:
+def nothing_trained(rows: History) -> str | None:
     """A step without a single token that carries loss."""
     if rows[-1].get("trained_tokens", 1) > 0:
         return None
@@ -63,9 +63,9 @@ def nothing_trained(rows: Rows) -> str | None:
 
 
 def wrong_start(start: DpoStart) -> Rule:
-    """The rule that the first batch's rewards are 0: the policy still is the reference."""
+    """The rule that the first batch's rewards are 0, while the policy still is the reference."""
 
-    def rule(rows: Rows) -> str | None:
+    def rule(rows: History) -> str | None:
         row = rows[-1]
         if row["step"] != 1:
             return None
@@ -78,14 +78,14 @@ def wrong_start(start: DpoStart) -> Rule:
         if abs(row["loss"] - expected) > allowed:
             return (
                 f"the first batch's loss is {row['loss']:.4f}, not {expected:.4f}: the reference is "
-                "not the model that training starts from. Start anew with --overwrite."
+                "not the model that training starts from. Start over with --overwrite."
             )
         for answer in noise:
             reward = row.get(f"rewards/{answer}", 0.0)
             if abs(reward) > noise[answer]:
                 return (
                     f"the first batch's {answer} rewards are {reward:.4g}, not 0: the reference is "
-                    "not the model that training starts from. Start anew with --overwrite."
+                    "not the model that training starts from. Start over with --overwrite."
                 )
         return None
 
@@ -95,7 +95,7 @@ def wrong_start(start: DpoStart) -> Rule:
 # --- Warnings ----------------------------------------------------------------------------------
 
 
-def exploding_loss(rows: Rows) -> str | None:
+def exploding_loss(rows: History) -> str | None:
     """The loss has settled far above what it once was."""
     losses = [row["loss"] for row in rows if "loss" in row]
     if len(losses) < 2 * WINDOW:
@@ -110,7 +110,7 @@ def exploding_loss(rows: Rows) -> str | None:
     )
 
 
-def exploding_gradient(rows: Rows) -> str | None:
+def exploding_gradient(rows: History) -> str | None:
     """A gradient norm far above those before it."""
     norms = [row["grad_norm"] for row in rows[-REMEMBERED:] if "grad_norm" in row]
     if len(norms) < WINDOW + 1:
@@ -125,7 +125,7 @@ def exploding_gradient(rows: Rows) -> str | None:
     )
 
 
-def chosen_falls(rows: Rows) -> str | None:
+def chosen_falls(rows: History) -> str | None:
     """Margins that grow because both answers become unlikely, the rejected faster."""
     steps = [row for row in rows if "logps/chosen" in row]
     if len(steps) < ENOUGH_STEPS:
@@ -143,7 +143,7 @@ def chosen_falls(rows: Rows) -> str | None:
     )
 
 
-def accuracy_at_chance(rows: Rows) -> str | None:
+def accuracy_at_chance(rows: History) -> str | None:
     """Reward accuracies that stay at one half."""
     steps = [row for row in rows if "rewards/accuracies" in row]
     if len(steps) < ENOUGH_STEPS:
@@ -157,7 +157,7 @@ def accuracy_at_chance(rows: Rows) -> str | None:
     )
 
 
-def accuracy_saturated(rows: Rows) -> str | None:
+def accuracy_saturated(rows: History) -> str | None:
     """Every pair is told apart, and nothing is left to learn."""
     steps = [row for row in rows if "rewards/accuracies" in row]
     if len(steps) < ENOUGH_STEPS:
@@ -171,7 +171,7 @@ def accuracy_saturated(rows: Rows) -> str | None:
     )
 
 
-def length_drift(samples: Rows) -> str | None:
+def length_drift(samples: History) -> str | None:
     """Samples that have become much longer or shorter, or stop ending by themselves.
 
     Takes lines of `samples.jsonl`.
@@ -204,7 +204,7 @@ def length_drift(samples: Rows) -> str | None:
 
 
 def looked_at_now(step: int) -> bool:
-    """Whether the rules that read the whole run look at it: ever more seldom, as it grows."""
+    """Whether the rules that read the whole history run at this step: less often as it grows."""
     return step % max(1, step // 50) == 0
 
 
@@ -216,14 +216,14 @@ WARNINGS: Final[Mapping[str, Rule]] = {
 }
 
 
-def _mean(rows: Rows, name: str) -> float:
+def _mean(rows: History, name: str) -> float:
     return fmean(float(row[name]) for row in rows)
 
 
 # --- At the end --------------------------------------------------------------------------------
 
 
-def never_left_warm_up(rows: Rows) -> str | None:
+def never_left_warm_up(rows: History) -> str | None:
     """A finished training whose every step had a learning rate of 0."""
     if not rows or any(row["learning_rate"] for row in rows):
         return None

@@ -1,11 +1,9 @@
 """Run a TRL trainer so that it can be watched, stopped, killed and resumed bit for bit."""
 
-import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -15,6 +13,7 @@ import orjson
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -25,7 +24,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 from srt_cli import console
 from srt_cli.console import ProgressLine
@@ -40,16 +38,25 @@ from srt_cli.training.checkpoints import (
     newest_checkpoint,
     refuse_other_training,
 )
-from srt_cli.training.meter import TokenMeter, meter_for, throughput
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import AgreedStop, is_main, team
 from srt_cli.training.samples import SAMPLES, summarise
-from srt_cli.training.setup import CHECKPOINTS, PROJECT, Training, sharding, training_arguments
+from srt_cli.training.setup import (
+    CHECKPOINTS,
+    Training,
+    TrainingPlace,
+    keep_events_beside,
+    sharding,
+    tracking,
+    training_arguments,
+)
 
 EVALUATIONS_A_RUN: Final = 10
 SAVE_EVERY_SECONDS: Final = 600.0
+# Multiply-adds count twice; forward 2, and backward 2 for the activations and 2 for the weights.
+FLOPS_A_PARAMETER: Final = 6
+FLOPS_A_PARAMETER_OF_A_FROZEN_BASE: Final = 4
 METRICS: Final = "metrics.jsonl"
-EVENTS: Final = "tensorboard"
 SHOWN: Final = {
     "loss": ("loss", ".3f"),
     "eval_loss": ("eval loss", ".3f"),
@@ -72,14 +79,14 @@ class Trained:
     first_loss: float | None
     final_loss: float | None
     seconds: float
-    """Of this call alone, evaluations and checkpoints included; the rates count training only."""
+    """Of this call alone, with evaluations and checkpoints; the rates count training only."""
     tokens: int = 0
     trained_tokens: int = 0
     tokens_per_second: float = 0.0
     trained_tokens_per_second: float = 0.0
     mfu: float | None = None
     best_step: int | None = None
-    """Whose weights were kept, when `--early-stopping` looked for the best."""
+    """The step whose weights were kept under `--early-stopping`."""
     best_eval_loss: float | None = None
 
     def sentence(self) -> str:
@@ -97,14 +104,50 @@ class Trained:
         return text
 
 
-class Outcome(NamedTuple):
-    """What a training hands on."""
+class Tuned(NamedTuple):
+    """A trained model with its figures."""
 
     model: PreTrainedModel | PeftModel
     """Its adapter apart."""
     trained: Trained
     reference_seconds: float = 0.0
     """How long dpo's reference took, before the first step."""
+
+
+@dataclass
+class TokenMeter:
+    """Counts tokens over all processes; its clock stands still while nothing is trained."""
+
+    flops_a_token: float = 0.0
+    peak_flops: float | None = None
+    """Of all devices together; None where it is not known (and on every CPU)."""
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.long))
+    _started: float = field(default_factory=time.monotonic)
+
+    def restart(self) -> None:
+        """Forget the time since the last reading: an evaluation, samples, a checkpoint."""
+        self._started = time.monotonic()
+
+    def count(self, inputs: Mapping[str, Any]) -> None:
+        """Take note of a forward pass's batch."""
+        counts = count_tokens(inputs)
+        self._counts = self._counts.to(counts.device) + counts
+
+    def read(self, trainer: Trainer) -> dict[str, float]:
+        """The figures since the last reading, under their names in `metrics.jsonl`."""
+        counts: Any = self._counts.to(trainer.accelerator.device)
+        tokens, trained = trainer.accelerator.reduce(counts, reduction="sum").tolist()
+        now = time.monotonic()
+        seconds = max(now - self._started, 1e-9)
+        self._counts, self._started = torch.zeros_like(self._counts), now
+        figures = {
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "seconds": round(seconds, 6),
+            "tokens_per_second": round(tokens / seconds, 3),
+        }
+        share = mfu(tokens / seconds, self.flops_a_token, self.peak_flops)
+        return figures if share is None else figures | {"mfu": round(share, 4)}
 
 
 class WatchedTrainer(Trainer):
@@ -130,7 +173,7 @@ class WatchedTrainer(Trainer):
 
 
 def trainer_arguments(training: Training, *, evaluates: bool) -> dict[str, Any]:
-    """For TRL's configs; evaluations stand before the first step, at intervals, and at the end."""
+    """For TRL's configs; evaluations come before the first step, at intervals, and at the end."""
     arguments = training_arguments(training.setup, training.out)
     if evaluates:
         arguments |= {
@@ -149,7 +192,7 @@ def train(
     """Train to the end, from the newest whole checkpoint if there is one.
 
     Ctrl-C and SIGTERM finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
-    `SrtError` for a checkpoint of another training, what `health` cannot let pass, or a full disk.
+    `SrtError` for a checkpoint of another training, a failed check of `health`, or a full disk.
     """
     run, setup, options = training.run, training.setup, training.setup.options
     run.at_end(lambda: write_training_page(run.out, run.manifest))
@@ -165,7 +208,7 @@ def train(
     trainer.meter = meter_for(trainer.model, setup.place, setup.processes, base_frozen=frozen)
     started = time.monotonic()
     trackers = options.report_to if is_main() else ()
-    with _tracking(trackers, run.out), console.progress("training", None) as progress:
+    with tracking(trackers, run.out), console.progress("training", None) as progress:
         watch = Watch(
             training, trainer.meter, progress, start, mark,
             steps=[row for row in rows if "loss" in row],
@@ -176,7 +219,7 @@ def train(
         trainer.remove_callback(ProgressCallback)
         # Set only now: transformers would insist that its own schedule of checkpoints finds the best.
         trainer.args.load_best_model_at_end = options.early_stopping is not None
-        _keep_events_beside(trainer, run.out)
+        keep_events_beside(trainer, run.out)
         with (
             _stop_after_the_step(watch),
             _deterministic(options.deterministic),
@@ -207,14 +250,14 @@ def train(
 
 @dataclass
 class Watch(TrainerCallback):
-    """TRL's trainer calls it after every step, evaluation and checkpoint."""
+    """The callback that TRL's trainer calls after every step, evaluation and checkpoint."""
 
     training: Training
     meter: TokenMeter
     progress: ProgressLine
     start: health.DpoStart | None
     mark: Mapping[str, Any]
-    """What every checkpoint says of its training."""
+    """The fingerprint that marks every checkpoint."""
     steps: list[dict[str, Any]] = field(default_factory=list)
     """Lines of `metrics.jsonl` so far that are training steps."""
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -325,7 +368,7 @@ class Watch(TrainerCallback):
                 self._warn(name, warns(self.steps))
 
     def _warn(self, name: str, message: str | None) -> None:
-        """Each kind of warning comes once."""
+        """Warn once for each kind."""
         if message is not None and name not in self._warned:
             self._warned.add(name)
             self.training.run.warn(message)
@@ -342,7 +385,7 @@ class Best:
 
 
 def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> Best | None:
-    """Read off the metrics, so that it survives a resume; None before the first evaluation.
+    """Find the best evaluation in the metrics, so that it survives a resume; None before the first.
 
     Step 0 is left out: its weights are the ones that training began with.
     """
@@ -394,7 +437,7 @@ def _stop_after_the_step(watch: Watch) -> Iterator[None]:
 
 
 def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Delete lines from behind a checkpoint, which will come again; returns those that stay."""
+    """Delete lines written after a checkpoint, whose steps will be repeated; returns the others."""
     if not path.exists():
         return []
     kept = []
@@ -410,48 +453,63 @@ def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
-# --- Trackers: transformers' own integrations, only when asked for -----------------------------
+# --- How fast it is: tokens, trained tokens and seconds of each step ---------------------------
 
 
-def _keep_events_beside(trainer: Trainer, out: Path) -> None:
-    """TensorBoard's files would stand among the checkpoints, and go with them."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(out / EVENTS)
+def count_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Tokens and trained tokens of a batch of TRL's SFT or DPO collator, padding left out."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    tokens = mask.sum() if mask is not None else torch.tensor(ids.numel(), device=ids.device)
+    if "completion_mask" in inputs:
+        trained = inputs["completion_mask"].sum()
+    else:
+        trained = (inputs["labels"][..., 1:] != -100).sum()
+    return torch.stack([tokens, trained]).long()
 
 
-@contextmanager
-def _tracking(names: Sequence[str], out: Path) -> Iterator[None]:
-    """Open what needs an account before the first step, and close it; trackers talk on stderr.
-
-    Raises `SrtError` when Weights & Biases will not take the run.
-    """
-    if not names:
-        yield
-        return
-    with redirect_stdout(sys.stderr):
-        finish = _open_wandb(out) if "wandb" in names else None
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            if finish is not None:
-                finish(exit_code=int(failed))
+def meter_for(model: Any, place: TrainingPlace, processes: int, *, base_frozen: bool) -> TokenMeter:
+    """A meter that knows the model's FLOPs per token and the devices' peak."""
+    factor = FLOPS_A_PARAMETER_OF_A_FROZEN_BASE if base_frozen else FLOPS_A_PARAMETER
+    peak = _peak_flops(place)
+    return TokenMeter(
+        flops_a_token=float(factor * model.num_parameters()),
+        peak_flops=None if peak is None else peak * processes,
+    )
 
 
-def _open_wandb(out: Path) -> Any:
-    """Begin the run that transformers' integration will find; gives what ends it."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
+def _peak_flops(place: TrainingPlace) -> float | None:
+    if place.placement.device != "cuda":
+        return None
+    try:  # TRL's own table of devices; not part of its public interface
+        from trl.trainer.utils import get_peak_flops
+    except ImportError:
+        return None
+    dtype = "bfloat16" if place.bf16 else "float32"
+    found: float | None = get_peak_flops(torch.cuda.get_device_name(), dtype)
+    return found
 
-    try:
-        # The integration itself would take the project huggingface.
-        wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=str(out))
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        raise SrtError(
-            f"--report-to wandb: {reason}. To keep the run on this machine instead, set "
-            "WANDB_MODE=offline."
-        ) from error
-    return wandb.finish
+
+def mfu(tokens_per_second: float, flops_a_token: float, peak_flops: float | None) -> float | None:
+    """Model FLOPs utilisation: the model's FLOPs per second over the devices' peak."""
+    return None if not peak_flops else tokens_per_second * flops_a_token / peak_flops
+
+
+def throughput(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The figures of a whole training from its metrics: sums, and rates over the sums."""
+    steps = [row for row in rows if row.get("seconds")]
+    total = {
+        name: sum(float(row[name]) for row in steps)
+        for name in ("tokens", "trained_tokens", "seconds")
+    }
+    if not steps:
+        return {}
+    found = {
+        "tokens": int(total["tokens"]),
+        "trained_tokens": int(total["trained_tokens"]),
+        "tokens_per_second": total["tokens"] / total["seconds"],
+        "trained_tokens_per_second": total["trained_tokens"] / total["seconds"],
+    }
+    if all("mfu" in row for row in steps):
+        # Weighted by time: the work done over the work that could have been done.
+        found["mfu"] = sum(row["mfu"] * row["seconds"] for row in steps) / total["seconds"]
+    return found

@@ -1,7 +1,7 @@
-"""Does a training fit the device? How much memory a step takes, before any of it is allocated.
+"""How much memory a step takes, estimated before any is allocated, and whether it fits the device.
 
 Weights, gradients and optimizer are counted. What a forward and backward pass holds besides is found
-by making one without data: tensors of the right shapes that hold no numbers, with every allocation
+by running one without data: tensors of the right shapes that hold no numbers, with every allocation
 noted (torch's fake tensors). So any architecture, and adapters, checkpointing and TRL's own loss are
 accounted for as they are.
 """
@@ -28,9 +28,9 @@ SAFE_SHARE: Final = 0.9
 """Of what is free on a device; the rest is for fragments and the libraries' own buffers."""
 GIB: Final = 2**30
 FOUR_BIT_BYTES: Final = 0.56
-"""A parameter of QLoRA's base: 4 bits, and the scales of its blocks."""
+"""Per parameter of QLoRA's base: 4 bits, and the scales of its blocks."""
 OPTIMIZER_BYTES: Final = {"adamw": 8.0, "adam": 8.0, "8bit": 2.0, "sgd": 0.0, "adafactor": 0.1}
-"""A trained parameter, by what the optimizer's name holds; the last that fits counts."""
+"""Per trained parameter, by a part of the optimizer's name; the last match counts."""
 HEAD_TOKENS, HEAD_WIDTH = 4096, 32768
 """TRL computes the head in tiles of this many logits."""
 
@@ -173,7 +173,7 @@ def _make_without_data(setup: Setup) -> tuple[Any, FakeTensorMode] | None:
 
 
 def _put_on_device(model: Any, fake: FakeTensorMode) -> None:
-    """Parameters of no device become fake ones of the CPU; shared ones stay shared."""
+    """Parameters on the meta device become fake ones on the CPU; shared ones stay shared."""
     made: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -218,7 +218,7 @@ def _head_bytes(config: Any, largest: LargestPass) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is on, and the most there were at once."""
+    """Counts the bytes of all tensors made while it is active, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

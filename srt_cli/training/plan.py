@@ -24,7 +24,7 @@ Stretches = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Ready(Generic[Example]):
-    """Everything that a training knows before its weights are loaded."""
+    """Everything that is known before the weights are loaded."""
 
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared[Example]
@@ -83,7 +83,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `--dry-run` shows besides what is ready."""
+    """What `--dry-run` shows besides."""
 
     read: int
     """Rows of the input."""
@@ -136,7 +136,7 @@ def plan_dpo(ready: Ready[PairIds], read: int) -> Plan:
 
 
 def sft_steps(lengths: Sequence[int], packing: Packing, setup: Setup) -> Steps:
-    """How long the training is; packs are counted as if they could be filled to the brim."""
+    """How long the training is; packs are counted as if each could be filled."""
     passes = -(-len(lengths) // setup.micro_batch)
     if packing.on:
         passes = -(-sum(lengths) // pack_length(lengths, setup.micro_batch))
@@ -147,7 +147,7 @@ def sft_steps(lengths: Sequence[int], packing: Packing, setup: Setup) -> Steps:
 
 
 def dpo_steps(pairs: Sequence[PairIds], setup: Setup) -> Steps:
-    """How long the training is; a pair's tokens are those of both its rows."""
+    """How long the training is; a pair's tokens are those of both its sequences."""
     tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     share = -(-len(pairs) // (setup.micro_batch * setup.processes))
     return Steps(len(pairs), share, setup.accumulation, setup.values.epochs, tokens)

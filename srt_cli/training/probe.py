@@ -23,7 +23,7 @@ from torch.optim.optimizer import (
 from srt_cli import console
 from srt_cli.runs.run import Manifest, Run
 from srt_cli.training.batches import LengthGroupedOrder
-from srt_cli.training.loop import METRICS, Outcome
+from srt_cli.training.loop import METRICS, Tuned
 from srt_cli.training.plan import Measured, Ready
 from srt_cli.training.rows import Example
 from srt_cli.training.samples import Sampler
@@ -37,7 +37,7 @@ PASSES_A_STEP: Final = 2
 def probe(
     ready: Ready[Example],
     lengths: Sequence[int],
-    train: Callable[[Training, list[Example]], Outcome],
+    train: Callable[[Training, list[Example]], Tuned],
 ) -> Measured:
     """Let `train` train into a directory that is gone afterwards, and read its figures off.
 
@@ -58,7 +58,7 @@ def probe(
         training = Training(setup, ready.tokenizer, run, Sampler(ready.tokenizer, []), packed)
         console.hush()
         try:
-            outcome = train(training, rows)
+            tuned = train(training, rows)
         finally:
             console.speak()
         metrics = [orjson.loads(line) for line in (run.out / METRICS).read_bytes().splitlines()]
@@ -71,8 +71,8 @@ def probe(
     return Measured(
         seconds_a_token=(seconds - sum(updates)) / tokens,
         seconds_an_update=sum(updates) / len(updates),
-        reference_seconds_a_token=outcome.reference_seconds / sum(row["tokens"] for row in steps),
-        seconds=sum(row["seconds"] for row in steps) + outcome.reference_seconds,
+        reference_seconds_a_token=tuned.reference_seconds / sum(row["tokens"] for row in steps),
+        seconds=sum(row["seconds"] for row in steps) + tuned.reference_seconds,
         peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
     )
 

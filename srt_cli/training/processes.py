@@ -40,7 +40,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 ASKED_FOR: Final = "SRT_PROCESSES"
-"""In the environment of processes that a command of ours started: how many there should be."""
+"""How many processes there should be, in the environment of those that srt started."""
 SHIPPED: Final = Path(__file__).parent / "accelerate"
 SAVING_SECONDS: Final = 600
 """How long the processes may take, after Ctrl-C or SIGTERM, to finish their step and save."""
@@ -85,7 +85,7 @@ def run_in_processes(options: TrainingOptions, work: Callable[[], None]) -> None
 
 
 def start_processes(count: int | None, config: str | None) -> None:
-    """Run this very command line in `count` processes, as `config` says, and wait for them.
+    """Run this command line in `count` processes, as `config` says, and wait for them.
 
     Raises `UsageError` for what this machine cannot do, and `Ended` with the processes' exit code;
     what went wrong, the processes have said.
@@ -119,7 +119,7 @@ def start_processes(count: int | None, config: str | None) -> None:
 
 
 def count_gpus() -> int:
-    """GPUs that this machine has and lets us see."""
+    """The GPUs that this process can see."""
     import torch
 
     return torch.cuda.device_count()
@@ -184,7 +184,7 @@ def _with_accelerate(path: Path, count: int, own_port: bool = True) -> Callable[
 
 
 def _supervise(start: Callable[[], Any], count: int) -> None:
-    """Wait for the processes; only what none of them could say themselves is said here."""
+    """Wait for the processes, and report only what none of them could report itself."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -225,7 +225,7 @@ class AgreedStop(KeyboardInterrupt):
 
 @dataclass
 class Team:
-    """The processes of a training; alone, every question is answered without asking."""
+    """The processes of a training; a single process answers every question itself."""
 
     rank: int = 0
     size: int = 1
@@ -244,7 +244,7 @@ class Team:
         return box[0]
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag whether it is up in some process; the same answer in all."""
+        """Whether each flag is up in any process; every process gets the same answer."""
         if self.size == 1:
             return flags
         import torch
@@ -255,7 +255,7 @@ class Team:
         return tuple(bool(flag) for flag in raised)
 
     def wait(self) -> None:
-        """Go on when every process has come here."""
+        """Return when every process has called this."""
         if self.size > 1:
             self.any(False)
 
@@ -275,13 +275,13 @@ def is_main() -> bool:
 
 @dataclass(frozen=True)
 class _Goodbye:
-    """What the others hear last: how the main process ended."""
+    """The last message to the others: how the main process ended."""
 
     exit_code: int
 
 
 def in_every_process(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Make a function one that the other processes repeat; its arguments must bear pickling."""
+    """Let the other processes repeat each call of a function; its arguments must pickle."""
 
     @functools.wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -392,7 +392,7 @@ def _find(name: str) -> Callable[..., object]:
 
 @contextlib.contextmanager
 def _peers_may_fail() -> Iterator[None]:
-    """A connection that another process closed by dying is that process's error, not ours."""
+    """Leave the error to the process that caused it by closing its connection."""
     try:
         yield
     except RuntimeError as error:
@@ -410,6 +410,6 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 
 
 def _give_way() -> None:
-    """Let the process that failed first be the one whose end the launcher sees."""
+    """Wait, so that the launcher sees the process that failed first end first."""
     with contextlib.suppress(KeyboardInterrupt):
         time.sleep(GRACE_SECONDS)

@@ -41,7 +41,7 @@ class Recipe:
     beta: float = 0.0
     loss_type: LossType = "sigmoid"
     silent_on: tuple[str, ...] = UNSTATED
-    """Values that its authors do not state: there the ones above are our choice."""
+    """Values that its authors do not state; for these the ones above are our choice."""
 
 
 SFT: Final[Mapping[RecipeName, Recipe]] = {
@@ -168,7 +168,7 @@ def _learning_rate(
 def advise_on_size(
     options: TrainingOptions, stage: StageName, parameters: int | None
 ) -> str | None:
-    """What the paper's rate means for a model far smaller than the paper's; None where it fits."""
+    """Advice on the learning rate for a model far smaller than the paper's; None for others."""
     small = parameters is not None and parameters < SMALL_PARAMETERS
     if not small or options.learning_rate is not None or options.recipe == "smol":
         return None

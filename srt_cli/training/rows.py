@@ -20,7 +20,7 @@ from srt_cli.training.options import PackingChoice
 
 Part = Literal["response", "feedback", "refinement", "mix"]
 PARTS: Final[tuple[Part, ...]] = ("response", "feedback", "refinement", "mix")
-"""What may bear loss: the three parts of a feedback record, and the answers of mixed-in chats."""
+"""What may carry loss: the three parts of a feedback record, and the answers of mixed-in chats."""
 FEEDBACK_PARTS: Final = PARTS[:3]
 
 AnyRow = TypeVar("AnyRow")
@@ -149,8 +149,8 @@ def parse_targets(
 def is_held_out(prompt: str | list[Message], share: float) -> bool:
     """Whether a prompt's rows are held out from training: about `share` of all prompts are.
 
-    It follows from the prompt's own words alone (not their case or spacing). So rows that are
-    added move no other row, and no prompt stands on both sides.
+    It depends on the prompt's words alone (not their case or spacing). So added rows move no
+    other row, and no prompt is on both sides.
     """
     words = [
         turn.model_copy(update={"content": " ".join(turn.content.casefold().split())})
@@ -172,7 +172,7 @@ def split_rows(
 
 
 def require_both_sides(train: Sequence[AnyRow], held_out: Sequence[AnyRow], share: float) -> None:
-    """Raise `SrtError` when a share was to be held out, and one side is empty."""
+    """Raise `SrtError` when a share should be held out, but one side is empty."""
     rows = len(train) + len(held_out)
     if share and rows and not (train and held_out):
         side, turn = ("hold out", "Raise") if train else ("train on", "Lower")

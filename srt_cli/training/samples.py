@@ -1,4 +1,4 @@
-"""Samples while a model trains: what it answers now, without a trace left in the training."""
+"""Samples while a model trains: what it answers so far, without any effect on the training."""
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ class Sampler:
         return self.rows[-1]["step"] if self.rows else None
 
     def sample(self, model: Any, step: int, out: Path) -> None:
-        """Answer every prompt and write the answers down; random state and train mode are kept."""
+        """Answer every prompt and write the answers; random state and train mode are kept."""
         if not self.prompts or step == self.last_step:
             return
         with _undisturbed(model):
@@ -52,7 +52,7 @@ class Sampler:
 def generate_greedily(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
 ) -> list[dict[str, Any]]:
-    """Text, tokens, and whether it ended by itself, of one batch, padded on the left."""
+    """Answer one batch, padded on the left: text, tokens, and whether the answer ended by itself."""
     encoded = [encode_chat(tokenizer, prompt, add_generation_prompt=True) for prompt in prompts]
     width = max(map(len, encoded))
     pad = int(tokenizer.pad_token_id or 0)
@@ -83,7 +83,7 @@ def generate_greedily(
 
 @contextmanager
 def _undisturbed(model: Any) -> Iterator[None]:
-    """Eval mode for a while; afterwards modes and random states are as before, bit for bit."""
+    """Switch to eval mode; afterwards modes and random states are restored bit for bit."""
     training = [module for module in model.modules() if module.training]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
@@ -101,7 +101,7 @@ def _undisturbed(model: Any) -> Iterator[None]:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """For the manifest: of the first and of the last samples, step, mean tokens, share that ended."""
+    """For the manifest: step, mean tokens and share that ended, of the first and the last samples."""
     if not rows:
         return {}
     named = {"first": rows[0]["step"], "last": rows[-1]["step"]}

@@ -34,7 +34,7 @@ HALF: Final = "half-saved"
 LAST: Final = ("config.json", ADAPTER_CONFIG)
 ADAPTER: Final = "adapter"
 REFERENCE: Final = "ref"
-"""The frozen copy that TRL adds when DPO goes on with an adapter."""
+"""The frozen copy that TRL adds when DPO trains an adapter further."""
 PROBED_ROWS: Final = 4
 PROBED_TOKENS: Final = 64
 # Of the largest logit, which the order of sums may change.
@@ -49,8 +49,8 @@ def keep_model(
 ) -> None:
     """Merge the adapter if asked to, save into `training.out`, and read the model back from there.
 
-    `rows` are token ids on whose beginnings models are compared. Raises `SrtError` when what stands
-    on disk does not answer as what was trained.
+    Models are compared on the beginnings of `rows` (token ids). Raises `SrtError` when the model on
+    disk does not answer as the trained one did.
     """
     setup, out = training.setup, training.out
     if isinstance(model, PeftModel):
@@ -107,7 +107,7 @@ def logits_of(model: Any, rows: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def largest_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    """Between two models' logits on the same rows."""
+    """The largest difference between two models' logits on the same rows."""
     return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
 
 
@@ -137,7 +137,7 @@ def _say_what_merging_changed(
 
 
 def finish_training(options: TrainingOptions, then: str) -> None:
-    """Upload the model if that was asked for, and say where it is and which command is next."""
+    """Upload the model if asked to, and say where it is and which command comes next."""
     if options.push_to_hub is not None:
         address = push_model(options.out, options.push_to_hub, public=options.hub_public)
         console.say(f"uploaded to {address}")
@@ -189,7 +189,7 @@ def copy_dequantised(quantized: Any, whole: Any) -> None:
 
 
 def name_base(model: PeftModel, base: str) -> None:
-    """Let the adapter's own configuration name its base so that it is found from anywhere."""
+    """Name the base in the adapter's configuration so that it is found from any folder."""
     path = Path(base.removeprefix("hf:")).expanduser()
     found = str(path.resolve()) if path.exists() else base
     for config in model.peft_config.values():
@@ -197,7 +197,7 @@ def name_base(model: PeftModel, base: str) -> None:
 
 
 def drop_reference(model: PeftModel) -> None:
-    """Take away TRL's frozen copy, which would be saved beside the adapter."""
+    """Delete TRL's frozen copy, which would be saved beside the adapter."""
     if REFERENCE in model.peft_config:
         model.delete_adapter(REFERENCE)
 

@@ -1,4 +1,4 @@
-"""Records to token ids and labels: which tokens are trained is decided here and nowhere else.
+"""From records to token ids and labels: which tokens are trained is decided here alone.
 
 A feedback record becomes one conversation (design of the method, paper section 3.1.2):
 
@@ -87,7 +87,7 @@ def refinement_sequence(
 def chat_sequence(
     tokenizer: PreTrainedTokenizerBase, identifier: str, messages: Sequence[Message]
 ) -> TokenSequence:
-    """Other chat data (`--mix`): every assistant's turn bears loss."""
+    """Other chat data (`--mix`): every assistant turn carries loss."""
     answers = [place for place, turn in enumerate(messages) if turn.role == "assistant"]
     return _answers(tokenizer, identifier, list(messages), answers, "mix")
 
@@ -114,7 +114,7 @@ def refinement_feedback_sequence(
     """A refinement as the first answer, with its own blind feedback: shows what good looks like.
 
     Its improved response is the refinement unchanged, so that the reply is complete; this copy
-    bears no loss, for a model trained to copy also copies what it has just criticised (in the
+    carries no loss, because a model trained to copy also copies what it has just criticised (in the
     quickstart 68 of 80 times). Not in the paper.
     """
     assert record.refinement is not None
@@ -232,7 +232,7 @@ class PairIds:
 
 
 def preference_ids(tokenizer: PreTrainedTokenizerBase, pair: Preference) -> PairIds:
-    """A pair's ids, prompt and answers apart, as TRL's `DataCollatorForPreference` takes them."""
+    """The ids of a pair's prompt and answers, as TRL's `DataCollatorForPreference` takes them."""
     prompt = encode_chat(tokenizer, pair.prompt, add_generation_prompt=True)
     answers = []
     for answer in (pair.chosen, pair.rejected):

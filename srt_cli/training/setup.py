@@ -3,9 +3,11 @@
 import dataclasses
 import difflib
 import os
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,8 +24,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils.import_utils import is_flash_attn_2_available
 from trl import DPOConfig, SFTConfig
 
@@ -49,6 +53,7 @@ from srt_cli.training.recipes import (
 from srt_cli.training.samples import Sampler
 
 CHECKPOINTS: Final = "checkpoints"
+EVENTS: Final = "tensorboard"
 CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
@@ -62,7 +67,7 @@ PACKAGES: Final = {
 }
 PROJECT: Final = "srt"
 """Of the trackers."""
-# Fields that an option of ours, or the way we run, decides: setting them apart would contradict it.
+# Fields that an option of ours decides, or the way we train: --set would contradict it.
 DECIDED: Final[Mapping[str, str]] = {
     "output_dir": "--out", "num_train_epochs": "--epochs", "learning_rate": "--learning-rate",
     "lr_scheduler_type": "--lr-schedule", "warmup_steps": "--warmup",
@@ -114,7 +119,7 @@ class TrainingPlace:
 
 
 def decide_training_place(method: Method) -> TrainingPlace:
-    """Device and formats for this machine; `memory.fit` decides about checkpointing later.
+    """Choose device and formats for this machine; `memory.fit` decides about checkpointing later.
 
     Weights that are trained stay float32, with bfloat16 products where the device computes them;
     weights that only carry adapters are bfloat16 there. Raises `SrtError` for qlora without
@@ -222,14 +227,14 @@ class Setup:
     place: TrainingPlace
     adapters: Adapters | None
     micro_batch: int
-    """Rows a forward pass on one device."""
+    """Rows per forward pass on one device."""
     processes: int
     fields: Mapping[str, Any]
     """`--set`: fields of TRL's config."""
 
     @property
     def accumulation(self) -> int:
-        """Forward passes a step on one device."""
+        """Forward passes per step on one device."""
         return self.values.global_batch // (self.micro_batch * self.processes)
 
     @property
@@ -291,7 +296,7 @@ def set_up(
 
 
 def divide_batch(global_batch: int, micro_batch: int, processes: int) -> int:
-    """Rows a forward pass: `micro_batch`, or the next smaller number that the step divides into.
+    """Rows per forward pass: `micro_batch`, or the next smaller number that divides the step.
 
     So `--global-batch` is kept exactly. Raises `UsageError` where the processes cannot share it.
     """
@@ -314,7 +319,7 @@ def divide_batch(global_batch: int, micro_batch: int, processes: int) -> int:
 
 
 def check_early_stopping(options: TrainingOptions) -> None:
-    """Raise `UsageError` when there is nothing to stop early by."""
+    """Raise `UsageError` when `--early-stopping` has no validation loss to watch."""
     if options.early_stopping is None:
         return
     if not options.eval_split:
@@ -324,16 +329,6 @@ def check_early_stopping(options: TrainingOptions) -> None:
         )
     if options.early_stopping < 1:
         raise UsageError("--early-stopping waits for 1 evaluation or more.")
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise `SrtError` for a tracker whose package is not installed."""
-    for name in names:
-        if not any(find_spec(package) for package in PACKAGES[name]):
-            raise SrtError(
-                f"--report-to {name} needs the package {PACKAGES[name][0]}: "
-                f"pip install 'srt-cli[{name}]'."
-            )
 
 
 # --- The model itself --------------------------------------------------------------------------
@@ -351,7 +346,7 @@ def config_of(name: str) -> PretrainedConfig | None:
 
 
 def count_parameters(name: str) -> int | None:
-    """How many parameters a model has, from its configuration alone; None when that is not here."""
+    """How many parameters a model has, by its configuration; None when that is not on this machine."""
     config = config_of(name)
     if config is None:
         return None
@@ -365,7 +360,7 @@ def count_parameters(name: str) -> int | None:
 
 
 def positions_of(name: str) -> int | None:
-    """How many positions a model has; None when its configuration does not say, or is not here."""
+    """How many positions a model has; None when its configuration does not say or is not here."""
     config = config_of(name)
     text = config.get_text_config() if config is not None else None
     positions = getattr(text, "max_position_embeddings", None)
@@ -400,7 +395,7 @@ def load_policy(setup: Setup) -> PreTrainedModel | PeftModel:
 
 
 def training_arguments(setup: Setup, out: Path) -> dict[str, Any]:
-    """Arguments for `SFTConfig` and `DPOConfig` that leave none of their traps open.
+    """Arguments for `SFTConfig` and `DPOConfig` that avoid their unsafe defaults.
 
     TRL's own defaults would take bf16 on a CPU, checkpoint activations and cut at 1024 tokens.
     """
@@ -433,23 +428,16 @@ def training_arguments(setup: Setup, out: Path) -> dict[str, Any]:
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": True,
-        # Every weight has a part in every loss; looking for others costs time in each step.
+        # Every weight takes part in every loss; looking for others costs time in each step.
         "ddp_find_unused_parameters": False,
     }
-
-
-def tracker_arguments(names: Sequence[str], out: Path) -> dict[str, Any]:
-    """For TRL's configs; without a name nothing is reported to anyone."""
-    if not names:
-        return {"report_to": "none"}
-    return {"report_to": list(names), "run_name": str(out), "project": PROJECT}
 
 
 def parse_fields(given: Sequence[str], config_class: type[TrainingArguments]) -> dict[str, Any]:
     """`--set KEY=VALUE` as arguments of TRL's config class.
 
-    Raises `UsageError` for a key that it has not (naming the nearest), one that an option of ours
-    decides (naming that), or a value of another type.
+    Raises `UsageError` for an unknown key (naming the nearest), a key that an option of ours decides
+    (naming that option), or a value of another type.
     """
     known = {field.name: field for field in dataclasses.fields(config_class)}
     hints = typing.get_type_hints(config_class)
@@ -484,3 +472,67 @@ def _name_of(hint: Any) -> str:
         parts = [_name_of(part) for part in typing.get_args(hint) if part is not type(None)]
         return " or ".join(dict.fromkeys(parts))
     return str(getattr(hint, "__name__", hint))
+
+
+# --- Trackers: transformers' own integrations, only when asked for -----------------------------
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `SrtError` for a tracker whose package is not installed."""
+    for name in names:
+        if not any(find_spec(package) for package in PACKAGES[name]):
+            raise SrtError(
+                f"--report-to {name} needs the package {PACKAGES[name][0]}: "
+                f"pip install 'srt-cli[{name}]'."
+            )
+
+
+def tracker_arguments(names: Sequence[str], out: Path) -> dict[str, Any]:
+    """For TRL's configs; without a name nothing is reported."""
+    if not names:
+        return {"report_to": "none"}
+    return {"report_to": list(names), "run_name": str(out), "project": PROJECT}
+
+
+def keep_events_beside(trainer: Trainer, out: Path) -> None:
+    """Move TensorBoard's files from among the checkpoints, with which they would be deleted."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(out / EVENTS)
+
+
+@contextmanager
+def tracking(names: Sequence[str], out: Path) -> Iterator[None]:
+    """Open a tracker that needs an account before the first step, and close it; trackers talk on stderr.
+
+    Raises `SrtError` when Weights & Biases will not take the run.
+    """
+    if not names:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        finish = _open_wandb(out) if "wandb" in names else None
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if finish is not None:
+                finish(exit_code=int(failed))
+
+
+def _open_wandb(out: Path) -> Any:
+    """Begin the run that transformers' integration will find; returns the function that ends it."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    try:
+        # The integration itself would take the project huggingface.
+        wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=str(out))
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise SrtError(
+            f"--report-to wandb: {reason}. To keep the run on this machine instead, set "
+            "WANDB_MODE=offline."
+        ) from error
+    return wandb.finish

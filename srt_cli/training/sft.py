@@ -1,7 +1,7 @@
 """Stage 1: fine-tune the policy on response, feedback and refinement (paper, section 3.1.2).
 
 Read feedback, keep what teaches, prepare token ids and masks, fit the machine, train by TRL's
-SFTTrainer, check the critic that came of it, save.
+SFTTrainer, save, check the critic that came of it.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ from srt_cli.training.batches import (
 )
 from srt_cli.training.checkpoints import clear_checkpoints, open_training
 from srt_cli.training.examples import prepare_sft
-from srt_cli.training.loop import Outcome, Trained, WatchedTrainer, train, trainer_arguments
+from srt_cli.training.loop import Trained, Tuned, WatchedTrainer, train, trainer_arguments
 from srt_cli.training.memory import fit
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.plan import Ready, plan_sft, show_plan
@@ -54,7 +54,7 @@ from srt_cli.training.sequences import IGNORED, TokenSequence
 from srt_cli.training.setup import Setup, Training, load_policy, lora_config, set_up
 
 DROPPED: Final = "sft.jsonl"
-"""Beside it stands the file of dropped rows."""
+"""The file of dropped rows stands beside it."""
 
 
 def fine_tune(options: TrainingOptions, task: SftTask) -> None:
@@ -98,7 +98,7 @@ def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
 
 
 def _trained_before(run: Run) -> Trained | None:
-    """The figures of a training whose model is saved, but whose critic check was cut off."""
+    """The figures of a training whose model is saved, but whose critic check was interrupted."""
     earlier = run.earlier.tally("training", Trained) if run.earlier else None
     saved = any((run.out / name).is_file() for name in ("config.json", "adapter_config.json"))
     if earlier is None or not saved:
@@ -154,8 +154,8 @@ def _train(
     )
     sampler = Sampler(ready.tokenizer, prompts)
     training = Training(setup, ready.tokenizer, run, sampler, packing.on)
-    outcome = train_sft(training, prepared.train, prepared.held_out)
-    run.tally({"training": vars(outcome.trained)})
+    tuned = train_sft(training, prepared.train, prepared.held_out)
+    run.tally({"training": vars(tuned.trained)})
     loss_on = ", ".join(task.targets.loss_on)
     facts = {
         "base": task.model,
@@ -164,11 +164,11 @@ def _train(
         "epochs": setup.values.epochs,
         "learning rate": setup.values.learning_rate,
     }
-    card = model_card(training, outcome.trained, "A model tuned by stage 1 of SRT", facts)
+    card = model_card(training, tuned.trained, "A model tuned by stage 1 of SRT", facts)
     rows = [sequence.input_ids for sequence in prepared.train]
-    keep_model(outcome.model, training, card, rows)
+    keep_model(tuned.model, training, card, rows)
     run.save()
-    return outcome.trained
+    return tuned.trained
 
 
 # --- The training itself -----------------------------------------------------------------------
@@ -178,7 +178,7 @@ def train_sft(
     training: Training,
     sequences: list[TokenSequence],
     held_out: list[TokenSequence] | None = None,
-) -> Outcome:
+) -> Tuned:
     """Fine-tune on the sequences' labels: TRL's SFTTrainer on our own token ids and masks."""
     columns, setup = _columns_of(sequences), training.setup
     batches = {}
@@ -194,9 +194,9 @@ def train_sft(
         }
     rows = keep_rows(columns, training.out)
     lengths = [len(ids) for ids in columns["input_ids"]]
-    outcome = _train_everywhere(training, rows, lengths, batches, held_out or [])
-    assert outcome is not None
-    return outcome
+    tuned = _train_everywhere(training, rows, lengths, batches, held_out or [])
+    assert tuned is not None
+    return tuned
 
 
 def _columns_of(sequences: list[TokenSequence]) -> Columns:
@@ -214,7 +214,7 @@ def _train_everywhere(
     lengths: list[int],
     batches: dict[str, Any],
     held_out: list[TokenSequence],
-) -> Outcome | None:
+) -> Tuned | None:
     setup = training.setup
     arguments = trainer_arguments(training, evaluates=bool(held_out)) | {
         # Our labels say what is trained; TRL is to change neither ids nor masks.
@@ -235,14 +235,14 @@ def _train_everywhere(
     )
     trained = train(trainer, training)
     model = whole_model(trainer, setup.adapters)
-    return None if model is None else Outcome(model, trained)
+    return None if model is None else Tuned(model, trained)
 
 
 # --- The loss on rows that are held out --------------------------------------------------------
 
 
 class _PartwiseTrainer(WatchedTrainer, SFTTrainer):
-    """An SFTTrainer that evaluates each part apart."""
+    """An SFTTrainer that evaluates each part separately."""
 
     def __init__(self, *, held_out: list[TokenSequence], **arguments: Any) -> None:
         self._held_out = held_out
@@ -279,7 +279,7 @@ def loss_by_part(
             places = parts == number
             sums[number, 0] += losses[places].double().sum().cpu()
             sums[number, 1] += places.sum().cpu()
-    # A device that sums in float32 rounds the mean at 1e-7, far below what a loss can tell.
+    # Summed in float32: it rounds the mean at 1e-7, far below what matters in a loss.
     summed = accelerator.reduce(sums.float().to(accelerator.device), reduction="sum").cpu()
     metrics = {
         f"{prefix}_loss_{part}": float(total / count)
@@ -294,7 +294,7 @@ def loss_by_part(
 def _share_of_process(
     sequences: list[TokenSequence], process: int, processes: int
 ) -> list[TokenSequence]:
-    """This process's sequences, by length; as many as every other's, so that none waits."""
+    """This process's sequences, by length; as many as each other process has, so that none waits."""
     ordered = sorted(sequences, key=lambda sequence: len(sequence.input_ids))
     silent = TokenSequence("", ordered[0].input_ids, [IGNORED] * len(ordered[0].input_ids), ())
     own = ordered[process::processes]
