@@ -275,9 +275,9 @@ class Output(Record):
     contestant: str
     use: str = Field(pattern=r"^(response|refinement(-\d+)?)$")
     response: str
-    parsed: bool | None
-    status: Status
-    passed: bool | None
+    parsed: bool | None = None
+    status: Status = "ok"
+    passed: bool | None = None
 
     @property
     def entrant(self) -> Entrant:

@@ -79,6 +79,32 @@ def test_arrows_point_down():
     assert HOUSE.upward_arrows() == []
 
 
+def test_the_method_is_told_once():
+    users = {
+        name: {module_name(path) for path in MODULES if name in imports_of(path)}
+        for name in (
+            "srt_cli.templates.critic_messages",
+            "srt_cli.templates.self_critique_messages",
+            "srt_cli.templates.parse_critique",
+            "srt_cli.calls.conduct.conduct",
+        )
+    }
+    critic, driver = {"srt_cli.feedback.critic"}, {"srt_cli.calls.asking"}
+    assert list(users.values()) == [critic, critic, critic, driver]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_what_became_of_a_reply_is_decided_where_it_is_received(path):
+    if path.relative_to(PACKAGE).parts[0] == "models":
+        return
+    attributes = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    assert "finish_reason" not in attributes
+
+
 def test_no_module_is_a_drawer():
     assert not {path.stem for path in MODULES} & {"utils", "common", "base", "helpers", "misc"}
 

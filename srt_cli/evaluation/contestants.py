@@ -9,7 +9,6 @@ import orjson
 
 from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
-from srt_cli.evaluation.judging import output_of
 from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draft
 from srt_cli.models import Model, Reply
@@ -50,8 +49,12 @@ def answer(contestant: Contestant, prompt: Prompt) -> Generator[Call, Reply, Att
     assert draft.reply is not None
     outputs = []
     if "response" in contestant.uses:
-        direct = output_of(prompt.id, name, "response", draft.text, status=draft.reply.status)
-        outputs.append(direct)
+        outputs.append(
+            Output(
+                id=prompt.id, contestant=name, use="response", response=draft.text,
+                status=draft.reply.status,
+            )
+        )  # fmt: skip
     if "refinement" not in contestant.uses:
         return Attempt(outputs)
     roles = Roles(contestant.critic, scores=False, rounds=contestant.rounds)
@@ -64,7 +67,11 @@ def answer(contestant: Contestant, prompt: Prompt) -> Generator[Call, Reply, Att
         whole = number < len(records) and records[number].status == "ok"
         if number < len(records):
             text, status = records[number].refinement or text, records[number].status
-        outputs.append(output_of(prompt.id, name, use, text, parsed=whole, status=status))
+        outputs.append(
+            Output(
+                id=prompt.id, contestant=name, use=use, response=text, parsed=whole, status=status
+            )
+        )
     return Attempt(outputs, records[0] if records else None)
 
 
@@ -137,7 +144,10 @@ def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) 
     draft = row[drafts[0]]
     text = refined if isinstance(refined, str) else draft
     parsed = None if use == "response" else isinstance(refined, str)
-    return output_of(prompt.id, str(path), use, text if isinstance(text, str) else "", parsed)
+    return Output(
+        id=prompt.id, contestant=str(path), use=use, parsed=parsed,
+        response=text if isinstance(text, str) else "",
+    )  # fmt: skip
 
 
 def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call, Reply, Output]:

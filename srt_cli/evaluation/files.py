@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.evaluation.evidence import Evidence, with_blind_scores
-from srt_cli.evaluation.judging import Orders, output_of
+from srt_cli.evaluation.judging import Orders
 from srt_cli.records import Entrant, Judgment, Output, Prompt, Record, Usage, content_id
 from srt_cli.runs.jsonl import (
     OrderedWriter,
@@ -215,7 +215,7 @@ def _add_output(found: Annotations, name: str, contestant: str, text: str) -> No
             f"{contestant} has two different outputs for one instruction ({text[:40]!r}...). Are "
             "these files of different runs under one name?"
         )
-    found.outputs[key] = output_of(name, contestant, "response", text)
+    found.outputs[key] = Output(id=name, contestant=contestant, use="response", response=text)
 
 
 def _set_reference(found: Annotations, reference: str, path: Path) -> None:

@@ -27,26 +27,6 @@ LETTER_LOGPROBS: Final = 5
 """How many alternatives to the letter are asked for."""
 
 
-def output_of(
-    identifier: str,
-    contestant: str,
-    use: str,
-    text: str,
-    parsed: bool | None = None,
-    status: Status = "ok",
-) -> Output:
-    """An output that nobody has checked yet; by default one that came from a file, whole."""
-    return Output(
-        id=identifier,
-        contestant=contestant,
-        use=use,
-        response=text,
-        parsed=parsed,
-        status=status,
-        passed=None,
-    )
-
-
 def orders_of(prompt: Prompt, orders: Orders) -> tuple[Order, ...]:
     """In which orders a pair is shown: both, or the one that a digest of the prompt picks."""
     if orders == "both":
@@ -206,16 +186,13 @@ Twice = tuple[Judgment, Judgment]
 def ask_again(
     asking: Asking,
     judge: Judge,
-    shown: Sequence[Shown],
-    judgments: Sequence[Judgment],
+    judged: Sequence[tuple[Shown, Judgment]],
     count: int,
     seed: int,
 ) -> list[Twice]:
-    """Put `count` of the questions, drawn with a seed, a second time, past the journal's first answers.
-
-    `judgments` are those first answers, in the order of `shown`.
-    """
-    places = sorted(random.Random(seed).sample(range(len(shown)), min(count, len(shown))))
+    """Put `count` of a judge's questions, drawn with a seed, to it a second time."""
+    places = sorted(random.Random(seed).sample(range(len(judged)), min(count, len(judged))))
+    drawn = [judged[place] for place in places]
     label = f"once more by {judge.model.spec}"
-    again = judge_pairs(asking, label, judge, [shown[place] for place in places], sample=1)
-    return [(judgments[place], second) for place, second in zip(places, again, strict=True)]
+    again = judge_pairs(asking, label, judge, [shown for shown, _ in drawn], sample=1)
+    return [(first, second) for (_, first), second in zip(drawn, again, strict=True)]

@@ -145,7 +145,7 @@ def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Crit
     messages, room = critic.messages(question), 1
     reply = yield critic.call(question, messages)
     usage = reply.usage
-    if reply.finish_reason == "length" and critic.longer_once:
+    if reply.at_limit and critic.longer_once:
         raw["cut off"] = reply.text
         room = 2
         reply = yield critic.call(_named(question, "longer"), messages, room)

@@ -116,9 +116,14 @@ class Reply:
         return self.finish_reason == "loop"
 
     @property
+    def at_limit(self) -> bool:
+        """Whether the token limit ended it: with more room it may come to an end of its own."""
+        return self.finish_reason == "length"
+
+    @property
     def is_beginning(self) -> bool:
         """Whether the text is cut off at the token limit, and sound as far as it goes."""
-        return self.status == "truncated" and not self.loops and bool(self.text.strip())
+        return self.at_limit and not self.loops and bool(self.text.strip())
 
 
 class Model(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError
-from srt_cli.evaluation.judging import Judge, Order, Shown, judge_pairs, output_of
+from srt_cli.evaluation.judging import Judge, Order, Shown, judge_pairs
 from srt_cli.pairs.pairing import Picker, Sample, Wanted, fingerprint_of, pair_key, text_key
 from srt_cli.records import HandLabel, Output, Preference, Prompt
 from srt_cli.runs.jsonl import read_records
@@ -57,7 +57,7 @@ class Audit:
     from_gain: tuple[GainBand, ...]
     min_precision: float
     gain_to_ask_for: float | None
-    """The smallest gain from which precision reaches `min_precision`; null when none does."""
+    """The smallest gain from which precision reaches `min_precision`; None when none does."""
 
     def table(self) -> Table:
         """Precision by the gain that is asked for, and false accepts at each gain."""
@@ -253,4 +253,4 @@ def _prompt_of(pair: Preference) -> Prompt:
 
 def _output(pair: Preference, side: str) -> Output:
     text = (pair.chosen if side == "chosen" else pair.rejected)[-1].content
-    return output_of(pair.id, side, "response", text)
+    return Output(id=pair.id, contestant=side, use="response", response=text)

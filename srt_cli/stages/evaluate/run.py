@@ -66,7 +66,8 @@ def run(options: Evaluate) -> None:
             outputs, critiques = _answers(options, reference, rows, asking)
             if options.check is not None:
                 outputs = _checked(options.check, rows, outputs, asking)
-            judged = [_judged(judge, reference, options, rows, outputs, asking) for judge in judges]
+            shown = _shown(options, reference, rows, outputs)
+            judged = [_judged(judge, options, shown, asking) for judge in judges]
             scores = _scores(options, rows, outputs, asking)
             paired = _pairs(options, reference, pairs, asking)
         evidence = Evidence(
@@ -199,34 +200,36 @@ def _checked(
         return asking.ask("checking", scripts, len(outputs))
 
 
-def _judged(
-    judge_spec: str,
-    reference: str,
-    options: Evaluate,
-    prompts: Sequence[Prompt],
-    outputs: list[Output],
-    asking: Asking,
-) -> tuple[list[Judgment], list[Twice]]:
-    """Each output against the reference's direct answer; then some of the questions once more."""
-    template = read_judge_template(options.judge_template) if options.judge_template else None
+def _shown(
+    options: Evaluate, reference: str, prompts: Sequence[Prompt], outputs: Sequence[Output]
+) -> list[Shown]:
+    """Each output against the reference's direct answer, in the orders that were asked for."""
     by_id = {prompt.id: prompt for prompt in prompts}
     references = {
         output.id: output
         for output in outputs
         if output.contestant == reference and output.use == "response"
     }
-    pairs = [output for output in outputs if references[output.id] is not output]
-    shown = [
+    return [
         Shown(by_id[output.id], output, references[output.id], order)
-        for output in pairs
+        for output in outputs
+        if references[output.id] is not output
         for order in orders_of(by_id[output.id], options.orders)
     ]
-    with asking.open(judge_spec) as model:
+
+
+def _judged(
+    spec: str, options: Evaluate, shown: Sequence[Shown], asking: Asking
+) -> tuple[list[Judgment], list[Twice]]:
+    """A judge's verdicts; then some of the questions once more."""
+    template = read_judge_template(options.judge_template) if options.judge_template else None
+    with asking.open(spec) as model:
         judge = Judge(model, options.verdicts, template, options.judge_max_tokens)
-        judgments = judge_pairs(asking, f"judging by {judge_spec}", judge, shown)
+        judgments = judge_pairs(asking, f"judging by {spec}", judge, shown)
         if not options.repeat:
             return judgments, []
-        return judgments, ask_again(asking, judge, shown, judgments, options.repeat, options.seed)
+        judged = list(zip(shown, judgments, strict=True))
+        return judgments, ask_again(asking, judge, judged, options.repeat, options.seed)
 
 
 def _scores(
