@@ -8,7 +8,7 @@ from browser import CHROMIUM, visit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srt_cli.report.plots import Curve, line_plot, nice_ticks, thin
+from srt_cli.report.html import Curve, line_plot, nice_ticks, thin
 from srt_cli.report.training import write_training_page
 from srt_cli.runs.run import Manifest
 

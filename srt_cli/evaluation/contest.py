@@ -6,12 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from srt_cli.evaluation.evidence import Evidence
-from srt_cli.evaluation.judge_quality import (
-    JudgesAgree,
-    SelfPreference,
-    judges_agree,
-    self_preferences,
-)
 from srt_cli.evaluation.verdicts import Comparison, Ruling, compare_all, count_verdicts
 from srt_cli.records import Entrant, Judgment
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
@@ -69,9 +63,6 @@ class Contest:
     prompts: int
     rows: list[Standing]
     comparisons: list[Comparison]
-    agreements: list[JudgesAgree]
-    self_preferences: list[SelfPreference]
-    """Contestants that judge, against judges that do not compete."""
 
     @property
     def coverage(self) -> float | None:
@@ -112,16 +103,13 @@ def count_contest(evidence: Evidence) -> Contest:
             if entrant != evidence.base
         )
         rows.append(_standing(evidence, entrant, names[entrant.contestant], rulings))
-    labels = labels_of(rows)
     return Contest(
         evidence.reference,
         tuple(evidence.judges),
         evidence.check,
         len(evidence.prompts),
         rows,
-        _compare(evidence, labels),
-        judges_agree(evidence.judges, evidence.preferences),
-        self_preferences(evidence.judges, evidence.preferences, labels),
+        _compare(evidence, labels_of(rows)),
     )
 
 

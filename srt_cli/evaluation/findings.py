@@ -9,9 +9,13 @@ from srt_cli.evaluation.drift import StageFigures, drift_of
 from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.judge_quality import (
     AgreesWithPeople,
+    JudgesAgree,
     RepeatsItself,
+    SelfPreference,
     agree_with_people,
+    judges_agree,
     repeats_itself,
+    self_preferences,
 )
 
 LC_NOTES: Final = {
@@ -25,6 +29,9 @@ class Findings:
     """The contest, and what was asked for beyond it."""
 
     contest: Contest
+    agreements: list[JudgesAgree]
+    self_preferences: list[SelfPreference]
+    """Contestants that judge, against judges that do not compete."""
     repeats: list[RepeatsItself]
     """The same questions asked twice, when that was asked for."""
     people: list[AgreesWithPeople]
@@ -44,10 +51,13 @@ class Findings:
 def find(evidence: Evidence) -> Findings:
     """Count everything."""
     contest = count_contest(evidence)
+    several = len(evidence.judges) > 1
     return Findings(
         contest,
+        judges_agree(evidence) if several else [],
+        self_preferences(evidence, contest.labels) if several else [],
         [repeats_itself(judge, asked) for judge, asked in evidence.repeats.items()],
-        agree_with_people(evidence),
+        agree_with_people(evidence) if evidence.labels else [],
         drift_of(evidence, contest) if evidence.has_stages else [],
     )
 

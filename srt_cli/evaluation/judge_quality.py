@@ -54,15 +54,16 @@ class SelfPreference:
     """Paired over the same pairs, 0 to 1."""
 
 
-def judges_agree(judges: Sequence[str], preferences: Preferences) -> list[JudgesAgree]:
+def judges_agree(evidence: Evidence) -> list[JudgesAgree]:
     """The first judge against each other, over all pairs that both judged."""
     found = []
-    for other in judges[1:]:
-        mine, theirs = _said_by(judges[0], preferences), _said_by(other, preferences)
+    first = evidence.judges[0]
+    for other in evidence.judges[1:]:
+        mine, theirs = (_said_by(judge, evidence.preferences) for judge in (first, other))
         common = [pair for pair in mine if pair in theirs]
         agreed = agreement([mine[pair] for pair in common], [theirs[pair] for pair in common])
         if agreed is not None:
-            found.append(JudgesAgree(judges[0], other, agreed))
+            found.append(JudgesAgree(first, other, agreed))
     return found
 
 
@@ -76,19 +77,17 @@ def _said_by(judge: str, preferences: Preferences) -> dict[tuple[Entrant, str], 
     }
 
 
-def self_preferences(
-    judges: Sequence[str], preferences: Preferences, labels: Mapping[Entrant, str]
-) -> list[SelfPreference]:
+def self_preferences(evidence: Evidence, labels: Mapping[Entrant, str]) -> list[SelfPreference]:
     """Every judge that is a contestant too, against every judge that is not.
 
     `labels` names each entrant for people.
     """
     found = []
-    for (entrant, judge), mine in preferences.items():
+    for (entrant, judge), mine in evidence.preferences.items():
         if judge != entrant.contestant:
             continue
-        for other in judges:
-            theirs = preferences.get((entrant, other), {})
+        for other in evidence.judges:
+            theirs = evidence.preferences.get((entrant, other), {})
             gaps = [value - theirs[name] for name, value in mine.items() if name in theirs]
             gap = mean_with_error(gaps, (-1.0, 1.0))
             if other != judge and gap is not None:

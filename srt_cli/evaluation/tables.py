@@ -265,7 +265,7 @@ def tables_of(findings: Findings, *, brief: bool = False, drift: bool = True) ->
         "agreement with people", [[name(each.who)] for each in people],
         [each.agreement for each in people], AGREEMENT, brief=brief,
     )  # fmt: skip
-    agreements = contest.agreements
+    agreements = findings.agreements
     found += _rows(
         f"judges against each other: {shorten(name(contest.judges[0]), 40)} with" if agreements else "",
         [[name(each.second)] for each in agreements], [each.agreement for each in agreements],
@@ -273,7 +273,7 @@ def tables_of(findings: Findings, *, brief: bool = False, drift: bool = True) ->
     )  # fmt: skip
     repeats = findings.repeats
     found += _rows("the same question twice", [[name(r.judge)] for r in repeats], repeats, REPEATS)
-    own = contest.self_preferences
+    own = findings.self_preferences
     pairs = [[each.contestant, f"against {name(each.outside)}"] for each in own]
     return found + _rows("judges of their own answers", pairs, own, SELF_PREFERENCE)
 

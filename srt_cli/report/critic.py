@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from srt_cli.feedback.summary import CritiqueSummary
-from srt_cli.report.html import write_page
-from srt_cli.report.plots import histogram
+from srt_cli.report.html import histogram, write_page
 from srt_cli.tables import Table
 
 

@@ -12,8 +12,7 @@ from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.findings import Findings, footnotes_of, warnings_of
 from srt_cli.evaluation.tables import drift_table, further_tables, tables_of
 from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, Scored
-from srt_cli.report.html import write_page
-from srt_cli.report.plots import Interval, bar_plot, interval_plot
+from srt_cli.report.html import Interval, bar_plot, interval_plot, write_page
 from srt_cli.runs.jsonl import write_atomically
 from srt_cli.stats.rates import Estimate
 from srt_cli.tables import Table

@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 
 from srt_cli.pairs.summary import PairSummary
 from srt_cli.records import Prompt
-from srt_cli.report.html import write_page
-from srt_cli.report.plots import Interval, histogram, interval_plot
+from srt_cli.report.html import Interval, histogram, interval_plot, write_page
 
 if TYPE_CHECKING:
     from srt_cli.pairs.audit import Audit

@@ -7,13 +7,12 @@ from typing import Any, Final
 
 import orjson
 
-from srt_cli.report.html import write_page
-from srt_cli.report.plots import Curve, line_plot
+from srt_cli.report.html import Curve, line_plot, write_page
 from srt_cli.runs.run import Manifest
 from srt_cli.tables import Table
 
 PAGE: Final = "training.html"
-Rows = Sequence[Mapping[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 Plot = tuple[str, str, str]
 """Title, note, and the plot, "" where there is nothing to show."""
 
@@ -66,7 +65,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in path.read_bytes().splitlines()]
 
 
-def _headline(metrics: Rows) -> str:
+def _headline(metrics: Records) -> str:
     losses = [row["loss"] for row in metrics if row.get("loss") is not None]
     steps = sum("loss" in row for row in metrics)
     if not losses:
@@ -74,12 +73,12 @@ def _headline(metrics: Rows) -> str:
     return f"The loss went from {losses[0]:.3f} to {losses[-1]:.3f} in {steps} steps."
 
 
-def _plot(title: str, note: str, named: Mapping[str, str], percent: bool, metrics: Rows) -> Plot:
+def _plot(title: str, note: str, named: Mapping[str, str], percent: bool, metrics: Records) -> Plot:
     curves = [Curve(name, _points(metrics, metric)) for metric, name in named.items()]
     return _drawn(title, note, curves, percent=percent)
 
 
-def _evaluations(metrics: Rows) -> Plot:
+def _evaluations(metrics: Records) -> Plot:
     """Validation loss, whole and by part: every `eval_loss_PART` that there is."""
     found = {name for row in metrics for name in row}
     names = sorted(n for n in found if n.startswith("eval_loss"))
@@ -91,7 +90,7 @@ def _part_of(name: str) -> str:
     return name.removeprefix("eval_loss").strip("_").replace("_", " ") or "all"
 
 
-def _lengths(samples: Rows) -> Plot:
+def _lengths(samples: Records) -> Plot:
     steps = sorted({sample["step"] for sample in samples})
     points = []
     for step in steps:
@@ -101,7 +100,7 @@ def _lengths(samples: Rows) -> Plot:
     return _drawn("Length of the samples", note, [Curve("tokens", points)])
 
 
-def _points(rows: Rows, name: str) -> list[tuple[float, float]]:
+def _points(rows: Records, name: str) -> list[tuple[float, float]]:
     # JSON has no NaN: a loss that was none stands there as null.
     found = ((row["step"], row[name]) for row in rows if name in row)
     return [(float(step), math.nan if value is None else float(value)) for step, value in found]

@@ -11,9 +11,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from srt_cli.stats.rates import DRAWS, PERCENTILES, Estimate, bootstrap_mean, mean_with_error
+from srt_cli.stats.rates import (
+    DRAWS,
+    PERCENTILES,
+    Estimate,
+    Values,
+    bootstrap_mean,
+    mean_with_error,
+)
 
-Values = npt.NDArray[np.float64]
 MOST_RANKED: Final = 1500
 
 

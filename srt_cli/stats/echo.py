@@ -10,13 +10,13 @@ import numpy.typing as npt
 from srt_cli.stats.rates import (
     Estimate,
     PairedDifference,
+    Values,
     bootstrap_mean,
     bootstrapped,
     mean_with_error,
 )
 
 Colour = Literal["green", "amber", "red", "unknown"]
-Values = npt.NDArray[np.float64]
 
 FEWEST_ITEMS: Final = 10
 LONGER: Final = 1.15

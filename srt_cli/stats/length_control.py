@@ -20,12 +20,10 @@ from importlib.resources import files
 from typing import Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import expit
 
-from srt_cli.stats.rates import Doubt, Estimate, bounded
+from srt_cli.stats.rates import Doubt, Estimate, Values, bounded
 
-Values = npt.NDArray[np.float64]
 Mode = Literal["alpaca_eval", "generic"]
 
 # Sums over the condensed rows of weight x label x (tanh length, difficulty); 1.3 of the derivation.
