@@ -1,6 +1,7 @@
 """srt eval --feedback: critiques as texts, and their scores against an outside scorer."""
 
 import json
+import sys
 
 import pytest
 from conftest import write_jsonl
@@ -50,6 +51,15 @@ def test_critiques_are_described_without_any_model(srt, folder):
     assert found["valid"]["value"] == 1
     assert found["outside"] is None
     assert "about the answer" in finished.stdout
+
+
+def test_without_py3langid_languages_are_not_told_apart_and_that_is_said(srt, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "py3langid", None)
+    finished = srt("eval", "--feedback", "feedback.jsonl")
+    assert finished.code == 0, finished.stderr
+    assert quality(folder)[0]["same_language"] is None
+    assert "in its language" not in finished.stdout
+    assert "needs the package py3langid: pip install 'srt-cli[languages]'" in finished.stderr
 
 
 def test_an_outside_scorer_shows_inflation_and_false_accepts(srt, folder):

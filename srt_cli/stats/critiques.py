@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import combinations
 from typing import Final
 
@@ -28,13 +29,23 @@ def is_grounded(weaknesses: str, response: str) -> bool:
 
 
 def same_language(critique: str, answer: str) -> bool | None:
-    """Whether both are in one language (langid's classifier); None where a text is too short to tell."""
+    """Whether both are in one language (langid's classifier).
+
+    None where a text is too short to tell, and without py3langid (`knows_languages`).
+    """
+    if not knows_languages():
+        return None
     letters = ("".join(filter(str.isalpha, text)) for text in (critique, answer))
     if any(len(each.encode()) < FEWEST_LETTER_BYTES for each in letters):
         return None
     import py3langid
 
     return bool(py3langid.classify(critique)[0] == py3langid.classify(answer)[0])
+
+
+def knows_languages() -> bool:
+    """Whether py3langid is installed, without which languages cannot be told apart."""
+    return find_spec("py3langid") is not None
 
 
 def generic_share(critiques: Sequence[str], seed: int = 0) -> Estimate | None:

@@ -24,6 +24,7 @@ from srt_cli.runs.jsonl import read_records, write_json
 from srt_cli.runs.run import open_run
 from srt_cli.stages.evaluate.figures import close_contest, show, write_figures
 from srt_cli.stages.evaluate.options import Evaluate
+from srt_cli.stats.critiques import knows_languages
 
 
 def count_annotations(options: Evaluate, command: str) -> None:
@@ -98,4 +99,9 @@ def judge_feedback(options: Evaluate, command: str) -> None:
         for warning in warnings_of(found):
             run.warn(f"{warning}.")
     show(quality_tables(found))
+    if not knows_languages():
+        console.say(
+            "Whether critiques are in the language of their answers is not shown: that needs the "
+            "package py3langid: pip install 'srt-cli[languages]'."
+        )
     console.finish(f"{options.out}: {len(found)} files", f"less {options.out}")
