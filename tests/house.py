@@ -189,7 +189,7 @@ def files_entered(package: Path, flow: str) -> list[str]:
         if done.returncode != 0:
             raise RuntimeError(f"srt {' '.join(line)}\n{done.stderr}")
         entered: list[str] = json.loads(Path(folder, "entered.json").read_text())
-    return [name for name in entered if name != "cli.py"]
+    return [name for name in entered if name.endswith(".py") and name != "cli.py"]
 
 
 def _answer(body: dict, number: int) -> Answer:

@@ -105,6 +105,10 @@ def test_what_became_of_a_reply_is_decided_where_it_is_received(path):
     assert "finish_reason" not in attributes
 
 
+def test_no_two_files_need_each_other():
+    assert HOUSE.circles() == []
+
+
 def test_no_module_is_a_drawer():
     assert not {path.stem for path in MODULES} & {"utils", "common", "base", "helpers", "misc"}
 
