@@ -211,7 +211,8 @@ def _watch(package: str, line: list[str]) -> None:
         code = frame.f_code
         if event != "call" or code in known:
             return
-        if not code.co_filename.startswith(package):
+        # Templates of pages are run as code too, but are no files of code.
+        if not code.co_filename.startswith(package) or not code.co_filename.endswith(".py"):
             known.add(code)
         # A class body is code too, but no function (0x1: optimised); nor does an import count.
         elif code.co_flags & 0x1 and not _is_importing(frame, package):

@@ -132,8 +132,8 @@ def _judgment(judge: Judge, shown: Shown, reply: Reply, heard: _Heard) -> Judgme
     unread = heard.status == "ok" and preference is None
     return Judgment(
         id=shown.prompt.id,
-        a=f"{shown.a.contestant} {shown.a.use}",
-        b=f"{shown.b.contestant} {shown.b.use}",
+        a=str(shown.a.entrant),
+        b=str(shown.b.entrant),
         order=shown.order,
         preference=preference,
         verdict=heard.words if heard.status == "ok" else "none",

@@ -1,6 +1,6 @@
 """Are the stages better than the base? Outputs, checks, verdicts, and a report."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from srt_cli import console
@@ -23,7 +23,7 @@ from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.feedback.story import Policy
 from srt_cli.models import names_program
 from srt_cli.prompts import prompts_from
-from srt_cli.records import FeedbackRecord, Judgment, Output, Prompt, Scored
+from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, Scored
 from srt_cli.runs.run import inherited, open_run, read_manifest, template_input
 from srt_cli.stages.evaluate.options import Evaluate
 from srt_cli.templates import read_judge_template
@@ -156,8 +156,8 @@ def _answers(
     wanted: list[tuple[str, Sequence[Use]]] = [(reference, ("response",))]
     wanted += [(spec, options.use) for spec in dict.fromkeys(options.model)]
     for spec, uses in wanted:
-        if spec == reference:
-            uses = tuple(use for use in uses if (spec, use) not in _already(outputs))
+        known = {output.entrant for output in outputs}
+        uses = [use for use in uses if Entrant(spec, use) not in known]
         if not uses:
             continue
         if is_outputs_file(spec):
@@ -187,10 +187,6 @@ def _critic_sampling(options: Evaluate) -> Sampling:
     return Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
 
 
-def _already(outputs: Iterable[Output]) -> set[tuple[str, str]]:
-    return {(output.contestant, output.use) for output in outputs}
-
-
 def _checked(
     check: str, prompts: Sequence[Prompt], outputs: list[Output], asking: Asking
 ) -> list[Output]:
@@ -205,11 +201,8 @@ def _shown(
 ) -> list[Shown]:
     """Each output against the reference's direct answer, in the orders that were asked for."""
     by_id = {prompt.id: prompt for prompt in prompts}
-    references = {
-        output.id: output
-        for output in outputs
-        if output.contestant == reference and output.use == "response"
-    }
+    base = Entrant(reference, "response")
+    references = {output.id: output for output in outputs if output.entrant == base}
     return [
         Shown(by_id[output.id], output, references[output.id], order)
         for output in outputs
