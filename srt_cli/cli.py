@@ -135,6 +135,10 @@ def _command(command: str) -> Callable[..., None]:
         given = {name: value for name, value in flags.items() if value not in (None, [])}
         for name in [name for name in given if name.startswith(_NOT)]:
             given[name.removeprefix(_NOT)] = not given.pop(name)
+        if config_file is not None and config_file.suffix == ".toml":
+            from srt_cli.models.api.providers import also_read
+
+            also_read(config_file)
         options = resolve(options_class, command, given, config_file, every_option)
         console.quiet_libraries()
         try:

@@ -61,6 +61,49 @@ def test_a_critic_that_samples_gets_a_seed_too(srt, server, tmp_path):
     assert changed == [set(), {"temperature", "seed"}, {"temperature", "seed"}]
 
 
+@pytest.mark.parametrize(
+    ("flags", "fields", "where"),
+    [
+        (("--reasoning-effort", "low"), {"reasoning_effort"}, DRAFT_ONLY),
+        (("--critic-reasoning-effort", "low"), {"reasoning_effort"}, CRITIC_ONLY),
+        (("--extra-body", '{"min_p": 0.1, "seed": 3}'), {"min_p", "seed"}, DRAFT_ONLY),
+        (("--critic-extra-body", "more.json"), {"top_k"}, CRITIC_ONLY),
+    ],
+)
+def test_what_is_said_of_a_models_manner_is_sent_to_that_model(
+    srt, server, tmp_path, flags, fields, where
+):
+    (tmp_path / "more.json").write_text('{"top_k": 40}')
+    expected = [fields if touched else set() for touched in where]
+    assert bodies(srt, server, tmp_path, *flags) == expected
+    assert server.requests[3].get("reasoning_effort", "low") == "low"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("none.json", "neither a JSON object nor a file of one"),
+        ("{", "neither a JSON object nor a file of one"),
+        ('{"messages": [], "n": 2}', "srt itself sets messages, n"),
+    ],
+)
+def test_fields_that_cannot_be_sent_are_said(srt, server, tmp_path, given, said):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "q"}])
+    line = ("collect-feedback", "--critic", server.spec, "--model", server.spec)
+    finished = srt(*line, "--extra-body", given)
+    assert finished.code == 2
+    assert said in finished.stderr
+
+
+def test_the_same_model_in_two_manners_is_asked_and_billed_as_two(srt, server, tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "q"}])
+    line = ("collect-feedback", "--critic", server.spec, "--model", server.spec)
+    assert srt(*line, "--critic-reasoning-effort", "high").code == 0
+    manifest = json.loads((tmp_path / "feedback.run.json").read_text())
+    assert sorted(one["calls"] for one in manifest["cost"]["models"].values()) == [1, 2]
+    assert manifest["settings"]["critic_reasoning_effort"] == "high"
+
+
 def test_a_prompt_field_is_read(srt, server, tmp_path):
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "question": "What of it?"}])
     line = ("collect-feedback", "--critic", server.spec, "--model", server.spec)

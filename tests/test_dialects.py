@@ -243,3 +243,20 @@ def test_what_is_asked_otherwise_is_another_model_to_the_journal(serve):
     ]
     assert names[0].startswith("anthropic:claude-sonnet-4-5@http://127.0.0.1:")
     assert len(set(names)) == 4
+
+
+def test_a_judge_without_log_probabilities_gives_reasons_and_no_weighted_verdicts(
+    srt, serve, tmp_path
+):
+    server = serve(AnthropicServer, lambda body, number: Answer(text="So.\nVerdict: [[M]]"))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "q"}])
+    for name in ("one", "two"):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"id": "a", "response": f"Answer {name}."}])
+    line = ("eval", "--model", "one.jsonl", "--reference", "two.jsonl", "--judge", CLAUDE)
+    refused = srt(*line, "--verdicts", "weighted", "--out", "weighted.jsonl")
+    assert refused.code == 2
+    assert "gives no log-probabilities" in refused.stderr
+    assert not server.requests
+    assert srt(*line, "--critic-reasoning-effort", "low").code == 0
+    assert len(server.requests) == 2
+    assert server.requests[0]["output_config"] == {"effort": "low"}

@@ -167,3 +167,11 @@ def test_the_key_names_another_address_of_openai(folder, monkeypatch):
     key = request_key(canonical_request(model, REQUESTS["plain"])).hex()
     model.close()
     assert key == "6c852b4fcb7cd1fdbd1395decd36cb2c"
+
+
+def test_an_option_that_0_1_0_did_not_have_stood_at_its_default(srt, folder):
+    line = "collect-feedback --model base --critic python:critic.py:critique"
+    finished = srt(*line.split(), "--reasoning-effort", "low")
+    assert finished.code != 0
+    assert "--reasoning-effort" in finished.stderr
+    assert not (folder / "calls.txt").exists()

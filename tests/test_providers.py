@@ -204,6 +204,20 @@ def test_a_file_of_ones_own_may_change_a_provider_and_a_wrong_one_is_said(own):
         providers()
 
 
+def test_a_configuration_file_that_is_named_may_bring_providers(srt, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("srt_cli.models.api.providers._files", [])
+    server = serve()
+    table = f'[providers.mine]\naddress = "{server.url}"\ndialect = "openai_chat"\n'
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "q"}])
+    (tmp_path / "srt.toml").write_text(table)
+    line = ("collect-feedback", "--model", "mine:tester", "--critic", "mine:tester")
+    found = srt(*line)
+    assert found.code == 2
+    assert "no provider is called 'mine'" in found.stderr
+    assert srt(*line, "--config", "srt.toml").code == 0
+    assert len(server.requests) == 3
+
+
 def test_what_a_server_tells_of_its_cost_counts(srt, serve, tmp_path):
     def behaviour(body, number):
         answer = as_policy_and_critic(body, number)

@@ -34,6 +34,7 @@ class Asking:
     """Those that may be asked now."""
     run: Run | None = None
     door: ModelOptions = field(default_factory=ModelOptions)
+    critic_door: ModelOptions = field(default_factory=ModelOptions)
     cost: Cost | None = None
     offline: bool = False
     tally: Tally = field(default_factory=Tally)
@@ -54,7 +55,8 @@ class Asking:
         door = door if budget is None else replace(door, budget=budget)
         journal = run.journal()
         cost = Cost(journal, options, door.budget)
-        return cls(journal, run=run, door=door, cost=cost, offline=offline)
+        critics = options.for_critics(door)
+        return cls(journal, run=run, door=door, critic_door=critics, cost=cost, offline=offline)
 
     def __enter__(self) -> "Asking":
         return self
@@ -78,9 +80,9 @@ class Asking:
                 self.cost.watch(model)
 
     @contextmanager
-    def open(self, spec: str) -> Iterator[Model]:
-        """A model for as long as it is needed."""
-        model = open_model(spec, self.door)
+    def open(self, spec: str, *, as_critic: bool = False) -> Iterator[Model]:
+        """A model for as long as it is needed; `as_critic` also means a judge, and a scorer."""
+        model = open_model(spec, self.critic_door if as_critic else self.door)
         self.employ([model])
         try:
             yield model

@@ -116,7 +116,7 @@ class Cost:
         models = {}
         for identity, (spec, price) in self.prices.items():
             usage = self.usage(identity)
-            models[spec] = {
+            models[spec if spec not in models else identity] = {
                 "calls": self.journal.spent.get(identity, Counter())["calls"],
                 "usage": usage.model_dump(),
                 "dollars": self._dollars_of(identity, price),

@@ -4,8 +4,10 @@
 two feedback stages have in common.
 """
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Final
 
 from srt_cli.errors import UsageError
 from srt_cli.models import Engine, ModelOptions
@@ -48,6 +50,20 @@ class ApiOptions:
         (), "Dollars per million tokens of a model. Repeatable.",
         group="Calls and money", metavar="NAME=IN/OUT[/CACHED]",
     )  # fmt: skip
+    reasoning_effort: str | None = setting(
+        None, "How hard a reasoning model thinks, as its provider calls it: low, high, ...",
+        group="Model", metavar="EFFORT",
+    )  # fmt: skip
+    extra_body: str | None = setting(
+        None, "More fields for every request to a server, as a JSON object or a file of one.",
+        group="Model", metavar="JSON|FILE",
+    )  # fmt: skip
+    critic_reasoning_effort: str | None = setting(
+        None, "The same for critics, judges and scorers.", group="Critic", metavar="EFFORT"
+    )
+    critic_extra_body: str | None = setting(
+        None, "The same for critics, judges and scorers.", group="Critic", metavar="JSON|FILE"
+    )
     batch: bool = runtime(
         False, "Use the Batch API: half the price, within 24 hours.", group="Calls and money"
     )
@@ -89,9 +105,38 @@ class ApiOptions:
             tpm=self.tpm,
             prices=parse_prices(self.price),
             api_keys=parse_api_keys(self.api_key),
+            effort=self.reasoning_effort,
+            extra_body=_extra_body("--extra-body", self.extra_body),
             budget=Budget(self.max_cost, self.max_tokens_total, self.max_requests),
             batch_poll_s=self.batch_poll if self.batch else None,
         )
+
+    def for_critics(self, door: ModelOptions) -> ModelOptions:
+        """The same door, as critics, judges and scorers are opened through it."""
+        extra = _extra_body("--critic-extra-body", self.critic_extra_body)
+        return replace(door, effort=self.critic_reasoning_effort, extra_body=extra)
+
+
+OURS: Final = frozenset({"messages", "input", "model", "stream", "n"})
+"""What no field of the user's may change: srt would not read the reply, or ask something else."""
+
+
+def _extra_body(flag: str, given: str | None) -> dict[str, Any]:
+    """The fields in a JSON object or in a file of one; raises `UsageError` for anything else."""
+    if given is None:
+        return {}
+    try:
+        text = given if given.lstrip().startswith("{") else Path(given).read_text(encoding="utf-8")
+        fields = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{flag} {given}: neither a JSON object nor a file of one ({error})."
+        ) from error
+    if not isinstance(fields, dict):
+        raise UsageError(f"{flag} {given}: not a JSON object.")
+    if taken := sorted(OURS & fields.keys()):
+        raise UsageError(f"{flag}: srt itself sets {', '.join(taken)}. Take it out.")
+    return fields
 
 
 @dataclass(frozen=True)

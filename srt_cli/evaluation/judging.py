@@ -9,6 +9,7 @@ from typing import Final, Literal
 from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.conduct import Call
+from srt_cli.errors import UsageError
 from srt_cli.models import EVERYTHING, Model, Reply, Request, Task
 from srt_cli.records import Judgment, Output, Prompt, Status
 from srt_cli.templates import (
@@ -47,6 +48,14 @@ class Judge:
     """Found out by asking: this judge's replies come without log-probabilities."""
     known: bool = False
     """Whether it was asked for a letter before, so that the above is known."""
+
+    def __post_init__(self) -> None:
+        plain = not self.model.gives_logprobs and not self.model.is_program
+        if self.verdicts == "weighted" and plain:
+            raise UsageError(
+                f"--verdicts weighted: {self.model.spec} gives no log-probabilities. Leave it out, or "
+                "take another judge."
+            )
 
     @property
     def asks_for_letter(self) -> bool:

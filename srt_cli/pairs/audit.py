@@ -199,7 +199,7 @@ def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[B
         for pair in pairs
         for order in orders
     ]
-    with asking.open(spec) as model:
+    with asking.open(spec, as_critic=True) as model:
         judgments = judge_pairs(asking, "auditing", Judge(model), shown)
     found = [judgment.preference for judgment in judgments]
     return list(zip(found[::2], found[1::2], strict=True))

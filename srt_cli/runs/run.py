@@ -308,7 +308,9 @@ def open_run(
     settings = values_of(options, "setting") | dict(resolved or {})
     earlier = read_manifest(out)
     if earlier is not None:
-        then = under_todays_names(options, earlier.settings)
+        # An option that an older srt did not have stood at its default.
+        defaults = values_of(type(options)(), "setting")
+        then = defaults | under_todays_names(options, earlier.settings)
         earlier = earlier.model_copy(update={"settings": then})
     if not options.overwrite:
         _refuse_other_run(command, options, settings, earlier)

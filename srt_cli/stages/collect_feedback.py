@@ -68,9 +68,10 @@ def run(options: CollectFeedback) -> None:
             "response. Pass --model, the policy that answers them."
         )
     door = options.door()
-    critic_model = open_model(options.critic, door)
+    critics = options.for_critics(door)
+    critic_model = open_model(options.critic, critics)
     policy_model = critic_model
-    if options.model != options.critic and options.model is not None:
+    if options.model is not None and (options.model, door) != (options.critic, critics):
         policy_model = open_model(options.model, door)
     drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
     replies = Sampling(options.critic_max_tokens, options.critic_temperature, seed=options.seed)

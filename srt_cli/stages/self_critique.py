@@ -187,8 +187,9 @@ def _other_critic(
 ) -> Critic | None:
     if options.other_critic is None:
         return None
-    same = options.other_critic == options.model
-    critic = model if same else open_model(options.other_critic, door)
+    critics = options.for_critics(door)
+    same = (options.other_critic, critics) == (options.model, door)
+    critic = model if same else open_model(options.other_critic, critics)
     asked = asked_in_conversation(options.critic_prompt, options.other_critic)
     return Critic(critic, replies, in_conversation=asked)
 

@@ -11,11 +11,11 @@ from srt_cli.models import FinishReason, Request
 from srt_cli.models.api.dialect import (
     Answer,
     Batch,
+    BatchResult,
     Dialect,
     Heard,
     Manner,
     NoAnswer,
-    Outcome,
     Refused,
     Wire,
     as_count,
@@ -186,19 +186,19 @@ class AnthropicBatches:
         """How a batch stands."""
         return _batch(checked(await wire.get(f"{PATH}/batches/{name}")))
 
-    def outcome(self, line: Mapping[str, Any]) -> Outcome | None:
+    def outcome(self, line: Mapping[str, Any]) -> BatchResult | None:
         """A line of the results."""
         name, result = line.get("custom_id"), as_mapping(line.get("result"))
         if not isinstance(name, str) or not result:
             return None
         if result.get("type") == "expired":
-            return Outcome(name, owed=True)
+            return BatchResult(name, owed=True)
         try:
-            return Outcome(name, self.read(result.get("message")))
+            return BatchResult(name, self.read(result.get("message")))
         except NoAnswer:
             error = as_mapping(as_mapping(result.get("error")).get("error"))
             message = as_text(error.get("message")) or as_text(result.get("type")) or "no reply"
-            return Outcome(name, error=f"in a batch: {message}")
+            return BatchResult(name, error=f"in a batch: {message}")
 
 
 def _note(plan: str) -> Path:

@@ -29,9 +29,9 @@ from srt_cli.models import (
 from srt_cli.models.api.dialect import (
     Batch,
     Batches,
+    BatchResult,
     Dialect,
     NoAnswer,
-    Outcome,
     Refused,
 )
 from srt_cli.models.api.place import Place, dialects, place_of
@@ -214,7 +214,7 @@ class BatchModel:
                 if outcome is not None:
                     self._take_in(plan, outcome)
 
-    def _take_in(self, plan: dict[str, _Ask], outcome: Outcome) -> None:
+    def _take_in(self, plan: dict[str, _Ask], outcome: BatchResult) -> None:
         ask = plan.get(outcome.name)
         if ask is None or _settled(ask):
             return
@@ -230,7 +230,7 @@ class BatchModel:
                 future.set_result(reply)
 
 
-def reply_of(outcome: Outcome, request: Request) -> Reply | None:
+def reply_of(outcome: BatchResult, request: Request) -> Reply | None:
     """What became of a request of a batch; None for one that expired, which is owed again."""
     if outcome.owed:
         return None

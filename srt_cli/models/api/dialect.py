@@ -176,7 +176,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BatchResult:
     """What became of one request of a batch."""
 
     name: str
@@ -229,7 +229,7 @@ class Batches(Protocol):
         """How a batch stands."""
         ...
 
-    def outcome(self, line: Mapping[str, Any]) -> Outcome | None:
+    def outcome(self, line: Mapping[str, Any]) -> BatchResult | None:
         """What a line of the results says; None when it is no line of this protocol."""
         ...
 

@@ -10,9 +10,9 @@ import orjson
 
 from srt_cli.models.api.dialect import (
     Batch,
+    BatchResult,
     Heard,
     NoAnswer,
-    Outcome,
     Refused,
     Upload,
     Wire,
@@ -70,23 +70,23 @@ class OpenAiBatches:
         """How a batch stands."""
         return _batch(checked(await wire.get(f"/batches/{name}")))
 
-    def outcome(self, line: Mapping[str, Any]) -> Outcome | None:
+    def outcome(self, line: Mapping[str, Any]) -> BatchResult | None:
         """A line of the output or the error file."""
         name = line.get("custom_id")
         if not isinstance(name, str) or not ("response" in line or "error" in line):
             return None
         error, response = as_mapping(line.get("error")), as_mapping(line.get("response"))
         if error.get("code") == "batch_expired":
-            return Outcome(name, owed=True)
+            return BatchResult(name, owed=True)
         body = as_mapping(response.get("body"))
         try:
             if response.get("status_code", 200) == 200 and body:
-                return Outcome(name, self.read(dict(body)))
+                return BatchResult(name, self.read(dict(body)))
         except (NoAnswer, Refused):
             pass
         said = error or body.get("error") or {}
         message = said.get("message") if isinstance(said, Mapping) else said
-        return Outcome(name, error=f"in a batch: {message or 'no reply'}")
+        return BatchResult(name, error=f"in a batch: {message or 'no reply'}")
 
 
 def _batch(told: Mapping[str, Any]) -> Batch:

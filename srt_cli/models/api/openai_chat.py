@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Final
 from srt_cli.models import FinishReason, Request, TokenLogprobs
 from srt_cli.models.api.dialect import (
     Answer,
+    Batches,
     Dialect,
     Heard,
     Manner,
@@ -19,7 +20,6 @@ from srt_cli.models.api.dialect import (
     as_text,
     listed_models,
 )
-from srt_cli.models.api.openai_batches import OpenAiBatches
 from srt_cli.models.api.openai_responses import OpenAiResponses
 from srt_cli.records import Usage
 
@@ -39,12 +39,18 @@ class OpenAiChat:
         self.manner = manner
         self.token_field = manner.token_field
         self.dropped = set(manner.refuses)
-        self.batches = OpenAiBatches(PATH, self.read)
 
     @property
     def path(self) -> str:
         """The manner's, where it names one."""
         return (self.manner.path or PATH).format(model=self.manner.model)
+
+    @property
+    def batches(self) -> Batches:
+        """OpenAI's."""
+        from srt_cli.models.api.openai_batches import OpenAiBatches
+
+        return OpenAiBatches(PATH, self.read)
 
     def headers(self, key: str | None) -> dict[str, str]:
         """The key as a bearer, or in the header that the manner names."""

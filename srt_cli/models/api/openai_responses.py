@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Final
 from srt_cli.models import FinishReason, Request
 from srt_cli.models.api.dialect import (
     Answer,
+    Batches,
     Dialect,
     Heard,
     Manner,
@@ -18,7 +19,6 @@ from srt_cli.models.api.dialect import (
     as_text,
     listed_models,
 )
-from srt_cli.models.api.openai_batches import OpenAiBatches
 from srt_cli.records import Usage
 
 PATH: Final = "/responses"
@@ -37,12 +37,18 @@ class OpenAiResponses:
     def __init__(self, manner: Manner) -> None:
         self.manner = manner
         self.dropped: set[str] = set()
-        self.batches = OpenAiBatches(PATH, self.read)
 
     @property
     def path(self) -> str:
         """The same for every model."""
         return PATH
+
+    @property
+    def batches(self) -> Batches:
+        """OpenAI's."""
+        from srt_cli.models.api.openai_batches import OpenAiBatches
+
+        return OpenAiBatches(PATH, self.read)
 
     def headers(self, key: str | None) -> dict[str, str]:
         """The key as a bearer, or in the header that the manner names."""

@@ -216,7 +216,7 @@ def _judged(
 ) -> tuple[list[Judgment], list[Twice]]:
     """A judge's verdicts; then some of the questions once more."""
     template = read_judge_template(options.judge_template) if options.judge_template else None
-    with asking.open(spec) as model:
+    with asking.open(spec, as_critic=True) as model:
         judge = Judge(model, options.verdicts, template, options.judge_max_tokens)
         judgments = judge_pairs(asking, f"judging by {spec}", judge, shown)
         if not options.repeat:
@@ -246,7 +246,7 @@ def _scores(
     scores: list[Scored] = []
 
     def score(spec: str, answers: Sequence[Output], in_conversation: bool) -> list[Scored]:
-        with asking.open(spec) as model:
+        with asking.open(spec, as_critic=not in_conversation) as model:
             critic = Critic(model, _critic_sampling(options), in_conversation)
             scripts = (score_output(critic, by_id[o.id], o) for o in answers)
             return asking.ask(f"scores by {spec}", scripts, len(answers))

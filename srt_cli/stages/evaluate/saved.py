@@ -90,7 +90,7 @@ def judge_feedback(options: Evaluate, command: str) -> None:
                 records = list(read_records(path, parse, limit=options.limit))
                 outside: Sequence[OutsideScores] = ()
                 if options.scorer is not None:
-                    with asking.open(options.scorer) as model:
+                    with asking.open(options.scorer, as_critic=True) as model:
                         critic = Critic(model, sampling, in_conversation=False)
                         scripts = (score_record(critic, n, row) for n, row in enumerate(records))
                         outside = asking.ask(f"scores by {options.scorer}", scripts, len(records))
