@@ -109,6 +109,19 @@ def test_no_two_files_need_each_other():
     assert HOUSE.circles() == []
 
 
+def test_a_name_of_a_type_stands_once():
+    assert HOUSE.doubled_names() == {}
+
+
+def test_no_function_takes_six_parameters():
+    assert HOUSE.wide_functions() == []
+
+
+def test_the_house_stays_small():
+    assert len(HOUSE.files) <= 128
+    assert len(HOUSE.files_in("training")) <= 24
+
+
 def test_no_module_is_a_drawer():
     assert not {path.stem for path in MODULES} & {"utils", "common", "base", "helpers", "misc"}
 
