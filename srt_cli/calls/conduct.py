@@ -37,7 +37,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Call:
-    """A row's wish: send this request to this model. `name` is for people who read the journal."""
+    """A request that a row wants sent to a model; `name` is for people who read the journal."""
 
     model: Model
     request: Request
@@ -49,7 +49,7 @@ Script = Generator[Call, Reply, Result]
 
 @dataclass
 class Tally:
-    """What a run's calls came to, as they happen."""
+    """Running totals of a run's calls."""
 
     paid: int = 0
     from_journal: int = 0
@@ -61,11 +61,11 @@ class Tally:
 
     @property
     def known_before(self) -> int:
-        """Calls that the journal answered and nobody had to make."""
+        """Calls answered by the journal, which nobody had to make."""
         return max(0, self.from_journal - self.elsewhere)
 
     def made_elsewhere(self, calls: int, tokens: int) -> None:
-        """Count what other processes made for this run."""
+        """Count calls that other processes made for this run."""
         self.elsewhere += calls
         self.paid += calls
         self.completion_tokens += tokens
@@ -118,7 +118,7 @@ class _Conductor(Generic[Result]):
     finished: "queue.SimpleQueue[int]" = field(default_factory=queue.SimpleQueue)
 
     def advance(self, row: _Row[Result], reply: Reply | None) -> list[tuple[int, Result]]:
-        """Let a row go on until it must wait for a model; its result when it is done."""
+        """Advance a row until it must wait for a model; returns its result once it has one."""
         while True:
             try:
                 call = next(row.script) if reply is None else row.script.send(reply)
@@ -205,7 +205,7 @@ class _Conductor(Generic[Result]):
                 self._keep(name)
 
     def _keep(self, name: int) -> tuple[_Pending[Result], Reply]:
-        """Journal a reply; only then is its call no longer under way, whatever comes between."""
+        """Journal a reply; until that is done, its call counts as under way."""
         pending, future = self.under_way[name]
         reply = future.result()
         if reply.status == "failed":
@@ -223,7 +223,7 @@ class _Conductor(Generic[Result]):
 
 @contextmanager
 def _ctrl_c_waits() -> Iterator[None]:
-    """Raise Ctrl-C only behind the block: a call that was handed over must be known, to be kept."""
+    """Put Ctrl-C off to the end of the block, so that every call handed over is noted."""
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -287,7 +287,7 @@ def _run(
 
 @dataclass(frozen=True)
 class Replayed(Generic[Result]):
-    """How far a row comes on the journal alone: its result, or the first call that is owed."""
+    """How far a row gets on the journal alone: its result, or the first call that is owed."""
 
     index: int
     result: Result | None
@@ -299,7 +299,7 @@ class Replayed(Generic[Result]):
 def replay(
     scripts: Iterable[Script[Result]], look_up: Callable[[bytes], dict[str, Any] | None]
 ) -> Iterator[Replayed[Result]]:
-    """Run the scripts on what the journal holds, without a single call; one row after the other."""
+    """Run the scripts one by one on what the journal holds, without a single call."""
     for index, script in enumerate(scripts):
         answered: list[tuple[Call, bytes]] = []
         reply: Reply | None = None

@@ -1,4 +1,4 @@
-"""What calls will cost, and what they have cost: tokens, dollars, and time at the known limits."""
+"""What calls will cost and have cost: tokens, dollars, and time at the known limits."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +29,7 @@ LOW_SHARE: Final = 0.5
 
 @dataclass
 class Cost:
-    """What the calls of an output have come to, over all its runs."""
+    """Tokens and dollars of an output's calls, over all its runs."""
 
     journal: Journal
     options: ApiOptions
@@ -165,7 +165,7 @@ class Owed:
         self.high += most
 
     def dollars(self, price: Price | None, written: float) -> str:
-        """What that comes to, in words: an unknown price is unknown, not nothing."""
+        """The cost in words; `unknown` without a price, never $0."""
         if price is None:
             return "unknown"
         if price == FREE:
@@ -184,7 +184,7 @@ def _short(tokens: float) -> str:
 
 @contextmanager
 def open_replies(journal_path: Path) -> Iterator[Callable[[bytes], dict[str, Any] | None]]:
-    """Look up the journal's replies for a plan; a journal that is not there is not made."""
+    """Look up replies in a journal for a plan, without creating one that is missing."""
     if not journal_path.exists():
         yield lambda key: None
         return

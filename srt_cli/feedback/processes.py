@@ -53,7 +53,7 @@ class _Word:
 
 
 def part_paths(main: Path) -> list[Path]:
-    """Journals that processes left beside a journal."""
+    """Journals that other processes left beside a journal."""
     stem = main.name.removesuffix(".jsonl")
     return sorted(main.parent.glob(f"{stem}.part-*.jsonl"))
 
@@ -130,7 +130,7 @@ def _spent(journal: Journal) -> Counter[str]:
 
 @contextmanager
 def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Ctrl-C reaches the whole group; a process that starts in here never hears it: we decide."""
+    """Processes started in here never hear Ctrl-C, which reaches the whole group: the parent decides."""
     # Python's own helper process would end this when it starts.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -177,7 +177,7 @@ def _listen(workers: dict[Any, Any], rows: int, last_words: dict[Any, _Word]) ->
 
 
 def _answer(share: Share[Options], sender: Any) -> None:
-    """What one process does: its rows, into its own journal."""
+    """The work of one process: its rows, into its own journal."""
     # Before torch is loaded, which reads these once.
     threads = max(1, (os.cpu_count() or 1) // share.of)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -206,7 +206,7 @@ def _answer(share: Share[Options], sender: Any) -> None:
 
 
 def _end_with_parent(parent: int) -> None:
-    """A parent that was killed cannot stop its processes: they watch it."""
+    """End with the parent, which cannot stop its processes when it is killed."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

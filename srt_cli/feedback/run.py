@@ -62,12 +62,12 @@ class Job:
 
 
 def is_done(run: Run, job: Job, options: CallOptions) -> bool:
-    """Whether an earlier run left nothing to do, which is then said.
+    """Whether an earlier run left nothing to do; if so, says it.
 
     False when the user asked for something again (--reparse, --retry-failed, ...).
     """
-    anew = options.reparse or options.retry_failed or options.import_batch or options.export_batch
-    if anew or not run.up_to_date or run.earlier is None:
+    again = options.reparse or options.retry_failed or options.import_batch or options.export_batch
+    if again or not run.up_to_date or run.earlier is None:
         return False
     statuses = run.earlier.tally("statuses", dict[str, int]) or {}
     models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}

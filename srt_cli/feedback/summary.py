@@ -1,4 +1,4 @@
-"""What a critique run came to: shown at its end, because a useless critic should be seen at once."""
+"""What came of a critique run, shown at its end: a useless critic should be seen at once."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from srt_cli.templates import is_as_asked
 
 
 def form_of(record: FeedbackRecord, kind: str) -> str:
-    """How a critic's reply of one kind came to be read."""
+    """How a critic's reply of one kind was read."""
     readable = record.feedback if kind == "critique" else record.refinement_score
     if readable is None:
         return "unread"
@@ -96,7 +96,7 @@ class CritiqueSummary:
     first_failure: str | None = None
     blind_scores: Counter[float] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
-    """How the critic's replies came to be read: as asked, mended, longer, asked again, unread."""
+    """How the critic's replies were read: as asked, mended, longer, asked again, unread."""
     length_and_score: Moments = field(default_factory=Moments)
     beliefs: Beliefs = field(default_factory=Beliefs)
     weaknesses: Counter[int] = field(default_factory=Counter)
@@ -154,7 +154,7 @@ class CritiqueSummary:
         return self.refinement_characters / self.draft_characters if self.draft_characters else None
 
     def confusion(self, *, refined: bool | None = None) -> Confusion:
-        """Says good against is good, over drafts, refinements, or both."""
+        """The critic's word against the check's, over drafts, refinements, or both."""
         kept = [v for v in self.checked.elements() if refined is None or v.refined == refined]
         return confusion([v.says_good for v in kept], [v.is_good for v in kept])
 
