@@ -189,3 +189,16 @@ class ResponsesServer(LoopbackServer):
             },
         }  # fmt: skip
         return web.json_response(plain)
+
+
+class EveryServer(LoopbackServer):
+    """Chat completions where OpenAI has them, and where Azure has a deployment's."""
+
+    def routes(self, app: web.Application) -> None:
+        super().routes(app)
+        app.router.add_post("/openai/deployments/{name}/chat/completions", self._deployed)
+
+    async def _deployed(self, request: web.Request) -> web.Response:
+        if not request.query.get("api-version") or "api-key" not in request.headers:
+            return web.json_response({"error": {"message": "no api-version"}}, status=404)
+        return await self._chat(request)

@@ -216,6 +216,7 @@ def test_every_test_that_the_documents_name_exists():
         "docs/collect.md",
         "docs/eval.md",
         "docs/preferences.md",
+        "docs/providers.md",
         "docs/recipes.md",
         "docs/scale.md",
         "docs/training.md",

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from conftest import write_jsonl
+from conftest import ROOT, read_jsonl, write_jsonl
 from loopback_server import Answer, LoopbackServer, as_policy_and_critic
+from provider_servers import AnthropicServer, EveryServer
 from test_api import ask, requests
 
 from srt_cli.errors import QuotaError, SrtError, UsageError
@@ -18,8 +19,8 @@ SECRET = "sk-secret-of-openai"
 def serve():
     servers = []
 
-    def start(behaviour=as_policy_and_critic, **options):
-        servers.append(LoopbackServer(behaviour, **options))
+    def start(behaviour=as_policy_and_critic, kind=LoopbackServer, **options):
+        servers.append(kind(behaviour, **options))
         return servers[-1]
 
     yield start
@@ -268,3 +269,49 @@ def test_missing_or_absurd_usage_is_estimated_and_said(srt, serve, tmp_path, usa
     assert finished.stderr.count("does not tell how many tokens a reply took") == 1
     # 13 tokens read and 4 written, at four bytes each: a quarter of a cent a call.
     assert 10 <= len(server.requests) <= 20
+
+
+LINES = [
+    line.strip()
+    for line in (ROOT / "docs/providers.md").read_text().splitlines()
+    if line.startswith("    srt collect-feedback") and ":" in line and not line.endswith("\\")
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_line_of_the_document_works(line, srt, serve, own, tmp_path, monkeypatch):
+    chat = serve(kind=EveryServer)
+    claude = serve(kind=AnthropicServer, key="secret-of-anthropic")
+    host = chat.url.split("/")[2]
+    tables = []
+    for name, provider in providers().items():
+        address = claude.address if provider.dialect == "anthropic" else chat.url
+        address = address.removesuffix("/v1") if name == "azure" else address
+        monkeypatch.setenv(provider.address_variable or "UNUSED", address)
+        monkeypatch.setenv(provider.key or "UNUSED", f"secret-of-{name}")
+        if not provider.address_variable:
+            tables.append(f'[{name}]\naddress = "{address}"\n')
+    own("".join(tables))
+    monkeypatch.setenv("GPU_KEY", "secret-of-gpu")
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "What?"}])
+    finished = srt(*line.replace("gpu-1:8000", host).split()[1:])
+    assert finished.code == 0, finished.stderr
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert row["status"] == "ok"
+    assert len(chat.requests) + len(claude.requests) == 3
+    keys = {headers.get("authorization") or headers.get("api-key") for headers in chat.headers}
+    named = {spec.partition(":")[0] for spec in line.split()} & set(providers()) - {"anthropic"}
+    own_keys = {f"secret-of-{name}" for name in named if providers()[name].key}
+    own_keys |= {"secret-of-openai"} if " gpt-4" in line else set()
+    own_keys |= {"secret-of-gpu"} if "GPU_KEY" in line else set()
+    assert {key.removeprefix("Bearer ") for key in keys if key} == own_keys
+
+
+def test_azure_is_asked_at_the_deployment_with_its_version_and_its_key(serve, monkeypatch):
+    server = serve(kind=EveryServer)
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", server.url.removesuffix("/v1"))
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "secret-of-azure")
+    (reply,) = ask("azure:my-deployment", requests())
+    assert reply.status == "ok"
+    assert server.headers[0]["api-key"] == "secret-of-azure"
+    assert "authorization" not in server.headers[0]

@@ -82,7 +82,8 @@ def place_of(spec: str, parsed: Spec, options: ModelOptions) -> Place:
         urls = (provider.url,)
         told = os.environ.get(provider.address_variable or "")
         identity = f"{parsed.provider}:{name}" + (f"@{told}" if told else "")
-    keys = tuple(key_for(url, options.api_keys) for url in urls)
+    named = provider if parsed.provider is not None else None
+    keys = tuple(key_for(url, options.api_keys, named) for url in urls)
     if provider.key is not None and keys == (None,) and not options.offline:
         whose = "the OpenAI API" if parsed.provider == "openai" else parsed.provider
         raise QuotaError(

@@ -150,12 +150,15 @@ def parse_api_keys(given: Sequence[str]) -> dict[str, str]:
     return variables
 
 
-def key_for(url: str, given: Mapping[str, str]) -> Key | None:
-    """The key that may go to an address: the one the user names, or that of the provider there."""
+def key_for(url: str, given: Mapping[str, str], provider: Provider | None) -> Key | None:
+    """The key that may go to an address: the one the user names, or that of the provider there.
+
+    An address that was given without a provider is looked up among all.
+    """
     parts = urlsplit(url)
     variable = given.get(parts.netloc.lower()) or given.get((parts.hostname or "").lower())
     if variable is None:
-        at = provider_at(url)
+        at = provider or provider_at(url)
         variable = at.key if at is not None else None
     value = os.environ.get(variable, "").strip() if variable is not None else ""
     if not variable or not value:
