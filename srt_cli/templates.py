@@ -8,14 +8,25 @@ Parsing is tolerant of form and strict of substance: a missing `###` is mended, 
 """
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from srt_cli.errors import SrtError
+from srt_cli.reading import (
+    Span,
+    fenced_blocks,
+    is_within,
+    part_thoughts,
+    unfence,
+    unwrapped,
+    without_blocks,
+)
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Feedback, Message, Prompt
 
 FeedbackField = Literal["weaknesses", "suggestions", "score"]
@@ -122,143 +133,433 @@ class ParsedCritique:
         return Feedback(weaknesses=self.weaknesses, suggestions=self.suggestions, score=self.score)
 
 
-_DECORATION = r"[ \t]*(?:#{1,6}[ \t]*)?(?:\d+[.)][ \t]*)?(?:[-*][ \t]+)?(?:\*\*|__)?[ \t]*"
-_CLOSING = r"[ \t]*(?:\*\*|__)?[ \t]*"
+NONE_NEEDED: Final = "no improved response (the critic says that none is needed)"
+MOST_MARKS: Final = 1000
+"""Headings, and lines with a score, that are looked at in one reply."""
 
-
-def _heading(names: str) -> re.Pattern[str]:
-    """A part's name at the start of a line, decorated or not, alone or with text behind a colon."""
-    return re.compile(
-        rf"^{_DECORATION}(?:{names}){_CLOSING}(?::{_CLOSING}|(?=\r?$))",
-        re.IGNORECASE | re.MULTILINE,
-    )
-
-
-_IMPROVED = _heading(
-    r"(?:show an |the |an )?(?:improved|enhanced|revised|refined) (?:response|answer|version)"
+# No pattern can match a stretch of text in two ways (hence *+ and ++), or a model that loops on spaces
+# would keep the reader busy for hours. Headings and scores are looked for in lower case (`_plain`).
+_BOLD = r"(?:\*\*|__)?[ \t]*+"
+_NUMBER = r"(?:\d{1,3}[.)][ \t]*+)?"
+_DECORATION = (
+    rf"(?=[^\n]{{5}})[ \t]*+(?:#{{1,6}}[ \t]*+)?{_NUMBER}(?:[-*•][ \t]++)?{_BOLD}{_NUMBER}(?=[a-z])"
 )
-_WEAKNESSES = _heading(
-    r"(?:identif(?:y|ied|ying) )?(?:key |main )?weakness(?:es)?(?: identified)?|areas? for improvement"
+_PART = re.compile(
+    rf"^(?P<decoration>{_DECORATION})(?:"
+    r"(?P<improved>(?:show an |the |an )?(?:improved|enhanced|revised|refined) "
+    r"(?:response|answer|version))"
+    r"|(?P<weaknesses>(?:identif(?:y|ied|ying) )?(?:key |main )?weakness(?:es)?(?: identified)?"
+    r"|areas? for improvement)"
+    r"|(?P<suggestions>(?:offer |provide )?(?:actionable |specific )?"
+    r"(?:advice|suggestions?|recommendations?)(?: for improvement)?)"
+    r"|conclude with a rating|rating|feedback"
+    rf")[ \t]*+{_BOLD}(?::[ \t]*+{_BOLD}|(?=\r?$))",
+    re.MULTILINE,
 )
-_SUGGESTIONS = _heading(
-    r"(?:(?:offer |provide )?(?:actionable |specific )?(?:advice|suggestions?|recommendations?))"
-    r"(?: for improvement)?"
+_SCORE_LINE = re.compile(
+    rf"^{_DECORATION}(?P<overall>(?:overall|final)[ \t]++)?(?:score|rating)\b"
+    r"(?:[ \t]*+\([^()\n]{0,30}\b10\))?"  # Score (1-10): 7
+    r"[ \t*_]*+(?:[:=]|is\b|[-–—](?=[ \t]))?[ \t*_]*+(?P<said>[^\n]*+)$",
+    re.MULTILINE,
 )
-_RATING = _heading(r"conclude with a rating|rating|feedback")
-_SCORE = re.compile(
-    rf"^{_DECORATION}(?:overall[ \t]+)?(?:score|rating){_CLOSING}(?::|is|=)?{_CLOSING}"
-    r"\[{0,2}[ \t]*(?P<score>-?\d+(?:\.\d+)?)(?![\d.]*\d|[ \t]*[-–][ \t]*\d)[ \t]*\]{0,2}"
-    r"(?P<scale>[ \t]*(?:/|out of)[ \t]*\d+)?",
+# Under its heading a score stands alone, but for its scale.
+_SCORE_BELOW = re.compile(
+    r"(?:[ \t\r]*+\n){1,3}+[ \t*_]*+"
+    r"(?P<said>[-\[\d][^\na-z]{0,20}(?:out of[ \t]\d{1,6})?[ \t*_.\]]*+)\r?$",
     re.IGNORECASE | re.MULTILINE,
 )
-# Inside a sentence a score counts only in the form the template asks for.
-_INLINE_SCORE = re.compile(
-    r"(?:overall[ \t]+)?score[ \t]*:?[ \t]*\[\[[ \t]*(?P<score>-?\d+(?:\.\d+)?)[ \t]*\]\]"
-    r"(?P<scale>)",
+_GOES_ON = re.compile(r"[ \t]*+\r?\n[ \t]*+[a-z]")
+_IN_BRACKETS = re.compile(r"(?P<said>\[\[[^\[\]\n]{1,40}\]\])")
+LONGEST_LEAD: Final = 40
+LONGEST_SENTENCE: Final = 200
+_SCORE_LEAD = re.compile(r"(?P<overall>\boverall[ \t]++)?\bscore[ \t]*+:?[ \t]*+$")
+_QUOTED = re.compile(
+    r"""^[ \t]*+>[^\n]*+|"[^"\n]*"|`[^`\n]*`|“[^“”\n]*”|«[^«»\n]*»|「[^「」\n]*」"""
+)
+_JSON_DIGITS = re.compile(r'(?:score|rating)"\s*+:\s*+"?\[*+(?=\d)', re.IGNORECASE)
+_JSON_NAMES = {
+    "weaknesses": re.compile("weakness"),
+    "suggestions": re.compile("suggestion|advice|recommendation"),
+    "refinement": re.compile("improved|refine|revised|enhanced"),
+    "score": re.compile("^(?:overall|final)?(?:score|rating)$"),
+}
+
+_VALUE = re.compile(
+    r"(?P<open>\[*+)[ \t]*+(?P<number>-?\d{1,4}(?:\.\d{1,17}|,\d{1,2})?)(?P<digits>[.,]?\d)?"
+    r"[ \t*_]*+(?P<close>\]*+)[ \t*_]*+"
+    r"(?:(?:/|out of)[ \t*_\[]*+(?P<top>\d{1,6})[ \t*_\]]*+)?"
+    r"(?P<other>(?:[-–—~/,;&]|to\b|or\b|and\b)[ \t*_]*+\[*+\d{1,6}\]*+)?(?P<percent>%|per ?cent)?",
     re.IGNORECASE,
 )
+# Behind a bare number only this leaves it a verdict: "3 points are missing" is none.
+_REASON = re.compile(
+    r"[ \t*_\]]*+(?:points?[ \t]*+)?(?:$|[^\w\s]|(?:because|since|as|for|due to)\b)", re.IGNORECASE
+)
+_PARTS: Final = ("weaknesses", "suggestions")
+_ECHO: Final = f"[[{MIN_SCORE}-{MAX_SCORE}]]"
+
+# Signs as Chinese and Japanese keyboards write them.
+_FULL_WIDTH: Final = str.maketrans("　【】", " []") | {
+    sign: sign - 0xFEE0 for sign in range(0xFF01, 0xFF5F)
+}
+_ANY_FULL_WIDTH = re.compile("[　【】！-～]")
+
+
+@dataclass(frozen=True)
+class _Score:
+    """A score in a critic's words; without a value, `problem` says what is wrong with it."""
+
+    rank: int
+    """The lowest counts: 0 for the form that was asked for."""
+    value: float | None
+    problem: str | None
+    digits_at: int | None
+    said_at: Span
+
+
+class _Found(NamedTuple):
+    """The parts of a reply as they stand there."""
+
+    weaknesses: str | None
+    suggestions: str | None
+    refinement: str
+    score: _Score | None
 
 
 def parse_critique(text: str, *, expect_refinement: bool = True) -> ParsedCritique:
     """Read weaknesses, suggestions, score and improved response from a critic's reply.
 
-    Form is mended: missing `###`, `Score: 6/10`, `**Overall Score:** 6`, parts in another order.
-    Substance is not: what is missing or out of range becomes a problem. The last verdict counts.
+    Form is mended: missing `###`, `Score: 6/10`, `**Overall Score:** 6`, parts in another order,
+    JSON, a fence around it all. Substance is not: what is missing, out of range or said in two ways
+    becomes a problem. Only the critic's own words before the improved response hold its score.
     """
-    before, refinement = _split_improved(text)
-    problems: list[str] = []
-    score, feedback_text = _take_score(before, problems)
-    if score is None and not problems and refinement is not None:
-        score, refinement = _take_score(refinement, problems)
-    if score is None and not problems:
+    found = _read(_own_words(text))
+    problems = []
+    if found.score is None:
         problems.append("no overall score")
-    parts = _parts(feedback_text)
-    if parts["weaknesses"] is None:
+    elif found.score.problem is not None:
+        problems.append(found.score.problem)
+    if found.weaknesses is None:
         problems.append("no weaknesses")
-    if parts["suggestions"] is None:
+    if found.suggestions is None:
         problems.append("no suggestions")
-    refinement = unfence(refinement.strip()) if refinement is not None else None
-    if expect_refinement and not refinement:
+    refinement = _without_talk(found.refinement) if found.refinement else None
+    if refinement and _says_none_needed(refinement):
+        refinement = None
+        problems += [NONE_NEEDED] if expect_refinement else []
+    elif expect_refinement and not refinement:
         problems.append("no improved response")
     return ParsedCritique(
-        weaknesses=parts["weaknesses"],
-        suggestions=parts["suggestions"],
-        score=score,
+        weaknesses=found.weaknesses,
+        suggestions=found.suggestions,
+        score=found.score.value if found.score else None,
         refinement=refinement or None,
         problems=tuple(problems),
     )
 
 
-def _split_improved(text: str) -> tuple[str, str | None]:
-    """Cut at the improved response; feedback that follows it is put before it again."""
-    heading = _IMPROVED.search(_mask_fences(text))
-    if heading is None:
-        return text, None
-    before, after = text[: heading.start()], text[heading.end() :]
-    masked_after = _mask_fences(after)
-    if _WEAKNESSES.search(before) is None:
-        later = _WEAKNESSES.search(masked_after)
-        if later is not None:
-            return before + after[later.start() :], after[: later.start()]
-    return before, after
-
-
-def _take_score(text: str, problems: list[str]) -> tuple[float | None, str]:
-    """The last score outside fences, and the text without that line; notes one out of range."""
-    masked = _mask_fences(text)
-    found = list(_SCORE.finditer(masked)) or list(_INLINE_SCORE.finditer(masked))
-    if not found:
-        return None, text
-    last = found[-1]
-    score = float(last["score"])
-    line_start = text.rfind("\n", 0, last.start()) + 1
-    rest = text[:line_start].rstrip() + "\n" + text[last.end() :].lstrip(" \t.*_]")
-    scale = re.search(r"\d+", last["scale"] or "")
-    if scale is not None and int(scale[0]) != MAX_SCORE:
-        problems.append(f"score {score:g} is on a scale to {scale[0]}, not to {MAX_SCORE}")
-        return None, rest
-    if not MIN_SCORE <= score <= MAX_SCORE:
-        problems.append(f"score {score:g} is outside {MIN_SCORE} to {MAX_SCORE}")
-        return None, rest
-    return score, rest
-
-
 def score_digits_at(text: str, score: float) -> int | None:
     """Where the digits of the score that `parse_critique` read begin in a critic's reply."""
-    masked = _mask_fences(text)
-    improved = _IMPROVED.search(masked)
-    end = improved.start() if improved is not None else len(text)
-    found = [*_SCORE.finditer(masked), *_INLINE_SCORE.finditer(masked)]
-    places = [mark.start("score") for mark in found if float(mark["score"]) == score]
-    return max([place for place in places if place < end] or places, default=None)
+    own = _own_words(text)
+    found = _read(own).score
+    begins = text.rfind(own)
+    if found is None or found.value != score or found.digits_at is None or begins < 0:
+        return None
+    return begins + found.digits_at
 
 
-def _parts(text: str) -> dict[str, str | None]:
-    """Weaknesses and suggestions by their headings, in whatever order they stand."""
-    masked = _mask_fences(text)
-    marks = [("weaknesses", mark) for mark in _WEAKNESSES.finditer(masked)]
-    marks += [("suggestions", mark) for mark in _SUGGESTIONS.finditer(masked)]
-    marks += [("", mark) for mark in _RATING.finditer(masked)]
-    marks.sort(key=lambda named: named[1].start())
-    parts: dict[str, str | None] = {"weaknesses": None, "suggestions": None}
-    for position, (name, mark) in enumerate(marks):
-        end = marks[position + 1][1].start() if position + 1 < len(marks) else len(text)
-        content = text[mark.end() : end].strip()
-        if name and content and parts[name] is None:
-            parts[name] = content
-    return parts
+def _own_words(text: str) -> str:
+    """A reply without its thoughts, and without a fence around it all."""
+    return unwrapped(part_thoughts(text)[1])
 
 
-_FENCED = re.compile(
-    r"^(?P<fence>`{3,}|~{3,})[^\n]*\n.*?^(?P=fence)[ \t]*$", re.MULTILINE | re.DOTALL
+def _read(said: str) -> _Found:
+    return _read_json(said) or _read_text(said)
+
+
+def _read_text(said: str) -> _Found:
+    """The parts by their headings, in whatever order they stand."""
+    plain = _plain(said)
+    marks = list(islice(_PART.finditer(plain), MOST_MARKS))
+    heading = _improved_heading(said, marks)
+    marks = [mark for mark in marks if mark.lastgroup != "improved"]
+    own = Span(0, heading.start() if heading else len(said))
+    refined = Span(heading.end() if heading else len(said), len(said))
+    scores = _scores_in(said, plain, own)
+    if heading is not None:
+        # The improved response may stand first, when all of the feedback follows it.
+        after = [mark for mark in marks if mark.start() > heading.start()]
+        named = {mark.lastgroup for mark in after}
+        if len(after) == len(marks) and named >= {*_PARTS} and not scores:
+            own = Span(after[0].start(), len(said))
+            refined = Span(heading.end(), own.start)
+            scores = _scores_in(said, plain, own)
+    score, spoken = _verdict_of(scores)
+    parts: dict[str | None, str] = {}
+    marks = [mark for mark in marks if own.start <= mark.start() < own.end]
+    for mark, following in zip_longest(marks, marks[1:]):
+        whole = Span(mark.end(), following.start() if following else own.end)
+        if mark.lastgroup not in parts and (content := _between(said, whole, spoken)):
+            parts[mark.lastgroup] = content
+    weaknesses, suggestions = (parts.get(name) for name in _PARTS)
+    return _Found(weaknesses, suggestions, said[slice(*refined)].strip(), score)
+
+
+def _plain(said: str) -> str:
+    """A text as it is searched: lower case, plain signs, no fenced blocks; all in their old places."""
+    lower = said.replace("İ", "I").lower()  # the one letter that lower case makes two
+    if _ANY_FULL_WIDTH.search(lower):
+        lower = lower.translate(_FULL_WIDTH)
+    return without_blocks(lower, fenced_blocks(lower))
+
+
+def _improved_heading(said: str, marks: Sequence[re.Match[str]]) -> re.Match[str] | None:
+    """The heading of the improved response: the first of those that look most like the paper's."""
+
+    def likeness(mark: re.Match[str]) -> int:
+        return 2 if "#" in mark["decoration"] else 1 if mark["decoration"].strip() else 0
+
+    headings = [
+        mark
+        for mark in marks
+        if mark.lastgroup == "improved"
+        and (
+            likeness(mark) or said[mark.start("improved")].isupper() or not _breaks_off(said, mark)
+        )
+    ]
+    return max(headings, key=likeness, default=None)
+
+
+def _breaks_off(said: str, line: re.Match[str]) -> bool:
+    """Whether the line before this one ends in the middle of a sentence."""
+    before = said[max(0, line.start() - 80) : line.start()].removesuffix("\n").rstrip(" \t\r")
+    return before[-1:].isalnum() or before.endswith(",")
+
+
+def _scores_in(said: str, plain: str, own: Span) -> list[_Score]:
+    """Every score in the critic's own words, in whatever form."""
+    scores = []
+    quoted = []
+    for line in islice(_SCORE_LINE.finditer(plain, *own), MOST_MARKS):
+        if _breaks_off(said, line) and _GOES_ON.match(said, line.end(), own.end):
+            quoted.append(Span(*line.span()))  # in the middle of a sentence
+        elif line["said"].strip():
+            scores.append(_score_from(line, Span(*line.span()), line["overall"]))
+        elif below := _SCORE_BELOW.match(plain, line.end(), own.end):
+            said_at = Span(line.start(), below.end())
+            scores.append(_score_from(below, said_at, line["overall"], at_best=1))
+    for number in islice(_IN_BRACKETS.finditer(plain, *own), MOST_MARKS):
+        begins = max(own.start, number.start() - LONGEST_LEAD)
+        lead = _SCORE_LEAD.search(plain, begins, number.start())
+        if lead and not is_within(quoted, lead.start()) and not _is_quoted(plain, lead.start()):
+            said_at = _sentence_of(plain, Span(lead.start(), number.end()))
+            scores.append(_score_from(number, said_at, lead["overall"], at_best=1))
+    return [score for score in scores if score is not None]
+
+
+def _is_quoted(plain: str, place: int) -> bool:
+    """Whether a place lies in a quoted line, or in quotation marks within its line."""
+    earliest = max(0, place - LONGEST_SENTENCE)
+    start = plain.rfind("\n", earliest, place) + 1 or earliest
+    line = plain[start : place + LONGEST_SENTENCE].partition("\n")[0]
+    return any(quote.start() <= place - start < quote.end() for quote in _QUOTED.finditer(line))
+
+
+def _sentence_of(plain: str, words: Span) -> Span:
+    """The sentence that ends with these words, within its line; the words alone if it is long."""
+    earliest = max(0, words.start - LONGEST_SENTENCE)
+    found = (plain.rfind(end, earliest, words.start) + 1 for end in ("\n", ". ", "! ", "? "))
+    start = max(found) or (words.start if earliest else 0)
+    return Span(start, words.end + plain.startswith((".", "!"), words.end))
+
+
+def _score_from(
+    words: re.Match[str], said_at: Span, overall: str | None, at_best: int = 0
+) -> _Score | None:
+    """The score that stands where a verdict is said; None where it is no number, or no verdict."""
+    said = words["said"]
+    value = _VALUE.match(said)
+    if value is None or said.startswith(_ECHO):
+        return None
+    behind = said[value.end("number") :]
+    bracketed = value["open"] == "[[" and "]]" in behind[:20]
+    problem = _problem_of(value)
+    if problem is None and not bracketed and not _REASON.match(said, value.end()):
+        return None
+    return _Score(
+        rank=max(at_best, (overall is None) + 2 * (not bracketed)),
+        value=_number(value) if problem is None else None,
+        problem=problem,
+        digits_at=words.start("said") + value.start("number"),
+        said_at=said_at,
+    )
+
+
+def _number(value: re.Match[str]) -> float:
+    return float(value["number"].replace(",", "."))
+
+
+def _problem_of(value: re.Match[str]) -> str | None:
+    """What keeps a number that was said from being a score of 1 to 10."""
+    shown = re.sub(r"[*_\[\]]", "", value[0]).strip()
+    # Behind closed brackets a dash and a number begin a sentence; another bracket is a second score.
+    if value["other"] and (not value["close"] or "[" in value["other"]):
+        return f"score {shown!r} is not one number"
+    if value["percent"]:
+        return f"score {shown} is a percentage, not on a scale from {MIN_SCORE} to {MAX_SCORE}"
+    if value["digits"]:
+        return f"score {shown}... is outside {MIN_SCORE} to {MAX_SCORE}"
+    score = _number(value)
+    if value["top"] and int(value["top"]) != MAX_SCORE:
+        return f"score {score:g} is on a scale to {value['top']}, not to {MAX_SCORE}"
+    if not MIN_SCORE <= score <= MAX_SCORE:
+        return f"score {score:g} is outside {MIN_SCORE} to {MAX_SCORE}"
+    return None
+
+
+def _verdict_of(scores: Sequence[_Score]) -> tuple[_Score | None, list[Span]]:
+    """The score that counts, and where it is said: the form that was asked for beats any other."""
+    rank = min((score.rank for score in scores), default=0)
+    best = [score for score in scores if score.rank == rank]
+    if not best:
+        return None, []
+    verdict = best[-1]
+    values = sorted({score.value for score in best if score.value is not None})
+    if len(values) > 1:
+        shown = " and ".join(f"{value:g}" for value in values[:2])
+        verdict = replace(verdict, value=None, problem=f"two different scores ({shown})")
+    elif faulty := [score for score in best if score.problem]:
+        verdict = faulty[-1]
+    return verdict, sorted(score.said_at for score in best)
+
+
+def _between(said: str, whole: Span, holes: Sequence[Span]) -> str:
+    """A stretch of text without some lines of it."""
+    pieces = []
+    at = whole.start
+    for hole in holes:
+        if at < hole.end <= whole.end:
+            pieces.append(said[at : max(at, hole.start)].rstrip())
+            at = hole.end
+    pieces.append(said[at : whole.end])
+    return "\n".join(piece for piece in (piece.strip("\r\n") for piece in pieces) if piece).strip()
+
+
+def _read_json(said: str) -> _Found | None:
+    """The parts of a reply that is one JSON object; None when it is none, or has no such parts."""
+    if not (said.lstrip().startswith("{") and said.rstrip().endswith("}")):
+        return None
+    try:
+        document = json.loads(said, strict=False)
+    except (ValueError, RecursionError):
+        return None
+    levels = (document, *document.values())
+    fields = (field for level in levels if isinstance(level, dict) for field in level.items())
+    parts: dict[str, object] = {}
+    for name, value in islice(fields, MOST_MARKS):
+        letters = re.sub(r"[^a-z]", "", name[:80].lower())
+        for kind in (kind for kind, known in _JSON_NAMES.items() if known.search(letters)):
+            parts.setdefault(kind, value)
+    if not parts:
+        return None
+    weaknesses, suggestions, refinement, score = (_as_text(parts.get(name)) for name in _JSON_NAMES)
+    line = _SCORE_LINE.match(f"overall score: {score}")
+    verdict = _score_from(line, Span(0, 0), "overall") if line else None
+    if verdict is not None:
+        digits = _JSON_DIGITS.search(said)
+        verdict = replace(verdict, digits_at=digits.end() if digits else None)
+    return _Found(weaknesses, suggestions, refinement or "", verdict)
+
+
+def _as_text(value: object) -> str | None:
+    """A JSON value as text, a list as its lines."""
+    if isinstance(value, list):
+        value = "\n".join(item for item in value if isinstance(item, str))
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        return None
+    return re.sub("[\ud800-\udfff]", "\ufffd", value).strip() or None
+
+
+# What critics say around an improved response and is no part of it.
+_CHANGES = r"(?:the |my |key )?(?:changes|improvements|revisions|edits|modifications)"
+_PREAMBLE = re.compile(
+    r"[ \t*_]*+(?:(?:sure|certainly|of course|absolutely|okay)\b[,.!]?[ \t]*+)?"
+    r"(?:here(?:['’]s| is)|below is|the following is|this is)\b[^\n]{0,80}"
+    r"\b(?:improved|revised|enhanced|refined|better|updated|rewritten|polished)\b[^\n]{0,80}:[ \t*_]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_AFTERWORD = re.compile(
+    rf"^{_DECORATION}(?:(?:(?:explanation|summary|list|overview) of {_CHANGES}"
+    rf"|{_CHANGES} made|what (?:i )?changed)[^\n:]{{0,40}}(?::|$)"
+    r"|this (?:improved|revised|enhanced|refined) (?:response|answer|version)\b)",
+    re.MULTILINE,
+)
+# Only behind a rule: an answer may well have such a heading of its own.
+_AFTER_RULE = re.compile(
+    r"^[ \t]*+(?:-{3,}+|\*{3,}+|_{3,}+)[ \t]*+\n\s*+"
+    rf"{_DECORATION}(?:{_CHANGES}|explanation|rationale|notes?)\b[^\n:]{{0,40}}(?::|$)",
+    re.MULTILINE,
+)
+_FAREWELL = re.compile(
+    r"[ \t*_]*+(?:please )?(?:let me know|feel free to|don['’]t hesitate to)\b[^\n]{0,80}"
+    r"\b(?:change|adjust|revis|modif|edit|tweak|refine|improve|further|more|help|assist|ask)"
+    r"|[ \t*_]*+(?:i )?hope this (?:helps|improved|revised|is (?:better|helpful))",
+    re.IGNORECASE,
+)
+MOST_FAREWELLS: Final = 3
+_RULE_AT_END = re.compile(r"\n[ \t]*+(?:-{3,}+|\*{3,}+|_{3,}+)[ \t]*+\Z")
+
+
+LONGEST_EXCUSE: Final = 200
+_IMPROVEMENT = (
+    r"(?:improvements?|improved (?:response|answer|version)|changes?|revisions?|edits?"
+    r"|modifications?|refinements?)"
+)
+_NEEDED = r"(?:needed|necessary|required)"
+_ANSWER = (
+    r"(?:the |this |your )?(?:original |current |given |provided )?"
+    r"(?:response|answer|draft|original)"
+)
+_NONE_NEEDED = re.compile(
+    r"(?:(?:there (?:is|are) )?no (?:need for )?(?:any |further |additional |major |significant )*"
+    rf"{_IMPROVEMENT}(?: (?:is|are|was|were))?(?: (?:{_NEEDED}|made|suggested|possible))?"
+    rf"|{_IMPROVEMENT} (?:is|are) not {_NEEDED}|none (?:is |are )?{_NEEDED}"
+    rf")(?:[ ,;.:—-]+(?:(?:as|since|because|to|for)\b.*)?{_ANSWER}\b.*)?"
+    r"|(?:the |this |your )?(?:original |current |given |provided )?(?:response|draft|original answer) "
+    r"(?:is|was|does|needs|remains|stands|requires)\b.*"
+    rf"\b(?:no (?:further )?{_IMPROVEMENT}|not need|n['’]t need|as (?:it )?is|unchanged|already "
+    r"(?:perfect|excellent|great|good|optimal|correct|complete|clear|accurate|sufficient|strong))\b.*"
+    rf"|(?:the )?same as (?:{_ANSWER}|above|before)|n/?a|not applicable|unchanged",
+    re.IGNORECASE,
 )
 
 
-def _mask_fences(text: str) -> str:
-    """The text with fenced blocks blanked, so that what they quote is never read as a verdict."""
-    if "```" not in text and "~~~" not in text:
-        return text
-    return _FENCED.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), text)
+def _without_talk(refinement: str) -> str:
+    """The improved response alone: no words about it, no fence around it."""
+    text = refinement.strip()
+    preamble = _PREAMBLE.match(text)
+    if preamble is not None:
+        text = text[preamble.end() :].strip() or text
+    plain = _plain(text)
+    for pattern in (_AFTERWORD, _AFTER_RULE):
+        talk = pattern.search(plain, 0, len(text))
+        if talk is not None:
+            text = text[: talk.start()].rstrip() or text
+    for _ in range(MOST_FAREWELLS):
+        text = _RULE_AT_END.sub("", text).rstrip()
+        before, _, last = text.rpartition("\n")
+        if not before.strip() or not _FAREWELL.match(last):
+            break
+        text = before.rstrip()
+    return unfence(text)
+
+
+def _says_none_needed(refinement: str) -> bool:
+    """Whether a critic says, in place of an improved response, that there is nothing to improve."""
+    plain = refinement.strip(" \t\n\r*_()[]\"'“”.!")
+    return len(plain) <= LONGEST_EXCUSE and _NONE_NEEDED.fullmatch(plain) is not None
 
 
 def fence(text: str) -> str:
@@ -267,14 +568,6 @@ def fence(text: str) -> str:
     longest = max(map(len, runs), default=2)
     marks = "`" * (longest + 1)
     return f"{marks}\n{text}\n{marks}"
-
-
-def unfence(text: str) -> str:
-    """Take off one bare fence around a whole text; a fence that names a language is content."""
-    if not text.startswith("```"):
-        return text
-    whole = re.fullmatch(r"(`{3,})[ \t]*\n(.*)\n\1[ \t]*", text, re.DOTALL)
-    return whole[2] if whole and whole[1] not in whole[2] else text
 
 
 def template_digests() -> dict[str, str]:
@@ -301,10 +594,8 @@ or "Verdict: [[tie]]"."""
 
 Verdict = Literal["first", "second", "tie"]
 _VERDICT = re.compile(
-    r"^[^\w\n]*verdict[^\w\n]*\[?\[?(?:answer )?(?P<letter>M|m|tie|Tie|TIE)\]?\]?[^\w\n]*$",
-    re.MULTILINE,
+    r"^[^\w\n]*+(?i:verdict)[^\w\n]*+(?:answer )?(M|m|tie|Tie|TIE)[^\w\n]*+$", re.MULTILINE
 )
-_VERDICT_ANY_CASE = re.compile(r"^[^\w\n]*verdict", re.IGNORECASE | re.MULTILINE)
 
 
 # Asked where the judge gives log-probabilities: one letter, whose odds are the preference
@@ -365,9 +656,9 @@ def judge_messages(
 
 
 def parse_verdict(text: str) -> Verdict | None:
-    """The judge's last verdict line outside fences; null when there is none."""
-    masked = _VERDICT_ANY_CASE.sub("verdict", _mask_fences(text))
-    found = _VERDICT.findall(masked)
+    """The judge's last verdict line outside thoughts and fences; None when there is none."""
+    own = _own_words(text)
+    found = _VERDICT.findall(without_blocks(own, fenced_blocks(own)))
     if not found:
         return None
     verdicts: dict[str, Verdict] = {"M": "first", "m": "second"}

@@ -33,6 +33,8 @@ _ONLY_WORDS: Final = "".join(
 )
 MAIN_SHARE: Final = 0.6
 LOOKED_AT: Final = 2000
+READ: Final = 200_000
+"""Characters of a text that are read for repetition: one that is longer is judged by its beginning."""
 # A prompt that names one of these may well be answered in their script.
 _LANGUAGES: Final = {
     "ARABIC": ("arabic", "persian", "farsi", "urdu"),
@@ -86,7 +88,7 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
             found.append("empty")
         elif len(outputs) >= FEWEST_FOR_CONSTANT and counts[text] > limit:
             found.append("constant")
-        words = words_of(text)
+        words = words_of(text[:READ])
         grams = _ngrams_of(words, NGRAM)
         found += _faults(text, words)
         asked = set(ngrams(prompt.lower(), NGRAM))
@@ -100,7 +102,7 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
 def faults_of(text: str) -> list[str]:
     """What makes one text no answer by itself: repeating, leaking a template, refusing."""
     lower = text.lower()
-    return _faults(lower, words_of(lower))
+    return _faults(lower, words_of(lower[:READ]))
 
 
 def _faults(lower: str, words: Sequence[str]) -> list[str]:
