@@ -1,5 +1,6 @@
 """Many providers in one run: each has its own key, and no key reaches anybody else."""
 
+import dataclasses
 import json
 
 import pytest
@@ -145,6 +146,25 @@ def test_what_a_server_echoes_of_a_key_reaches_nothing(srt, serve, tmp_path, mon
     assert SECRET not in finished.stdout + finished.stderr
 
 
+def test_a_password_in_netrc_takes_no_keys_place(serve, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret-of-netrc\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("MINE", "secret-of-mine")
+    server = serve()
+    ask(server.spec, requests(), api_keys={"127.0.0.1": "MINE"})
+    assert keys_seen(server) == {"Bearer secret-of-mine"}
+
+
+def test_the_environments_proxy_is_used(serve, monkeypatch):
+    proxy = serve()
+    monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (reply,) = ask("http://behind.invalid/v1#tester", requests())
+    assert reply.status == "ok"
+    assert proxy.headers[0]["host"] == "behind.invalid"
+
+
 def test_a_redirect_to_another_host_is_not_followed(serve, monkeypatch):
     other = serve()
     elsewhere = other.url.replace("127.0.0.1", "localhost") + "/chat/completions"
@@ -219,11 +239,15 @@ def test_a_configuration_file_that_is_named_may_bring_providers(srt, serve, tmp_
     assert len(server.requests) == 3
 
 
-def test_what_a_server_tells_of_its_cost_counts(srt, serve, tmp_path):
+TOLD = {"prompt_tokens": 11, "completion_tokens": 7, "cost": 0.25}
+
+
+@pytest.mark.parametrize(
+    "told", [{"headers": {"x-litellm-response-cost": "0.25"}}, {"usage": TOLD}]
+)
+def test_what_a_server_tells_of_its_cost_counts(srt, serve, tmp_path, told):
     def behaviour(body, number):
-        answer = as_policy_and_critic(body, number)
-        answer.headers = {"x-litellm-response-cost": "0.25"}
-        return answer
+        return dataclasses.replace(as_policy_and_critic(body, number), **told)
 
     server = serve(behaviour)
     rows = [{"id": str(n), "prompt": f"q{n}", "response": "r"} for n in range(3)]

@@ -126,6 +126,10 @@ def test_prices_are_listed_given_or_unknown_but_never_nothing():
     assert price_of(parse_spec("gpt-4o-2024-08-06"), {}) == Price(2.5, 10, 1.25)
     assert price_of(parse_spec("gpt-99"), {}) is None
     assert price_of(parse_spec("http://h/v1#llama"), {}) is None
+    assert price_of(parse_spec("anthropic:claude-sonnet-4-5"), {}) == Price(3, 15, 0.3)
+    assert price_of(parse_spec("openrouter:anthropic/claude-sonnet-4.5"), {}) == Price(3, 15, 0.3)
+    assert price_of(parse_spec("https://api.openai.com/v1#gpt-4"), {}) == Price(30, 60)
+    assert price_of(parse_spec("ollama:llama3.2"), {}) == Price(0, 0)
     given = parse_prices(["llama=0.1/0.2/0.05"])
     price = price_of(parse_spec("http://h/v1#llama"), given)
     usage = Usage(prompt_tokens=1000, cached_tokens=600, completion_tokens=500)

@@ -209,12 +209,14 @@ def _batch(told: Mapping[str, Any]) -> Batch:
     counts = {
         name: as_count(count) for name, count in as_mapping(told.get("request_counts")).items()
     }
-    total, results = sum(counts.values()), as_text(told.get("results_url"))
+    name, total = as_text(told.get("id")), sum(counts.values())
+    over = told.get("processing_status") == "ended"
     return Batch(
-        as_text(told.get("id")),
+        name,
         as_text(told.get("processing_status")),
-        over=told.get("processing_status") == "ended",
+        over=over,
         done=total - counts.get("processing", 0),
         total=total,
-        results=(results,) if results else (),
+        # Not its `results_url`, which names Anthropic's own host, whoever stands between.
+        results=(f"{PATH}/batches/{name}/results",) if over else (),
     )

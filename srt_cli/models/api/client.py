@@ -168,6 +168,8 @@ class ApiModel:
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
         self._endpoints = self._place.endpoints(self._dialect, self.options.timeout_s)
+        for endpoint in self._endpoints:
+            endpoint.open()
         ready.set()
         try:
             await self._dispatch()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import certifi
@@ -94,8 +95,13 @@ class Endpoint:
             headers["content-type"] = "application/json"
         try:
             body = _form(data) if isinstance(data, Upload) else data
-            async with self._open().request(
-                method, url, data=body, headers=headers, allow_redirects=False
+            async with self.open().request(
+                method,
+                url,
+                data=body,
+                headers=headers,
+                proxy=_proxy_for(url),
+                allow_redirects=False,
             ) as response:
                 content = await _read(response, most_bytes)
                 return Answer(response.status, response.headers, self.blot(content))
@@ -107,16 +113,13 @@ class Endpoint:
             said = str(error) or type(error).__name__
             raise NoAnswer(cause, blot_text(said, self.secrets)) from None
 
-    def _open(self) -> aiohttp.ClientSession:
+    def open(self) -> aiohttp.ClientSession:
+        """The session, made when it is first asked for, within the loop that uses it."""
         if self._session is None:
-            # The limits are the caller's; certificates are those that the package brings, or the
-            # user's own where the environment names them.
-            own = "SSL_CERT_FILE" in os.environ or "SSL_CERT_DIR" in os.environ
-            context = ssl.create_default_context(cafile=None if own else certifi.where())
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=0, ssl=context),
+                # How many connections there are is the caller's affair.
+                connector=aiohttp.TCPConnector(limit=0, ssl=_trusted(self.url)),
                 timeout=aiohttp.ClientTimeout(total=self.timeout_s),
-                trust_env=True,
             )
         return self._session
 
@@ -126,6 +129,26 @@ class Endpoint:
             for form in {secret, secret.replace("/", "\\/")}:
                 content = content.replace(form.encode(), BLOTTED.encode())
         return content
+
+
+def _trusted(url: str) -> ssl.SSLContext | bool:
+    """Whose certificates count: those that certifi brings, or the user's own where they are named."""
+    if url.startswith("http://"):
+        return True
+    own = "SSL_CERT_FILE" in os.environ or "SSL_CERT_DIR" in os.environ
+    return ssl.create_default_context(cafile=None if own else certifi.where())
+
+
+def _proxy_for(url: str) -> str | None:
+    """The proxy that the environment names for an address.
+
+    aiohttp would find it too (`trust_env`), and put a password of .netrc in the place of our key.
+    """
+    parts = urlsplit(url)
+    proxies = getproxies()
+    if proxy_bypass(parts.hostname or ""):
+        return None
+    return proxies.get(parts.scheme) or proxies.get("all")
 
 
 def _form(upload: Upload) -> aiohttp.FormData:
