@@ -23,7 +23,7 @@ BAR_HEIGHT: Final = 130
 BARS_WIDTH: Final = 480
 MOST_POINTS: Final = 600
 COLOURS: Final = ("var(--mine)", "var(--bad)", "var(--good)", "var(--base)")
-# So that a curve is told from another without its colour too.
+# Curves can be distinguished without colour too.
 DASHES: Final = ("", "7 4", "2 3", "9 3 2 3")
 
 

@@ -202,7 +202,7 @@ def _squared_alpha(cells: _Cells, a: Values, b: Values) -> Values:
 
 
 def _spearman(cells: _Cells) -> Values:
-    """Pearson's correlation of mid-ranks, ranked anew in every draw."""
+    """Pearson's correlation of mid-ranks, ranked again in each draw."""
     ranks = []
     for values in (cells.a, cells.b):
         below = (values[:, None] < values).astype(np.float64) + 0.5 * (values[:, None] == values)

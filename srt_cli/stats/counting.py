@@ -71,7 +71,7 @@ class Confusion:
 
     @property
     def constant(self) -> bool:
-        """Whether the critic said the same of every answer, and so told nothing."""
+        """Whether the critic said the same of every answer, which tells nothing."""
         called_good = self.good_called_good + self.bad_called_good
         return self.n > 1 and called_good in (0, self.n)
 

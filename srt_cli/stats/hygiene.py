@@ -141,7 +141,7 @@ def _repeats(words: Sequence[str]) -> bool:
 
 
 def ngrams(text: str, size: int) -> list[tuple[str, ...]]:
-    """Runs of so many words, in their order."""
+    """Runs of `size` words, in order."""
     return _ngrams_of(words_of(text), size)
 
 

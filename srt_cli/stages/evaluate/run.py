@@ -233,7 +233,7 @@ def _scores(
 ) -> list[Scored]:
     """`--scorer`: each direct answer, and what the first refinement made of it, scored blind.
 
-    By its own model, and by somebody outside.
+    By its own model, and by the scorer.
     """
     if options.scorer is None:
         return []
