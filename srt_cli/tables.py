@@ -67,29 +67,29 @@ class Table:
         return sum(self._widths(headings=headings)) + GAP * (len(self.columns) - 1) + 2
 
     def _shortened(self, width: int) -> "Table":
-        """Names cut, those of a column together, as far as the width asks for it."""
+        """Names cut together, as far as the width asks for it."""
         if self._widest() <= width:
             return self
         if self.things:
             widths = self._widths(headings=False)
             spare = max(0, width - self._widest(headings=False)) // self.things
             heads = self.columns[1 : 1 + self.things]
-            longest = [each + spare for each in widths[1 : 1 + self.things]]
-            named = tell_apart(heads, max(SHORTEST_NAME, min(longest)))
+            narrowest = min(widths[1 : 1 + self.things])
+            named = tell_apart(heads, max(SHORTEST_NAME, narrowest + spare))
             columns = [self.columns[0], *named, *self.columns[1 + self.things :]]
             return replace(self, columns=columns)
         widths = self._widths(headings=True)
         left = width - (self._widest() - sum(widths[: self.names]))
-        if left < SHORTEST_NAME * self.names:
+        longest = max(widths[: self.names])
+        while sum(min(each, longest) for each in widths[: self.names]) > left:
+            longest -= 1
+        if longest < SHORTEST_NAME:
             return self
-        cells = [list(row) for row in self.cells]
-        # The shortest first: what it does not need is the others' to take.
-        for done, place in enumerate(sorted(range(self.names), key=lambda each: widths[each])):
-            share = max(SHORTEST_NAME, left // (self.names - done))
-            column = tell_apart([row[place] for row in self.cells], share)
-            for row, name in zip(cells, column, strict=True):
-                row[place] = name
-            left -= max(map(len, column), default=0)
+        names = list(dict.fromkeys(name for row in self.cells for name in row[: self.names]))
+        shown = dict(zip(names, tell_apart(names, longest), strict=True))
+        cells = [
+            [*(shown[name] for name in row[: self.names]), *row[self.names :]] for row in self.cells
+        ]
         return replace(self, cells=cells)
 
 
@@ -104,22 +104,32 @@ def tell_apart(names: Sequence[str], longest: int) -> list[str]:
         return list(names)
     # Whole words are cut off, so that what is left can be read.
     words = {name: re.findall(r"[^-_/:.,# ]+[-_/:.,# ]*|[-_/:.,# ]+", name) for name in long}
-    columns = zip(*words.values(), strict=False)
-    alike = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-    head = min(alike, *(len(each) - 1 for each in words.values()))
-    found = {}
-    for name, parts in words.items():
-        kept = parts[head:] if len(long) > 1 else parts
-        while len("".join(kept)) >= longest and len(kept) > 1:
-            kept = kept[1:]
-        text = "…" + "".join(kept) if len(kept) < len(parts) else name
-        found[name] = shorten(text, longest)
-    shown = [found.get(name, name) for name in names]
-    if len(set(shown)) < len(set(names)):
-        # Their ends are alike: what differs is before them, or in the middle.
-        found = {name: shorten(name, longest) for name in long}
-        shown = [found.get(name, name) for name in names]
-    return shown
+    head, tail = _alike(list(words.values())), _alike([each[::-1] for each in words.values()])
+    for cut in (0, tail):
+        shown = {name: name for name in names}
+        for name, parts in words.items():
+            end = max(1, len(parts) - cut)
+            start = min(head, end - 1)
+            while start < end - 1 and _length(parts, start, end) > longest:
+                start += 1
+            kept = "…" * (start > 0) + "".join(parts[start:end]) + "…" * (end < len(parts))
+            shown[name] = shorten(kept, longest)
+        if len({*shown.values()}) == len(shown):
+            return [shown[name] for name in names]
+    # What differs is in the middle of a word.
+    return [shorten(name, longest) for name in names]
+
+
+def _length(parts: Sequence[str], start: int, end: int) -> int:
+    return sum(map(len, parts[start:end])) + (start > 0) + (end < len(parts))
+
+
+def _alike(lists: Sequence[Sequence[str]]) -> int:
+    """How many words all lists begin with, as far as none is used up; 0 for a single list."""
+    if len(lists) < 2:
+        return 0
+    alike = takewhile(lambda words: len(set(words)) == 1, zip(*lists, strict=False))
+    return min(sum(1 for _ in alike), *(len(each) - 1 for each in lists))
 
 
 def shorten(name: str, longest: int = 22) -> str:

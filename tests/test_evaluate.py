@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from conftest import read_jsonl, write_jsonl
 
+from srt_cli import console
+
 PROGRAMS = """
 def base(prompt):
     return "no idea about " + prompt.text
@@ -178,6 +180,32 @@ def test_every_two_contestants_are_compared_in_pairs(srt, folder):
     sure = next(c for c in by_check if c["b"] == "python:p.py:base")
     assert sure["paired"]["p_value"] < sure["p_adjusted"] < 1e-5
     assert "every two, paired" in finished.stdout
+
+
+def test_tables_of_long_names_fit_eighty_columns_and_break_no_heading(srt, folder, monkeypatch):
+    monkeypatch.setattr(console._result, "width", 80)
+    line = ["eval", "--reference", "python:p.py:base", "--judge", "python:p.py:judge",
+            "--check", "python:p.py:check", "--use", "response", "--use", "refinement"]  # fmt: skip
+    for stage in ("sft", "dpo"):
+        file = folder / f"runs/smollm2-135m-instruct-srt-{stage}/outputs.jsonl"
+        file.parent.mkdir(parents=True)
+        rows = [{"id": f"q{n}", "response": f"good {n % 3}", "refinement": "r"} for n in range(24)]
+        write_jsonl(file, rows)
+        line += ["--model", file.relative_to(folder)]
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    tables = [row.rstrip() for row in finished.stdout.split("n = 24")[0].splitlines()]
+    assert max(map(len, tables)) <= 80
+    headings = [" ".join(row.split()) for row in tables if "%" in row and "±" not in row]
+    assert "passes [95 %] vs reference chars parses" in headings
+    assert "wins, % equal length W/T/L same twice" in headings
+    assert "difference [95 %] p (Holm) detectable" in headings
+    names = [row.strip().split("  ")[0] for row in tables]
+    # The check, the judge; the first of every two.
+    assert names.count("…sft/outputs.jsonl") == 2
+    assert names.count("…dpo/outputs.jsonl") == 2
+    assert names.count("…dpo/…") == 2
+    assert names.count("refined") == 4
 
 
 def test_two_evaluations_in_one_folder_leave_each_other_alone(srt, folder):

@@ -24,9 +24,15 @@ MODELS = [
         (
             ["small-model-of-one-sort", "large-model-of-one-sort"],
             12,
-            ["small-mo…ort", "large-mo…ort"],
+            ["small-…", "large-…"],
+        ),
+        (
+            ["runs/one-long-name/out.jsonl", "runs/two-long-name/out.jsonl"],
+            12,
+            ["…one-…", "…two-…"],
         ),
         (["averyveryverylongname"], 10, ["averyv…ame"]),
+        (["averyverylongname1of2", "averyverylongname2of2"], 10, ["averyv…of2", "averyv…of2"]),
     ],
 )
 def test_names_are_cut_to_what_tells_them_apart(names, longest, shown):

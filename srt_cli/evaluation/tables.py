@@ -255,9 +255,9 @@ def tables_of(findings: Findings, *, brief: bool = False, drift: bool = True) ->
     if len(contest.rows) > 2 and contest.comparisons:
         shown = [each for each in contest.comparisons if not brief or _is_brief(contest, each)]
         for by in dict.fromkeys(each.by for each in shown):
-            title = f"every two, paired, by {shorten(name(by), 40)}"
+            title = f"every two, paired, first minus second, by {shorten(name(by), 40)}"
             mine = [each for each in shown if each.by == by]
-            pairs = [[_direct(each.a), f"against {_direct(each.b)}"] for each in mine]
+            pairs = [[_direct(each.a), _direct(each.b)] for each in mine]
             found += _rows(title, pairs, mine, COMPARISON, brief=brief)
     found += drift_table(findings.stages) if drift else []
     people = findings.people
