@@ -194,7 +194,10 @@ def plan_of(options: BuildPrefs) -> PairPlan:
     """The options as a plan; with `--min-gain auto` any gain will do at first."""
     gain = 0.0 if options.min_gain == "auto" else options.min_gain
     rules = PairRules(
-        gain, options.max_length_ratio, options.hygiene, ExcludedPrompts(options.exclude)
+        min_gain=gain,
+        max_length_ratio=options.max_length_ratio,
+        hygiene=options.hygiene,
+        excluded=ExcludedPrompts(options.exclude),
     )
     return PairPlan(options.strategy, options.rho, options.score, rules, options.near_duplicates)
 
