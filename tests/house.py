@@ -262,7 +262,9 @@ def main(arguments: list[str]) -> None:
     _list("functions with six parameters or more", house.wide_functions())
     for flow in FLOWS if flows else ():
         entered = files_entered(house.package, flow)
-        print(f"{len(entered):6,}  files from {flow}\n        {' '.join(entered)}")
+        outside = sum(not name.startswith("models/") for name in entered)
+        print(f"{len(entered):6,}  files from {flow} ({outside} outside models/)")
+        print(f"        {' '.join(entered)}")
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def test_every_test_that_the_documents_name_exists():
         "docs/training.md",
         "docs/performance.md",
         "docs/method.md",
+        "docs/house.md",
     ],
 )
 def test_every_option_that_the_documents_name_exists(document):
@@ -242,6 +243,40 @@ def test_every_option_that_the_documents_name_exists(document):
     known |= {"--machine_rank", "--main_process_ip", "--main_process_port", "--nodes"}
     known |= {"--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--signal"}
     known |= {"--tensor-parallel-size", "--data-parallel-size"}
-    lines = [line for line in (ROOT / document).read_text().splitlines() if "vllm " not in line]
+    text = re.sub(r"```diff\n.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if "vllm " not in line]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-_]*[a-z]", "\n".join(lines)))
     assert not named - known
+
+
+BOOK = (ROOT / "docs/house.md").read_text()
+
+
+def test_the_book_of_the_house_lists_every_file_and_none_else():
+    listed, folders = [], []
+    for line in re.search(r"```\n(srt_cli/\n.*?)```", BOOK, re.DOTALL)[1].splitlines():
+        name = line.split()[0]
+        folders[(len(line) - len(line.lstrip())) // 2 :] = [name]
+        if not name.endswith("/"):
+            listed.append("".join(folders))
+    only_words = [path for path in MODULES if path.name == "__init__.py" and _is_only_words(path)]
+    files = [str(path.relative_to(ROOT)) for path in MODULES if path not in only_words]
+    assert sorted(name for name in listed if name.endswith(".py")) == sorted(files)
+    assert all((ROOT / name).is_file() for name in listed)
+
+
+def _is_only_words(path):
+    """Whether a file holds a docstring and constants alone."""
+    body = ast.parse(path.read_text()).body
+    return all(isinstance(node, ast.Expr | ast.Assign) for node in body)
+
+
+@pytest.mark.parametrize("diff", re.findall(r"```diff\n(.*?)```", BOOK, re.DOTALL))
+def test_the_diffs_of_the_house_still_apply(diff):
+    """Forwards, or backwards where the document shows what something cost that is there."""
+    outcomes = [
+        subprocess.run(["git", "apply", "--check", "-C1", *direction], cwd=ROOT, input=diff,
+                       text=True, capture_output=True, check=False)
+        for direction in ([], ["--reverse"])
+    ]  # fmt: skip
+    assert 0 in [outcome.returncode for outcome in outcomes], outcomes[0].stderr
