@@ -633,7 +633,7 @@ def fill_judge_template(template: str, prompt: Prompt, first: str, second: str) 
 
 
 def parse_letter_odds(top: Mapping[str, float]) -> float | None:
-    """P(M) / (P(M) + P(m)) from the log-probabilities of a first token; null without either."""
+    """P(M) / (P(M) + P(m)) from the log-probabilities of a first token; None without either."""
     weights = dict.fromkeys(LETTERS, 0.0)
     for token, logprob in top.items():
         if token.strip() in weights:
@@ -673,7 +673,7 @@ def render_preference(preference: float) -> str:
 
 
 def parse_preference(text: str) -> float | None:
-    """Read what `render_preference` wrote; null when it is not there or out of range."""
+    """Read what `render_preference` wrote; None if it is missing or out of range."""
     found = re.findall(r"^Preference: (\d(?:\.\d+)?(?:e-\d+)?)$", text, re.MULTILINE)
     value = float(found[-1]) if found else None
     return value if value is not None and 0 <= value <= 1 else None

@@ -43,10 +43,8 @@ def check_critic(
         [says >= good_score for says, _ in read],
         [truth >= good_score for _, truth in read],
     )
-    run.manifest.tallies["critic_check"] = vars(table) | {
-        "accuracy": table.accuracy,
-        "unparsed": len(answers) - len(read),
-    }
+    unparsed = len(answers) - len(read)
+    run.tally({"critic_check": vars(table) | {"accuracy": table.accuracy, "unparsed": unparsed}})
     show_confusion(
         f"the tuned model as a critic of training answers (good: score {good_score:g} or more)",
         [("answers", table)],

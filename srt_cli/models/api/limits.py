@@ -289,7 +289,7 @@ class RateLimit:
 
 
 def parse_duration_s(text: str) -> float | None:
-    """Seconds of a reset header: `1s`, `6m0s`, `12ms`, or a bare number; null for anything else."""
+    """Seconds of a reset header: `1s`, `6m0s`, `12ms`, or a bare number; None for anything else."""
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
     if not parts or "".join(number + unit for number, unit in parts) != text.strip():

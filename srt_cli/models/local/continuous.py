@@ -34,7 +34,7 @@ BLOCK_TOKENS: Final = 16
 
 
 def why_not_continuous(loaded: Loaded) -> str | None:
-    """Why a model cannot be batched continuously; null when it can, as far as one can see."""
+    """Why a model cannot be batched continuously; None if nothing speaks against it."""
     if not hasattr(loaded.model, "init_continuous_batching"):
         return "transformers cannot batch this model continuously"
     kinds = set(getattr(loaded.model.config.get_text_config(), "layer_types", None) or [])

@@ -41,7 +41,7 @@ class Prefill:
 def read_prompts(
     loaded: Loaded, prompts: Sequence[list[int]], cancelled: Callable[[], bool]
 ) -> Prefill | None:
-    """Read token ids of prompts, the longest first; null when cancelled on the way."""
+    """Read token ids of prompts, the longest first; None if cancelled meanwhile."""
     cache = roomy_cache(loaded.model.config)
     if not _reads_in_groups(cache):
         return Prefill(cache, _read(loaded, prompts, cache))
