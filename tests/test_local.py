@@ -58,13 +58,13 @@ def test_both_engines_write_the_same_greedy_and_drawn_replies(tiny_model):
 
 
 def test_greedy_replies_are_those_of_generate(tiny_model):
-    from srt_cli.models.chat import encode_chat
+    from srt_cli.models.chat import ChatFormat
     from srt_cli.models.weights import load_tokenizer
 
     tokenizer, weights = load_tokenizer(str(tiny_model)), load_weights(str(tiny_model))
     opened = open_model(str(tiny_model))
     for wanted, reply in zip(requests(TEXTS), ask(opened, requests(TEXTS)), strict=True):
-        ids = encode_chat(tokenizer, wanted.messages, add_generation_prompt=True)
+        ids = ChatFormat(tokenizer).prompt_ids(wanted.messages)
         output = weights.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
         assert reply.text == tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
     opened.close()

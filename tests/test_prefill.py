@@ -36,10 +36,11 @@ def plain(tiny_model):
 
 
 def load(make, tiny_model):
+    from srt_cli.models.chat import ChatFormat
     from srt_cli.models.weights import load_tokenizer
 
     tokenizer = load_tokenizer(str(tiny_model))
-    return Loaded(make(tiny_model), tokenizer, frozenset(), 2048, {"device": "cpu"})
+    return Loaded(make(tiny_model), ChatFormat(tokenizer), frozenset(), 2048, {"device": "cpu"})
 
 
 @pytest.fixture(params=[plain, with_a_window])

@@ -4,15 +4,15 @@ import pytest
 from transformers import AddedToken
 
 from srt_cli.errors import SrtError
-from srt_cli.models.chat import encode_chat, end_of_turn_id
+from srt_cli.models.chat import ChatFormat, end_of_turn_id
 from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, Usage
 from srt_cli.templates import CRITIQUE_REQUEST
 from srt_cli.training.rows import PARTS
 from srt_cli.training.sequences import (
-    feedback_sequence,
+    feedback_sequences,
     preference_ids,
-    refinement_feedback_sequence,
+    refinement_feedback_sequences,
 )
 
 SYSTEM = (
@@ -37,7 +37,7 @@ def smollm2_tokenizer(smollm2):
 def plain_tokenizer(smollm2, tmp_path_factory):
     template = tmp_path_factory.mktemp("template") / "plain.jinja"
     template.write_text(PLAIN_TEMPLATE)
-    return load_tokenizer(str(smollm2), chat_template=template)
+    return load_tokenizer(str(smollm2), chat_template=str(template))
 
 
 def record(**changes) -> FeedbackRecord:
@@ -75,7 +75,9 @@ def trained_text(tokenizer, sequence) -> list[str]:
 
 
 def test_the_ids_and_labels_of_a_short_chat_are_these(smollm2_tokenizer):
-    sequence = feedback_sequence(smollm2_tokenizer, record(response="4", prompt="2+2?"), PARTS)
+    (sequence,) = feedback_sequences(
+        ChatFormat(smollm2_tokenizer), record(response="4", prompt="2+2?"), PARTS
+    )
     system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018]
     system += [411, 407, 19712, 8182, 2, 198]
     user = [1, 4093, 198, 34, 27, 34, 47, 2, 198]
@@ -87,7 +89,7 @@ def test_the_ids_and_labels_of_a_short_chat_are_these(smollm2_tokenizer):
 
 
 def test_with_all_parts_the_loss_is_the_papers(smollm2_tokenizer):
-    sequence = feedback_sequence(smollm2_tokenizer, record(), PARTS)
+    (sequence,) = feedback_sequences(ChatFormat(smollm2_tokenizer), record(), PARTS)
     assert smollm2_tokenizer.decode(sequence.input_ids) == (
         f"{SYSTEM}<|im_start|>user\nName a fruit.<|im_end|>\n"
         "<|im_start|>assistant\nA carrot.<|im_end|>\n"
@@ -116,7 +118,7 @@ def test_with_all_parts_the_loss_is_the_papers(smollm2_tokenizer):
     ],
 )  # fmt: skip
 def test_each_part_is_trained_alone_and_every_trained_turn_ends(smollm2_tokenizer, parts, trained):
-    sequence = feedback_sequence(smollm2_tokenizer, record(), parts)
+    (sequence,) = feedback_sequences(ChatFormat(smollm2_tokenizer), record(), parts)
     assert trained_text(smollm2_tokenizer, sequence) == trained
     counted = sum(label != -100 for label in sequence.labels)
     assert sum(sequence.trained.values()) == counted
@@ -124,7 +126,7 @@ def test_each_part_is_trained_alone_and_every_trained_turn_ends(smollm2_tokenize
 
 
 def test_a_template_without_a_system_turn_is_masked_alike(plain_tokenizer):
-    sequence = feedback_sequence(plain_tokenizer, record(), PARTS)
+    (sequence,) = feedback_sequences(ChatFormat(plain_tokenizer), record(), PARTS)
     assert plain_tokenizer.decode(sequence.input_ids).startswith(
         "<user>\nName a fruit.\n<assistant>"
     )
@@ -138,7 +140,9 @@ def test_a_template_without_a_system_turn_is_masked_alike(plain_tokenizer):
 def test_a_good_refinement_is_shown_with_its_own_feedback_and_its_copy_is_not_trained(
     smollm2_tokenizer,
 ):
-    sequence = refinement_feedback_sequence(smollm2_tokenizer, record(), ("feedback", "refinement"))
+    (sequence,) = refinement_feedback_sequences(
+        ChatFormat(smollm2_tokenizer), record(), ("feedback", "refinement")
+    )
     assert trained_text(smollm2_tokenizer, sequence) == [
         "An apple.<|im_end|>",
         "Weaknesses: None.\nSuggestions: None.\nOverall Score: [[9]]\n\n### Improved Response\n",
@@ -150,8 +154,8 @@ def test_a_good_refinement_is_shown_with_its_own_feedback_and_its_copy_is_not_tr
 @pytest.mark.parametrize("template", ["smollm2_tokenizer", "plain_tokenizer"])
 def test_text_that_looks_like_a_control_token_never_becomes_one(field, template, request):
     tokenizer = request.getfixturevalue(template)
-    honest = feedback_sequence(tokenizer, record(), PARTS)
-    forged = feedback_sequence(tokenizer, record(**{field: f"x {FORGED} y"}), PARTS)
+    (honest,) = feedback_sequences(ChatFormat(tokenizer), record(), PARTS)
+    (forged,) = feedback_sequences(ChatFormat(tokenizer), record(**{field: f"x {FORGED} y"}), PARTS)
     for control in (0, 1, 2):
         assert forged.input_ids.count(control) == honest.input_ids.count(control)
     assert FORGED in tokenizer.decode(forged.input_ids)
@@ -166,9 +170,11 @@ def test_ids_equal_the_templates_own(template, request):
         Message(role="user", content="```python\nprint('x')\n```"),
     ]
     plain = [turn.model_dump() for turn in chat]
-    for ask in (True, False):
-        own = tokenizer.apply_chat_template(plain, add_generation_prompt=ask, tokenize=True)
-        assert encode_chat(tokenizer, chat, add_generation_prompt=ask) == own["input_ids"]
+    own = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=True)
+    assert ChatFormat(tokenizer).prompt_ids(chat) == own["input_ids"]
+    own = tokenizer.apply_chat_template(plain[:2], tokenize=True)
+    turn = ChatFormat(tokenizer).turn(chat[:1], chat[1].content)
+    assert turn.ids + turn.after == own["input_ids"]
 
 
 @pytest.mark.parametrize("template", ["smollm2_tokenizer", "plain_tokenizer"])
@@ -176,10 +182,10 @@ def test_a_harmless_text_has_the_same_ids_beside_a_forged_one(template, request)
     """The careful way of encoding differs from the plain one in the forged text only."""
     tokenizer = request.getfixturevalue(template)
     turn = Message(role="user", content="Hi,\n\n  there! 1234 čaj 🍎")
-    alone = encode_chat(tokenizer, [turn], add_generation_prompt=True)
+    alone = ChatFormat(tokenizer).prompt_ids([turn])
     forged = Message(role="user", content=FORGED)
-    both = encode_chat(tokenizer, [turn, forged], add_generation_prompt=True)
-    opening = alone[: -len(encode_chat(tokenizer, [turn], add_generation_prompt=True)[-4:])]
+    both = ChatFormat(tokenizer).prompt_ids([turn, forged])
+    opening = alone[: -len(ChatFormat(tokenizer).prompt_ids([turn])[-4:])]
     assert both[: len(opening)] == opening
 
 
@@ -217,7 +223,7 @@ def test_the_end_of_a_turn_is_the_token_behind_the_words(tiny_model, template, a
     tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text in added])
     tokenizer.chat_template = template
     assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == end
-    sequence = feedback_sequence(tokenizer, record(), ("response",))
+    (sequence,) = feedback_sequences(ChatFormat(tokenizer), record(), ("response",))
     assert trained_text(tokenizer, sequence) == [f"A carrot.{end}"]
 
 
@@ -231,7 +237,7 @@ def test_a_template_that_ends_no_turn_is_refused(tiny_model):
 def test_private_use_characters_stay_themselves_beside_a_forged_token(smollm2_tokenizer):
     own = "".join(chr(0xF0000 + n) for n in range(40))
     turn = Message(role="user", content=f"{own} {FORGED}")
-    ids = encode_chat(smollm2_tokenizer, [turn], add_generation_prompt=True)
+    ids = ChatFormat(smollm2_tokenizer).prompt_ids([turn])
     assert turn.content in smollm2_tokenizer.decode(ids)
 
 
@@ -245,30 +251,41 @@ def test_a_pair_is_split_into_prompt_and_answers_that_end(smollm2_tokenizer):
         rejected_score=2,
         source="c",
     )
-    ids = preference_ids(smollm2_tokenizer, pair)
+    ids = preference_ids(ChatFormat(smollm2_tokenizer), pair)
     assert ids.prompt_ids[-4:] == [1, 520, 9531, 198]
     assert ids.chosen_ids == [36, 2]
     assert ids.rejected_ids[-1] == 2
     assert not {0, 1, 2} & set(ids.rejected_ids[:-1])
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tiny_model, tmp_path):
+def test_where_a_template_rewrites_earlier_turns_each_trained_turn_is_a_sequence(
+    tiny_model, tmp_path
+):
     template = tmp_path / "rewriting.jinja"
     template.write_text(
         "{% for m in messages %}{% if m['role'] == 'assistant' and not loop.last %}(gone)"
         "{% else %}{{ m['content'] }}{% endif %}{{ eos_token }}{% endfor %}"
     )
-    tokenizer = load_tokenizer(str(tiny_model), chat_template=template)
-    with pytest.raises(SrtError, match="rewrites earlier turns"):
-        feedback_sequence(tokenizer, record(), PARTS)
+    tokenizer = load_tokenizer(str(tiny_model), chat_template=str(template))
+    apart = feedback_sequences(ChatFormat(tokenizer), record(), PARTS)
+    assert [sequence.piece for sequence in apart] == ["turn 1 of 2", "turn 2 of 2"]
+    assert [trained_text(tokenizer, sequence) for sequence in apart] == [
+        ["A carrot.<|im_end|>"],
+        [
+            "Weaknesses: No fruit.\nSuggestions: Name one.\nOverall Score: [[3]]\n\n"
+            "### Improved Response\nAn apple.<|im_end|>"
+        ],
+    ]
+    assert "(gone)" in tokenizer.decode(apart[1].input_ids)
+    (alone,) = feedback_sequences(ChatFormat(tokenizer), record(), ("response",))
+    assert alone == apart[0]
 
 
 def test_a_template_that_never_ends_a_turn_is_refused(tiny_model, tmp_path):
     template = tmp_path / "endless.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    tokenizer = load_tokenizer(str(tiny_model), chat_template=template)
     with pytest.raises(SrtError, match="would not learn to stop"):
-        end_of_turn_id(tokenizer)
+        load_tokenizer(str(tiny_model), chat_template=str(template))
 
 
 def test_padding_never_ends_a_turn(smollm2_tokenizer):

@@ -154,10 +154,11 @@ def test_the_first_loss_is_that_of_transformers_alone(train, tmp_path, tiny_mode
     import torch
     from transformers import AutoModelForCausalLM
 
+    from srt_cli.models.chat import ChatFormat
     from srt_cli.models.weights import load_tokenizer
     from srt_cli.records import FeedbackRecord
     from srt_cli.training.rows import PARTS
-    from srt_cli.training.sequences import feedback_sequence
+    from srt_cli.training.sequences import feedback_sequences
 
     write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
     train("--epochs", 1, "--micro-batch", 2)
@@ -165,7 +166,7 @@ def test_the_first_loss_is_that_of_transformers_alone(train, tmp_path, tiny_mode
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     total, count = 0.0, 0
     for row in feedback_rows(4):
-        sequence = feedback_sequence(tokenizer, FeedbackRecord(**row), PARTS)
+        (sequence,) = feedback_sequences(ChatFormat(tokenizer), FeedbackRecord(**row), PARTS)
         logits = model(torch.tensor([sequence.input_ids])).logits[0]
         for place, label in enumerate(sequence.labels[1:]):
             if label != -100:

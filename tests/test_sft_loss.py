@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from test_sft import feedback_rows
 from transformers import AutoModelForCausalLM
 
+from srt_cli.models.chat import ChatFormat
 from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import FeedbackRecord
 from srt_cli.training.rows import FEEDBACK_PARTS
-from srt_cli.training.sequences import feedback_sequence
+from srt_cli.training.sequences import feedback_sequences
 
 ROWS = [
     row | {"response": "It is. " * (1 + 3 * (n % 3)), "refinement": "So it is. " * (1 + n % 4)}
@@ -61,7 +62,7 @@ def test_the_first_loss_of_each_subset_is_that_of_transformers_alone(
     model = AutoModelForCausalLM.from_pretrained(left_padding_model, dtype=torch.float32)
     total, count = 0.0, 0
     for row in ROWS:
-        sequence = feedback_sequence(tokenizer, FeedbackRecord(**row), parts)
+        (sequence,) = feedback_sequences(ChatFormat(tokenizer), FeedbackRecord(**row), parts)
         logits = model(torch.tensor([sequence.input_ids])).logits[0].double()
         labels = torch.tensor(sequence.labels)
         picked = labels[1:] != -100

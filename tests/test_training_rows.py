@@ -9,6 +9,7 @@ from test_sequences import record, trained_text
 from test_sft import feedback_rows
 
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.models.chat import ChatFormat
 from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import Message
 from srt_cli.templates import CRITIQUE_REQUEST
@@ -23,8 +24,8 @@ from srt_cli.training.rows import (
 )
 from srt_cli.training.sequences import (
     TokenSequence,
-    chat_sequence,
-    feedback_sequence,
+    chat_sequences,
+    feedback_sequences,
     refinement_sequence,
 )
 
@@ -105,7 +106,7 @@ def test_the_loss_of_each_part_is_that_of_transformers_alone(sft, tmp_path, tiny
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     losses = {part: [] for part in PARTS}
     for row in held_out:
-        sequence = feedback_sequence(tokenizer, record(**row), PARTS)
+        (sequence,) = feedback_sequences(ChatFormat(tokenizer), record(**row), PARTS)
         logits = model(torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
         for part, places in sequence.parts:
             losses[part] += [-float(logits[p - 1, sequence.input_ids[p]]) for p in places]
@@ -161,7 +162,7 @@ def test_dpo_evaluates_on_pairs_that_are_held_out(dpo, tmp_path):
     ],
 )
 def test_what_is_dropped_is_not_in_the_target(tokenizer, drop, feedback):
-    sequence = feedback_sequence(tokenizer, record(), PARTS, drop)
+    (sequence,) = feedback_sequences(ChatFormat(tokenizer), record(), PARTS, drop)
     assert trained_text(tokenizer, sequence) == [
         "A carrot.<|im_end|>",
         f"{feedback}### Improved Response\nAn apple.<|im_end|>",
@@ -170,7 +171,7 @@ def test_what_is_dropped_is_not_in_the_target(tokenizer, drop, feedback):
 
 
 def test_refinement_only_is_the_refinement_as_the_first_answer(tokenizer):
-    sequence = refinement_sequence(tokenizer, record())
+    (sequence,) = refinement_sequence(ChatFormat(tokenizer), record())
     text = tokenizer.decode(sequence.input_ids)
     assert trained_text(tokenizer, sequence) == ["An apple.<|im_end|>"]
     assert "A carrot." not in text
@@ -216,14 +217,14 @@ CHAT = [
 
 
 def test_every_answer_of_a_mixed_in_chat_is_trained(tokenizer):
-    sequence = chat_sequence(tokenizer, "1", [Message(**turn) for turn in CHAT])
+    (sequence,) = chat_sequences(ChatFormat(tokenizer), "1", [Message(**turn) for turn in CHAT])
     assert trained_text(tokenizer, sequence) == ["Hello.<|im_end|>", "So long.<|im_end|>"]
     assert sequence.trained["mix"] == sum(label != -100 for label in sequence.labels)
 
 
 def test_of_a_prompt_of_several_turns_only_what_follows_is_trained(tokenizer):
     prompt = [Message(**turn) for turn in CHAT[:4]]
-    sequence = feedback_sequence(tokenizer, record(prompt=prompt), ("response",))
+    (sequence,) = feedback_sequences(ChatFormat(tokenizer), record(prompt=prompt), ("response",))
     assert "Hello." in tokenizer.decode(sequence.input_ids)
     assert trained_text(tokenizer, sequence) == ["A carrot.<|im_end|>"]
 

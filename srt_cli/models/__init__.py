@@ -193,6 +193,8 @@ class ModelOptions:
     """Log-probabilities will be asked for: an engine that must prepare for it does so at once."""
     timeout_s: float = 600.0
     trust_remote_code: bool = False
+    chat_template: str | None = None
+    """For a model in process, instead of its own: a file, or the name of a template."""
     rpm: float | None = None
     tpm: float | None = None
     prices: "Mapping[str, Price]" = field(default_factory=dict)

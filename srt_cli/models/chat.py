@@ -1,54 +1,469 @@
-"""Chats as token ids: the same ids for training and for generation, and no forged control tokens."""
+"""Chats as token ids, one way for all: what a model is fed, and what it would have to say.
 
+A turn is what the template's generation prompt feeds, the text, and the end of the turn. Drafting,
+self-critique, sft, dpo and eval take their ids from here. No text becomes a control token.
+"""
+
+import ctypes
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from itertools import count
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from srt_cli.errors import SrtError
 from srt_cli.records import Message
 
+Thinking = Literal["off", "on", "auto"]
+"""Whether a model is told to think before it answers; `auto` leaves it to its template."""
+
 # Private-use characters stand in for control-token text while the template is rendered.
 FIRST_STAND_IN: Final = 0xF0000
 MARKER: Final = "the last word"
+QUESTION: Final = Message(role="user", content="What is 2 + 2?")
 PROBE: Final = (
     Message(role="user", content="What is 2 + 2?\n"),
     Message(role="assistant", content=" It is 4."),
     Message(role="user", content="Why?"),
 )
+SECONDS: Final = 10.0
+"""A template that takes longer over one question will not come to an end."""
+LONGEST_FRAME: Final = 1_000_000
+"""Characters that a template may write around the texts."""
+SWITCHES: Final = ("enable_thinking", "thinking")
+"""The variables by which templates are told whether to think."""
+_SWITCH: Final = re.compile(rf"(?<![\w.'\"])({'|'.join(SWITCHES)})\b(?!['\"])")
+_COMMENT: Final = re.compile(r"\{#.*?#\}", re.DOTALL)
+
+THOUGHTS: Final[tuple[tuple[str, str], ...]] = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+)
+"""What thoughts stand between, by model family."""
+_MARKUP: Final = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 
 
-def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, add_generation_prompt: bool
-) -> list[int]:
-    """Token ids of a chat under the model's own template.
+class UnfitChat(SrtError):
+    """A chat that the model's template does not take; the message says why, in its own words."""
 
-    Equals `apply_chat_template(tokenize=True)` wherever no content holds a control token's text.
-    Where one does (`<|im_end|>` in a prompt), that text is tokenised as plain text.
-    Raises `SrtError` for a tokenizer without a chat template, or one that cannot tell the two apart.
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn of the model's as it is generated, in token ids."""
+
+    prompt: list[int]
+    """What stands before it: the chat so far, the turn's header, an empty thought if there is one."""
+    said: list[int]
+    """What it has to say: the text, what its template writes around it, and the end of the turn."""
+    after: list[int]
+    """What the template writes behind a last turn."""
+
+    @property
+    def ids(self) -> list[int]:
+        """What the model has read and written when the turn is over."""
+        return self.prompt + self.said
+
+    @property
+    def place(self) -> range:
+        """Where in `ids` the turn's own tokens stand."""
+        return range(len(self.prompt), len(self.prompt) + len(self.said))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a template writes around the words of an assistant's last turn."""
+
+    header: str
+    """What its generation prompt leaves out, where it writes none."""
+    no_thought: str
+    """What makes an empty thought of the generation prompt's end; often the prompt holds it itself."""
+    lead: str
+    """What the model itself says before the words."""
+    close: str
+    """From behind the words to the end-of-turn token."""
+    after: str
+    end_id: int
+    trims: bool
+    """Whether it takes away white space around the words."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChatFormat:
+    """How one model writes chats: its tokenizer, its template, and whether it is told to think.
+
+    Raises `SrtError` where the template is of no use, `UnfitChat` for a chat that it does not take.
     """
-    check_template(tokenizer)
-    controls = _control_tokens(tokenizer)
-    if not any(control in turn.content for turn in messages for control in controls):
-        return _encode_whole(tokenizer, messages, add_generation_prompt)
-    if not _pieces_equal_whole(tokenizer):
-        raise SrtError(
-            "a text holds a control token of the model, and this tokenizer cannot encode it as "
-            "plain text. Remove such texts, or use a model with a fast tokenizer."
+
+    tokenizer: PreTrainedTokenizerBase
+    thinking: Thinking = "off"
+    day: datetime | None = None
+    """The date that the template writes, if it writes one; None for today's."""
+
+    def prompt_ids(self, history: Sequence[Message]) -> list[int]:
+        """What the model is fed to answer `history`.
+
+        Equals `apply_chat_template(tokenize=True, add_generation_prompt=True)` wherever no content
+        holds a control token's text, the template writes a header, and no thought is left open that
+        should not be.
+        """
+        form = self._form
+        no_thought = form.no_thought if self.thinking == "off" else ""
+        return self._encode(history, form.header + no_thought)
+
+    def turn(self, history: Sequence[Message], text: str) -> Turn:
+        """The turn that answers `history` with `text`."""
+        form = self._form
+        words = text.strip() if form.trims else text
+        fed = form.header + form.no_thought
+        prompt = self._encode(history, fed)
+        whole = self._encode(history, fed + form.lead, words, form.close + form.after)
+        if whole[: len(prompt)] != prompt:
+            # The border falls into a token; what is generated begins with a token of its own.
+            whole = prompt + self._encode(None, form.lead, words, form.close + form.after)
+        end = whole.index(form.end_id, len(prompt)) + 1
+        return Turn(prompt, whole[len(prompt) : end], whole[end:])
+
+    def check(self) -> None:
+        """Raise `SrtError` where the template is of no use for training and generation."""
+        assert self._form
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a turn of the model's."""
+        return self._form.end_id
+
+    @cached_property
+    def template(self) -> str:
+        """The chat template; raises `SrtError` when there is none, or several without a default."""
+        given: str | Mapping[str, str] | None = self.tokenizer.chat_template
+        if isinstance(given, Mapping):
+            if "default" not in given:
+                raise SrtError(
+                    f"{self._name}: the model has the chat templates {', '.join(sorted(given))} and "
+                    "no default. Pass one of these names with --chat-template."
+                )
+            return given["default"]
+        if not given:
+            raise SrtError(
+                f"{self._name}: the model has no chat template. Pass --chat-template with a .jinja "
+                "file or the name of a template that TRL ships, such as qwen2_5, or use an instruct "
+                "model."
+            )
+        return str(given)
+
+    @cached_property
+    def switch(self) -> str | None:
+        """The template's variable that turns thinking on and off; None where it has none."""
+        named = _SWITCH.search(_COMMENT.sub("", self.template))
+        if named is None:
+            return None
+        told = {self._render([QUESTION], True, switched={named[1]: on}) for on in (True, False)}
+        return named[1] if len(told) == 2 else None
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the ids depend on the day."""
+        return "strftime_now" in _COMMENT.sub("", self.template)
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether `thinking` has an effect: by the template's variable, or by an empty thought."""
+        return self.switch is not None or bool(self._form.no_thought)
+
+    # --- What the template writes ----------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return str(self.tokenizer.name_or_path)
+
+    @cached_property
+    def _variables(self) -> dict[str, Any]:
+        variables: dict[str, Any] = {}
+        if self.thinking != "auto" and self.switch is not None:
+            variables[self.switch] = self.thinking == "on"
+        if self.day is not None and self.writes_date:
+            variables["strftime_now"] = self.day.strftime
+        return variables
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        ask: bool,
+        parts: bool | None = None,
+        switched: Mapping[str, Any] | None = None,
+    ) -> str:
+        parts = self._takes_parts if parts is None else parts
+        variables = self._variables if switched is None else switched
+        plain: list[dict[str, Any]] = [
+            {
+                "role": turn.role,
+                "content": [{"type": "text", "text": turn.content}] if parts else turn.content,
+            }
+            for turn in messages
+        ]
+        rendered = self.tokenizer.apply_chat_template(
+            plain,
+            chat_template=self.template,
+            add_generation_prompt=ask,
+            tokenize=False,
+            **variables,
         )
-    return _encode_in_pieces(tokenizer, messages, add_generation_prompt)
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _try(
+        self,
+        messages: Sequence[Message],
+        ask: bool,
+        parts: bool | None = None,
+        switched: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Render; whatever a template may raise is an `UnfitChat` with its words."""
+        try:
+            rendered = self._render(messages, ask, parts, switched)
+        except jinja2.TemplateSyntaxError as error:
+            raise SrtError(
+                f"{self._name}: its chat template is broken, line {error.lineno}: {error.message}. "
+                "Pass another with --chat-template."
+            ) from error
+        except SrtError:
+            raise
+        except Exception as error:  # a template is a program of somebody else's
+            words = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UnfitChat(f"the chat template says: {words.rstrip('.')}") from error
+        if len(rendered) > LONGEST_FRAME + 2 * sum(len(turn.content) for turn in messages):
+            raise UnfitChat(f"the chat template writes {len(rendered)} characters")
+        return rendered
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether contents must be lists of parts, as templates of models that see pictures want."""
+        asked = Message(role="user", content=MARKER)
+        failures = []
+        for parts in (False, True):
+            try:
+                with _deadline(SECONDS):
+                    rendered = self._try([asked], True, parts, {})
+            except (UnfitChat, _TooSlow) as error:
+                failures.append(str(error) or f"it does not come to an end in {SECONDS:g} s")
+                continue
+            if MARKER in rendered:
+                return parts
+        why = f"({failures[0]})" if failures else "(it leaves the question out)"
+        raise SrtError(
+            f"{self._name}: its chat template takes not even a plain question {why}. Pass another with "
+            "--chat-template."
+        )
+
+    @cached_property
+    def _form(self) -> _Form:
+        asked = [QUESTION]
+        answered = [*asked, Message(role="assistant", content=MARKER)]
+        spaced = [*asked, Message(role="assistant", content=f" {MARKER} ")]
+        try:
+            prompt = self._try(asked, True)
+            silent = self._try(asked, False)
+            whole = self._try(answered, False)
+            trims = f" {MARKER} " not in self._try(spaced, False)
+        except UnfitChat as error:
+            raise SrtError(
+                f"{self._name}: {error}, of a plain question and answer. Pass another with "
+                "--chat-template."
+            ) from error
+        before, found, behind = whole.rpartition(MARKER)
+        if not found:
+            raise SrtError(
+                f"{self._name}: its chat template leaves an assistant's answer out. Pass another "
+                "with --chat-template."
+            )
+        header, no_thought, lead = _before_the_words(prompt, before, headless=prompt == silent)
+        earlier = self._behind_an_earlier_turn(answered)
+        token = self._first_control(behind)
+        if token is None:
+            # The next role's token may end it, which the last turn of a chat lacks.
+            token = self._first_control(earlier)
+            behind = earlier.partition(token)[0] + token if token is not None else behind
+        if token is None:
+            raise SrtError(
+                f"{self._name}: its chat template ends an assistant's turn with no token of the "
+                f"model's own ({behind.strip()[:40]!r}), so the model would not learn to stop. Pass "
+                "a --chat-template that does."
+            )
+        close = behind.partition(token)[0] + token
+        eos = str(self.tokenizer.eos_token)
+        if behind.startswith(close + eos) and earlier.startswith(close + eos):
+            token, close = eos, close + eos  # a text is closed, and then the turn
+        end_id = self.tokenizer.convert_tokens_to_ids(token)
+        assert isinstance(end_id, int)
+        after = behind.removeprefix(close)
+        return _Form(header, no_thought, lead, close, after, end_id, trims)
+
+    def _behind_an_earlier_turn(self, answered: list[Message]) -> str:
+        """What follows an answer when the chat goes on: it may end by the next role's token."""
+        try:
+            going_on = self._try([*answered, Message(role="user", content="Why?")], False)
+        except UnfitChat:
+            return ""
+        return going_on.rpartition(MARKER)[2].partition("Why?")[0]
+
+    def _first_control(self, text: str) -> str | None:
+        found = re.search(_any_of(self._tokens), text) if self._tokens else None
+        return found[0] if found else None
+
+    # --- From text to ids, without forged control tokens -----------------------------------------
+
+    def _encode(
+        self, history: Sequence[Message] | None, before: str, words: str = "", behind: str = ""
+    ) -> list[int]:
+        """Ids of the generation prompt for `history` (None: of nothing), and of `words` in a frame."""
+        texts = [*(turn.content for turn in history or ()), words]
+        stand_ins: dict[str, str] = {}
+        if any(hidden in text for text in texts for hidden in self._hidden):
+            self._refuse_if_forged()
+            stand_ins = _stand_ins(self._hidden, texts)
+        prompt = "" if history is None else self._prompt_text(_in_disguise(history, stand_ins))
+        rendered = prompt + before + _replace(words, stand_ins) + behind
+        if stand_ins:
+            return self._in_pieces(rendered, stand_ins)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _prompt_text(self, history: Sequence[Message]) -> str:
+        rendered = self._try(history, True)
+        for turn in history:
+            if turn.role != "assistant" and turn.content.strip() not in rendered:
+                raise UnfitChat(f"the chat template leaves the {turn.role} turn out")
+        return rendered
+
+    def _refuse_if_forged(self) -> None:
+        if not self._pieces_equal_whole:
+            raise SrtError(
+                "a text holds a control token of the model, and this tokenizer cannot encode it as "
+                "plain text. Remove such texts, or use a model with a fast tokenizer."
+            )
+
+    def _in_pieces(self, rendered: str, stand_ins: Mapping[str, str]) -> list[int]:
+        """Split the chat at the template's own control tokens; tokenise the rest as plain text."""
+        shown = {stand_in: hidden for hidden, stand_in in stand_ins.items()}
+        ids: list[int] = []
+        pieces = re.split(f"({_any_of(self._tokens)})", rendered)
+        for place, piece in enumerate(pieces):
+            if place % 2:
+                token = self.tokenizer.convert_tokens_to_ids(piece)
+                assert isinstance(token, int)
+                ids.append(token)
+                continue
+            if place > 0 and self._strips(pieces[place - 1], "rstrip"):
+                piece = piece.lstrip()
+            if place + 1 < len(pieces) and self._strips(pieces[place + 1], "lstrip"):
+                piece = piece.rstrip()
+            ids += self._as_plain_text(piece, shown)
+        return ids
+
+    def _as_plain_text(self, piece: str, shown: Mapping[str, str]) -> list[int]:
+        """A token that is added but not special is cut in two, so that no tokenizer finds it."""
+        text = _replace(piece, shown)
+        if not self._not_special:
+            parts = [text]
+        else:
+            cut = re.sub(
+                _any_of(self._not_special), lambda found: f"{found[0][0]}\0{found[0][1:]}", text
+            )
+            parts = cut.split("\0") if "\0" not in text else [text]
+        return [
+            token
+            for part in parts
+            if part
+            for token in self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ]
+        ]
+
+    def _strips(self, token: str, side: str) -> bool:
+        added = next(
+            (each for each in self.tokenizer.added_tokens_decoder.values() if str(each) == token),
+            None,
+        )
+        return bool(getattr(added, side, False))
+
+    @cached_property
+    def _pieces_equal_whole(self) -> bool:
+        text = self._prompt_text(PROBE)
+        whole = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        forged = any(
+            self.tokenizer.convert_tokens_to_ids(token) in self._as_plain_text(token, {})
+            for token in self._tokens[:16]
+        )
+        return not forged and whole == self._in_pieces(text, {})
+
+    @cached_property
+    def _tokens(self) -> tuple[str, ...]:
+        """Every text that the tokenizer reads as one control token, the longest first.
+
+        That is every special token, and each added one that the template writes or that looks like
+        markup (but no run of spaces).
+        """
+        texts = set(self.tokenizer.all_special_tokens)
+        texts |= {
+            str(each) for each in self.tokenizer.added_tokens_decoder.values() if each.special
+        }
+        return _longest_first(texts | set(self._not_special))
+
+    @cached_property
+    def _not_special(self) -> tuple[str, ...]:
+        added = {
+            str(each) for each in self.tokenizer.added_tokens_decoder.values() if not each.special
+        }
+        template = self.template
+        return _longest_first(
+            text
+            for text in added - set(self.tokenizer.all_special_tokens)
+            if len(text) > 1 and text.strip() and (text in template or _MARKUP.fullmatch(text))
+        )
+
+    @cached_property
+    def _hidden(self) -> tuple[str, ...]:
+        """What the template must not see in a text: control tokens, and the tags of its thoughts."""
+        tags = {tag.strip() for pair in THOUGHTS for tag in pair if tag.strip() in self.template}
+        return _longest_first(tags | set(self._tokens))
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `SrtError` when the tokenizer has no chat template."""
-    if not tokenizer.chat_template:
-        raise SrtError(
-            f"{tokenizer.name_or_path}: the model has no chat template. "
-            "Pass --chat-template FILE (a .jinja file), or use an instruct model."
-        )
+def _before_the_words(prompt: str, before: str, *, headless: bool) -> tuple[str, str, str]:
+    """What stands between the generation prompt and the words: header, end of an empty thought, lead.
+
+    `before` is the template's text before the words of a last turn. The header is there where the
+    template writes none for a generation (`headless`); the lead is said by the model itself.
+    """
+    pairs = zip(prompt, before, strict=False)
+    length = next(
+        (place for place, (a, b) in enumerate(pairs) if a != b), min(len(prompt), len(before))
+    )
+    shared = prompt[:length]
+    if len(shared) < len(prompt) and shared.rfind("<") > shared.rfind(">"):
+        shared = shared[: shared.rfind("<")]  # a whole tag differs
+    opened, rest = prompt[len(shared) :], before[len(shared) :]
+    if headless:
+        return rest, "", ""
+    for tag, end in THOUGHTS:
+        if end in rest:
+            head, _, tail = rest.rpartition(end)
+            words = tail.lstrip()
+            gap = tail[: len(tail) - len(words)] if words or "\n\n" in tail else ""
+            return "", head + end + gap, tail[len(gap) :]
+        if tag.strip() in opened and end not in opened:
+            return "", f"\n{end}\n\n", rest
+    return "", "", rest
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -56,84 +471,48 @@ def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Raises `SrtError` when there is none: a model trained so would never stop.
     """
-    check_template(tokenizer)
-    turns = [Message(role="user", content="a"), Message(role="assistant", content=MARKER)]
-    rendered = tokenizer.apply_chat_template(_plain(turns), tokenize=False)
-    assert isinstance(rendered, str)
-    behind = tokenizer(rendered.rpartition(MARKER)[2], add_special_tokens=False)["input_ids"]
-    for token in behind:
-        if token in tokenizer.added_tokens_decoder or token in tokenizer.all_special_ids:
-            return int(token)
-    raise SrtError(
-        f"{tokenizer.name_or_path}: its chat template ends an assistant's turn with no special "
-        "token, so the model would not learn to stop. Pass a --chat-template that does."
+    return ChatFormat(tokenizer).end_id
+
+
+class _TooSlow(Exception):
+    pass
+
+
+@contextmanager
+def _deadline(seconds: float) -> Iterator[None]:
+    """Raise `_TooSlow` in this thread when its Python code runs on for longer."""
+    thread = ctypes.c_ulong(threading.get_ident())
+    stop = ctypes.py_object(_TooSlow)
+    timer = threading.Timer(
+        seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, args=(thread, stop)
     )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
-def _encode_whole(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
-) -> list[int]:
-    encoded: Any = tokenizer.apply_chat_template(
-        _plain(messages), add_generation_prompt=add_generation_prompt, tokenize=True
-    )
-    return list(encoded["input_ids"])
-
-
-def _encode_in_pieces(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool
-) -> list[int]:
-    """Split the rendered chat at the template's own control tokens; tokenise the rest as plain text."""
-    controls = _control_tokens(tokenizer)
-    written = {character for turn in messages for character in turn.content}
+def _stand_ins(hidden: Sequence[str], texts: Sequence[str]) -> dict[str, str]:
+    written = {character for text in texts for character in text}
     free = (chr(code) for code in count(FIRST_STAND_IN) if chr(code) not in written)
-    stand_ins = dict(zip(controls, free, strict=False))
-    hidden = [
-        Message(role=turn.role, content=_replace(turn.content, stand_ins)) for turn in messages
-    ]
-    rendered = tokenizer.apply_chat_template(
-        _plain(hidden), add_generation_prompt=add_generation_prompt, tokenize=False
-    )
-    assert isinstance(rendered, str)
-    shown = {stand_in: control for control, stand_in in stand_ins.items()}
-    ids: list[int] = []
-    for piece in re.split(f"({_any_of(controls)})", rendered):
-        if piece in stand_ins:
-            token = tokenizer.convert_tokens_to_ids(piece)
-            assert isinstance(token, int)
-            ids.append(token)
-        elif piece:
-            plain = _replace(piece, shown)
-            ids += tokenizer(plain, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
-    return ids
+    return dict(zip(hidden, free, strict=False))
 
 
-@lru_cache(maxsize=8)
-def _pieces_equal_whole(tokenizer: PreTrainedTokenizerBase) -> bool:
-    whole = _encode_whole(tokenizer, PROBE, True)
-    plain = tokenizer(
-        _control_tokens(tokenizer)[0], add_special_tokens=False, split_special_tokens=True
-    )
-    forged = len(plain["input_ids"]) == 1
-    return not forged and whole == _encode_in_pieces(tokenizer, PROBE, True)
+def _in_disguise(messages: Sequence[Message], stand_ins: Mapping[str, str]) -> list[Message]:
+    return [Message(role=turn.role, content=_replace(turn.content, stand_ins)) for turn in messages]
 
 
-@lru_cache(maxsize=8)
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """Every text that the tokenizer would read as one special token, the longest first."""
-    texts = set(tokenizer.all_special_tokens)
-    texts |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted((text for text in texts if text), key=lambda text: (-len(text), text)))
-
-
-def _replace(text: str, replacements: dict[str, str]) -> str:
+def _replace(text: str, replacements: Mapping[str, str]) -> str:
+    if not replacements:
+        return text
     return re.sub(_any_of(replacements), lambda found: replacements[found[0]], text)
 
 
-def _any_of(texts: Sequence[str] | dict[str, str]) -> str:
+def _any_of(texts: Sequence[str] | Mapping[str, str]) -> str:
     return "|".join(re.escape(text) for text in texts)
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": turn.role, "content": turn.content} for turn in messages]
+def _longest_first(texts: Any) -> tuple[str, ...]:
+    return tuple(sorted((text for text in texts if text), key=lambda text: (-len(text), text)))

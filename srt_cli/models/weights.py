@@ -1,12 +1,15 @@
 """Weights and tokenizers from a directory, the hub, or a GGUF file; dtype and device with the reason."""
 
 import contextlib
+import difflib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from srt_cli.errors import SrtError
+from srt_cli.models.chat import ChatFormat
 from srt_cli.models.hub import cache_folder
 
 ADAPTER_CONFIG: Final = "adapter_config.json"
@@ -79,18 +83,63 @@ def own_memory_bytes() -> int:
     return memory * min(torch.get_num_threads(), cores) // cores
 
 
-def load_tokenizer(name: str, *, chat_template: Path | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, hub name or GGUF file, with a pad token that ends nothing.
 
+    `chat_template` is a file, the name of one of the model's templates, or of one that TRL ships.
     Raises `SrtError` in one sentence when it cannot be had.
     """
     source = resolve_source(name)
     tokenizer = _load(AutoTokenizer.from_pretrained, name, str(source))
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+        tokenizer.chat_template = _template_of(chat_template, tokenizer.chat_template)
+        try:
+            ChatFormat(tokenizer).check()
+        except SrtError as error:
+            said = str(error).removeprefix(f"{tokenizer.name_or_path}: ")
+            raise SrtError(f"--chat-template {chat_template}: {said}") from None
     _give_own_pad(tokenizer)
     return tokenizer
+
+
+def _template_of(given: str, own: object) -> str:
+    """The text of a template that is named by a file, by the model, or by TRL."""
+    named = dict(own) if isinstance(own, Mapping) else {}
+    file = _template_file(given)
+    if given in named and not Path(given).is_file():
+        return str(named[given])
+    if file is not None:
+        try:
+            return file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise SrtError(
+                f"--chat-template {given}: is not UTF-8 text. Save it as UTF-8."
+            ) from None
+    near = difflib.get_close_matches(given, [*named, *_shipped_templates()], n=3)
+    raise SrtError(
+        f"--chat-template {given}: no such file, and neither the model nor TRL has a template of that "
+        f"name. There are, for example, {', '.join(near or sorted(named) or ['qwen2_5', 'llama3'])}."
+    )
+
+
+def _template_file(given: str) -> Path | None:
+    file = Path(given).expanduser()
+    return file if file.is_file() else _shipped_templates().get(given)
+
+
+def _shipped_templates() -> dict[str, Path]:
+    """The chat templates in TRL's own package, by name."""
+    trl = find_spec("trl")
+    folders = (trl.submodule_search_locations or []) if trl is not None else []
+    files = [file for folder in folders for file in Path(folder).glob("chat_templates/*.jinja")]
+    return {file.stem: file for file in sorted(files)}
+
+
+def digest_of_template(given: str) -> str:
+    """A short digest of the template that is named; of one of the model's own, the name."""
+    file = _template_file(given)
+    return _digest_of_file(file) if file is not None else given
 
 
 def load_weights(

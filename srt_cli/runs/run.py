@@ -388,9 +388,12 @@ def describe_input(path: Path) -> InputFile:
     return InputFile(path=str(path), sha256=digest, rows=rows, run=run)
 
 
-def template_input(template: Path | None, name: str = "chat_template") -> dict[str, Path]:
-    """A template file as an input of the run: a changed template is another run."""
-    return {} if template is None else {name: template}
+def template_input(template: Path | str | None, name: str = "chat_template") -> dict[str, Path]:
+    """A template file as an input of the run: a changed template is another run.
+
+    A template that is named, and no file, is none.
+    """
+    return {name: Path(template)} if template is not None and Path(template).is_file() else {}
 
 
 def _versions() -> dict[str, str]:

@@ -115,7 +115,8 @@ def refuse_other_training(checkpoint: Path, now: Mapping[str, Any]) -> None:
         f"{_named(kind, name)} was {then.get(kind, {}).get(name)!r}, now {value!r}"
         for kind, values in now.items()
         for name, value in values.items()
-        if then.get(kind, {}).get(name) != value
+        # A setting that did not exist then has been compared with its default by the run.
+        if then.get(kind, {}).get(name, value if kind == "settings" else None) != value
     ]
     if differing:
         raise SrtError(

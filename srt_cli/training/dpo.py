@@ -18,7 +18,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.models.weights import base_of, fingerprint_of, load_tokenizer
+from srt_cli.models.weights import base_of, fingerprint_of
 from srt_cli.records import Preference
 from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run, read_manifest
@@ -36,7 +36,15 @@ from srt_cli.training.rows import DpoTask, model_that_wrote, prompts_to_sample
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
 from srt_cli.training.sequences import PairIds
-from srt_cli.training.setup import Setup, Training, load_policy, lora_config, set_up, sharding
+from srt_cli.training.setup import (
+    Setup,
+    Training,
+    chat_of,
+    load_policy,
+    lora_config,
+    set_up,
+    sharding,
+)
 
 # Relative, of a log-prob: another batch may change it by rounding alone.
 TOLERANCE_FP32: Final = 1e-4
@@ -85,19 +93,21 @@ def why_not_of_this_model(task: DpoTask) -> str | None:
     )
 
 
-def _prepare(setup: Setup, pairs: list[Preference]) -> Ready[PairIds]:
+def _prepare(
+    setup: Setup, task: DpoTask, pairs: list[Preference], run: Run | None = None
+) -> Ready[PairIds]:
     """Everything that a training needs to know before its weights are loaded."""
-    tokenizer = load_tokenizer(setup.model, chat_template=setup.options.chat_template)
-    prepared = prepare_dpo(setup, tokenizer, pairs)
+    chat = chat_of(setup, run)
+    prepared = prepare_dpo(setup, chat, task.prefs, pairs)
     longest = max(map(longest_side, prepared.train))
     largest = LargestPass(2 * setup.micro_batch, longest, setup.accumulation)
-    return Ready(tokenizer, prepared, fit(setup, largest))
+    return Ready(chat, prepared, fit(setup, largest))
 
 
 def _show_plan(
     setup: Setup, task: DpoTask, pairs: list[Preference], objective: "Objective"
 ) -> None:
-    ready = _prepare(setup, pairs)
+    ready = _prepare(setup, task, pairs)
     prepared = ready.prepared
     prepared.warnings += [text for text in (setup.advice, why_not_of_this_model(task)) if text]
     measured = None
@@ -112,7 +122,7 @@ def _show_plan(
 def _train(
     setup: Setup, task: DpoTask, pairs: list[Preference], objective: "Objective", run: Run
 ) -> Trained:
-    ready = _prepare(setup, pairs)
+    ready = _prepare(setup, task, pairs, run)
     setup, prepared = ready.fit.setup, ready.prepared
     prepared.record(run, run.out / "dpo.jsonl")
     if warning := why_not_of_this_model(task):
@@ -129,7 +139,7 @@ def _train(
     prompts = prompts_to_sample(
         [pair.prompt for pair in pairs], setup.options.eval_split, setup.options.samples
     )
-    training = Training(setup, ready.tokenizer, run, Sampler(ready.tokenizer, prompts))
+    training = Training(setup, ready.chat, run, Sampler(ready.chat, prompts))
     tuned = train_dpo(training, prepared.train, prepared.held_out, objective)
     run.tally({"reference_seconds": tuned.reference_seconds, "training": vars(tuned.trained)})
     values = setup.values
@@ -331,7 +341,7 @@ def _train_everywhere(
         args=config,
         train_dataset=rows,
         eval_dataset=held_out,
-        processing_class=training.tokenizer,
+        processing_class=training.chat.tokenizer,
         # An adapter that is trained further brings its own.
         peft_config=None if isinstance(policy, PeftModel) else lora_config(setup.adapters),
     )

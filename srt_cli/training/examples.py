@@ -1,13 +1,12 @@
 """From rows to examples: token ids within the length limit, and checks that they teach something."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal, TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
 
 from srt_cli.errors import SrtError
-from srt_cli.models.chat import end_of_turn_id
+from srt_cli.models.chat import ChatFormat, UnfitChat
 from srt_cli.records import FeedbackRecord, Preference, Record
 from srt_cli.training.rows import (
     PARTS,
@@ -23,10 +22,10 @@ from srt_cli.training.rows import (
 from srt_cli.training.sequences import (
     PairIds,
     TokenSequence,
-    chat_sequence,
-    feedback_sequence,
+    chat_sequences,
+    feedback_sequences,
     preference_ids,
-    refinement_feedback_sequence,
+    refinement_feedback_sequences,
     refinement_sequence,
 )
 from srt_cli.training.setup import Setup, positions_of
@@ -78,7 +77,7 @@ def length_limit(setup: Setup) -> LengthLimit:
 
 def prepare_sft(
     setup: Setup,
-    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatFormat,
     records: Sequence[FeedbackRecord],
     task: SftTask,
 ) -> Prepared[TokenSequence]:
@@ -93,15 +92,21 @@ def prepare_sft(
     require_both_sides(train, held_out, share)
     chats, held_chats = _mixed(setup, task, len(train))
 
+    fitting = _Fitting(setup.options.unfit == "drop")
+
     def encode(some: Sequence[FeedbackRecord]) -> list[tuple[TokenSequence, Record]]:
-        return [
-            (sequence, record)
-            for record in some
-            for sequence in _sequences(tokenizer, record, task)
-        ]
+        return fitting.examples(
+            some,
+            lambda record: _sequences(chat, record, task),
+            lambda row: f"{task.data}: row {row.id}",
+        )
 
     def encode_chats(some: Sequence[Chat]) -> list[tuple[TokenSequence, Record]]:
-        return [(chat_sequence(tokenizer, chat.id, chat.messages), chat) for chat in some]
+        return fitting.examples(
+            some,
+            lambda row: chat_sequences(chat, row.id, row.messages),
+            lambda row: f"--mix {row.id}",
+        )
 
     prepared = _within(
         length_limit(setup),
@@ -110,25 +115,62 @@ def prepare_sft(
         lambda sequence: len(sequence.input_ids),
         "sequences",
     )
-    check_labels(prepared.train + prepared.held_out, end_of_turn_id(tokenizer))
+    check_labels(prepared.train + prepared.held_out, chat.end_id)
     _describe_sequences(prepared)
-    _warn_of_pad(tokenizer, prepared)
+    fitting.tell(prepared)
+    _warn_of_chat(chat, prepared)
     return prepared
 
 
-def _sequences(
-    tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord, task: SftTask
-) -> list[TokenSequence]:
+def _sequences(chat: ChatFormat, record: FeedbackRecord, task: SftTask) -> list[TokenSequence]:
     targets = task.targets
     if targets.refinement_only:
-        return [refinement_sequence(tokenizer, record)]
-    sequences = [feedback_sequence(tokenizer, record, targets.loss_on, targets.drop)]
+        return refinement_sequence(chat, record)
+    sequences = feedback_sequences(chat, record, targets.loss_on, targets.drop)
     own = record.refinement_feedback
     if targets.refinement_feedback and own is not None and own.score >= task.good_score:
-        sequences.append(
-            refinement_feedback_sequence(tokenizer, record, targets.loss_on, targets.drop)
-        )
+        sequences += refinement_feedback_sequences(chat, record, targets.loss_on, targets.drop)
     return sequences
+
+
+AnyRow = TypeVar("AnyRow", FeedbackRecord, Chat, Preference)
+
+
+@dataclass
+class _Fitting:
+    """Rows as examples; those that the chat template does not take are refused or dropped."""
+
+    drops: bool
+    fallen: list[Fallen] = field(default_factory=list)
+
+    def examples(
+        self,
+        rows: Sequence[AnyRow],
+        encode: Callable[[AnyRow], list[Ids]],
+        place: Callable[[AnyRow], str],
+    ) -> list[tuple[Ids, Record]]:
+        """The examples of each row, with the row; raises `SrtError` that names its place."""
+        found: list[tuple[Ids, Record]] = []
+        for row in rows:
+            try:
+                found += [(example, row) for example in encode(row)]
+            except UnfitChat as error:
+                if not self.drops:
+                    raise SrtError(
+                        f"{place(row)}: {error}. Leave such rows out with --unfit drop, or pass "
+                        "another --chat-template."
+                    ) from None
+                self.fallen.append(Fallen(row.id, str(error), row))
+        return found
+
+    def tell(self, prepared: Prepared[Any]) -> None:
+        """Count what was dropped."""
+        prepared.fallen = self.fallen + prepared.fallen
+        if self.fallen:
+            prepared.tallies["unfit"] = len(self.fallen)
+            prepared.warnings.append(
+                f"{len(self.fallen)} rows that the model's chat template does not take were left out."
+            )
 
 
 def _mixed(setup: Setup, task: SftTask, rows: int) -> tuple[list[Chat], list[Chat]]:
@@ -164,6 +206,13 @@ def _describe_sequences(prepared: Prepared[TokenSequence]) -> None:
     tokens = {part: sum(s.trained[part] for s in prepared.train) for part in PARTS}
     trained = {part: count for part, count in tokens.items() if count}
     total = sum(len(s.input_ids) for s in prepared.train)
+    if pieces := sum(bool(s.piece) for s in prepared.train):
+        prepared.tallies["turns_apart"] = pieces
+        prepared.split = (
+            f"{pieces} sequences hold a turn of a longer conversation: the model's chat template "
+            "rewrites earlier turns, so each trained turn is a sequence of its own."
+        )
+        prepared.sentences.append(prepared.split)
     prepared.tallies |= {"tokens": total, "trained_tokens": trained}
     named = ", ".join(f"{count} of {part}" for part, count in trained.items())
     prepared.sentences.append(
@@ -172,7 +221,13 @@ def _describe_sequences(prepared: Prepared[TokenSequence]) -> None:
     )
 
 
-def _warn_of_pad(tokenizer: PreTrainedTokenizerBase, prepared: Prepared[Ids]) -> None:
+def _warn_of_chat(chat: ChatFormat, prepared: Prepared[Ids]) -> None:
+    tokenizer = chat.tokenizer
+    if chat.writes_date:
+        prepared.warnings.append(
+            f"{tokenizer.name_or_path}: its chat template writes the date, so what is trained depends "
+            "on the day. A training that is continued keeps its first day's."
+        )
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         prepared.warnings.append(
             f"{tokenizer.name_or_path}: the tokenizer has no token to pad with but its end token. "
@@ -184,7 +239,7 @@ def _warn_of_pad(tokenizer: PreTrainedTokenizerBase, prepared: Prepared[Ids]) ->
 
 
 def prepare_dpo(
-    setup: Setup, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Preference]
+    setup: Setup, chat: ChatFormat, prefs: Path, pairs: Sequence[Preference]
 ) -> Prepared[PairIds]:
     """Token ids of preference pairs; pairs of two equal answers are dropped.
 
@@ -195,14 +250,19 @@ def prepare_dpo(
     train, held_out = split_rows(telling, lambda pair: pair.prompt, share)
     require_both_sides(train, held_out, share)
 
+    fitting = _Fitting(setup.options.unfit == "drop")
+
     def encode(some: Sequence[Preference]) -> list[tuple[PairIds, Record]]:
-        return [(preference_ids(tokenizer, pair), pair) for pair in some]
+        return fitting.examples(
+            some, lambda pair: [preference_ids(chat, pair)], lambda pair: f"{prefs}: row {pair.id}"
+        )
 
     prepared = _within(length_limit(setup), encode(train), encode(held_out), longest_side, "pairs")
     prepared.fallen = fallen + prepared.fallen
     prepared.warnings = warnings + prepared.warnings
     _describe_pairs(prepared, setup.values.loss_type)
-    _warn_of_pad(tokenizer, prepared)
+    fitting.tell(prepared)
+    _warn_of_chat(chat, prepared)
     return prepared
 
 
@@ -215,7 +275,7 @@ def _telling_pairs(
     pairs: Sequence[Preference],
 ) -> tuple[list[Preference], list[str], list[Fallen]]:
     """Pairs whose answers differ; warns of pairs that repeat or contradict each other."""
-    telling, fallen = [], []
+    telling, fallen, silent = [], [], []
     seen: set[tuple[str, str, str]] = set()
     repeated = contradicting = 0
     for pair in pairs:
@@ -224,6 +284,9 @@ def _telling_pairs(
         )
         if chosen == rejected:
             fallen.append(Fallen(pair.id, "chosen and rejected are the same", pair))
+            continue
+        if not pair.chosen[-1].content.strip():
+            silent.append(Fallen(pair.id, "the chosen answer has no words", pair))
             continue
         repeated += (prompt, chosen, rejected) in seen
         contradicting += (prompt, rejected, chosen) in seen
@@ -244,7 +307,9 @@ def _telling_pairs(
             f"{contradicting} pairs say the opposite of another pair; together they teach nothing. "
             "Look at how the preferences were made."
         )
-    return telling, warnings, fallen
+    if silent:
+        warnings.append(f"{len(silent)} pairs prefer silence to an answer; they were left out.")
+    return telling, warnings, fallen + silent
 
 
 def _describe_pairs(prepared: Prepared[PairIds], loss_type: str) -> None:
@@ -287,6 +352,8 @@ def _within(
             f"(the longest, {worst.id}: {length_of(worst)} tokens). {limit.advice}"
         )
     kept = [example for example, _ in train if length_of(example) <= limit.tokens]
+    if not everything:
+        raise SrtError(f"none of the {kind} is left to train on.")
     if not kept:
         raise SrtError(f"none of {len(everything)} {kind} fits {limit.named}. Raise --max-length.")
     prepared = Prepared(

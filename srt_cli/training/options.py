@@ -89,9 +89,13 @@ class TrainingOptions:
         (), "Any other field of TRL's SFTConfig or DPOConfig. Repeatable.",
         group="Training", metavar="KEY=VALUE",
     )  # fmt: skip
-    chat_template: Path | None = setting(
-        None, "A .jinja file, for a model that has no chat template.",
-        group="Model", metavar="FILE",
+    unfit: Literal["refuse", "drop"] = setting(
+        "refuse", "What to do with rows that the model's chat template does not take, such as "
+        "system turns: refuse to train, or drop them.", group="Data",
+    )  # fmt: skip
+    chat_template: str | None = setting(
+        None, "Another chat template for the model: a .jinja file, one of the model's own by name, or "
+        "one that TRL ships (such as qwen3).", group="Model", metavar="NAME|FILE",
     )  # fmt: skip
     eval_split: float = setting(
         0.0, "Share of the prompts to hold out for a validation loss.",

@@ -10,6 +10,7 @@ from typing import Any, Final, Generic
 from transformers import PreTrainedTokenizerBase
 
 from srt_cli import console
+from srt_cli.models.chat import ChatFormat
 from srt_cli.training.batches import Packing, largest_pass, pack_length
 from srt_cli.training.examples import longest_side
 from srt_cli.training.memory import GIB, Fit
@@ -26,7 +27,7 @@ Stretches = list[tuple[str, str]]
 class Ready(Generic[Example]):
     """Everything that is known before the weights are loaded."""
 
-    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
     prepared: Prepared[Example]
     fit: Fit
     packing: Packing | None = None
@@ -107,13 +108,17 @@ def plan_sft(ready: Ready[TokenSequence], read: int) -> Plan:
     lengths["whole row"] = [len(s.input_ids) for s in train]
     masks = [
         (
-            f"row {s.id}: what is trained stands between ⟦ and ⟧",
-            sequence_stretches(ready.tokenizer, s),
+            f"row {s.id}{_piece(s)}: what is trained stands between ⟦ and ⟧",
+            sequence_stretches(ready.chat.tokenizer, s),
         )
         for s in train[: setup.options.show_masks]
     ]
     assert ready.packing is not None
     return Plan(read, lengths, sft_steps(lengths["whole row"], ready.packing, setup), masks)
+
+
+def _piece(sequence: TokenSequence) -> str:
+    return f" ({sequence.piece}, a sequence of its own)" if sequence.piece else ""
 
 
 def plan_dpo(ready: Ready[PairIds], read: int) -> Plan:
@@ -128,7 +133,7 @@ def plan_dpo(ready: Ready[PairIds], read: int) -> Plan:
     masks = [
         (
             f"pair {pair.id}: the two answers that are compared",
-            pair_stretches(ready.tokenizer, pair),
+            pair_stretches(ready.chat.tokenizer, pair),
         )
         for pair in train[: setup.options.show_masks]
     ]
@@ -178,6 +183,8 @@ def _show_rows(prepared: Prepared[Any], read: int) -> None:
     rows += [["held out", str(len(prepared.held_out))]] if prepared.held_out else []
     rows += [[f"dropped: {reason}", str(count)] for reason, count in prepared.reasons.items()]
     console.table("rows", ["", "rows"], rows)
+    if prepared.split is not None:
+        console.result(f"{prepared.split}\n")
     if prepared.too_long is not None:
         console.result(f"{prepared.too_long}\n")
 

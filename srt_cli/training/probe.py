@@ -55,7 +55,7 @@ def probe(
     ):
         run = Run(Manifest(command=setup.stage, settings={}, runtime={}), Path(folder), None)
         packed = ready.packing is not None and ready.packing.on
-        training = Training(setup, ready.tokenizer, run, Sampler(ready.tokenizer, []), packed)
+        training = Training(setup, ready.chat, run, Sampler(ready.chat, []), packed)
         console.hush()
         try:
             tuned = train(training, rows)

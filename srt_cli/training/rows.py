@@ -49,6 +49,8 @@ class Prepared(Generic[Example]):
     """For the terminal: what became of the rows."""
     too_long: str | None = None
     """What a training does about rows over the limit, if there are any; for a plan."""
+    split: str | None = None
+    """That the template rewrites earlier turns, if it does; for a plan."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -81,6 +83,9 @@ def why_not_trained(record: FeedbackRecord) -> str | None:
     """Which of the paper's two rules (section 4.1) a row breaks; None when it passes both."""
     if record.status != "ok":
         return record.status
+    for part, text in (("response", record.response), ("refinement", record.refinement)):
+        if text is not None and not text.strip():
+            return f"empty {part}"
     if record.gain is None:
         return "incomplete"
     if record.gain < 0:

@@ -11,9 +11,9 @@ from typing import Any, Final
 import numpy as np
 import orjson
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig
 
-from srt_cli.models.chat import encode_chat, end_of_turn_id
+from srt_cli.models.chat import ChatFormat
 from srt_cli.records import Message
 
 SAMPLES: Final = "samples.jsonl"
@@ -24,7 +24,7 @@ MAX_NEW_TOKENS: Final = 128
 class Sampler:
     """Lets the model answer the same few prompts again and again, greedily."""
 
-    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
     prompts: Sequence[Sequence[Message]]
     rows: list[dict[str, Any]] = field(default_factory=list)
     """Lines of `samples.jsonl` so far."""
@@ -39,7 +39,7 @@ class Sampler:
         if not self.prompts or step == self.last_step:
             return
         with _undisturbed(model):
-            answers = generate_greedily(model, self.tokenizer, self.prompts)
+            answers = generate_greedily(model, self.chat, self.prompts)
         lines = [
             {"step": step, "prompt": [turn.model_dump() for turn in prompt], **answer}
             for prompt, answer in zip(self.prompts, answers, strict=True)
@@ -50,10 +50,11 @@ class Sampler:
 
 
 def generate_greedily(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[Message]]
+    model: Any, chat: ChatFormat, prompts: Sequence[Sequence[Message]]
 ) -> list[dict[str, Any]]:
     """Answer one batch, padded on the left: text, tokens, and whether the answer ended by itself."""
-    encoded = [encode_chat(tokenizer, prompt, add_generation_prompt=True) for prompt in prompts]
+    tokenizer = chat.tokenizer
+    encoded = [chat.prompt_ids(prompt) for prompt in prompts]
     width = max(map(len, encoded))
     pad = int(tokenizer.pad_token_id or 0)
     device = model.get_input_embeddings().weight.device
@@ -61,7 +62,7 @@ def generate_greedily(
     mask = torch.tensor(
         [[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=device
     )  # both (prompts, width)
-    ends = {end_of_turn_id(tokenizer), tokenizer.eos_token_id} - {None}
+    ends = {chat.end_id, tokenizer.eos_token_id} - {None}
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     settings = GenerationConfig(
         max_new_tokens=max(1, min(MAX_NEW_TOKENS, positions - width)),

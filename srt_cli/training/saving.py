@@ -12,11 +12,11 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from srt_cli import console
 from srt_cli.errors import SrtError
-from srt_cli.models.chat import end_of_turn_id
+from srt_cli.models.chat import ChatFormat
 from srt_cli.models.hub import push_model
 from srt_cli.models.weights import (
     ADAPTER_CONFIG,
@@ -65,7 +65,7 @@ def keep_model(
             merged = logits_of(model, probe)
             found |= _say_what_merging_changed(trained, merged, probe)
             trained, exact = merged, True
-        save_model(model, training.tokenizer, out, card)
+        save_model(model, training.chat, out, card)
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     del model
     gc.collect()
@@ -247,20 +247,16 @@ def rebuild(model: Any, weights: dict[str, Tensor], adapters: Adapters | None) -
 # --- The directory -----------------------------------------------------------------------------
 
 
-def save_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, out: Path, card: str
-) -> None:
+def save_model(model: PreTrainedModel | PeftModel, chat: ChatFormat, out: Path, card: str) -> None:
     """Write weights, tokenizer, chat template, generation config and model card into `out`.
 
     Of a model with an adapter, the adapter alone. Files are written aside and renamed in,
     `config.json` (`adapter_config.json`) last: without it a directory is no model.
     """
-    half = out / HALF
+    half, tokenizer = out / HALF, chat.tokenizer
     shutil.rmtree(half, ignore_errors=True)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.generation_config = generation_config_for(
-        tokenizer, end_of_turn_id(tokenizer), base.generation_config
-    )
+    base.generation_config = generation_config_for(tokenizer, chat.end_id, base.generation_config)
     base.config.pad_token_id = tokenizer.pad_token_id
     try:
         model.save_pretrained(str(half))

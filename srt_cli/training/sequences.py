@@ -4,17 +4,16 @@ A feedback record becomes one conversation (design of the method, paper section 
 
     user: prompt · assistant: response · user: critique request · assistant: feedback + refinement
 
-Prompt and request never carry loss. Every trained turn ends with the end-of-turn token.
+Prompt and request never carry loss. Every trained turn stands as it is generated, and ends with the
+end-of-turn token. Where the template keeps earlier turns so, the conversation is one sequence;
+where it rewrites them, each trained turn is a sequence of its own.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from transformers import PreTrainedTokenizerBase
-
-from srt_cli.errors import SrtError
-from srt_cli.models.chat import encode_chat, end_of_turn_id
+from srt_cli.models.chat import ChatFormat, Turn, UnfitChat
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, as_messages
 from srt_cli.templates import CRITIQUE_REQUEST, FeedbackField, render_feedback, render_refinement
 from srt_cli.training.rows import PARTS, Part
@@ -31,6 +30,8 @@ class TokenSequence:
     labels: list[int]
     parts: tuple[tuple[Part, range], ...]
     """Where each part stands, trained or not; an end-of-turn token belongs to what it closes."""
+    piece: str = ""
+    """Which turns of a conversation these are, where the template rewrites the others."""
 
     @property
     def trained(self) -> dict[Part, int]:
@@ -55,12 +56,21 @@ class TokenSequence:
         return sum(len(places) for named, places in self.parts if named == part)
 
 
-def feedback_sequence(
-    tokenizer: PreTrainedTokenizerBase,
+@dataclass(frozen=True)
+class _Taught:
+    """A turn, where its parts stand in its ids, and what of it is trained."""
+
+    turn: Turn
+    parts: list[tuple[Part, range]]
+    trained: list[range]
+
+
+def feedback_sequences(
+    chat: ChatFormat,
     record: FeedbackRecord,
     loss_on: Sequence[Part],
     drop: Sequence[FeedbackField] = (),
-) -> TokenSequence:
+) -> list[TokenSequence]:
     """The paper's sequence of one record; with all three parts in `loss_on` its loss is Eq. 1.
 
     `drop` leaves fields of the feedback out of the target (paper, Table 6).
@@ -71,46 +81,40 @@ def feedback_sequence(
     told = _Criticised(
         record.id, as_messages(record.prompt), record.response, record.feedback, record.refinement
     )
-    return _conversation(tokenizer, told, loss_on, drop)
+    return _conversation(chat, told, loss_on, drop)
 
 
-def refinement_sequence(
-    tokenizer: PreTrainedTokenizerBase, record: FeedbackRecord
-) -> TokenSequence:
+def refinement_sequence(chat: ChatFormat, record: FeedbackRecord) -> list[TokenSequence]:
     """Prompt and refinement, as if it were the first answer (paper, Table 6: "Refinement Only")."""
     assert record.refinement is not None
-    answer = Message(role="assistant", content=record.refinement.strip())
-    messages = [*as_messages(record.prompt), answer]
-    return _answers(tokenizer, record.id, messages, [len(messages) - 1], "refinement")
+    turn = chat.turn(as_messages(record.prompt), record.refinement.strip())
+    return _sequences(record.id, [_Taught(turn, [("refinement", turn.place)], [turn.place])])
 
 
-def chat_sequence(
-    tokenizer: PreTrainedTokenizerBase, identifier: str, messages: Sequence[Message]
-) -> TokenSequence:
-    """Other chat data (`--mix`): every assistant turn carries loss."""
-    answers = [place for place, turn in enumerate(messages) if turn.role == "assistant"]
-    return _answers(tokenizer, identifier, list(messages), answers, "mix")
+def chat_sequences(
+    chat: ChatFormat, identifier: str, messages: Sequence[Message]
+) -> list[TokenSequence]:
+    """Other chat data (`--mix`): every assistant turn that answers something carries loss.
+
+    Raises `UnfitChat` when none does.
+    """
+    turns = [
+        chat.turn(messages[:place], turn.content)
+        for place, turn in enumerate(messages)
+        if turn.role == "assistant" and any(before.role == "user" for before in messages[:place])
+    ]
+    if not turns:
+        raise UnfitChat("no assistant turn answers a user's")
+    taught = [_Taught(turn, [("mix", turn.place)], [turn.place]) for turn in turns]
+    return _sequences(identifier, taught)
 
 
-def _answers(
-    tokenizer: PreTrainedTokenizerBase,
-    identifier: str,
-    messages: list[Message],
-    answers: list[int],
-    part: Part,
-) -> TokenSequence:
-    ids = encode_chat(tokenizer, messages, add_generation_prompt=False)
-    turns = [_turn(tokenizer, ids, messages[: place + 1]) for place in answers]
-    labels = _labels(ids, turns)
-    return TokenSequence(identifier, ids, labels, tuple((part, turn) for turn in turns))
-
-
-def refinement_feedback_sequence(
-    tokenizer: PreTrainedTokenizerBase,
+def refinement_feedback_sequences(
+    chat: ChatFormat,
     record: FeedbackRecord,
     loss_on: Sequence[Part],
     drop: Sequence[FeedbackField] = (),
-) -> TokenSequence:
+) -> list[TokenSequence]:
     """A refinement as the first answer, with its own blind feedback: shows what good looks like.
 
     Its improved response is the refinement unchanged, so that the reply is complete; this copy
@@ -127,7 +131,7 @@ def refinement_feedback_sequence(
         record.refinement,
         good=True,
     )
-    return _conversation(tokenizer, told, loss_on, drop)
+    return _conversation(chat, told, loss_on, drop)
 
 
 @dataclass(frozen=True)
@@ -144,75 +148,91 @@ class _Criticised:
 
 
 def _conversation(
-    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatFormat,
     told: _Criticised,
     loss_on: Sequence[Part],
     drop: Sequence[FeedbackField],
-) -> TokenSequence:
+) -> list[TokenSequence]:
     answer: Part = "refinement" if told.good else "response"
-    answered = [*told.prompt, Message(role="assistant", content=told.answer.strip())]
-    asked = [*answered, Message(role="user", content=CRITIQUE_REQUEST)]
+    text = told.answer.strip()
+    asked = [
+        *told.prompt,
+        Message(role="assistant", content=text),
+        Message(role="user", content=CRITIQUE_REQUEST),
+    ]
+    first = chat.turn(told.prompt, text)
+    answered = _Taught(first, [(answer, first.place)], [first.place] if answer in loss_on else [])
+    return _sequences(told.id, [answered, _criticism(chat, asked, told, loss_on, drop)])
+
+
+def _criticism(
+    chat: ChatFormat,
+    asked: list[Message],
+    told: _Criticised,
+    loss_on: Sequence[Part],
+    drop: Sequence[FeedbackField],
+) -> _Taught:
+    """The turn that holds feedback and improved response."""
     feedback_text = render_feedback(told.feedback, drop)
     improved = render_refinement("") if feedback_text else render_refinement("").lstrip("\n")
-    whole_text = feedback_text + improved + told.improved.strip()
-    whole = [*asked, Message(role="assistant", content=whole_text)]
-    ids = encode_chat(tokenizer, whole, add_generation_prompt=False)
-
-    first = _turn(tokenizer, ids, answered)
-    second = _turn(tokenizer, ids, whole)
+    turn = chat.turn(asked, feedback_text + improved + told.improved.strip())
+    ids, place = turn.ids, turn.place
     # A token that straddles a border belongs to what follows: the shorter text lacks it.
-    border = _border(tokenizer, ids, asked, feedback_text) if feedback_text else second.start
-    end = second.stop - 1
+    border = _border(chat, ids, asked, feedback_text) if feedback_text else place.start
+    end = place.stop - 1
     trained: list[range] = []
-    if answer in loss_on:
-        trained.append(first)
     if "feedback" in loss_on:
-        trained.append(range(second.start, border))
+        trained.append(range(place.start, border))
     if "refinement" in loss_on:
-        heading = _border(tokenizer, ids, asked, feedback_text + improved) if told.good else end
+        heading = _border(chat, ids, asked, feedback_text + improved) if told.good else end
         trained.append(range(border, heading))
     # Whatever of the turn is trained, the turn must end: its end-of-turn token is trained with it.
     ends_feedback = "feedback" in loss_on and "refinement" not in loss_on
     if ends_feedback or "refinement" in loss_on:
-        trained.append(range(end, second.stop))
+        trained.append(range(end, place.stop))
     parts: list[tuple[Part, range]] = [
-        (answer, first),
-        ("feedback", range(second.start, border)),
+        ("feedback", range(place.start, border)),
         ("refinement", range(border, end)),
-        ("feedback" if ends_feedback else "refinement", range(end, second.stop)),
+        ("feedback" if ends_feedback else "refinement", range(end, place.stop)),
     ]
-    return TokenSequence(told.id, ids, _labels(ids, trained), tuple(parts))
+    return _Taught(turn, parts, trained)
 
 
-def _labels(ids: list[int], trained: Sequence[range]) -> list[int]:
-    labels = [IGNORED] * len(ids)
-    for places in trained:
-        labels[places.start : places.stop] = ids[places.start : places.stop]
-    return labels
-
-
-def _turn(tokenizer: PreTrainedTokenizerBase, ids: list[int], until: Sequence[Message]) -> range:
-    """Where the last turn of `until` stands in `ids`, its end-of-turn token included.
-
-    Raises `SrtError` when the template writes this turn differently once the chat goes on.
-    """
-    opening = encode_chat(tokenizer, until[:-1], add_generation_prompt=True)
-    closed = encode_chat(tokenizer, until, add_generation_prompt=False)
-    end = closed.index(end_of_turn_id(tokenizer), len(opening)) + 1
-    if closed[: len(opening)] != opening or ids[:end] != closed[:end]:
-        raise SrtError(
-            f"{tokenizer.name_or_path}: its chat template rewrites earlier turns when the chat goes "
-            "on, so a turn cannot be trained as it is generated. Pass a --chat-template that does not."
+def _sequences(identifier: str, taught: Sequence[_Taught]) -> list[TokenSequence]:
+    """The turns of one conversation as sequences: as one, if each is read as it was generated."""
+    groups: list[list[_Taught]] = []
+    for each in taught:
+        before = groups[-1][-1].turn.ids if groups else []
+        if groups and each.turn.prompt[: len(before)] == before:
+            groups[-1].append(each)
+        else:
+            groups.append([each])
+    if len(groups) == 1:
+        return [_sequence(identifier, groups[0], "")]
+    done, found = 0, []
+    for group in groups:
+        named = (
+            f"turn {done + 1}" if len(group) == 1 else f"turns {done + 1} to {done + len(group)}"
         )
-    return range(len(opening), end)
+        done += len(group)
+        if any(len(places) for each in group for places in each.trained):
+            found.append(_sequence(identifier, group, f"{named} of {len(taught)}"))
+    return found
 
 
-def _border(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], asked: list[Message], text: str
-) -> int:
+def _sequence(identifier: str, group: Sequence[_Taught], piece: str) -> TokenSequence:
+    last = group[-1].turn
+    ids = last.ids + last.after
+    labels = [IGNORED] * len(ids)
+    for places in (places for each in group for places in each.trained):
+        labels[places.start : places.stop] = ids[places.start : places.stop]
+    parts = tuple(part for each in group for part in each.parts)
+    return TokenSequence(identifier, ids, labels, parts, piece)
+
+
+def _border(chat: ChatFormat, ids: list[int], asked: list[Message], text: str) -> int:
     """Where `text`, the beginning of the last turn behind `asked`, ends in `ids`."""
-    begun = [*asked, Message(role="assistant", content=text)]
-    return _common_prefix(ids, encode_chat(tokenizer, begun, add_generation_prompt=False))
+    return _common_prefix(ids, chat.turn(asked, text).ids)
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:
@@ -231,12 +251,13 @@ class PairIds:
     rejected_ids: list[int]
 
 
-def preference_ids(tokenizer: PreTrainedTokenizerBase, pair: Preference) -> PairIds:
+def preference_ids(chat: ChatFormat, pair: Preference) -> PairIds:
     """The ids of a pair's prompt and answers, as TRL's `DataCollatorForPreference` takes them."""
-    prompt = encode_chat(tokenizer, pair.prompt, add_generation_prompt=True)
-    answers = []
-    for answer in (pair.chosen, pair.rejected):
-        ids = encode_chat(tokenizer, [*pair.prompt, *answer], add_generation_prompt=False)
-        turn = _turn(tokenizer, ids, [*pair.prompt, *answer])
-        answers.append(ids[turn.start : turn.stop])
-    return PairIds(pair.id, prompt, answers[0], answers[1])
+    prompt = list(pair.prompt)
+    chosen, rejected = (
+        chat.turn([*prompt, *answer[:-1]], answer[-1].content)
+        for answer in (pair.chosen, pair.rejected)
+    )
+    if chosen.prompt != rejected.prompt:
+        raise UnfitChat("the last turns of chosen and rejected do not answer the same")
+    return PairIds(pair.id, chosen.prompt, chosen.said, rejected.said)

@@ -8,7 +8,8 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -23,7 +24,6 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
@@ -33,11 +33,13 @@ from trl import DPOConfig, SFTConfig
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.models.chat import ChatFormat
 from srt_cli.models.weights import (
     Loading,
     Placement,
     base_of,
     decide_placement,
+    load_tokenizer,
     load_weights,
     resolve_source,
 )
@@ -53,6 +55,8 @@ from srt_cli.training.recipes import (
 from srt_cli.training.samples import Sampler
 
 CHECKPOINTS: Final = "checkpoints"
+TEMPLATE_DAY: Final = "template_day"
+"""The tally of the date that a chat template writes."""
 EVENTS: Final = "tensorboard"
 CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
     "sft": SFTConfig,
@@ -250,10 +254,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training is: how it runs, with which tokenizer, and the run that it writes."""
+    """What a training is: how it runs, how its model writes chats, and the run that it writes."""
 
     setup: Setup
-    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
     run: Run
     sampler: Sampler
     packed: bool = False
@@ -389,6 +393,17 @@ def load_policy(setup: Setup) -> PreTrainedModel | PeftModel:
         model.requires_grad_(True)  # peft leaves weights that carried an adapter frozen
     model.train()
     return model
+
+
+def chat_of(setup: Setup, run: Run | None) -> ChatFormat:
+    """How the model writes chats; a run that is continued keeps the date of its first day."""
+    tokenizer = load_tokenizer(setup.model, chat_template=setup.options.chat_template)
+    chat = ChatFormat(tokenizer)
+    if run is None or not chat.writes_date:
+        return chat
+    first = run.earlier.tally(TEMPLATE_DAY, str) if run.earlier is not None else None
+    run.tally({TEMPLATE_DAY: first or run.manifest.started})
+    return replace(chat, day=datetime.fromisoformat(first or run.manifest.started).astimezone())
 
 
 # --- What TRL is told --------------------------------------------------------------------------

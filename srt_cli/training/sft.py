@@ -17,7 +17,6 @@ from trl import SFTConfig, SFTTrainer
 from srt_cli import console
 from srt_cli.errors import SrtError
 from srt_cli.feedback.critic_check import check_critic
-from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run
@@ -51,7 +50,7 @@ from srt_cli.training.rows import (
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
 from srt_cli.training.sequences import IGNORED, TokenSequence
-from srt_cli.training.setup import Setup, Training, load_policy, lora_config, set_up
+from srt_cli.training.setup import Setup, Training, chat_of, load_policy, lora_config, set_up
 
 DROPPED: Final = "sft.jsonl"
 """The file of dropped rows stands beside it."""
@@ -109,15 +108,19 @@ def _trained_before(run: Run) -> Trained | None:
 
 
 def _prepare(
-    setup: Setup, task: SftTask, records: list[FeedbackRecord], fallen: list[Fallen]
+    setup: Setup,
+    task: SftTask,
+    records: list[FeedbackRecord],
+    fallen: list[Fallen],
+    run: Run | None = None,
 ) -> Ready[TokenSequence]:
     """Everything that a training needs to know before its weights are loaded."""
-    tokenizer = load_tokenizer(task.model, chat_template=setup.options.chat_template)
-    prepared = prepare_sft(setup, tokenizer, records, task)
+    chat = chat_of(setup, run)
+    prepared = prepare_sft(setup, chat, records, task)
     prepared.fallen = fallen + prepared.fallen
     lengths = _lengths(prepared.train)
     packing = decide_packing(task.packing, lengths, setup)
-    return Ready(tokenizer, prepared, fit(setup, largest_pass(lengths, packing, setup)), packing)
+    return Ready(chat, prepared, fit(setup, largest_pass(lengths, packing, setup)), packing)
 
 
 def _lengths(sequences: list[TokenSequence]) -> list[int]:
@@ -141,7 +144,7 @@ def _show_plan(
 def _train(
     setup: Setup, task: SftTask, records: list[FeedbackRecord], fallen: list[Fallen], run: Run
 ) -> Trained:
-    ready = _prepare(setup, task, records, fallen)
+    ready = _prepare(setup, task, records, fallen, run)
     setup, prepared, packing = ready.fit.setup, ready.prepared, ready.packing
     assert packing is not None
     prepared.record(run, run.out / DROPPED)
@@ -152,8 +155,8 @@ def _train(
     prompts = prompts_to_sample(
         [record.prompt for record in records], setup.options.eval_split, setup.options.samples
     )
-    sampler = Sampler(ready.tokenizer, prompts)
-    training = Training(setup, ready.tokenizer, run, sampler, packing.on)
+    sampler = Sampler(ready.chat, prompts)
+    training = Training(setup, ready.chat, run, sampler, packing.on)
     tuned = train_sft(training, prepared.train, prepared.held_out)
     run.tally({"training": vars(tuned.trained)})
     loss_on = ", ".join(task.targets.loss_on)
@@ -230,7 +233,7 @@ def _train_everywhere(
         args=config,
         train_dataset=rows,
         eval_dataset=Dataset.from_dict(dict(_columns_of(held_out))) if held_out else None,
-        processing_class=training.tokenizer,
+        processing_class=training.chat.tokenizer,
         peft_config=lora_config(setup.adapters),
     )
     trained = train(trainer, training)

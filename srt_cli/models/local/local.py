@@ -48,9 +48,11 @@ class LocalModel:
     def __post_init__(self) -> None:
         if Path(self.name).expanduser().is_dir() and not (Path(self.name) / "config.json").exists():
             self._refuse_directory()
-        from srt_cli.models.weights import decide_placement, fingerprint_of
+        from srt_cli.models.weights import decide_placement, digest_of_template, fingerprint_of
 
         self.identity = f"local:{fingerprint_of(self.name)}"
+        if self.options.chat_template is not None:
+            self.identity += f"+{digest_of_template(self.options.chat_template)}"
         on_gpu = decide_placement().device == "cuda"
         self._continuous = self.options.engine == "continuous" or (
             self.options.engine == "auto" and on_gpu
@@ -112,26 +114,29 @@ class LocalModel:
 
     def _row(self, request: Request, future: Future[Reply], answered: bool) -> Any:
         """A request for the engine; one that cannot fit the model is answered at once."""
+        from srt_cli.models.chat import UnfitChat
         from srt_cli.models.local.rows import Generation
 
-        prompt_ids = _encode(self._loaded, request)
-        if len(prompt_ids) < self._loaded.max_positions:
-            return Generation(request, future, answered, prompt_ids, self._loaded)
-        if not answered:
+        try:
+            prompt_ids = _encode(self._loaded, request)
+        except UnfitChat as error:
+            reason = str(error)
+        else:
+            if len(prompt_ids) < self._loaded.max_positions:
+                return Generation(request, future, answered, prompt_ids, self._loaded)
             reason = (
                 f"the prompt has {len(prompt_ids)} tokens, and the model has "
                 f"{self._loaded.max_positions} positions"
             )
+        if not answered:
             future.set_result(Reply(text="", finish_reason="failed", error=reason))
         return None
 
 
 def _encode(loaded: Any, request: Request) -> list[int]:
-    from srt_cli.models.chat import encode_chat
-
     begun: Message | None = request.messages[-1] if request.continues else None
     messages = request.messages[:-1] if begun is not None else request.messages
-    ids = encode_chat(loaded.tokenizer, messages, add_generation_prompt=True)
+    ids: list[int] = loaded.chat.prompt_ids(messages)
     if begun is not None:
         plain = loaded.tokenizer(begun.content, add_special_tokens=False, split_special_tokens=True)
         ids += plain["input_ids"]
@@ -159,16 +164,16 @@ def _open_engine(
 
 
 def _load(name: str, options: ModelOptions) -> Any:
-    from srt_cli.models.chat import check_template, end_of_turn_id
+    from srt_cli.models.chat import ChatFormat
     from srt_cli.models.local.rows import Loaded
     from srt_cli.models.weights import decide_placement, load_tokenizer, load_weights
 
-    tokenizer = load_tokenizer(name)
-    check_template(tokenizer)
+    chat = ChatFormat(load_tokenizer(name, chat_template=options.chat_template))
+    chat.check()
     placement = decide_placement()
     model = load_weights(name, placement=placement, trust_remote_code=options.trust_remote_code)
     configured = model.generation_config.eos_token_id if model.generation_config else None
-    ends = {end_of_turn_id(tokenizer)}
+    ends = {chat.end_id}
     ends |= set(configured if isinstance(configured, list) else [configured]) - {None}
     max_positions = getattr(model.config, "max_position_embeddings", None) or 1 << 30
-    return Loaded(model, tokenizer, frozenset(ends), max_positions, placement.describe())
+    return Loaded(model, chat, frozenset(ends), max_positions, placement.describe())

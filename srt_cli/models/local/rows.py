@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from srt_cli.models.chat import ChatFormat
+
 CHECK_LOOP_EVERY: Final = 16
 
 
@@ -28,10 +30,15 @@ class Loaded:
     """A model in memory, and what an engine must know of it."""
 
     model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
+    chat: "ChatFormat"
     end_ids: frozenset[int]
     max_positions: int
     placement: dict[str, str]
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The one that the chats are written with."""
+        return self.chat.tokenizer
 
     @property
     def device(self) -> str:
