@@ -46,6 +46,24 @@ _BARE_ANALYSIS: Final = re.compile(r"\s*+analysis(?=[A-Z])")
 _BARE_FINAL: Final = "assistantfinal"
 
 
+_CHANNEL_MARKS: Final = (
+    "<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>",
+)  # fmt: skip
+
+
+def opened_by(prompt: str) -> str:
+    """The tag at the end of a prompt that opens a model's thoughts; "" where there is none."""
+    end = prompt.rstrip()
+    return next((tag for tag in _THOUGHT_TAGS if end.endswith(tag)), "")
+
+
+def marks_of_thoughts(controls: Iterable[str]) -> set[str]:
+    """Which of a model's control tokens tell its thoughts from its answers."""
+    known = set(controls)
+    tags = {tag for pair in _THOUGHT_TAGS.items() for tag in pair} | {"<|channel>"}
+    return known & (tags | set(_CHANNEL_MARKS if _CHANNEL_MARKS[0] in known else ()))
+
+
 def part_thoughts(text: str) -> tuple[str, str]:
     """Part what a model thought from what it answered: (thoughts, answer).
 

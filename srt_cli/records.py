@@ -16,6 +16,10 @@ STATUSES: Final[tuple[Status, ...]] = get_args(Status)
 MIN_SCORE, MAX_SCORE = 1, 10
 
 
+def _is_empty(value: object) -> bool:
+    return not value
+
+
 class Record(BaseModel):
     """One line of a JSONL artifact."""
 
@@ -164,6 +168,8 @@ class FeedbackRecord(Record):
     status: Status
     reason: str | None
     raw: dict[str, str]
+    thoughts: dict[str, str] = Field(default={}, exclude_if=_is_empty)
+    """What the models thought, under the names of `raw`; left out where none did."""
     policy: str
     critic: str
     sample: int
@@ -243,6 +249,7 @@ class Judgment(Record):
     verdict: str
     status: Status
     raw: str
+    thoughts: str = Field(default="", exclude_if=_is_empty)
     judge: str
     usage: Usage
 
@@ -262,6 +269,7 @@ class Scored(Record):
     score: float | None
     status: Status
     raw: str
+    thoughts: str = Field(default="", exclude_if=_is_empty)
 
 
 class Output(Record):
@@ -275,6 +283,8 @@ class Output(Record):
     contestant: str
     use: str = Field(pattern=r"^(response|refinement(-\d+)?)$")
     response: str
+    thoughts: str = Field(default="", exclude_if=_is_empty)
+    """What its model thought before it wrote this text."""
     parsed: bool | None = None
     status: Status = "ok"
     passed: bool | None = None

@@ -40,7 +40,10 @@ def test_claude_as_policy_and_critic_gives_whole_rows_with_thoughts_apart(srt, s
     rows = read_jsonl(tmp_path / "feedback.jsonl")
     assert [row["status"] for row in rows] == ["ok"] * 5
     assert {row["feedback"]["score"] for row in rows} == {4.0}
-    assert "or so" not in (tmp_path / "feedback.jsonl").read_text()
+    assert {text for row in rows for text in row["thoughts"].values()} == {
+        "Overall Score: [[1]], or so."
+    }
+    assert "or so" not in str([{**row, "thoughts": {}} for row in rows])
     journal = read_jsonl(tmp_path / "feedback.journal.jsonl")
     assert {entry["thoughts"] for entry in journal} == {"Overall Score: [[1]], or so."}
     assert server.requests[0] == {

@@ -52,7 +52,7 @@ def answer(contestant: Contestant, prompt: Prompt) -> Generator[Call, Reply, Att
         outputs.append(
             Output(
                 id=prompt.id, contestant=name, use="response", response=draft.text,
-                status=draft.reply.status,
+                status=draft.reply.status, thoughts=draft.reply.thoughts,
             )
         )  # fmt: skip
     if "refinement" not in contestant.uses:
@@ -162,10 +162,10 @@ def score_output(critic: Critic, prompt: Prompt, output: Output) -> Generator[Ca
     """A blind score of one output: by its own writer in conversation, or by an outside critic."""
     what = output.contestant if output.use == "response" else f"{output.contestant}, {output.use}"
     said = yield from blind_score(critic, prompt, output.response, f"{prompt.id} score of {what}")
-    raw = str(said.reason) if said.status == "failed" else said.raw[""]
+    raw = str(said.reason) if said.status == "failed" else said.replies.raw[""]
     return Scored(
         id=prompt.id, contestant=output.contestant, use=output.use, by=critic.model.spec,
-        score=said.score, status=said.status, raw=raw,
+        score=said.score, status=said.status, raw=raw, thoughts=said.replies.thoughts.get("", ""),
     )  # fmt: skip
 
 

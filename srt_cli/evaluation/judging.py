@@ -148,6 +148,7 @@ def _judgment(judge: Judge, shown: Shown, reply: Reply, heard: _Heard) -> Judgme
         verdict=heard.words if heard.status == "ok" else "none",
         status="unparsed" if unread else heard.status,
         raw=reply.text if reply.status != "failed" else str(reply.error),
+        thoughts=reply.thoughts,
         judge=judge.model.spec,
         usage=reply.usage,
     )

@@ -5,7 +5,7 @@ asked in its own conversation, the way it was trained.
 """
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from srt_cli.calls.conduct import Call
@@ -107,6 +107,22 @@ class Critic:
         return Call(self.model, request, question.name)
 
 
+@dataclass
+class Replies:
+    """Every reply to one question: the one that counts under "", others by what became of them."""
+
+    raw: dict[str, str] = field(default_factory=dict)
+    thoughts: dict[str, str] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
+
+    def keep(self, name: str, reply: Reply) -> None:
+        """Keep one under a name."""
+        self.raw[name] = reply.text
+        if reply.thoughts:
+            self.thoughts[name] = reply.thoughts
+        self.usage += reply.usage
+
+
 @dataclass(frozen=True)
 class Criticism:
     """What a critic said of one text, after every try."""
@@ -115,9 +131,7 @@ class Criticism:
     status: Status
     reason: str | None
     """Why the status is not `ok`; None when it is."""
-    raw: dict[str, str]
-    """Every reply: the one that counts under "", others by what became of them."""
-    usage: Usage
+    replies: "Replies"
     mean: float | None = None
     """The expected score; None where log-probabilities are not known, or it was not asked for."""
 
@@ -141,62 +155,58 @@ def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Crit
     parser's complaint.
     """
     whole = question.kind == "critique"
-    raw: dict[str, str] = {}
+    replies = Replies()
     messages, room = critic.messages(question), 1
     reply = yield critic.call(question, messages)
-    usage = reply.usage
     if reply.at_limit and critic.longer_once:
-        raw["cut off"] = reply.text
+        replies.keep("cut off", reply)
         room = 2
         reply = yield critic.call(_named(question, "longer"), messages, room)
-        usage += reply.usage
     for attempt in range(1, critic.max_reasks + 2):
-        raw[""] = reply.text
         parsed = parse_critique(reply.text, expect_refinement=whole)
         unread = bool(parsed.problems) if whole else parsed.score is None
         if reply.status != "ok" or not unread or attempt > critic.max_reasks:
             break
-        raw[f"unread {attempt}"] = raw.pop("")
+        replies.keep(f"unread {attempt}", reply)
         messages = reask_messages(messages, reply.text, parsed.problems, expect_refinement=whole)
         reply = yield critic.call(_named(question, f"asked again {attempt}"), messages, room)
-        usage += reply.usage
+    replies.keep("", reply)
     if reply.status != "ok":
-        return Criticism(parsed, reply.status, reply.reason, raw, usage)
+        return Criticism(parsed, reply.status, reply.reason, replies)
     if unread or parsed.score is None:
-        return Criticism(parsed, "unparsed", ", ".join(parsed.problems), raw, usage)
+        return Criticism(parsed, "unparsed", ", ".join(parsed.problems), replies)
     first = Scoring(critic.model, messages, reply, parsed.score, question.name)
-    mean, drawn, spent = yield from _mean_score(critic, question, first)
-    return Criticism(parsed, "ok", None, raw | drawn, usage + spent, mean)
+    mean = yield from _mean_score(critic, question, first, replies)
+    return Criticism(parsed, "ok", None, replies, mean)
 
 
 def _mean_score(
-    critic: Critic, question: Question, first: Scoring
-) -> Generator[Call, Reply, tuple[float | None, dict[str, str], Usage]]:
-    """The mean of what a critic believes in one or several judgements, its replies and their cost.
+    critic: Critic, question: Question, first: Scoring, replies: Replies
+) -> Generator[Call, Reply, float | None]:
+    """The mean of what a critic believes in one or several judgements; its replies are kept.
 
     With `score_samples` N, N - 1 more are drawn, blind; one that cannot be read does not count.
     None when one judgement is all there is, and it came without log-probabilities.
     """
-    expected, usage = yield from expected_score(first)
+    expected, cost = yield from expected_score(first)
+    replies.usage += cost
     if critic.score_samples == 1:
-        return expected, {}, usage
+        return expected
     means = [first.score if expected is None else expected]
-    raw: dict[str, str] = {}
     blind = replace(question, kind="score")
     messages = critic.messages(question)
     for sample in range(1, critic.score_samples):
         again = _named(blind, f"sample {sample + 1}")
         reply = yield critic.call(again, messages, sample=sample)
-        raw[f"sample {sample + 1}"] = reply.text
-        usage += reply.usage
+        replies.keep(f"sample {sample + 1}", reply)
         score = parse_critique(reply.text, expect_refinement=False).score
         if reply.status != "ok" or score is None:
             continue
         scoring = Scoring(critic.model, messages, reply, score, again.name)
         expected, cost = yield from expected_score(scoring)
-        usage += cost
+        replies.usage += cost
         means.append(score if expected is None else expected)
-    return sum(means) / len(means), raw, usage
+    return sum(means) / len(means)
 
 
 def _named(question: Question, which: str) -> Question:

@@ -93,6 +93,8 @@ def refine(roles: Roles, draft: Draft) -> Generator[Call, Reply, list[FeedbackRe
     row = _Round(draft.prompt.id, draft.prompt.prompt, draft.policy, critic, draft.sample)
     if draft.reply is not None:
         row.raw, row.usage = {"response": draft.reply.text}, draft.reply.usage
+        if draft.reply.thoughts:
+            row.thoughts = {"response": draft.reply.thoughts}
         if not draft.is_usable:
             row.status, row.reason = draft.reply.status, f"response: {draft.reply.reason}"
             return [row.record()]
@@ -137,6 +139,7 @@ class _Round:
     status: Status = "ok"
     reason: str | None = None
     raw: dict[str, str] = field(default_factory=dict)
+    thoughts: dict[str, str] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
     def name(self, step: Asked) -> str:
@@ -145,8 +148,9 @@ class _Round:
 
     def hear(self, step: Asked, said: Criticism) -> bool:
         """Take in what a critic said; False when that ends the row."""
-        self.raw |= {f"{step} {which}".rstrip(): text for which, text in said.raw.items()}
-        self.usage += said.usage
+        for kept, told in (self.raw, said.replies.raw), (self.thoughts, said.replies.thoughts):
+            kept |= {f"{step} {which}".rstrip(): text for which, text in told.items()}
+        self.usage += said.replies.usage
         if said.status != "ok":
             self.status, self.reason = said.status, f"{step}: {said.reason}"
         return said.status == "ok"

@@ -9,6 +9,7 @@ from typing import Any
 from srt_cli import console
 from srt_cli.calls.conduct import Tally
 from srt_cli.feedback.story import CheckedAnswer, CheckedRow
+from srt_cli.models import THOUGHT_UNTIL_LIMIT
 from srt_cli.records import Feedback, FeedbackRecord, Usage
 from srt_cli.stats.counting import Confusion, Moments, confusion
 from srt_cli.templates import is_as_asked
@@ -94,6 +95,8 @@ class CritiqueSummary:
     refinement_characters: int = 0
     usage: Usage = field(default_factory=Usage)
     first_failure: str | None = None
+    only_thoughts: Counter[bool] = field(default_factory=Counter)
+    """Rows that ended before an answer came; True counts drafts, False a critic's replies."""
     blind_scores: Counter[float] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
     """How the critic's replies were read: as asked, mended, longer, asked again, unread."""
@@ -110,6 +113,8 @@ class CritiqueSummary:
             self.usage = self.usage + record.usage
             if record.status == "failed" and self.first_failure is None:
                 self.first_failure = record.reason
+            if record.reason is not None and record.reason.endswith(THOUGHT_UNTIL_LIMIT):
+                self.only_thoughts[record.response is None] += 1
             if record.feedback is not None:
                 self._add_feedback(record, record.feedback)
             for kind in ("critique", "score"):
@@ -215,6 +220,13 @@ class CritiqueSummary:
             found.append(
                 f"the critic said the same of all {checked.n} checked answers: it is constant."
             )
+        for of_draft, flag in ((True, "--max-new-tokens"), (False, "--critic-max-tokens")):
+            if self.only_thoughts[of_draft]:
+                whose = "a draft's" if of_draft else "a critic's"
+                found.append(
+                    f"{self.only_thoughts[of_draft]} of {self.rows} rows end in {whose} thoughts, at "
+                    f"the token limit and before any answer. Raise {flag}."
+                )
         if self.rows and self.statuses["ok"] < self.rows / 2:
             found.append(
                 f"only {self.statuses['ok']} of {self.rows} rows are ok "

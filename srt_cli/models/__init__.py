@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 from srt_cli.errors import UsageError
 from srt_cli.models.api.providers import KEY_IN_ADDRESS, holds_key, providers
 from srt_cli.options import RUNS_CODE_PREFIX
+from srt_cli.reading import part_thoughts
 from srt_cli.records import Message, Prompt, Status, Usage
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ Engine = Literal["auto", "static", "continuous"]
 TaskKind = Literal["respond", "critique", "score", "judge", "check"]
 LOOP_LENGTH: Final = 128
 PERIODS: Final = 4
+THOUGHT_UNTIL_LIMIT: Final = "thought until the limit"
+"""Why a reply that thinks is `truncated`, which holds no answer yet."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class Reply:
-    """A finished call: the text as it came, or the error why none came (`finish_reason` failed).
+    """A finished call: the answer and, apart, what was thought; or the error why none came.
 
     What became of it is decided here, once: `status` and, in words, `reason`.
     """
@@ -78,7 +81,7 @@ class Reply:
     error: str | None = None
     attempts: int = 1
     thoughts: str = ""
-    """What the model thought, where its server tells that apart from the text."""
+    """What the model thought before it answered; no part of `text`."""
     cost: float | None = None
     """Dollars, where the server tells them."""
     estimated: bool = False
@@ -89,14 +92,16 @@ class Reply:
         """`ok` for a whole text; an empty one is `unparsed`, one that was cut off `truncated`."""
         if self.finish_reason in ("refused", "failed"):
             return self.finish_reason
-        if self.finish_reason in ("length", "loop"):
+        if self.finish_reason in ("length", "loop") or self._only_thinks:
             return "truncated"
         return "ok" if self.text.strip() else "unparsed"
 
     @property
     def reason(self) -> str | None:
         """Why the status is not `ok`; None when it is."""
-        if self.status == "truncated" and not self.text.strip():
+        if self.status == "truncated" and self._only_thinks and not self.loops:
+            return THOUGHT_UNTIL_LIMIT if self.at_limit else "ended within its thoughts"
+        if self.status == "truncated" and not self.loops and not self.text.strip():
             return "the token limit was reached before any text"
         if self.status == "truncated":
             loops = "repeats itself without end; cut"
@@ -112,8 +117,12 @@ class Reply:
     def loops(self) -> bool:
         """Whether the text was cut because it repeats itself without end."""
         if self.finish_reason == "length":
-            return is_loop(self.text.split())
+            return is_loop((self.text.strip() or self.thoughts).split())
         return self.finish_reason == "loop"
+
+    @property
+    def _only_thinks(self) -> bool:
+        return bool(self.thoughts) and not self.text.strip()
 
     @property
     def at_limit(self) -> bool:
@@ -124,6 +133,33 @@ class Reply:
     def is_beginning(self) -> bool:
         """Whether the text is cut off at the token limit, and sound as far as it goes."""
         return self.at_limit and not self.loops and bool(self.text.strip())
+
+
+def part_reply(reply: Reply, opening: str = "") -> Reply:
+    """Take what was thought out of a reply's text; log-probabilities stay with the answer's tokens.
+
+    `opening` is the tag that opened the thoughts already in the prompt. Offsets may count thoughts
+    that the server told apart.
+    """
+    inside, text = part_thoughts(opening + reply.text)
+    written = reply.text
+    if reply.thoughts and reply.logprobs:
+        written = "".join(place.token for place in reply.logprobs)
+    if text == written:
+        return reply
+    start = max(0, written.rfind(text))
+    places = [place for place in reply.logprobs if place.offset is None or place.offset >= start]
+    return dataclasses.replace(
+        reply,
+        text=text,
+        thoughts="\n\n".join(filter(None, [reply.thoughts, inside])),
+        logprobs=tuple(
+            place
+            if place.offset is None
+            else dataclasses.replace(place, offset=place.offset - start)
+            for place in places
+        ),
+    )
 
 
 class Model(Protocol):
@@ -381,8 +417,8 @@ def reply_to_plain(reply: Reply) -> dict[str, Any]:
 
 
 def reply_from_plain(plain: dict[str, Any]) -> Reply:
-    """Read back what `reply_to_plain` wrote."""
-    return Reply(
+    """Read back what `reply_to_plain` wrote; an older srt left thoughts in the text."""
+    reply = Reply(
         text=plain["text"],
         finish_reason=plain["finish_reason"],
         usage=Usage(**plain["usage"]),
@@ -392,3 +428,4 @@ def reply_from_plain(plain: dict[str, Any]) -> Reply:
         cost=plain.get("cost"),
         estimated=plain.get("estimated", False),
     )
+    return reply if reply.thoughts else part_reply(reply)

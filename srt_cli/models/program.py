@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.models import Reply, Request, Task
+from srt_cli.models import Reply, Request, Task, part_reply
 from srt_cli.records import Feedback
 from srt_cli.templates import render_feedback, render_preference, render_refinement
 
@@ -64,7 +64,7 @@ class ProgramModel:
         except Exception as error:  # user code may raise anything; the row says what
             reason = f"{type(error).__name__}: {error}"
             return Reply(text="", finish_reason="failed", error=f"{self.spec} raised {reason}")
-        return Reply(text=text, finish_reason="stop")
+        return part_reply(Reply(text=text, finish_reason="stop"))
 
 
 def _render(task: Task, value: Any) -> str:

@@ -7,13 +7,13 @@ usage are read. It is opened once for each model and learns what that model's se
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final, Protocol
 
 import orjson
 
 from srt_cli.errors import SrtError
-from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs
+from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, part_reply
 from srt_cli.models.budget import estimated_usage, is_believable
 from srt_cli.records import Usage
 
@@ -117,25 +117,27 @@ class Heard:
 
     def reply(self, request: Request, headers: Mapping[str, str], attempts: int) -> Reply:
         """As the reply to a request: a stop text that was ignored cuts, and usage is believed or not."""
-        text, finish = self.text, self.finish
-        stops = [place for stop in request.stop if (place := text.find(stop)) >= 0]
-        if stops and finish != "refused":
-            # Some servers ignore stop texts, others keep them in the reply.
-            text, finish = text[: min(stops)], "stop"
         usage = self.usage
         estimated = usage is None or not is_believable(usage, request)
         if usage is None or estimated:
             usage = estimated_usage(request, self.text + self.thoughts)
-        return Reply(
-            text=text,
-            finish_reason=finish,
-            usage=usage,
-            logprobs=_kept(self.logprobs, request),
-            attempts=attempts,
-            thoughts=self.thoughts,
-            cost=self.cost if self.cost is not None else _told_cost(headers),
-            estimated=estimated,
+        reply = part_reply(
+            Reply(
+                text=self.text,
+                finish_reason=self.finish,
+                usage=usage,
+                logprobs=_kept(self.logprobs, request),
+                attempts=attempts,
+                thoughts=self.thoughts,
+                cost=self.cost if self.cost is not None else _told_cost(headers),
+                estimated=estimated,
+            )
         )
+        stops = [place for stop in request.stop if (place := reply.text.find(stop)) >= 0]
+        if stops and reply.finish_reason != "refused":
+            # Some servers ignore stop texts, others keep them in the reply.
+            reply = replace(reply, text=reply.text[: min(stops)], finish_reason="stop")
+        return reply
 
 
 def _kept(places: tuple[TokenLogprobs, ...], request: Request) -> tuple[TokenLogprobs, ...]:
@@ -321,6 +323,24 @@ def as_list(value: object) -> list[Any]:
 def as_text(value: object) -> str:
     """The value if it is a text, else an empty one."""
     return value if isinstance(value, str) else ""
+
+
+def as_texts(value: object) -> tuple[str, str]:
+    """What a content says and what it thinks: a text, or a list of parts as Mistral has it."""
+    if isinstance(value, str):
+        return value, ""
+    said: list[str] = []
+    thought: list[str] = []
+    for part in as_list(value):
+        told = as_mapping(part)
+        if told.get("type") in ("thinking", "reasoning"):
+            thought += [
+                *as_texts(told.get("thinking") or told.get("reasoning")),
+                as_text(told.get("text")),
+            ]
+        else:
+            said.append(part if isinstance(part, str) else as_text(told.get("text")))
+    return "".join(said), "".join(thought)
 
 
 def as_count(value: object) -> int:

@@ -18,6 +18,7 @@ from srt_cli.models.api.dialect import (
     as_list,
     as_mapping,
     as_text,
+    as_texts,
     listed_models,
 )
 from srt_cli.models.api.openai_responses import OpenAiResponses
@@ -85,7 +86,12 @@ class OpenAiChat:
         message = as_mapping(choices[0]).get("message") if choices else None
         if not isinstance(message, dict):
             raise NoAnswer("malformed reply", repr(str(data)[:60]))
-        text, thoughts = as_text(message.get("content")), as_text(message.get("reasoning_content"))
+        text, thoughts = as_texts(message.get("content"))
+        for name in (
+            "reasoning_content",
+            "reasoning",
+        ):  # some servers send both, with the same text
+            thoughts = thoughts or "".join(as_texts(message.get(name)))
         finish: FinishReason = FINISHES.get(str(choices[0].get("finish_reason")), "stop")
         if message.get("refusal"):
             text, finish = as_text(message["refusal"]), "refused"
@@ -93,7 +99,7 @@ class OpenAiChat:
         return Heard(
             text,
             finish,
-            thoughts or as_text(message.get("reasoning")),
+            thoughts,
             _usage_of(usage) if isinstance(usage, dict) else None,
             as_dollars(as_mapping(usage).get("cost")),
             tuple(_places(choices[0].get("logprobs"))),

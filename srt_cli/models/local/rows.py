@@ -8,12 +8,13 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, is_loop
+from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, is_loop, part_reply
 from srt_cli.models.local.sampling import Draw, draw_key
+from srt_cli.reading import marks_of_thoughts, opened_by
 from srt_cli.records import Usage
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from srt_cli.models.chat import ChatFormat
 
 CHECK_LOOP_EVERY: Final = 16
+PROMPT_END: Final = 16
+"""Tokens in which a tag that opens thoughts stands at a prompt's end."""
 
 
 @dataclass
@@ -46,8 +49,33 @@ class Loaded:
         return self.placement["device"]
 
     def text_of(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, without control tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """Tokens as text, without control tokens but those that tell thoughts and answer apart."""
+        if self.marks.keys().isdisjoint(tokens):
+            return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        special = self.tokenizer.added_tokens_decoder
+        kept = [
+            token
+            for token in tokens
+            if token in self.marks or token not in special or not special[token].special
+        ]
+        return str(self.tokenizer.decode(kept))
+
+    @cached_property
+    def marks(self) -> dict[int, str]:
+        """Control tokens that stand around thoughts, and their texts."""
+        added = self.tokenizer.added_tokens_decoder
+        marks = marks_of_thoughts(str(token) for token in added.values())
+        return {
+            place: str(token)
+            for place, token in added.items()
+            if token.special and str(token) in marks
+        }
+
+    def without_marks(self, text: str) -> str:
+        """What a model wrote, when marks that tell nothing apart are taken out."""
+        for mark in self.marks.values():
+            text = text.replace(mark, "")
+        return text
 
     @cached_property
     def cache_name(self) -> str:
@@ -138,8 +166,20 @@ class Generation:
         self.finish = None
 
     def _stops(self) -> bool:
-        tail = self.loaded.tokenizer.decode(self.tokens[-self._tail_tokens :])
-        return any(stop in str(tail) for stop in self.request.stop)
+        tail = str(self.loaded.tokenizer.decode(self.tokens[-self._tail_tokens :]))
+        if not any(stop in tail for stop in self.request.stop):
+            return False
+        answer = self._parted(Reply(self.loaded.text_of(self.tokens), "stop")).text
+        return any(stop in answer for stop in self.request.stop)
+
+    @cached_property
+    def _opening(self) -> str:
+        """The tag with which the prompt has opened the model's thoughts."""
+        end = self.loaded.tokenizer.decode(self.prompt_ids[-PROMPT_END:])
+        return "" if self.request.continues else opened_by(str(end))
+
+    def _parted(self, reply: Reply) -> Reply:
+        return reply if self.request.continues else part_reply(reply, self._opening)
 
     def reply(self) -> Reply:
         """What the row came to; a stop text is cut off."""
@@ -147,13 +187,20 @@ class Generation:
         kept = self.tokens
         if kept and kept[-1] in self.loaded.end_ids:
             kept = kept[:-1]
-        text = self.loaded.text_of(kept)
+        reply = self._parted(
+            Reply(
+                text=self.loaded.text_of(kept),
+                finish_reason=self.finish,
+                usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),
+                logprobs=self._logprobs(len(kept)),
+            )
+        )
+        text = self.loaded.without_marks(reply.text)
         stops = [place for stop in self.request.stop if (place := text.find(stop)) >= 0]
-        return Reply(
+        return replace(
+            reply,
             text=text[: min(stops)] if stops else text,
             finish_reason="stop" if stops else self.finish,
-            usage=Usage(prompt_tokens=len(self.prompt_ids), completion_tokens=len(self.tokens)),
-            logprobs=self._logprobs(len(kept)),
         )
 
     def _logprobs(self, count: int) -> tuple[TokenLogprobs, ...]:

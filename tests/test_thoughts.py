@@ -1,0 +1,201 @@
+"""What a model thinks before it answers, in the six forms in which it comes, is never its answer."""
+
+import json
+import random
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from loopback_server import Answer, LoopbackServer, as_policy_and_critic
+
+from srt_cli.models import Reply, Request, open_model, reply_from_plain
+from srt_cli.models.api.dialect import Heard
+from srt_cli.records import FeedbackRecord, Message
+
+SCRATCH = (
+    "Scratch.\nWeaknesses: scratch?\nSuggestions: scratch\nOverall Score: [[2]]\n"
+    "### Improved Response\nscratch work [[m]] Verdict: [[M]]"
+)
+
+
+def message(form, answer):
+    """A reply's message, and its finish reason, in one of the forms."""
+    tags = random.Random(answer).choice([("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+    content = {
+        "tags": f"{tags[0]}\n{SCRATCH}\n{tags[1]}\n\n{answer}",
+        "closing tag": f"{SCRATCH}\n{tags[1]}\n\n{answer}",
+        "parts": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": SCRATCH}]},
+            {"type": "text", "text": answer},
+        ],
+        "channels": f"<|channel|>analysis<|message|>{SCRATCH}<|end|><|start|>assistant"
+        f"<|channel|>final<|message|>{answer}",
+        "nothing but thoughts": random.Random(answer).choice([None, "", f"<think>\n{SCRATCH}"]),
+    }.get(form, answer)
+    fields = {"reasoning_content": SCRATCH} if form == "field" else {}
+    if form == "nothing but thoughts" and not content:
+        fields = {"reasoning": SCRATCH}
+    finish = "length" if form == "nothing but thoughts" else "stop"
+    return {"role": "assistant", "content": content, **fields}, finish
+
+
+FORMS = ("tags", "closing tag", "field", "parts", "channels", "nothing but thoughts")
+
+
+def completion(form, answer):
+    told, finish = message(form, answer)
+    usage = {"prompt_tokens": 90, "completion_tokens": 70, "total_tokens": 160}
+    choice = {"index": 0, "finish_reason": finish, "message": told}
+    return Answer(body=json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(behaviour):
+        servers.append(LoopbackServer(behaviour))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def ask(server, **fields):
+    model = open_model(server.spec)
+    try:
+        turns = (Message(role="user", content="Hi"),)
+        (future,) = model.submit([Request(turns, max_tokens=99, **fields)])
+        return future.result(20)
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize("form", FORMS[:5])
+def test_answer_and_thoughts_are_parted_where_the_reply_is_received(serve, form):
+    reply = ask(serve(lambda body, number: completion(form, "It is so.")))
+    assert (reply.text, reply.thoughts) == ("It is so.", SCRATCH)
+    assert (reply.status, reply.reason, reply.usage.completion_tokens) == ("ok", None, 70)
+
+
+@pytest.mark.parametrize("answer", ["one", "two", "three", "four", "five"])
+def test_what_ends_inside_a_thought_is_truncated_and_says_so(serve, answer):
+    reply = ask(serve(lambda body, number: completion("nothing but thoughts", answer)))
+    assert (reply.text, reply.thoughts) == ("", SCRATCH)
+    assert (reply.status, reply.reason) == ("truncated", "thought until the limit")
+
+
+def test_a_stop_text_within_a_thought_cuts_nothing(serve):
+    reply = ask(serve(lambda body, number: completion("tags", "It is so. ###")), stop=("###",))
+    assert (reply.text, reply.thoughts, reply.status) == ("It is so. ", SCRATCH, "ok")
+
+
+def test_log_probabilities_stay_with_the_tokens_of_the_answer():
+    from srt_cli.models import TokenLogprobs, part_reply
+
+    tokens = ["<think>", "5", "</think>", "\n\n", "Score: ", "7"]
+    offsets = [sum(map(len, tokens[:place])) for place in range(len(tokens))]
+    places = tuple(
+        TokenLogprobs(token, {token: -0.1}, offset)
+        for token, offset in zip(tokens, offsets, strict=True)
+    )
+    reply = part_reply(Reply("".join(tokens), "stop", logprobs=places))
+    assert (reply.text, reply.thoughts) == ("Score: 7", "5")
+    assert [(place.token, place.offset) for place in reply.logprobs] == [("Score: ", 0), ("7", 7)]
+    told_apart = part_reply(Reply("Score: 7", "stop", logprobs=places, thoughts="5"))
+    assert told_apart.logprobs == reply.logprobs
+
+
+def test_a_journal_of_an_older_srt_is_read_with_thoughts_apart():
+    kept = {"text": "<think>\nHm.\n</think>\n\nYes.", "finish_reason": "stop", "usage": {}}
+    reply = reply_from_plain(kept)
+    assert (reply.text, reply.thoughts) == ("Yes.", "Hm.")
+
+
+def thinking(seed):
+    """A server's behaviour: every reply in a form drawn with a seed."""
+    draw = random.Random(seed)
+
+    def behave(body, number):
+        if "### Requirements" in body["messages"][-1]["content"]:
+            answer = as_policy_and_critic(body, number).text
+        else:
+            answer = f"The answer number {number}."
+        # Only now and then nothing but thoughts, so that enough rows are whole.
+        return completion(draw.choice(FORMS[:5] * 6 + FORMS[5:]), answer)
+
+    return behave
+
+
+def test_a_thousand_replies_leave_no_thought_in_any_text(srt, serve, tmp_path, tiny_model):
+    server = serve(thinking(7))
+    prompts = [{"id": str(n), "prompt": f"Say {n}."} for n in range(360)]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    with_server = ("--model", server.spec, "--critic", server.spec, "--max-reasks", 0)
+    collected = srt("collect-feedback", *with_server)
+    assert collected.code == 0, collected.stderr
+    built = srt("build-prefs", "--data", "feedback.jsonl", "--max-length-ratio", 30)
+    assert built.code == 0, built.stderr
+    judged = srt("eval", "--model", "feedback.jsonl", "--reference", server.spec, "--limit", 60,
+                 "--judge", server.spec, "--use", "refinement", "--min-coverage", 0)  # fmt: skip
+    assert judged.code in (0, 3), judged.stderr
+    assert len(server.requests) > 1000
+
+    asked = [turn["content"] for body in server.requests for turn in body["messages"]]
+    assert "scratch" not in "".join(asked).lower()
+    rows = [FeedbackRecord(**row) for row in read_jsonl(tmp_path / "feedback.jsonl")]
+    for row in rows:
+        told = row.model_copy(update={"thoughts": {}})
+        assert "scratch" not in told.model_dump_json().lower()
+        assert set(row.thoughts.values()) <= {SCRATCH}
+        if row.status == "truncated":
+            assert row.reason is not None
+            assert row.reason.endswith(": thought until the limit")
+    for name in ("prefs.jsonl", "outputs.jsonl", "judgments.jsonl"):
+        for path in tmp_path.glob(f"*{name}"):
+            for row in read_jsonl(path):
+                row.pop("thoughts", None)
+                assert "scratch" not in json.dumps(row).lower(), path
+    trained = [row for row in rows if row.status == "ok"]
+    assert len(trained) > 250
+    masks = srt("sft", "--model", tiny_model, "--dry-run", "--show-masks", 400)
+    assert masks.code == 0, masks.stderr
+    assert masks.stdout.count("The answer number") + masks.stderr.count("The answer number") > 250
+    assert "scratch" not in (masks.stdout + masks.stderr).lower()
+
+
+def test_thoughts_stand_beside_raw_and_are_left_out_where_there_are_none(srt, serve, tmp_path):
+    server = serve(thinking(3))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say a."}])
+    (tmp_path / "p.py").write_text(
+        "from srt_cli.records import Feedback\n"
+        "def critique(prompt, response):\n"
+        "    return Feedback(weaknesses='w', suggestions='s', score=5), response + '!'\n"
+        "def respond(prompt):\n    return 'x'\n"
+    )
+    finished = srt("collect-feedback", "--model", server.spec, "--critic", "python:p.py:critique")
+    assert finished.code == 0, finished.stderr
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert row["raw"]["response"] == row["response"] == "The answer number 1."
+    assert row["thoughts"] == {"response": SCRATCH}
+    plain = srt("collect-feedback", "--model", "python:p.py:respond", "--critic",
+                "python:p.py:critique", "--out", "plain.jsonl")  # fmt: skip
+    assert plain.code == 0, plain.stderr
+    assert "thoughts" not in read_jsonl(tmp_path / "plain.jsonl")[0]
+
+
+def test_a_draft_of_nothing_but_thoughts_is_no_draft(srt, serve, tmp_path):
+    server = serve(lambda body, number: completion("nothing but thoughts", "x"))
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say a."}])
+    finished = srt("collect-feedback", "--model", server.spec, "--critic", server.spec)
+    assert finished.code in (0, 3), finished.stderr
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert (row["status"], row["response"]) == ("truncated", None)
+    assert row["reason"] == "response: thought until the limit"
+    assert "Raise --max-new-tokens" in finished.stderr
+
+
+def test_thoughts_are_read_in_batches_too():
+    heard = Heard(f"<think>{SCRATCH}</think>Yes.", "stop")
+    reply = heard.reply(Request((), 0), {}, 1)
+    assert (reply.text, reply.thoughts) == ("Yes.", SCRATCH)
