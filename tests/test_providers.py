@@ -146,6 +146,19 @@ def test_what_a_server_echoes_of_a_key_reaches_nothing(srt, serve, tmp_path, mon
     assert SECRET not in finished.stdout + finished.stderr
 
 
+@pytest.mark.parametrize(
+    "quoted", ["sk-secre***********enai", "sk-secret-of...", "****enai", "sk-*****enai", SECRET]
+)
+def test_a_part_of_a_key_in_an_error_is_blotted_out_too(serve, monkeypatch, quoted):
+    said = f"Incorrect API key provided: {quoted}, see the page."
+    server = serve(lambda body, number: Answer(status=401, error={"message": said}))
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    with pytest.raises(QuotaError) as caught:
+        ask("gpt-4", requests())
+    assert "Incorrect API key provided: [key], see the page" in str(caught.value)
+
+
 def test_a_password_in_netrc_takes_no_keys_place(serve, tmp_path, monkeypatch):
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret-of-netrc\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))

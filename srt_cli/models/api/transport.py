@@ -1,10 +1,12 @@
 """Bytes to a server and back: one address with its key, and nothing of the key comes back out."""
 
 import os
+import re
 import ssl
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -104,7 +106,9 @@ class Endpoint:
                 allow_redirects=False,
             ) as response:
                 content = await _read(response, most_bytes)
-                return Answer(response.status, response.headers, self.blot(content))
+                return Answer(
+                    response.status, response.headers, self.blot(content, response.status)
+                )
         except TimeoutError as error:
             raise NoAnswer("timeout", f"no whole reply within {self.timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -123,12 +127,24 @@ class Endpoint:
             )
         return self._session
 
-    def blot(self, content: bytes) -> bytes:
-        """Content without what it echoes of the key."""
+    def blot(self, content: bytes, status: int) -> bytes:
+        """Content without what it echoes of the key; in an error, also without a part of it."""
         for secret in self.secrets:
             for form in {secret, secret.replace("/", "\\/")}:
                 content = content.replace(form.encode(), BLOTTED.encode())
+            if status >= 400:
+                part = partial(_without_part, secret.encode())
+                content = _WORD.sub(part, content)
         return content
+
+
+_WORD: Final = re.compile(rb"""[^\s"'\\,]{6,}""")
+
+
+def _without_part(secret: bytes, word: re.Match[bytes]) -> bytes:
+    """A word of an error; errors quote a key by its beginning, or with stars before its end."""
+    starred = b"**" in word[0] and secret[-4:] in word[0]
+    return BLOTTED.encode() if starred or secret[:6] in word[0] else word[0]
 
 
 def _trusted(url: str) -> ssl.SSLContext | bool:
