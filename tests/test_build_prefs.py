@@ -340,6 +340,18 @@ def test_answers_that_are_none_are_left_out_unless_wanted(prefs, tmp_path):
     assert len(read_jsonl(tmp_path / "prefs.jsonl")) == 4
 
 
+def test_answers_that_differ_in_form_alone_are_copies(prefs, tmp_path):
+    rows = [
+        record(id="accent", prompt="A?", response="Caf\u00e9.", refinement="Cafe\u0301."),
+        record(id="line ends", prompt="B?", response="One\nTwo", refinement="One\r\nTwo"),
+        record(id="spaces", prompt="C?", response="A carrot.", refinement="A  carrot."),
+        record(id="fine"),
+    ]
+    assert prefs(rows).code == 0
+    reasons = {row["id"]: row["reason"] for row in read_jsonl(tmp_path / "prefs.dropped.jsonl")}
+    assert reasons == dict.fromkeys(("accent", "line ends", "spaces"), "copy")
+
+
 def test_the_pairs_are_written_for_other_trainers_too(prefs, tmp_path):
     finished = prefs(ROWS, "--export", "axolotl", "--export", "llamafactory", "--export", "kto")
     assert finished.code == 0, finished.stderr

@@ -43,6 +43,30 @@ def test_the_first_loss_is_ln_2_and_the_margin_grows(train, tmp_path, method):
     assert (tmp_path / "models/dpo/model.safetensors").is_file()
 
 
+def test_answers_of_the_same_tokens_are_no_pair(srt, tmp_path, tiny_model):
+    rows = pair_rows()
+    rows[0]["chosen"][0]["content"] = rows[0]["rejected"][0]["content"]
+    rows[1]["chosen"][0]["content"] = (
+        rows[1]["rejected"][0]["content"] + "\n"
+    )  # a template trims it
+    write_jsonl(tmp_path / "prefs.jsonl", rows)
+    template = (tiny_model / "chat_template.jinja").read_text()
+    trims = template.replace("message['content']", "message['content'] | trim")
+    (tmp_path / "trims.jinja").write_text(trims)
+    line = ("dpo", "--model", tiny_model, "--chat-template", "trims.jinja", "--learning-rate", 1e-3)
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    assert "1 pairs prefer an answer to itself and teach nothing" in finished.stderr
+    assert "the same tokens teach nothing; they were left out: 1." in finished.stderr
+    reasons = {
+        row["id"]: row["reason"] for row in read_jsonl(tmp_path / "models/dpo/dpo.dropped.jsonl")
+    }
+    assert reasons == {
+        "0": "chosen and rejected are the same",
+        "1": "chosen and rejected are the same tokens",
+    }
+
+
 def test_manifest_and_terminal_say_which_weights_were_the_reference(train, tmp_path, tiny_model):
     finished = train()
     assert f"reference: {tiny_model}" in finished.stderr

@@ -263,6 +263,24 @@ def test_the_page_marks_what_a_refinement_changed(srt, folder):
     assert page.count("a <mark>better</mark> answer to &lt;it&gt;") == 24
 
 
+def test_outputs_are_not_joined_by_id_against_their_own_prompts(srt, folder):
+    rows = [
+        {"id": f"q{23 - n}", "instruction": f"question  number {n}", "output": "good"}
+        for n in range(24)
+    ]
+    write_jsonl(folder / "mine.jsonl", rows)
+    finished = evaluate(srt, model="mine.jsonl")
+    assert finished.code == 1
+    assert (
+        "mine.jsonl: the output with id 'q0' answers 'question  number 23', but the prompt with that "
+        "id is 'question number 0'. Give both files the same ids"
+    ) in finished.stderr
+    write_jsonl(
+        folder / "mine.jsonl", [row | {"id": f"q{23 - int(row['id'][1:])}"} for row in rows]
+    )
+    assert evaluate(srt, model="mine.jsonl").code == 0
+
+
 def test_a_missing_output_is_said(srt, folder):
     write_jsonl(folder / "mine.jsonl", [{"id": "q0", "response": "r"}])
     finished = evaluate(srt, model="mine.jsonl")

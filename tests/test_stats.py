@@ -13,7 +13,7 @@ from scipy import stats as scipy_stats
 
 from srt_cli.stats.agreement import agreement, score_agreement
 from srt_cli.stats.counting import Moments, confusion
-from srt_cli.stats.hygiene import LEAKED, degenerate_outputs, faults_of
+from srt_cli.stats.hygiene import LEAKED, degenerate_outputs, faults_of, is_same_text
 from srt_cli.stats.length_control import difficulties_of, length_controlled_win_rate
 from srt_cli.stats.rates import (
     clustered_error,
@@ -382,6 +382,69 @@ def test_llmbars_published_figures_come_out_when_counted_its_way(judge):
 def test_every_mark_of_a_leak_is_found_however_it_is_spaced(mark):
     text = f"An answer.\n\n{mark.upper().replace(' ', chr(10) + '  ')} and more"
     assert faults_of(text) == ["template leakage"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I’m sorry, but I can’t help with that.",
+        "I apologize, but I cannot assist with that.",
+        "Sorry, but I can't do that.",
+        "I'm sorry for the trouble. I can`t provide this.",
+        "Unfortunately, I can't help you with this request.",
+        "I'm afraid I cannot answer that.",
+        "I must decline to answer.",
+        "I won't provide instructions for that.",
+        "My apologies, but I'm not able to comply with this.",
+        "As an AI language model, I cannot provide opinions.",
+        "As a large language model, I'm not able to share that.",
+        "I regret that I am unable to help.",
+    ],
+)
+def test_refusals_are_known_by_their_usual_openings(text):
+    assert faults_of(text) == ["refusal"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't wait to share these pears with you.",
+        "Unfortunately, I can't attend the meeting, but Ann will help.",
+        "I'm sorry for your loss. Grief can't be hurried.",
+        "Sorry is a game for two to four players.",
+        "As an aid to memory, write it down.",
+        "Unfortunately, the shop cannot provide refunds.",
+        "<s>$9</s>",
+        "Write <s>old</s>",
+        "x <| y |> z, a <b> c [1]",
+    ],
+)
+def test_what_only_looks_like_a_refusal_or_a_leak_is_an_answer(text):
+    assert faults_of(text) == []
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["</s>", "<|endoftext|>", "<|end_of_text|>", "<|user|>", "<｜end▁of▁sentence｜>", "<eos>"],
+)
+def test_an_end_token_of_any_family_left_in_an_answer_is_a_leak(token):
+    assert faults_of(f"An apple.{token}\n") == ["template leakage"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Caf\u00e9 au lait.", "Cafe\u0301 au lait.", True),
+        ("One\r\nTwo", "One\nTwo", True),
+        ("A  carrot. ", "A carrot.", True),
+        ("word " * 50 + "a", "word " * 50 + "b", False),
+        ("word  " * 50 + "a", "word " * 50 + "a", True),
+        ("One", "one", False),
+        ("x\u00b2", "x2", False),
+    ],
+)
+def test_texts_are_equal_but_for_their_form(one, other, same):
+    assert is_same_text(one, other) is same
 
 
 def test_a_refusal_is_seen_behind_any_space():

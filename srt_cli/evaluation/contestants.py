@@ -1,5 +1,6 @@
 """Contestants and what is asked of them: answers, refinements, their own critiques, blind scores."""
 
+import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draf
 from srt_cli.models import Model, Reply
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
 from srt_cli.runs.jsonl import read_rows
+from srt_cli.stats.hygiene import is_same_text
 from srt_cli.templates import parse_preference
 
 Use = Literal["response", "refinement"]
@@ -88,7 +90,8 @@ def is_outputs_file(spec: str) -> bool:
 def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> list[Output]:
     """Saved outputs: `response` or `output` (AlpacaEval), or a feedback file with its refinement.
 
-    Joined to the prompts by id, else by the prompt's text. Raises `SrtError` when one is missing.
+    Joined to the prompts by id, else by the prompt's text. Raises `SrtError` when one is missing, or
+    stands beside another prompt than that of its id.
     """
     by_id: dict[str, dict[str, Any]] = {}
     by_text: dict[str, dict[str, Any]] = {}
@@ -105,11 +108,27 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
             f"{path}: has no output for prompt {missing[0]!r}, nor for {len(missing) - 1} more of "
             f"{len(prompts)}. Outputs are joined by id, or by the text of prompt or instruction."
         )
+    for prompt in prompts:
+        if prompt.id in by_id:
+            _require_own_prompt(path, prompt, by_id[prompt.id])
     return [
         _saved_output(path, prompt, rows[prompt.id] or {}, use)
         for prompt in prompts
         for use in uses
     ]
+
+
+def _require_own_prompt(path: Path, prompt: Prompt, row: Mapping[str, Any]) -> None:
+    """Refuse an output that has the id of a prompt, but says itself that it answers another one."""
+    answered = [row[name] for name in ("prompt", "instruction") if isinstance(row.get(name), str)]
+    with contextlib.suppress(ValueError):  # it does not say what it answers
+        answered.append(Prompt.from_row(row).text)
+    if answered and not any(is_same_text(text, prompt.text) for text in answered):
+        raise SrtError(
+            f"{path}: the output with id {prompt.id!r} answers {answered[0][:60]!r}, but the prompt "
+            f"with that id is {prompt.text[:60]!r}. Give both files the same ids, or take the ids out "
+            "of one: then they are joined by the prompt's text."
+        )
 
 
 def _rows_of(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from srt_cli.feedback.story import CheckedAnswer, CheckedRow
 from srt_cli.models import THOUGHT_UNTIL_LIMIT
 from srt_cli.records import Feedback, FeedbackRecord, Usage
 from srt_cli.stats.counting import Confusion, Moments, confusion
+from srt_cli.stats.hygiene import is_same_text
 from srt_cli.templates import is_as_asked
 
 
@@ -138,7 +139,7 @@ class CritiqueSummary:
         self.equal += gain == 0
         self.worse += gain < 0
         self.total_gain += gain
-        self.copies += record.refinement.strip() == record.response.strip()
+        self.copies += is_same_text(record.refinement, record.response)
         self.draft_characters += len(record.response)
         self.refinement_characters += len(record.refinement)
 

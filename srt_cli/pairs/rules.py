@@ -10,7 +10,7 @@ from srt_cli.pairs.pairing import Pairing, digest
 from srt_cli.prompts import read_prompts
 from srt_cli.records import Message, Prompt, as_messages
 from srt_cli.runs.jsonl import read_rows
-from srt_cli.stats.hygiene import faults_of, is_in_another_script, words_of
+from srt_cli.stats.hygiene import faults_of, is_in_another_script, is_same_text, words_of
 
 PERMUTATIONS: Final = 128
 RUN_OF_WORDS: Final = 3
@@ -56,7 +56,7 @@ class PairRules:
     def fault_of(self, pairing: Pairing) -> str | None:
         """The first rule that a pair breaks, those of length aside; None if it breaks none."""
         chosen, rejected = pairing
-        if chosen.text == rejected.text:
+        if is_same_text(chosen.text, rejected.text):
             return "copy"
         gain = pairing.gain
         if gain == 0:

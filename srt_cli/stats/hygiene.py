@@ -19,13 +19,43 @@ FEWEST_FOR_CONSTANT: Final = 20
 RED_FLAG: Final = 0.05
 # Parts of a critique, or a judge's or template's own marks, have no place in a final answer.
 LEAKED: Final = (
-    "overall score: [[", "### improved response", "<|im_start|>", "<|im_end|>", "model_identifier",
-    "verdict: [[",
+    "overall score: [[", "### improved response", "model_identifier", "verdict: [[", "<|im_start|>",
+    "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<turn|>", "<channel|>", "</think>",
+    "[/think]", "[/inst]",
 )  # fmt: skip
-_REFUSAL: Final = re.compile(
-    r"(?:i'?m sorry,? but|i am sorry,? but|i cannot|i can'?t|as an ai(?: language model)?,? i"
-    r"|i'?m unable to|i am unable to)\b.{0,40}\b(?:assist|help|provide|fulfil|comply|answer|do that)"
+# <|user|>, <|end_of_text|> and their like; DeepSeek writes them with a bar and a blank of its own.
+_SPECIAL_TOKEN: Final = re.compile(r"<\|[a-z_]{2,40}\|>|<｜[a-z▁]{2,40}｜>")
+
+_SORRY: Final = (
+    r"(?:(?:(?:i'?m|i am) )?(?:so |very |truly )?(?:sorry|afraid)|i (?:sincerely )?apologi[sz]e"
+    r"|(?:my )?apologies|unfortunately|regrettably|i regret)"
 )
+_NOT_ABLE: Final = (
+    r"(?:i (?:simply |really |just )?(?:cannot|can'?t|can not|could not|couldn'?t|will not|won'?t"
+    r"|must decline|must refuse|have to decline)"
+    r"|(?:i'?m|i am) (?:unable to|not (?:able|allowed|permitted|comfortable|going)))"
+)
+_HELP: Final = r"(?:assist|help|provide|fulfil|comply|answer|do that)"
+_REFUSAL: Final = re.compile(
+    rf"(?:{_SORRY},? but|i cannot|i can'?t|as an ai(?: language model)?,? i|i'?m unable to"
+    rf"|i am unable to)\b.{{0,40}}\b{_HELP}"
+    rf"|{_NOT_ABLE}\b[^,.;:!?]{{0,40}}\b{_HELP}"
+    rf"|(?:{_SORRY}|as an? (?:ai|large|language))\b[^?]{{0,80}}?\b{_NOT_ABLE}\b[^,.;:!?]{{0,40}}"
+    rf"\b(?:{_HELP}|discuss|share|create|generate|write|support|engage|continue|participate)"
+)
+_REFUSAL_BEGINS: Final = (
+    "i",
+    "as ",
+    "sorry",
+    "so ",
+    "very ",
+    "truly ",
+    "my ",
+    "apolog",
+    "unfo",
+    "regr",
+)
+_APOSTROPHES: Final = dict.fromkeys(map(ord, "’‘ʼ′＇`´"), "'")
 
 
 _ONLY_WORDS: Final = "".join(
@@ -33,6 +63,7 @@ _ONLY_WORDS: Final = "".join(
 )
 MAIN_SHARE: Final = 0.6
 LOOKED_AT: Final = 2000
+BEGINNING: Final = 40
 READ: Final = 200_000
 """Characters of a text that are read for repetition: one that is longer is judged by its beginning."""
 # A prompt that names one of these may well be answered in their script.
@@ -117,18 +148,38 @@ def _faults(lower: str, words: Sequence[str]) -> list[str]:
 
 
 def _leaks(lower: str) -> bool:
-    # One of these stands in every mark; hardly any text holds one, and they are found quickly.
-    if not ("[[" in lower or "###" in lower or "<|" in lower or "model_identifier" in lower):
+    # One of these stands in every mark; few texts hold one, and they are found quickly.
+    if not ("[" in lower or "###" in lower or "<" in lower or "model_identifier" in lower):
         return False
     plain = " ".join(lower.split())
-    return any(mark in plain for mark in LEAKED)
+    if any(mark in plain for mark in LEAKED) or _SPECIAL_TOKEN.search(plain):
+        return True
+    if plain.endswith("</s>"):  # an end token, unless it closes what HTML strikes out
+        return plain.startswith("<s> ") or plain.count("</s>") > plain.count("<s>")
+    return plain.endswith("<eos>")
 
 
 def _refuses(lower: str) -> bool:
     # Few texts begin as a refusal does; only those are worth a plain copy.
-    if not lower.lstrip().startswith(("i", "as")):
+    beginning = lower.lstrip()[:LOOKED_AT]
+    if not beginning.startswith(_REFUSAL_BEGINS):
         return False
-    return _REFUSAL.match(" ".join(lower.split())) is not None
+    return _REFUSAL.match(" ".join(beginning.split()).translate(_APOSTROPHES)) is not None
+
+
+def is_same_text(one: str, other: str) -> bool:
+    """Whether two texts are equal but for their form: line ends, spacing, Unicode's two spellings."""
+    if one == other:
+        return True
+    # Most texts differ early on.
+    beginnings = [_plainly(text[: 2 * BEGINNING])[:BEGINNING] for text in (one, other)]
+    if beginnings[0] != beginnings[1] and min(map(len, beginnings)) == BEGINNING:
+        return False
+    return _plainly(one) == _plainly(other)
+
+
+def _plainly(text: str) -> str:
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def _repeats(words: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -252,14 +253,25 @@ def prepare_dpo(
 
     fitting = _Fitting(setup.options.unfit == "drop")
 
+    same: list[Fallen] = []
+
     def encode(some: Sequence[Preference]) -> list[tuple[PairIds, Record]]:
-        return fitting.examples(
+        examples = fitting.examples(
             some, lambda pair: [preference_ids(chat, pair)], lambda pair: f"{prefs}: row {pair.id}"
         )
+        equal = [ids.chosen_ids == ids.rejected_ids for ids, _ in examples]
+        reason = "chosen and rejected are the same tokens"
+        same.extend(Fallen(ids.id, reason, row) for ids, row in compress(examples, equal))
+        return [example for example, drop in zip(examples, equal, strict=True) if not drop]
 
     prepared = _within(length_limit(setup), encode(train), encode(held_out), longest_side, "pairs")
-    prepared.fallen = fallen + prepared.fallen
+    prepared.fallen = fallen + same + prepared.fallen
     prepared.warnings = warnings + prepared.warnings
+    if same:
+        prepared.warnings.append(
+            "pairs whose answers are the same tokens teach nothing; they were left out: "
+            f"{len(same)}."
+        )
     _describe_pairs(prepared, setup.values.loss_type)
     fitting.tell(prepared)
     _warn_of_chat(chat, prepared)
