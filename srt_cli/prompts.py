@@ -1,14 +1,14 @@
 """Where prompts come from: a JSONL file, stdin, or a dataset on the hub."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.records import Prompt
+from srt_cli.records import Message, Prompt
 from srt_cli.runs.jsonl import describe_invalid, read_rows
 
 HUB_PREFIX: Final = "hf:"
@@ -48,6 +48,31 @@ def prompts_from(location: str, prompt_field: str | None, limit: int | None) -> 
         count += 1
         without_response += prompt.response is None
     return PromptSource(count, without_response, inputs, read)
+
+
+def with_system(source: PromptSource, system: str | None) -> PromptSource:
+    """Put a system turn before every prompt that has none of its own: a text, or a file of one.
+
+    Raises `SrtError` for an empty one.
+    """
+    if system is None:
+        return source
+    # A name has one line and at most 255 characters, so longer texts are no file's.
+    file = Path(system) if len(system) < 256 and "\n" not in system else None
+    is_file = file is not None and file.is_file()
+    text = (file.read_text(encoding="utf-8-sig") if file and is_file else system).strip()
+    if not text:
+        raise SrtError(f"--system {system}: is empty. Leave it out, or give a text or a file.")
+    turn = Message(role="system", content=text)
+
+    def read() -> Iterator[Prompt]:
+        for prompt in source.read():
+            turns = prompt.messages
+            own = any(each.role == "system" for each in turns)
+            yield prompt if own else prompt.model_copy(update={"prompt": [turn, *turns]})
+
+    inputs = {**source.inputs, "system": file} if file and is_file else source.inputs
+    return replace(source, inputs=inputs, read=read)
 
 
 def _numbered_rows(location: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -7,9 +7,10 @@ import pytest
 from conftest import read_jsonl, write_jsonl
 from loopback_server import Answer, LoopbackServer, as_policy_and_critic
 
-from srt_cli.models import Reply, Request, open_model, reply_from_plain
+from srt_cli.models import Reply, Request, canonical_request, open_model, reply_from_plain
 from srt_cli.models.api.dialect import Heard
 from srt_cli.records import FeedbackRecord, Message
+from srt_cli.runs.journal import request_key
 
 SCRATCH = (
     "Scratch.\nWeaknesses: scratch?\nSuggestions: scratch\nOverall Score: [[2]]\n"
@@ -199,3 +200,123 @@ def test_thoughts_are_read_in_batches_too():
     heard = Heard(f"<think>{SCRATCH}</think>Yes.", "stop")
     reply = heard.reply(Request((), 0), {}, 1)
     assert (reply.text, reply.thoughts) == ("Yes.", SCRATCH)
+
+
+KWARGS = {"enable_thinking": False, "thinking": False}
+PROGRAM = """
+from srt_cli.records import Feedback
+
+def critique(prompt, response):
+    return Feedback(weaknesses="w", suggestions="s", score=5), response + "!"
+"""
+
+
+def drafts_of(srt, tmp_path, server, *arguments):
+    """What the policy was sent by a run with these arguments."""
+    (tmp_path / "p.py").write_text(PROGRAM)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say a."}])
+    before = len(server.requests)
+    finished = srt("collect-feedback", "--model", server.spec, "--critic", "python:p.py:critique",
+                   *arguments)  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    return server.requests[before:], finished
+
+
+def test_a_policy_on_a_server_is_told_whether_to_think(srt, serve, tmp_path):
+    server = serve(as_policy_and_critic)
+    (default,), _ = drafts_of(srt, tmp_path, server)
+    assert (default["chat_template_kwargs"], default["max_tokens"]) == (KWARGS, 512)
+    manifest = json.loads((tmp_path / "feedback.run.json").read_text())
+    assert manifest["models"][server.spec]["thinking"] == ["off"]
+    (on,), _ = drafts_of(srt, tmp_path, server, "--thinking", "on", "--overwrite")
+    assert on["chat_template_kwargs"] == {"enable_thinking": True, "thinking": True}
+    assert on["max_tokens"] == 512 + 2048
+    (auto,), _ = drafts_of(srt, tmp_path, server, "--thinking", "auto", "--thinking-tokens", 9,
+                           "--overwrite")  # fmt: skip
+    assert "chat_template_kwargs" not in auto
+    assert auto["max_tokens"] == 521
+    again, _ = drafts_of(srt, tmp_path, server, "--thinking", "off", "--overwrite")
+    assert again == []  # what is sent is the same as by default
+
+
+def test_critics_are_told_by_their_own_flag(srt, serve, tmp_path):
+    server = serve(as_policy_and_critic)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "p", "response": "r"}])
+    finished = srt("collect-feedback", "--critic", server.spec)
+    assert finished.code == 0, finished.stderr
+    assert not any("chat_template_kwargs" in body for body in server.requests)
+    server.requests.clear()
+    finished = srt("collect-feedback", "--critic", server.spec, "--critic-thinking", "off",
+                   "--overwrite")  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    assert [body["chat_template_kwargs"] for body in server.requests] == [KWARGS] * 2
+
+
+def test_a_server_that_refuses_the_switch_is_asked_without_and_that_is_said_once(
+    srt, serve, tmp_path
+):
+    def behave(body, number):
+        if "chat_template_kwargs" in body:
+            message = "Unrecognized request argument supplied: chat_template_kwargs"
+            return Answer(status=400, error={"message": message, "param": None})
+        return as_policy_and_critic(body, number)
+
+    server = serve(behave)
+    sent, finished = drafts_of(srt, tmp_path, server)
+    assert ["chat_template_kwargs" in body for body in sent] == [True, False]
+    assert finished.stderr.count("does not let us tell it whether to think") == 1
+
+
+def test_what_an_older_srt_asked_is_not_asked_again(srt, serve, tmp_path):
+    server = serve(as_policy_and_critic)
+    drafts_of(srt, tmp_path, server)
+    # An older srt wrote the key of the same request without a word on thinking.
+    model = open_model(server.spec)
+    journal = tmp_path / "feedback.journal.jsonl"
+    entries = read_jsonl(journal)
+    old = Request(
+        (Message(role="user", content="Say a."),), 512, temperature=0.7, seed=42, sample=0
+    )
+    entries[0]["key"] = request_key(canonical_request(model, old)).hex()
+    write_jsonl(journal, entries)
+    for left in tmp_path.glob("feedback*"):
+        if left != journal:
+            left.unlink()
+    sent, _ = drafts_of(srt, tmp_path, server)
+    assert sent == []
+
+
+def test_a_model_in_process_without_a_switch_is_said_to_have_none(srt, tmp_path, tiny_model):
+    (tmp_path / "p.py").write_text(PROGRAM)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say a."}])
+    line = ("collect-feedback", "--model", tiny_model, "--critic", "python:p.py:critique",
+            "--max-new-tokens", 4)  # fmt: skip
+    silent = srt(*line)
+    assert silent.code == 0, silent.stderr
+    assert "cannot be told" not in silent.stderr
+    told = srt(*line, "--thinking", "on", "--thinking-tokens", 4, "--out", "on.jsonl")
+    assert told.code == 0, told.stderr
+    assert told.stderr.count("cannot be told whether to think: its chat template has no") == 1
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_system_turn_stands_before_drafts_and_is_trained_with_them(
+    srt, serve, tmp_path, tiny_model, as_file
+):
+    server = serve(as_policy_and_critic)
+    (tmp_path / "system.txt").write_text("Be brief.\n")
+    given = "system.txt" if as_file else "Be brief."
+    (tmp_path / "p.py").write_text(PROGRAM)
+    own = [{"role": "system", "content": "My own."}, {"role": "user", "content": "Say b."}]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say a."}, {"messages": own}])
+    finished = srt("collect-feedback", "--model", server.spec, "--critic", "python:p.py:critique",
+                   "--system", given, "--concurrency", 1)  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    system = {"role": "system", "content": "Be brief."}
+    sent = [body["messages"] for body in server.requests]
+    assert sent == [[system, {"role": "user", "content": "Say a."}], own]
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert rows[0]["prompt"] == sent[0]
+    masks = srt("sft", "--model", tiny_model, "--dry-run", "--show-masks", 2)
+    assert masks.code == 0, masks.stderr
+    assert "Be brief." in masks.stdout + masks.stderr

@@ -23,6 +23,7 @@ from srt_cli.models import (
     Model,
     Reply,
     Request,
+    as_asked_before,
     canonical_request,
     reply_from_plain,
     reply_to_plain,
@@ -42,6 +43,19 @@ class Call:
     model: Model
     request: Request
     name: str
+
+
+def look_up_call(
+    call: Call, look_up: Callable[[bytes], dict[str, Any] | None]
+) -> tuple[bytes, dict[str, Any] | None]:
+    """A call's key and what the journal holds for it, if only as an older srt asked."""
+    key = request_key(canonical_request(call.model, call.request))
+    kept, before = look_up(key), as_asked_before(call.request)
+    if kept is None and before is not None:
+        older = request_key(canonical_request(call.model, before))
+        if older != key and (kept := look_up(older)) is not None:
+            return older, kept
+    return key, kept
 
 
 Script = Generator[Call, Reply, Result]
@@ -126,8 +140,7 @@ class _Conductor(Generic[Result]):
                 self.active -= 1
                 return [(row.index, stop.value)]
             row.calls_made += 1
-            key = request_key(canonical_request(call.model, call.request))
-            kept = self.journal.get(key)
+            key, kept = look_up_call(call, self.journal.get)
             known = reply_from_plain(kept) if kept is not None else None
             if known is not None:
                 self.tally.from_journal += 1
@@ -306,8 +319,7 @@ def replay(
         try:
             while True:
                 call = next(script) if reply is None else script.send(reply)
-                key = request_key(canonical_request(call.model, call.request))
-                kept = look_up(key)
+                key, kept = look_up_call(call, look_up)
                 if kept is None:
                     script.close()
                     yield Replayed(index, None, call, tuple(answered))

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from srt_cli.errors import UsageError
-from srt_cli.models import Engine, ModelOptions
+from srt_cli.models import Engine, ModelOptions, Thinking, Thinks
 from srt_cli.models.api.providers import parse_api_keys
 from srt_cli.models.budget import Budget, parse_prices
 from srt_cli.options import runtime, setting
 from srt_cli.records import STATUSES
+
+THINKING_TOKENS: Final = 2048
+"""Room for thoughts where a model is told to think."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,18 @@ class ApiOptions:
     critic_extra_body: str | None = setting(
         None, "The same for critics, judges and scorers.", group="Critic", metavar="JSON|FILE"
     )
+    thinking: Thinking | None = setting(
+        None, "Whether the policy is told to think before it answers.",
+        otherwise="off, where it can be told", group="Sampling",
+    )  # fmt: skip
+    thinking_tokens: int | None = setting(
+        None, "Tokens for thoughts, on top of the answer's.",
+        otherwise=f"{THINKING_TOKENS} with thinking on", group="Sampling",
+    )  # fmt: skip
+    critic_thinking: Thinking | None = setting(
+        None, "The same for critics, judges and scorers.",
+        otherwise="auto; as --thinking for a model that criticises itself", group="Critic",
+    )  # fmt: skip
     batch: bool = runtime(
         False, "Use the Batch API: half the price, within 24 hours.", group="Calls and money"
     )
@@ -110,6 +125,23 @@ class ApiOptions:
             budget=Budget(self.max_cost, self.max_tokens_total, self.max_requests),
             batch_poll_s=self.batch_poll if self.batch else None,
         )
+
+    @property
+    def policy_thinks(self) -> Thinks:
+        """What the policy is told of thinking."""
+        return self._thinks(self.thinking or "off", by_default=self.thinking is None)
+
+    def critic_thinks(self, *, itself: bool = False) -> Thinks:
+        """What critics, judges and scorers are told of thinking; `itself` is the policy as its own."""
+        if itself and self.critic_thinking is None:
+            return self.policy_thinks
+        return self._thinks(None if self.critic_thinking == "auto" else self.critic_thinking)
+
+    def _thinks(self, told: Thinking | None, *, by_default: bool = False) -> Thinks:
+        tokens = THINKING_TOKENS if told == "on" else 0
+        if self.thinking_tokens is not None and told != "off":
+            tokens = self.thinking_tokens
+        return Thinks(told, by_default, tokens)
 
     def for_critics(self, door: ModelOptions) -> ModelOptions:
         """The same door, as critics, judges and scorers are opened through it."""
@@ -166,6 +198,10 @@ class CallOptions(ApiOptions, PromptOptions):
     seed: int = setting(
         42, "Seed of the drafts. The same seed gives the same drafts.",
         group="Sampling", common=True,
+    )  # fmt: skip
+    system: str | None = setting(
+        None, "A system turn for the drafts, trained with them. A prompt's own stays.",
+        group="Sampling", metavar="TEXT|FILE",
     )  # fmt: skip
     critic_max_tokens: int = setting(
         2048, "Maximum tokens in a critic's reply (paper: 2048).", group="Critic"

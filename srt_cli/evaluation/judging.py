@@ -3,14 +3,14 @@
 import hashlib
 import random
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.conduct import Call
 from srt_cli.errors import UsageError
-from srt_cli.models import EVERYTHING, Model, Reply, Request, Task
+from srt_cli.models import EVERYTHING, Model, Reply, Request, Task, Thinks
 from srt_cli.records import Judgment, Output, Prompt, Status
 from srt_cli.templates import (
     LETTER_REQUIREMENTS,
@@ -44,6 +44,7 @@ class Judge:
     verdicts: Verdicts = "auto"
     template: str | None = None
     max_tokens: int = 1024
+    thinks: Thinks = Thinks()
     without_logprobs: bool = False
     """Found out by asking: this judge's replies come without log-probabilities."""
     known: bool = False
@@ -62,6 +63,7 @@ class Judge:
         """Whether the next pair is judged by the odds of one letter."""
         if (
             not self.model.gives_logprobs
+            or self.thinks.told == "on"
             or self.template is not None
             or self.verdicts == "reasoned"
         ):
@@ -97,8 +99,9 @@ def judge_pair(judge: Judge, shown: Shown, sample: int = 0) -> Generator[Call, R
     if judge.asks_for_letter:
         messages = judge_messages(prompt, *texts, LETTER_REQUIREMENTS)
         request = Request(
-            tuple(messages), max_tokens=1, sample=sample, top_logprobs=LETTER_LOGPROBS, task=task
-        )
+            tuple(messages), max_tokens=1, sample=sample, top_logprobs=LETTER_LOGPROBS,
+            thinks=replace(judge.thinks, tokens=0), task=task,
+        )  # fmt: skip
         reply = yield Call(judge.model, request, f"{name}, by a letter")
         odds = parse_letter_odds(reply.logprobs[0].top) if reply.logprobs else None
         judge.known = True
@@ -113,7 +116,10 @@ def judge_pair(judge: Judge, shown: Shown, sample: int = 0) -> Generator[Call, R
         messages = fill_judge_template(judge.template, prompt, *texts)
     else:
         messages = judge_messages(prompt, *texts)
-    request = Request(tuple(messages), max_tokens=judge.max_tokens, sample=sample, task=task)
+    room = judge.max_tokens + judge.thinks.tokens
+    request = Request(
+        tuple(messages), max_tokens=room, sample=sample, thinks=judge.thinks, task=task
+    )
     reply = yield Call(judge.model, request, name)
     if judge.model.is_program:
         heard = _Heard(reply.status, parse_preference(reply.text), reply.text or "none")

@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from srt_cli.calls.conduct import Call
 from srt_cli.feedback.scores import SCORE_LOGPROBS, Scoring, expected_score
-from srt_cli.models import Model, Reply, Request, Task, parse_spec
+from srt_cli.models import Model, Reply, Request, Task, Thinks, parse_spec
 from srt_cli.records import Message, Prompt, Status, Usage
 from srt_cli.templates import (
     IMPROVED_HEADING,
@@ -46,17 +46,19 @@ class Sampling:
     temperature: float
     top_p: float = 1.0
     seed: int = 0
+    thinks: Thinks = Thinks()
 
     def request(self, messages: Iterable[Message], task: Task, sample: int = 0) -> Request:
         """The call that asks so; a blind score stops before it would write an improved response."""
         return Request(
             messages=tuple(messages),
-            max_tokens=self.max_new_tokens,
+            max_tokens=self.max_new_tokens + self.thinks.tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             seed=self.seed,
             stop=BLIND_SCORE_STOP if task.kind == "score" else (),
             sample=sample,
+            thinks=self.thinks,
             task=task,
         )
 
@@ -175,7 +177,8 @@ def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Crit
         return Criticism(parsed, reply.status, reply.reason, replies)
     if unread or parsed.score is None:
         return Criticism(parsed, "unparsed", ", ".join(parsed.problems), replies)
-    first = Scoring(critic.model, messages, reply, parsed.score, question.name)
+    thinks = critic.sampling.thinks
+    first = Scoring(critic.model, messages, reply, parsed.score, question.name, thinks)
     mean = yield from _mean_score(critic, question, first, replies)
     return Criticism(parsed, "ok", None, replies, mean)
 
@@ -202,7 +205,7 @@ def _mean_score(
         score = parse_critique(reply.text, expect_refinement=False).score
         if reply.status != "ok" or score is None:
             continue
-        scoring = Scoring(critic.model, messages, reply, score, again.name)
+        scoring = Scoring(critic.model, messages, reply, score, again.name, first.thinks)
         expected, cost = yield from expected_score(scoring)
         replies.usage += cost
         means.append(score if expected is None else expected)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from srt_cli.calls.asking import Asking
 from srt_cli.feedback.critic import Critic, Sampling, blind_score
 from srt_cli.feedback.summary import show_confusion
+from srt_cli.models import Thinks
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.run import Run
@@ -28,7 +29,8 @@ def check_critic(
         Asking(journal) as asking,
         asking.open(str(run.out)) as model,
     ):
-        critic = Critic(model, Sampling(FEEDBACK_TOKENS, temperature=0.0), in_conversation=True)
+        sampling = Sampling(FEEDBACK_TOKENS, 0.0, thinks=Thinks("off", by_default=True))
+        critic = Critic(model, sampling, in_conversation=True)
         scripts = (
             blind_score(critic, prompt, text, f"{prompt.id} critic check")
             for prompt, text, _ in answers

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from srt_cli.calls.conduct import Call
-from srt_cli.models import Model, Reply, Request, TokenLogprobs
+from srt_cli.models import Model, Reply, Request, Thinks, TokenLogprobs
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Message, Usage
 from srt_cli.templates import score_digits_at
 
@@ -111,6 +111,7 @@ class Scoring:
     reply: Reply
     score: float
     name: str
+    thinks: Thinks = Thinks()
 
 
 def expected_score(scoring: Scoring) -> Generator[Call, Reply, tuple[float | None, Usage]]:
@@ -123,12 +124,14 @@ def expected_score(scoring: Scoring) -> Generator[Call, Reply, tuple[float | Non
     if digits_at is None or not reply.logprobs or not float(scoring.score).is_integer():
         return None, Usage()
     belief = read_belief(reply.text, digits_at, reply.logprobs)
-    if belief is None or not belief.is_open or not scoring.model.continues:
+    looks = scoring.model.continues and not reply.thoughts
+    if belief is None or not belief.is_open or not looks:
         return (belief.mean if belief is not None else None), Usage()
     begun = Message(role="assistant", content=reply.text[:digits_at] + "1")
     request = Request(
-        (*scoring.asked, begun), max_tokens=1, top_logprobs=SCORE_LOGPROBS, continues=True
-    )
+        (*scoring.asked, begun), max_tokens=1, top_logprobs=SCORE_LOGPROBS, continues=True,
+        thinks=scoring.thinks,
+    )  # fmt: skip
     look = yield Call(scoring.model, request, f"{scoring.name}, behind a 1")
     if not look.logprobs:
         return None, look.usage

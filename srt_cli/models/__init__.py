@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from srt_cli import console
 from srt_cli.errors import UsageError
 from srt_cli.models.api.providers import KEY_IN_ADDRESS, holds_key, providers
 from srt_cli.options import RUNS_CODE_PREFIX
@@ -22,6 +23,8 @@ FinishReason = Literal["stop", "length", "loop", "refused", "failed"]
 EVERYTHING: Final = sys.maxsize
 """`in_flight` of a model that wants whatever there is, in one wave."""
 Engine = Literal["auto", "static", "continuous"]
+Thinking = Literal["off", "on", "auto"]
+"""Whether a model is told to think before it answers; `auto` leaves it to its template."""
 TaskKind = Literal["respond", "critique", "score", "judge", "check"]
 LOOP_LENGTH: Final = 128
 PERIODS: Final = 4
@@ -36,6 +39,17 @@ class Task:
     kind: TaskKind
     prompt: Prompt
     texts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Thinks:
+    """Whether a model is told to think, and its room for that on top of the answer's, in tokens."""
+
+    told: Thinking | None = None
+    """None says nothing, as an older srt did."""
+    by_default: bool = False
+    """Nobody asked for it: a reply that is known to the same request without it counts too."""
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,8 @@ class Request:
     """At which tokens log-probabilities are kept: a score needs only those around digits."""
     continues: bool = False
     """The last message is the beginning of the reply. Only models with `continues` take it."""
+    thinks: Thinks = Thinks()
+    """Its tokens stand in `max_tokens` already."""
     task: Task | None = None
 
 
@@ -176,6 +192,11 @@ class Model(Protocol):
     """Whether it takes requests that continue a reply begun."""
     gives_logprobs: bool
     """Whether it can tell log-probabilities, as far as is known beforehand."""
+
+    @property
+    def can_be_told(self) -> bool:
+        """Whether telling it to think, or not to, has an effect, as far as is known beforehand."""
+        ...
 
     @property
     def batched(self) -> bool:
@@ -387,6 +408,8 @@ def canonical_request(model: Model, request: Request) -> dict[str, Any]:
         plain["logprobs_at"] = request.logprobs_at
     if request.continues:
         plain["continues"] = True
+    if request.thinks.told is not None and model.can_be_told:
+        plain["thinking"] = request.thinks.told
     if request.task is not None and model.is_program:
         plain["task"] = [
             request.task.kind,
@@ -394,6 +417,25 @@ def canonical_request(model: Model, request: Request) -> dict[str, Any]:
             list(request.task.texts),
         ]
     return plain
+
+
+def as_asked_before(request: Request) -> Request | None:
+    """How an older srt asked the same; None where its reply would not be what is asked for now."""
+    return dataclasses.replace(request, thinks=Thinks()) if request.thinks.by_default else None
+
+
+def warn_if_deaf(model: Model, requests: Sequence[Request]) -> bool:
+    """Say that a model is told in vain to think or not to; true when that was said."""
+    thinks = next((each.thinks for each in requests if each.thinks.told in ("on", "off")), None)
+    if thinks is None or thinks.by_default or model.can_be_told:
+        return False
+    in_process = parse_spec(model.spec).in_process
+    why = "its chat template has no switch for it" if in_process else "its API has no such field"
+    console.warn(
+        f"{model.spec} cannot be told whether to think: {why}. What it thinks is kept apart from its "
+        "answers all the same."
+    )
+    return True
 
 
 def reply_to_plain(reply: Reply) -> dict[str, Any]:

@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from itertools import count
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from srt_cli.errors import SrtError
+from srt_cli.models import Thinking
 from srt_cli.records import Message
-
-Thinking = Literal["off", "on", "auto"]
-"""Whether a model is told to think before it answers; `auto` leaves it to its template."""
 
 # Private-use characters stand in for control-token text while the template is rendered.
 FIRST_STAND_IN: Final = 0xF0000

@@ -33,6 +33,7 @@ class ProgramModel:
     is_program = True
     continues = False
     gives_logprobs = False
+    can_be_told = False
     in_flight = 64
 
     def __init__(self, spec: str, location: str) -> None:

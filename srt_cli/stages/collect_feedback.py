@@ -11,7 +11,7 @@ from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Policy, Roles
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
-from srt_cli.prompts import prompts_from
+from srt_cli.prompts import prompts_from, with_system
 from srt_cli.report.critic import write_critic_report
 from srt_cli.runs.run import open_run
 
@@ -61,7 +61,9 @@ def run(options: CollectFeedback) -> None:
             "No critic. Pass --critic gpt-4, http://HOST/v1#NAME, a directory or "
             'python:FILE:CALLABLE, or put critic = "gpt-4" into srt.toml.'
         )
-    prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
+    prompts = with_system(
+        prompts_from(options.prompts, options.prompt_field, options.limit), options.system
+    )
     if options.model is None and prompts.without_response:
         raise UsageError(
             f"{options.prompts}: {prompts.without_response} of {prompts.count} rows bring no "
@@ -73,8 +75,14 @@ def run(options: CollectFeedback) -> None:
     policy_model = critic_model
     if options.model is not None and (options.model, door) != (options.critic, critics):
         policy_model = open_model(options.model, door)
-    drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
-    replies = Sampling(options.critic_max_tokens, options.critic_temperature, seed=options.seed)
+    drafts = Sampling(
+        options.max_new_tokens, options.temperature, seed=options.seed,
+        thinks=options.policy_thinks,
+    )  # fmt: skip
+    replies = Sampling(
+        options.critic_max_tokens, options.critic_temperature, seed=options.seed,
+        thinks=options.critic_thinks(),
+    )  # fmt: skip
     # A program would only give the same reply again.
     reasks = 0 if critic_model.is_program else options.max_reasks
     critic = Critic(

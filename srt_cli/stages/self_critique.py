@@ -15,7 +15,7 @@ from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Check, CheckedRow, Policy, Roles
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
-from srt_cli.prompts import prompts_from
+from srt_cli.prompts import prompts_from, with_system
 from srt_cli.report.critic import write_critic_report
 from srt_cli.runs.run import open_run, read_manifest
 
@@ -150,15 +150,24 @@ def _refuse_processes(options: SelfCritique) -> None:
 
 def _open_job(options: SelfCritique) -> tuple[Job, Mapping[str, Path]]:
     """The models and what they are to do, and the files that say so."""
-    prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
+    prompts = with_system(
+        prompts_from(options.prompts, options.prompt_field, options.limit), options.system
+    )
     if options.other_critic is None or options.critic_for == "scores":
         refuse_partial_critic(Path(options.model))
     door = replace(options.door(), logprobs=options.expected_score)
     model = open_model(options.model, door)
-    drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
-    replies = Sampling(options.critic_max_tokens, temperature=0.0, seed=options.seed)
+    drafts = Sampling(
+        options.max_new_tokens, options.temperature, seed=options.seed,
+        thinks=options.policy_thinks,
+    )  # fmt: skip
+    replies = Sampling(
+        options.critic_max_tokens, temperature=0.0, seed=options.seed,
+        thinks=options.critic_thinks(itself=True),
+    )  # fmt: skip
     itself = Critic(model, replies, in_conversation=True)
-    other = _other_critic(options, replies, model, door)
+    others = replace(replies, thinks=options.critic_thinks())
+    other = _other_critic(options, others, model, door)
     scorer = other if options.critic_for == "scores" else None
     critic = other if other is not None and scorer is None else itself
     if scorer is not None:

@@ -115,6 +115,10 @@ class BatchModel:
         threading.Thread(target=self._work, args=(asks,), name="batch", daemon=True).start()
         return futures
 
+    @property
+    def can_be_told(self) -> bool:
+        return self._place.manner.switches_thinking
+
     def finish(self, seconds: float) -> bool:
         return True  # Batches go on without us, and the next run finds them.
 
@@ -311,9 +315,9 @@ class ExportModel:
     _file: IO[bytes] | None = None
 
     def __post_init__(self) -> None:
-        place = place_of(self.spec, self.parsed, replace(self.options, offline=True))
-        self._dialect = place.open_dialect()
-        self.identity, self.gives_logprobs = place.identity, self._dialect.gives_logprobs
+        self._place = place_of(self.spec, self.parsed, replace(self.options, offline=True))
+        self._dialect = self._place.open_dialect()
+        self.identity, self.gives_logprobs = self._place.identity, self._dialect.gives_logprobs
         if self._dialect.batches is None:
             raise UsageError(f"--export-batch: {self.spec} takes no batches.")
         self._line = self._dialect.batches.line
@@ -331,6 +335,10 @@ class ExportModel:
             futures.append(Future[Reply]())
             futures[-1].set_result(Reply("", "failed", error=f"written to {self.path}"))
         return futures
+
+    @property
+    def can_be_told(self) -> bool:
+        return self._place.manner.switches_thinking
 
     def finish(self, seconds: float) -> bool:
         return True

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from srt_cli import console
 from srt_cli.errors import QuotaError, SrtError, UsageError
-from srt_cli.models import ModelOptions, Reply, Request, Spec
+from srt_cli.models import ModelOptions, Reply, Request, Spec, warn_if_deaf
 from srt_cli.models.api.dialect import Answer, Dialect, NoAnswer, Refused
 from srt_cli.models.api.limits import (
     DEFAULT_PAUSE_S,
@@ -82,6 +82,9 @@ class ApiModel:
     _estimated: int = 0
     """Replies whose usage the server did not tell."""
     _completion_tokens: Counter[str] = field(default_factory=Counter)
+    _told: set[str] = field(default_factory=set)
+    _deaf: bool = False
+    """It was said that the model cannot be told whether to think."""
     _fatal: SrtError | None = None
     _succeeded: bool = False
     _loop: asyncio.AbstractEventLoop | None = None
@@ -111,6 +114,8 @@ class ApiModel:
     def submit(
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
     ) -> list[Future[Reply]]:
+        self._deaf = self._deaf or warn_if_deaf(self, requests)
+        self._told.update(each.thinks.told for each in requests if each.thinks.told)
         jobs = [_Job(request, Future(), most_tokens(request)) for request in requests]
         if self.options.offline:
             raise SrtError(f"{self.spec}: a call is owed, and nothing may be sent.")
@@ -124,6 +129,7 @@ class ApiModel:
             "spec": self.spec,
             "endpoints": list(self._place.urls),
             **self._dialect.describe(),
+            **({"thinking": sorted(self._told)} if self._told and self.can_be_told else {}),
             "causes_of_retries": dict(self._causes),
             "most_in_flight": self._limit.peak,
             "limit_at_the_end": self._limit.limit,
@@ -131,6 +137,10 @@ class ApiModel:
             "requests_per_second_found": self._pace.per_second,
             **({"replies_without_usage": self._estimated} if self._estimated else {}),
         }
+
+    @property
+    def can_be_told(self) -> bool:
+        return self._place.manner.switches_thinking
 
     def finish(self, seconds: float) -> bool:
         if self._loop is None or self._thread is None or not self._thread.is_alive():

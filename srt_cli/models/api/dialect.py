@@ -35,6 +35,8 @@ class Manner:
     """Fields that are known to be refused."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Fields that go by another name there."""
+    switches_thinking: bool = False
+    """Whether the variables of a chat template may be sent."""
     effort: str | None = None
     """How hard a reasoning model should think, in the provider's own word."""
     extra: dict[str, Any] = field(default_factory=dict)

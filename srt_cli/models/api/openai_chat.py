@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
+from srt_cli import console
 from srt_cli.models import FinishReason, Request, TokenLogprobs
 from srt_cli.models.api.dialect import (
     Answer,
@@ -27,7 +28,12 @@ from srt_cli.records import Usage
 PATH: Final = "/chat/completions"
 TOKEN_FIELDS: Final = ("max_completion_tokens", "max_tokens")
 # What a server may refuse to be told; dropped once, remembered, and noted in the manifest.
-OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs")
+TEMPLATE_FIELD: Final = "chat_template_kwargs"
+"""The variables of the model's chat template, as vLLM, SGLang and llama.cpp take them."""
+THINKING_VARIABLES: Final = ("enable_thinking", "thinking")
+OPTIONAL_FIELDS: Final = (
+    "temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs", TEMPLATE_FIELD,
+)  # fmt: skip
 FINISHES: Final[Mapping[str, FinishReason]] = {"length": "length", "content_filter": "refused"}
 
 
@@ -74,6 +80,9 @@ class OpenAiChat:
             body["seed"] = request.seed + request.sample
         if request.top_logprobs:
             body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+        if self.manner.switches_thinking and request.thinks.told in ("on", "off"):
+            on = request.thinks.told == "on"
+            body[TEMPLATE_FIELD] = dict.fromkeys(THINKING_VARIABLES, on)
         if self.manner.effort is not None:
             body["reasoning_effort"] = self.manner.effort
         kept = {name: value for name, value in body.items() if name not in self.dropped}
@@ -126,8 +135,14 @@ class OpenAiChat:
                 return self
         for name in OPTIONAL_FIELDS:
             sent_as = self.manner.renames.get(name, name)
-            if sent_as in sent and refused.names(sent_as):
+            named = refused.names(sent_as) or (name == TEMPLATE_FIELD and name in refused.message)
+            if sent_as in sent and named:
                 self.dropped.add(name)
+                if name == TEMPLATE_FIELD:
+                    console.warn(
+                        f"the server of {self.manner.model} does not let us tell it whether to think; "
+                        "what it thinks is kept apart from its answers all the same."
+                    )
                 return self
         return None
 

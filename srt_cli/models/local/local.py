@@ -8,11 +8,12 @@ transformers' continuous batching, where a new request enters as an old one leav
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from srt_cli.errors import SrtError
-from srt_cli.models import ModelOptions, Reply, Request
+from srt_cli.models import ModelOptions, Reply, Request, warn_if_deaf
 from srt_cli.models.local.meter import Throughput
 from srt_cli.records import Message
 
@@ -42,6 +43,9 @@ class LocalModel:
     _continuous: bool = field(init=False)
     _meter: Throughput = field(default_factory=Throughput)
     _placement: dict[str, str] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
+    _deaf: bool = False
+    """It was said that the model cannot be told whether to think."""
     _loaded: Any = None
     _engine: _Engine | None = None
 
@@ -68,6 +72,8 @@ class LocalModel:
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
     ) -> list[Future[Reply]]:
         answered = answered or [False] * len(requests)
+        self._deaf = self._deaf or warn_if_deaf(self, requests)
+        self._told.update(each.thinks.told for each in requests if each.thinks.told)
         futures: list[Future[Reply]] = [Future() for _ in requests]
         if not all(answered):
             engine = self._start()
@@ -75,6 +81,18 @@ class LocalModel:
             rows = [row for each in known if (row := self._row(*each)) is not None]
             engine.add(rows)
         return futures
+
+    @cached_property
+    def can_be_told(self) -> bool:
+        """Whether its chat template has a switch; false too while the template cannot be had."""
+        from srt_cli.models.chat import ChatFormat
+        from srt_cli.models.weights import load_tokenizer
+
+        try:
+            tokenizer = load_tokenizer(self.name, chat_template=self.options.chat_template)
+            return ChatFormat(tokenizer).can_be_told
+        except SrtError:
+            return False
 
     def finish(self, seconds: float) -> bool:
         return True  # What is computed here costs no money.
@@ -84,6 +102,7 @@ class LocalModel:
             "spec": self.spec,
             "identity": self.identity,
             **self._placement,
+            **({"thinking": sorted(self._told)} if self._told and self.can_be_told else {}),
             **self._meter.describe(),
         }
 
@@ -136,7 +155,7 @@ class LocalModel:
 def _encode(loaded: Any, request: Request) -> list[int]:
     begun: Message | None = request.messages[-1] if request.continues else None
     messages = request.messages[:-1] if begun is not None else request.messages
-    ids: list[int] = loaded.chat.prompt_ids(messages)
+    ids: list[int] = loaded.chat_for(request.thinks.told or "auto").prompt_ids(messages)
     if begun is not None:
         plain = loaded.tokenizer(begun.content, add_special_tokens=False, split_special_tokens=True)
         ids += plain["input_ids"]

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
-from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, is_loop, part_reply
+from srt_cli.models import (
+    FinishReason,
+    Reply,
+    Request,
+    Thinking,
+    TokenLogprobs,
+    is_loop,
+    part_reply,
+)
 from srt_cli.models.local.sampling import Draw, draw_key
 from srt_cli.reading import marks_of_thoughts, opened_by
 from srt_cli.records import Usage
@@ -37,6 +45,7 @@ class Loaded:
     end_ids: frozenset[int]
     max_positions: int
     placement: dict[str, str]
+    _chats: dict[Thinking, "ChatFormat"] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -47,6 +56,12 @@ class Loaded:
     def device(self) -> str:
         """Where it computes: cpu, cuda, mps."""
         return self.placement["device"]
+
+    def chat_for(self, thinking: Thinking) -> "ChatFormat":
+        """How it writes chats when it is told to think, or not to."""
+        if thinking not in self._chats:
+            self._chats[thinking] = replace(self.chat, thinking=thinking)
+        return self._chats[thinking]
 
     def text_of(self, tokens: Sequence[int]) -> str:
         """Tokens as text, without control tokens but those that tell thoughts and answer apart."""

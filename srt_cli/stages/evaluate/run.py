@@ -175,16 +175,20 @@ def _answers(
 def _asked(
     spec: str, uses: Sequence[Use], options: Evaluate, prompts: Sequence[Prompt], asking: Asking
 ) -> list[Attempt]:
-    drafts = Sampling(options.max_new_tokens, options.temperature, seed=options.seed)
+    drafts = Sampling(
+        options.max_new_tokens, options.temperature, seed=options.seed,
+        thinks=options.policy_thinks,
+    )  # fmt: skip
     with asking.open(spec) as model:
-        own_critic = Critic(model, _critic_sampling(options), in_conversation=True)
+        own_critic = Critic(model, _critic_sampling(options, itself=True), in_conversation=True)
         contestant = Contestant(Policy(model, drafts), own_critic, uses, options.rounds)
         scripts = (answer(contestant, prompt) for prompt in prompts)
         return asking.ask(f"answers of {spec}", scripts, len(prompts))
 
 
-def _critic_sampling(options: Evaluate) -> Sampling:
-    return Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
+def _critic_sampling(options: Evaluate, *, itself: bool) -> Sampling:
+    thinks = options.critic_thinks(itself=itself)
+    return Sampling(options.critic_max_tokens, 0.0, seed=options.seed, thinks=thinks)
 
 
 def _checked(
@@ -217,7 +221,9 @@ def _judged(
     """A judge's verdicts; then some of the questions once more."""
     template = read_judge_template(options.judge_template) if options.judge_template else None
     with asking.open(spec, as_critic=True) as model:
-        judge = Judge(model, options.verdicts, template, options.judge_max_tokens)
+        judge = Judge(
+            model, options.verdicts, template, options.judge_max_tokens, options.critic_thinks()
+        )
         judgments = judge_pairs(asking, f"judging by {spec}", judge, shown)
         if not options.repeat:
             return judgments, []
@@ -247,7 +253,8 @@ def _scores(
 
     def score(spec: str, answers: Sequence[Output], in_conversation: bool) -> list[Scored]:
         with asking.open(spec, as_critic=not in_conversation) as model:
-            critic = Critic(model, _critic_sampling(options), in_conversation)
+            sampling = _critic_sampling(options, itself=in_conversation)
+            critic = Critic(model, sampling, in_conversation)
             scripts = (score_output(critic, by_id[o.id], o) for o in answers)
             return asking.ask(f"scores by {spec}", scripts, len(answers))
 
@@ -266,6 +273,8 @@ def _pairs(
         if pairs and _is_model(spec):
             in_conversation = asked_in_conversation(options.critic_prompt, spec)
             with asking.open(spec) as model:
-                critic = Critic(model, _critic_sampling(options), in_conversation)
+                critic = Critic(
+                    model, _critic_sampling(options, itself=in_conversation), in_conversation
+                )
                 found[spec] = ask_pairs(asking, critic, pairs)
     return found

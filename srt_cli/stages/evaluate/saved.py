@@ -52,13 +52,16 @@ def count_annotations(options: Evaluate, command: str) -> None:
 def score_pairs(options: Evaluate, command: str, path: Path) -> None:
     """`--pairs`: each model scores both sides of labelled pairs."""
     pairs = list(read_pairs(path, options.limit))
-    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
     run = open_run(command, options, inputs={"pairs": path})
     found = []
     with run:
         with Asking.begin(run, options, offline=options.offline) as asking:
             for spec in dict.fromkeys(options.model):
                 in_conversation = asked_in_conversation(options.critic_prompt, spec)
+                thinks = options.critic_thinks(itself=in_conversation)
+                sampling = Sampling(
+                    options.critic_max_tokens, 0.0, seed=options.seed, thinks=thinks
+                )
                 with asking.open(spec) as model:
                     scored = ask_pairs(asking, Critic(model, sampling, in_conversation), pairs)
                 found.append(count_pairs(spec, pairs, scored))
@@ -81,7 +84,8 @@ def judge_feedback(options: Evaluate, command: str) -> None:
     """`--feedback`: what critiques are like, and what a scorer from outside makes of their scores."""
     inputs = {f"feedback {n}": path for n, path in enumerate(options.feedback, start=1)}
     run = open_run(command, options, inputs=inputs)
-    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed)
+    thinks = options.critic_thinks()
+    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed, thinks=thinks)
     found = []
     with run:
         with Asking.begin(run, options, offline=options.offline) as asking:
