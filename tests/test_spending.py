@@ -407,7 +407,7 @@ def test_the_critics_page_shows_its_scores_and_doubts(srt, serve, prompts, tmp_p
     page = (tmp_path / "critic.html").read_text()
     assert "Read with care" in page
     assert "gave every one of 12 drafts the score 4" in page
-    assert "entropy of the drafts&#x27; scores" in page
+    assert "entropy of the drafts&#39; scores" in page
     tallies = json.loads((tmp_path / "feedback.run.json").read_text())["tallies"]
     assert tallies["score_entropy_bits"] == 0
     assert tallies["repeated_weaknesses"] == 1
