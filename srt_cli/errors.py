@@ -2,7 +2,7 @@
 
 SrtError            1    the user can fix it: one or two sentences, no traceback
 ├─ UsageError       2    the command line itself is wrong
-├─ TooManyFailures  3    the run finished, but more rows failed than `--max-failures`
+├─ TooManyFailures  3    the run finished, but no row is usable, or more failed than allowed
 ├─ BudgetReached    4    a cap on cost, tokens or requests was reached
 ├─ QuotaError       5    the endpoint says: no credit, or wrong credentials
 ├─ Interrupted      130  Ctrl-C or SIGTERM
@@ -26,7 +26,7 @@ class UsageError(SrtError):
 
 
 class TooManyFailures(SrtError):
-    """The run finished, but more rows failed than the user allows."""
+    """The run finished, but no row is usable, or more failed than the user allows."""
 
     exit_code = 3
 

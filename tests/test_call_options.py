@@ -148,12 +148,18 @@ def test_tokens_a_minute_slow_a_run_down(srt, tmp_path):
 
 
 def test_too_many_failed_rows_exit_3(srt, tmp_path):
-    refuses = LoopbackServer(lambda body, number: Answer(status=400, error={"message": "no"}))
+
+    def behaviour(body, number):
+        if "q0" in body["messages"][-1]["content"]:
+            return as_policy_and_critic(body, number)
+        return Answer(status=400, error={"message": "no"})
+
+    refuses = LoopbackServer(behaviour)
     rows = [{"id": str(n), "prompt": f"q{n}", "response": "A draft."} for n in range(3)]
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     line = ("collect-feedback", "--critic", refuses.spec)
     assert srt(*line, "--out", "a.jsonl").code == 0
-    assert srt(*line, "--out", "b.jsonl", "--max-failures", 2).code == 3
+    assert srt(*line, "--out", "b.jsonl", "--max-failures", 1).code == 3
     refuses.close()
 
 

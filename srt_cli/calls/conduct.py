@@ -320,11 +320,11 @@ def replay(
             while True:
                 call = next(script) if reply is None else script.send(reply)
                 key, kept = look_up_call(call, look_up)
-                if kept is None:
+                reply = reply_from_plain(kept) if kept is not None else None
+                if reply is None:
                     script.close()
                     yield Replayed(index, None, call, tuple(answered))
                     break
                 answered.append((call, key))
-                reply = reply_from_plain(kept)
         except StopIteration as stop:
             yield Replayed(index, stop.value, None, tuple(answered))

@@ -39,6 +39,10 @@ class ApiOptions:
         600.0, "Give up on a request after this many seconds.",
         group="Calls and money", metavar="SECONDS",
     )  # fmt: skip
+    give_up_after: float = runtime(
+        600.0, "End the run when a server has admitted nothing for this many seconds.",
+        group="Calls and money", metavar="SECONDS",
+    )  # fmt: skip
     max_cost: float | None = runtime(
         None, "Stop before spending more than this many dollars.",
         group="Calls and money", common=True, metavar="DOLLARS",
@@ -115,6 +119,7 @@ class ApiOptions:
             batch_size=self.batch_size,
             engine=self.engine,
             timeout_s=self.timeout,
+            give_up_after_s=self.give_up_after,
             trust_remote_code=self.trust_remote_code,
             rpm=self.rpm,
             tpm=self.tpm,

@@ -187,6 +187,12 @@ def _close(
         return
     for warning in summary.warnings():
         run.warn(warning)
+    if finished == expected and summary.rows and not summary.statuses["ok"]:
+        raise TooManyFailures(
+            f"{run.out}: no row is usable ({summary.unusable}). The first reason: "
+            f"{summary.first_reason}. Mend it, and run the same line again (--retry-failed all asks "
+            "again for what was answered badly)."
+        )
     if options.max_failures is not None and failed > options.max_failures:
         raise TooManyFailures(
             f"{failed} rows failed, more than --max-failures {options.max_failures} "

@@ -98,6 +98,8 @@ class CritiqueSummary:
     first_failure: str | None = None
     only_thoughts: Counter[bool] = field(default_factory=Counter)
     """Rows that ended before an answer came; True counts drafts, False a critic's replies."""
+    first_reason: str | None = None
+    """Why the first row that is not ok is not."""
     blind_scores: Counter[float] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
     """How the critic's replies were read: as asked, mended, longer, asked again, unread."""
@@ -116,6 +118,8 @@ class CritiqueSummary:
                 self.first_failure = record.reason
             if record.reason is not None and record.reason.endswith(THOUGHT_UNTIL_LIMIT):
                 self.only_thoughts[record.response is None] += 1
+            if record.status != "ok" and self.first_reason is None:
+                self.first_reason = record.reason
             if record.feedback is not None:
                 self._add_feedback(record, record.feedback)
             for kind in ("critique", "score"):
@@ -206,6 +210,13 @@ class CritiqueSummary:
         bad = self.rows - self.statuses["ok"]
         return f"{bad} not ok" if bad else ""
 
+    @property
+    def unusable(self) -> str:
+        """How many rows ended how, but for those that are ok."""
+        return ", ".join(
+            f"{n} {status}" for status, n in self.statuses.most_common() if status != "ok"
+        )
+
     def warnings(self) -> list[str]:
         """What should make a user look before they train on this."""
         found = []
@@ -230,8 +241,7 @@ class CritiqueSummary:
                 )
         if self.rows and self.statuses["ok"] < self.rows / 2:
             found.append(
-                f"only {self.statuses['ok']} of {self.rows} rows are ok "
-                f"({', '.join(f'{n} {s}' for s, n in self.statuses.most_common() if s != 'ok')})."
+                f"only {self.statuses['ok']} of {self.rows} rows are ok ({self.unusable})."
             )
         return found
 

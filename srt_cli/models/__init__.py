@@ -1,13 +1,17 @@
 """The one door to every model: `open_model(spec)`; requests in, replies out as they finish."""
 
 import dataclasses
+import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+
+from pydantic import TypeAdapter, ValidationError
 
 from srt_cli import console
 from srt_cli.errors import UsageError
@@ -19,13 +23,18 @@ from srt_cli.records import Message, Prompt, Status, Usage
 if TYPE_CHECKING:
     from srt_cli.models.budget import Budget, Price
 
-FinishReason = Literal["stop", "length", "loop", "refused", "failed"]
+FinishReason = Literal["stop", "length", "loop", "cut", "refused", "failed"]
 EVERYTHING: Final = sys.maxsize
 """`in_flight` of a model that wants whatever there is, in one wave."""
 Engine = Literal["auto", "static", "continuous"]
 Thinking = Literal["off", "on", "auto"]
 """Whether a model is told to think before it answers; `auto` leaves it to its template."""
 TaskKind = Literal["respond", "critique", "score", "judge", "check"]
+_HALVES: Final = re.compile("[\ud800-\udfff]")
+_KEPT: Final = (
+    "text", "finish_reason", "usage", "logprobs", "error", "thoughts", "cost", "estimated",
+)  # fmt: skip
+"""What of a reply the journal keeps."""
 LOOP_LENGTH: Final = 128
 PERIODS: Final = 4
 THOUGHT_UNTIL_LIMIT: Final = "thought until the limit"
@@ -108,13 +117,15 @@ class Reply:
         """`ok` for a whole text; an empty one is `unparsed`, one that was cut off `truncated`."""
         if self.finish_reason in ("refused", "failed"):
             return self.finish_reason
-        if self.finish_reason in ("length", "loop") or self._only_thinks:
+        if self.finish_reason in ("length", "loop", "cut") or self._only_thinks:
             return "truncated"
         return "ok" if self.text.strip() else "unparsed"
 
     @property
     def reason(self) -> str | None:
         """Why the status is not `ok`; None when it is."""
+        if self.finish_reason == "cut" and self.error:
+            return f"cut off: {self.error}"
         if self.status == "truncated" and self._only_thinks and not self.loops:
             return THOUGHT_UNTIL_LIMIT if self.at_limit else "ended within its thoughts"
         if self.status == "truncated" and not self.loops and not self.text.strip():
@@ -124,7 +135,8 @@ class Reply:
             return loops if self.loops else "cut off at the token limit"
         reasons = {
             "failed": str(self.error),
-            "refused": "refused by the model or a content filter",
+            "refused": "refused by the model or a content filter"
+            + (f": {self.error}" if self.error else ""),
             "unparsed": "empty reply",
         }
         return reasons.get(self.status)
@@ -249,6 +261,8 @@ class ModelOptions:
     logprobs: bool = False
     """Log-probabilities will be asked for: an engine that must prepare for it does so at once."""
     timeout_s: float = 600.0
+    give_up_after_s: float = 600.0
+    """How long a server may admit nothing before the run ends."""
     trust_remote_code: bool = False
     chat_template: str | None = None
     """For a model in process, instead of its own: a file, or the name of a template."""
@@ -439,18 +453,18 @@ def warn_if_deaf(model: Model, requests: Sequence[Request]) -> bool:
 
 
 def reply_to_plain(reply: Reply) -> dict[str, Any]:
-    """A reply as the journal keeps it."""
+    """A reply as the journal keeps it: what JSON cannot hold is left out, halves of characters too."""
     plain: dict[str, Any] = {
-        "text": reply.text,
+        "text": _without_halves(reply.text),
         "finish_reason": reply.finish_reason,
         "usage": reply.usage.model_dump(exclude_defaults=True),
     }
     if reply.logprobs:
-        plain["logprobs"] = [dataclasses.asdict(place) for place in reply.logprobs]
+        plain["logprobs"] = [_place_to_plain(place) for place in reply.logprobs]
     if reply.error is not None:
-        plain["error"] = reply.error
+        plain["error"] = _without_halves(reply.error)
     if reply.thoughts:
-        plain["thoughts"] = reply.thoughts
+        plain["thoughts"] = _without_halves(reply.thoughts)
     if reply.cost is not None:
         plain["cost"] = reply.cost
     if reply.estimated:
@@ -458,16 +472,33 @@ def reply_to_plain(reply: Reply) -> dict[str, Any]:
     return plain
 
 
-def reply_from_plain(plain: dict[str, Any]) -> Reply:
-    """Read back what `reply_to_plain` wrote; an older srt left thoughts in the text."""
-    reply = Reply(
-        text=plain["text"],
-        finish_reason=plain["finish_reason"],
-        usage=Usage(**plain["usage"]),
-        logprobs=tuple(TokenLogprobs(**place) for place in plain.get("logprobs", ())),
-        error=plain.get("error"),
-        thoughts=plain.get("thoughts", ""),
-        cost=plain.get("cost"),
-        estimated=plain.get("estimated", False),
-    )
+def _place_to_plain(place: TokenLogprobs) -> dict[str, Any]:
+    top = {
+        _without_halves(token): logprob
+        for token, logprob in place.top.items()
+        if math.isfinite(logprob)
+    }
+    return dataclasses.asdict(place) | {"token": _without_halves(place.token), "top": top}
+
+
+def _without_halves(text: str) -> str:
+    """A text that UTF-8 can hold: half of a character becomes U+FFFD."""
+    return text if text.isascii() else _HALVES.sub("\ufffd", text)
+
+
+@lru_cache
+def _reader() -> "TypeAdapter[Reply]":
+    return TypeAdapter(Reply)
+
+
+def reply_from_plain(plain: Mapping[str, Any]) -> Reply | None:
+    """Read back what `reply_to_plain` wrote; None for what is no reply, so that it is owed again.
+
+    An older srt left thoughts in the text.
+    """
+    kept = {name: plain[name] for name in _KEPT if name in plain}
+    try:
+        reply = _reader().validate_python(kept)
+    except ValidationError:
+        return None
     return reply if reply.thoughts else part_reply(reply)

@@ -224,4 +224,15 @@ def _entry_in(line: bytes) -> dict[str, Any] | None:
         bytes.fromhex(entry["key"])
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
         return None
-    return entry
+    return entry if FORGOTTEN in entry or _counts(entry) else None
+
+
+def _counts(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry's model, tokens and cost can be added up."""
+    usage, cost = entry.get("usage", {}), entry.get("cost", 0.0)
+    return (
+        isinstance(entry.get("model", ""), str)
+        and isinstance(usage, dict)
+        and all(type(count) is int for count in usage.values())
+        and type(cost) in (int, float)
+    )

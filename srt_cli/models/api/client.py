@@ -18,7 +18,7 @@ from typing import Any, Final
 from srt_cli import console
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, Spec, warn_if_deaf
-from srt_cli.models.api.dialect import Answer, Dialect, NoAnswer, Refused
+from srt_cli.models.api.dialect import Answer, Dialect, NoAnswer, Refused, error_within
 from srt_cli.models.api.limits import (
     DEFAULT_PAUSE_S,
     HIGHEST_LIMIT,
@@ -27,7 +27,9 @@ from srt_cli.models.api.limits import (
     Pace,
     RateLimit,
 )
+from srt_cli.models.api.patience import Patience, is_loading
 from srt_cli.models.api.place import Place, place_of
+from srt_cli.models.api.refusals import about, same_words
 from srt_cli.models.api.transport import Endpoint, Redirected
 from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of
 from srt_cli.records import Usage
@@ -39,13 +41,12 @@ LONGEST_BACKOFF_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.02
 DOWN_FOR_S: Final = 30.0
 DOWN_BEFORE_FIRST_SUCCESS_S: Final = 1.0
-THROTTLED: Final = (429, 529)
-QUOTA_CODES: Final = (
-    "insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached",
-)  # fmt: skip
+WATCH_EVERY_S: Final = 0.5
+SAME_REFUSALS: Final = {"request": 4, "too long": 32}
+"""So many first replies that are the same refusal are no trouble of a row's."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A request on its way, with what is set aside for it."""
 
@@ -54,6 +55,7 @@ class _Job:
     most: Usage
     likely_tokens: float = 0.0
     attempts: int = 0
+    throttled_since: float | None = None
     sent_fields: frozenset[str] = frozenset()
 
 
@@ -87,6 +89,11 @@ class ApiModel:
     """It was said that the model cannot be told whether to think."""
     _fatal: SrtError | None = None
     _succeeded: bool = False
+    _patience: Patience = field(init=False)
+    _asleep: set[_Job] = field(default_factory=set)
+    """Jobs that wait for another try."""
+    _refusals: Counter[str] = field(default_factory=Counter)
+    """What was said before anything was served."""
     _loop: asyncio.AbstractEventLoop | None = None
     _thread: threading.Thread | None = None
     _wake: asyncio.Event | None = None
@@ -94,7 +101,8 @@ class ApiModel:
 
     def __post_init__(self) -> None:
         self.in_flight = self.options.concurrency or HIGHEST_LIMIT
-        self._limit = AdaptiveLimit(fixed=self.options.concurrency)
+        self._limit = AdaptiveLimit(self.options.concurrency, timeout_s=self.options.timeout_s)
+        self._patience = Patience(self.spec, self.options.give_up_after_s)
         self._rate = RateLimit.of(self.options.rpm, self.options.tpm)
         self._place = place_of(self.spec, self.parsed, self.options)
         self._dialect = self._place.open_dialect()
@@ -181,9 +189,11 @@ class ApiModel:
         for endpoint in self._endpoints:
             endpoint.open()
         ready.set()
+        watch = asyncio.create_task(self._watch())
         try:
             await self._dispatch()
         finally:
+            watch.cancel()
             for task in asyncio.all_tasks() - {asyncio.current_task()}:
                 task.cancel()
             await asyncio.sleep(0)
@@ -208,6 +218,22 @@ class ApiModel:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._notify)
 
+    async def _watch(self) -> None:
+        """Give up on a server that admits nothing for too long."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            if (self._jobs or self._asleep) and self._patience.is_over():
+                self._give_up(self._nothing_admitted())
+
+    def _nothing_admitted(self) -> SrtError:
+        waited, why = self.options.give_up_after_s, self._patience.why
+        said = f"{self.spec}: nothing was admitted for {waited:g} s ({why}). What is answered is kept; "
+        if self._patience.down:
+            return SrtError(f"{said}start the server and run the same line again.")
+        return QuotaError(
+            f"{said}run the same line later, or pass --give-up-after with more seconds."
+        )
+
     async def _bring_home(self) -> None:
         self._fatal = self._fatal or SrtError("The run was stopped.")
         self._drop_waiting()
@@ -216,7 +242,7 @@ class ApiModel:
             self._drop_waiting()  # what was refused meanwhile
 
     def _drop_waiting(self) -> None:
-        for job in self._jobs:
+        for job in [*self._jobs, *self._asleep]:
             job.future.cancel()
         self._jobs.clear()
 
@@ -250,7 +276,9 @@ class ApiModel:
                 alarm.cancel()
 
     def _wait_s(self) -> float:
-        return max(self._limit.wait_s(), self._rate.wait_s(), self._pace.wait_s())
+        in_flight = sum(endpoint.in_flight for endpoint in self._endpoints)
+        down = self._patience.wait_s(in_flight)
+        return max(down, self._limit.wait_s(), self._rate.wait_s(), self._pace.wait_s())
 
     def _begin(self, job: _Job) -> float:
         """Take a slot and the tokens that a job will likely use; returns the time."""
@@ -274,7 +302,7 @@ class ApiModel:
             body = dialect.body(job.request)
             job.sent_fields = frozenset(body)
             answer = await endpoint.post(dialect.path, body)
-            if answer.status != 200:
+            if not 200 <= answer.status < 300:
                 raise dialect.refusal(answer)
             reply = _read(dialect, answer, job)
         except asyncio.CancelledError:
@@ -294,22 +322,25 @@ class ApiModel:
             # A request that went out and came to nothing may have been paid for.
             sent = trouble.cause != "no connection"
             self._budget.settle(self.price, job.most, job.most if sent else used)
-            self._limit.troubled()
-            await self._try_later(trouble.cause, str(trouble), endpoint, job)
+            if trouble.cause != "timeout":
+                self._limit.troubled()
+            elif self._limit.timed_out(started):
+                job.attempts -= 1  # it stood in a queue that our own haste made
+            await self._try_later(trouble, endpoint, job)
         except Exception as error:  # a task has no caller: the future carries it
             endpoint.in_flight -= 1
             self._budget.settle(self.price, job.most, job.most)
             self._limit.troubled()
-            if not job.future.cancelled():
+            if not job.future.done():
                 job.future.set_exception(error)
         else:
             endpoint.in_flight -= 1
             endpoint.successes += 1
-            self._take_in(job, reply, answer.headers)
+            self._take_in(job, reply, answer.headers, started)
         finally:
             self._notify()
 
-    def _take_in(self, job: _Job, reply: Reply, headers: Mapping[str, str]) -> None:
+    def _take_in(self, job: _Job, reply: Reply, headers: Mapping[str, str], started: float) -> None:
         used = reply.usage
         self._budget.settle(self.price, job.most, used, reply.cost)
         if reply.estimated:
@@ -323,8 +354,9 @@ class ApiModel:
         self._rate.settle(job.likely_tokens, used.prompt_tokens + used.completion_tokens)
         self._rate.learn(headers)
         self._pace.succeeded()
-        self._limit.succeeded()
+        self._limit.succeeded(started, used.completion_tokens)
         self._succeeded = True
+        self._patience.succeeded()
         self._resolve(job, reply)
 
     def _choose_endpoint(self) -> Endpoint:
@@ -339,23 +371,50 @@ class ApiModel:
     async def _handle_refusal(
         self, refused: Refused, endpoint: Endpoint, job: _Job, started: float
     ) -> None:
-        status = refused.status
-        if status in THROTTLED and refused.code not in QUOTA_CODES:
+        kind = about(refused)
+        if kind == "pace":
             await self._throttle(refused, job, started)
             return
         self._limit.troubled()
-        if status in (408, 409) or status >= 500:
-            await self._try_later("server error", refused.message, endpoint, job)
-        elif status == 402 or refused.code in QUOTA_CODES:
-            self._give_up(await self._fatal_error(refused, endpoint), job)
+        if kind == "trouble":
+            trouble = NoAnswer("server error", refused.message)
+            down = refused.status in (502, 503, 504)
+            if is_loading(refused.status, refused.said) or (
+                down and self._patience.succeeded_at > float("-inf")
+                and self._patience.succeeded_at < started
+            ):  # fmt: skip
+                self._causes["server error"] += 1
+                self._wait_until_back(f"{refused.status}: {refused.message}", job)
+            else:
+                await self._try_later(trouble, endpoint, job)
+            return
+        self._patience.admitted()
+        if kind == "filter":
+            self._resolve(
+                job, Reply("", "refused", error=refused.message, attempts=job.attempts + 1)
+            )
         elif (learnt := self._dialect.adapt(refused, job.request, job.sent_fields)) is not None:
             self._dialect = learnt
             self._jobs.appendleft(job)
-        elif status in (400, 413, 422):
-            reason = f"the server refuses the request: {refused.message}"
-            self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts + 1))
+        elif kind in SAME_REFUSALS:
+            self._fail(job, refused, kind, endpoint)
         else:
             self._give_up(await self._fatal_error(refused, endpoint), job)
+
+    def _fail(self, job: _Job, refused: Refused, kind: str, endpoint: Endpoint) -> None:
+        """A row's own trouble; when the first replies all say the same, everyone's."""
+        if not self._succeeded:
+            self._refusals[same_words(refused)] += 1
+            alike = len(self._refusals) == 1 and self._refusals.total() >= SAME_REFUSALS[kind]
+            if alike:
+                error = SrtError(
+                    f"{endpoint.url}: the first {self._refusals.total()} requests are all refused "
+                    f"with the same words ({refused.message}). Check the model's name and the settings."
+                )
+                self._give_up(error, job)
+                return
+        reason = f"the server refuses the request: {refused.message}"
+        self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts + 1))
 
     async def _throttle(self, refused: Refused, job: _Job, started: float) -> None:
         """Too fast: slow down for all, and let this job wait as long as the server asks."""
@@ -366,14 +425,43 @@ class ApiModel:
             self._limit.released()
         self._rate.learn(refused.headers)
         self._notify()
+        now = time.monotonic()
+        job.throttled_since = job.throttled_since or now
+        if self._patience.succeeded_at < started:
+            self._patience.held_up(f"{refused.status}: {refused.message}")
+        elif now - job.throttled_since > self.options.give_up_after_s:
+            reason = f"refused as too fast, though others were admitted: {refused.message}"
+            self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts + 1))
+            return
         wait = refused.retry_after_s if refused.retry_after_s is not None else DEFAULT_PAUSE_S
         # Not all at once again: those refused together come back spread out.
-        await asyncio.sleep(min(wait, LONGEST_PAUSE_S) * random.uniform(1.0, 1.2))
-        self._jobs.appendleft(job)
+        await self._sleep(job, min(wait, LONGEST_PAUSE_S) * random.uniform(1.0, 1.2))
 
-    async def _try_later(self, cause: str, message: str, endpoint: Endpoint, job: _Job) -> None:
+    async def _sleep(self, job: _Job, seconds: float) -> None:
+        """Put a job back after a while, unless the run ended meanwhile."""
+        self._asleep.add(job)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._asleep.discard(job)
+        self._put_back(job)
+
+    def _put_back(self, job: _Job) -> None:
+        if job.future.done():
+            return
+        if self._fatal is not None:
+            job.future.set_exception(self._fatal)
+        else:
+            self._jobs.appendleft(job)
+
+    def _wait_until_back(self, why: str, job: _Job) -> None:
+        """Nobody is there: sending pauses, and no attempt is used up."""
+        self._patience.held_up(why, down=True)
+        self._put_back(job)
+
+    async def _try_later(self, trouble: NoAnswer, endpoint: Endpoint, job: _Job) -> None:
         """Timeouts, 5xx, broken connections and torn replies: back off with jitter, a few times."""
-        job.attempts += 1
+        cause, message = trouble.cause, str(trouble)
         self._causes[cause] += 1
         if cause == "no connection":
             if "certificate" in message.lower():
@@ -385,6 +473,13 @@ class ApiModel:
                 return
             down_s = DOWN_FOR_S if endpoint.successes else DOWN_BEFORE_FIRST_SUCCESS_S
             endpoint.down_until = time.monotonic() + down_s
+            if self._succeeded:
+                if any(other.up for other in self._endpoints):
+                    self._put_back(job)
+                else:
+                    self._wait_until_back(f"no connection: {message}", job)
+                return
+        job.attempts += 1
         if not self._succeeded and job.attempts >= ATTEMPTS_BEFORE_FIRST_SUCCESS:
             self._give_up(self._unreachable(cause, message), job)
             return
@@ -392,10 +487,9 @@ class ApiModel:
             reason = f"{cause} after {job.attempts} attempts: {message}"
             self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts))
             return
-        backoff = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** (job.attempts - 1))
+        backoff = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** max(0, job.attempts - 1))
         self._notify()
-        await asyncio.sleep(backoff * random.uniform(0.5, 1.5))
-        self._jobs.appendleft(job)
+        await self._sleep(job, backoff * random.uniform(0.5, 1.5))
 
     def _unreachable(self, cause: str, message: str) -> SrtError:
         why = {
@@ -411,16 +505,16 @@ class ApiModel:
 
     async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
         message = refused.message
-        if refused.status in (401, 403):
+        if refused.status in (401, 403, 407):
             return QuotaError(
                 f"{endpoint.url}: the key is refused ({message}). {self._place.how_to_give_a_key()}"
             )
-        if refused.status in (402, 429) or refused.code in QUOTA_CODES:
+        if about(refused) == "account":
             return QuotaError(
                 f"{endpoint.url}: no credit left ({message}). What is answered is kept; add credit "
                 "and run the same line again."
             )
-        if refused.status == 404:
+        if about(refused) == "endpoint" and refused.status in (400, 404, 422):
             names = await self._dialect.offered(endpoint)
             offer = (
                 f". It offers: {', '.join(names[:8])}."
@@ -431,27 +525,33 @@ class ApiModel:
                     else ", and its list of models is empty. Is a model loaded there?"
                 )
             )
-            return SrtError(f"{endpoint.url}: does not know the model {self.parsed.name!r}{offer}")
+            said = f" ({refused.message})" if refused.status != 404 else ""
+            return SrtError(
+                f"{endpoint.url}: does not know the model {self.parsed.name!r}{said}{offer}"
+            )
         return SrtError(f"{endpoint.url}: answers with status {refused.status} ({message}).")
 
     def _give_up(self, error: SrtError, job: _Job | None = None) -> None:
         """A fault that no row can escape: nothing further is sent."""
         if self._fatal is None:
             self._fatal = error
-        for waiting in [*self._jobs, *([job] if job else [])]:
-            if not waiting.future.cancelled():
+        for waiting in [*self._jobs, *self._asleep, *([job] if job else [])]:
+            if not waiting.future.done():
                 waiting.future.set_exception(error)
         self._jobs.clear()
 
     def _resolve(self, job: _Job, reply: Reply) -> None:
-        if not job.future.cancelled():
+        if not job.future.done():
             job.future.set_result(reply)
 
 
 def _read(dialect: Dialect, answer: Answer, job: _Job) -> Reply:
     """What a dialect makes of an answer; one that it cannot take is no reply, whatever it raises."""
     try:
-        return dialect.read(answer.json()).reply(job.request, answer.headers, job.attempts + 1)
+        data = answer.json()
+        if (refused := error_within(answer, data)) is not None:
+            raise refused
+        return dialect.read(data).reply(job.request, answer.headers, job.attempts + 1)
     except (NoAnswer, Refused):
         raise
     except Exception as error:

@@ -5,6 +5,7 @@ usage are read. It is opened once for each model and learns what that model's se
 `providers.toml` names it; nothing else has to change for a provider with another protocol.
 """
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,22 @@ from srt_cli.models.budget import estimated_usage, is_believable
 from srt_cli.records import Usage
 
 LONGEST_MESSAGE: Final = 300
+LONGEST_SAID: Final = 4000
+"""Of an error, what is searched for its cause."""
 COST_HEADERS: Final = ("x-litellm-response-cost",)
+EVENTS: Final = ("data:", "event:", "id:", "retry:", ":")
+"""How a stream of events may begin."""
+_EVENT_DATA: Final = re.compile(r"data: ?(.*\S)\s*")
+_UNWANTED: Final = re.compile(
+    "unsupported|not (be )?(support|allow|permit|accept|enabl|available|recogni)|unknown|unrecogni|"
+    "deprecated|unexpected|invalid|cannot find|can't|cannot|extra|not a valid|does not|doesn't|"
+    "no longer|must|only|is not|should|ignored|removed",
+    re.IGNORECASE,
+)
+_HALVES: Final = re.compile("[\ud800-\udfff]")
+CONTEXT_STEP: Final = 128
+"""The size of a context is a multiple of this."""
+LEAST_CONTEXT: Final = 256
 
 
 @dataclass(frozen=True)
@@ -59,12 +75,22 @@ class Answer:
     content: bytes
 
     def json(self) -> object:
-        """The content as JSON; raises `NoAnswer` when it is none."""
+        """The content as JSON, of a stream of events their list; raises `NoAnswer` when it is neither.
+
+        Halves of a character become U+FFFD: a reply that holds one is paid for, and readable.
+        """
         try:
             return orjson.loads(self.content)
-        except orjson.JSONDecodeError as error:
-            start = self.content[:60].decode("utf-8", errors="replace")
-            raise NoAnswer("malformed reply", repr(start)) from error
+        except orjson.JSONDecodeError:
+            pass
+        text = self.content.decode("utf-8", errors="replace").lstrip("\ufeff \t\r\n")
+        try:
+            if text.startswith(EVENTS):
+                events = [_EVENT_DATA.fullmatch(line) for line in text.splitlines()]
+                return [_plain_json(event[1]) for event in events if event and event[1] != "[DONE]"]
+            return _plain_json(text)
+        except (ValueError, RecursionError) as error:
+            raise NoAnswer("malformed reply", repr(text[:60])) from error
 
 
 class NoAnswer(Exception):
@@ -85,7 +111,8 @@ class Refused(Exception):
         self.code = str(error.get("code") or error.get("type") or "")
         self.param = str(error.get("param") or "")
         said = as_text(error.get("message")) or answer.content.decode("utf-8", errors="replace")
-        self.message = said.strip().rstrip(".")[:LONGEST_MESSAGE] or f"status {answer.status}"
+        self.said = said.strip()[:LONGEST_SAID]
+        self.message = self.said.rstrip(".")[:LONGEST_MESSAGE] or f"status {answer.status}"
         super().__init__(self.message)
 
     @property
@@ -99,11 +126,12 @@ class Refused(Exception):
         return None
 
     def names(self, field: str) -> bool:
-        """Whether the refusal is about this field of the request."""
-        if self.param == field:
+        """Whether the refusal is about this field of the request, however it is quoted."""
+        if re.split(r"[.\[]", self.param)[-1] == field:
             return True
-        quoted = rf"""['"`]{re.escape(field)}['"`]|\b{re.escape(field)}(?:\.|:| is | not )"""
-        return re.search(quoted, self.message) is not None
+        # As a word of its own; what is said of it tells a refusal from a word in passing.
+        word = re.compile(rf"(?<![A-Za-z_]){re.escape(field)}(?![A-Za-z_])", re.IGNORECASE)
+        return bool(word.search(self.said) and _UNWANTED.search(self.said))
 
 
 @dataclass(frozen=True)
@@ -116,6 +144,8 @@ class Heard:
     usage: Usage | None = None
     cost: float | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    error: str | None = None
+    """What the server says beside the text: why it refused, or what word ended the reply."""
 
     def reply(self, request: Request, headers: Mapping[str, str], attempts: int) -> Reply:
         """As the reply to a request: a stop text that was ignored cuts, and usage is believed or not."""
@@ -123,12 +153,20 @@ class Heard:
         estimated = usage is None or not is_believable(usage, request)
         if usage is None or estimated:
             usage = estimated_usage(request, self.text + self.thoughts)
+        finish, error = self.finish, self.error
+        if finish == "length" and not estimated and (size := _full_context(usage, request)):
+            finish = "cut"
+            error = (
+                f"the server's context is full: {size} tokens; start it with more, or lower the "
+                "maximum of tokens (--max-new-tokens, --critic-max-tokens)"
+            )
         reply = part_reply(
             Reply(
                 text=self.text,
-                finish_reason=self.finish,
+                finish_reason=finish,
                 usage=usage,
                 logprobs=_kept(self.logprobs, request),
+                error=error,
                 attempts=attempts,
                 thoughts=self.thoughts,
                 cost=self.cost if self.cost is not None else _told_cost(headers),
@@ -138,7 +176,7 @@ class Heard:
         stops = [place for stop in request.stop if (place := reply.text.find(stop)) >= 0]
         if stops and reply.finish_reason != "refused":
             # Some servers ignore stop texts, others keep them in the reply.
-            reply = replace(reply, text=reply.text[: min(stops)], finish_reason="stop")
+            reply = replace(reply, text=reply.text[: min(stops)], finish_reason="stop", error=None)
         return reply
 
 
@@ -150,6 +188,15 @@ def _kept(places: tuple[TokenLogprobs, ...], request: Request) -> tuple[TokenLog
     # Also the place behind a digit: the 1 of a 10 is a token of its own in many tokenizers.
     kept = zip(places, digits, [False, *digits], strict=False)
     return tuple(place for place, here, before in kept if here or before)
+
+
+def _full_context(usage: Usage, request: Request) -> int | None:
+    """The size of the context that a reply came to the end of, before its own limit; else None."""
+    if usage.reasoning_tokens or usage.completion_tokens >= request.max_tokens:
+        return None
+    size = usage.prompt_tokens + usage.completion_tokens
+    whole = round(size / CONTEXT_STEP) * CONTEXT_STEP
+    return whole if abs(size - whole) <= 1 and whole >= LEAST_CONTEXT else None
 
 
 def _told_cost(headers: Mapping[str, str]) -> float | None:
@@ -335,7 +382,7 @@ def as_texts(value: object) -> tuple[str, str]:
     thought: list[str] = []
     for part in as_list(value):
         told = as_mapping(part)
-        if told.get("type") in ("thinking", "reasoning"):
+        if told.get("type") in ("thinking", "reasoning", "reasoning_content"):
             thought += [
                 *as_texts(told.get("thinking") or told.get("reasoning")),
                 as_text(told.get("text")),
@@ -368,10 +415,48 @@ def as_dollars(value: object) -> float | None:
 def error_in(content: bytes) -> Mapping[str, Any]:
     """The error object of a body: `{"error": {...}}`, the same in a list, or the object itself."""
     try:
-        body = orjson.loads(content)
-    except orjson.JSONDecodeError:
+        body = Answer(0, {}, content).json()
+    except NoAnswer:
         return {}
-    if isinstance(body, list):
-        body = body[0] if body else {}
-    inner = body.get("error", body) if isinstance(body, dict) else {}
-    return {"message": inner} if isinstance(inner, str) else as_mapping(inner)
+    return _error_of(body) or as_mapping(_first(body))
+
+
+def error_within(answer: Answer, data: object) -> Refused | None:
+    """The error that some servers send with status 200, under its own status; None without one."""
+    told = as_mapping(_first(data))
+    error = _error_of(told)
+    if not error or any(as_list(told.get(name)) for name in ("choices", "content", "output")):
+        return None
+    return refused_as(answer, error)
+
+
+def refused_as(answer: Answer, error: Mapping[str, Any]) -> Refused:
+    """An error of an answer, with the status that it names; 502 without one."""
+    code = error.get("code", error.get("status"))
+    digits = code if isinstance(code, int) else as_text(code)
+    said = f"{code} {error.get('type')} {error.get('message')}".lower()
+    status = 429 if "rate" in said and "limit" in said else 502
+    if str(digits).isdecimal() and 400 <= int(digits) < 600:
+        status = int(digits)
+    return Refused(
+        Answer(status, answer.headers, orjson.dumps({"error": dict(error)}, default=str))
+    )
+
+
+def _error_of(body: object) -> Mapping[str, Any]:
+    told = as_mapping(_first(body))
+    error = told.get("error")
+    if isinstance(error, str) and error:
+        return {"message": error, "code": told.get("code")}
+    return as_mapping(error)
+
+
+def _first(body: object) -> object:
+    return body[0] if isinstance(body, list) and body else body
+
+
+def _plain_json(text: str) -> object:
+    """JSON as the standard library reads it, NaN and halves of characters included; none stay."""
+    value = json.loads(text)
+    written = json.dumps(value, ensure_ascii=False)
+    return json.loads(_HALVES.sub("\ufffd", written)) if _HALVES.search(written) else value

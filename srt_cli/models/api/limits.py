@@ -15,7 +15,33 @@ USED_ENOUGH: Final = 0.8
 DEFAULT_PAUSE_S: Final = 2.0
 LONGEST_PAUSE_S: Final = 120.0
 
+LEAST_REPLIES: Final = 8
+LEAST_ROUND_S: Final = 0.25
+MORE_IN_FLIGHT: Final = 1.3
+GAIN: Final = 1.1
+CEILING_HOLDS: Final = 10
+TIMEOUT_CUT: Final = 0.5
+SLOW_SHARE: Final = 0.25
+
 Clock = Callable[[], float]
+
+
+@dataclass
+class _Throughput:
+    """Replies while all slots were used: how many, of how many tokens, in what time."""
+
+    begun: float
+    limit: float
+    replies: int = 0
+    tokens: int = 0
+    seconds: float = 1.0
+
+    def gains_on(self, other: "_Throughput") -> bool:
+        """Whether more came a second, replies or tokens, than in a round with fewer in flight."""
+        return (
+            self.replies / self.seconds > GAIN * other.replies / other.seconds
+            or self.tokens / self.seconds > GAIN * other.tokens / other.seconds
+        )
 
 
 @dataclass
@@ -24,11 +50,13 @@ class AdaptiveLimit:
 
     Doubles each round trip until a first burst of refusals, then grows by a twentieth (at least by
     one) a round trip, and only while its slots are used. A burst is cut once. `fixed` holds it
-    where the user wants it.
+    where the user wants it. A server that queues refuses nothing: where a third more in flight
+    brings no more replies, the limit goes back for some rounds, and timeouts halve it.
     """
 
     fixed: int | None = None
     clock: Clock = time.monotonic
+    timeout_s: float = float("inf")
     in_flight: int = 0
     cuts: int = 0
     peak: int = 0
@@ -37,6 +65,13 @@ class AdaptiveLimit:
     _succeeded: bool = False
     _paused_until: float = 0.0
     _cut_at: float = float("-inf")
+    _ceiling: float = HIGHEST_LIMIT
+    _ceiling_holds: int = 0
+    """Rounds until growing is tried again."""
+    _round: _Throughput | None = None
+    _best: _Throughput | None = None
+    _latency: float = 0.0
+    """Seconds that replies took lately."""
 
     def __post_init__(self) -> None:
         self._limit = float(self.fixed) if self.fixed else FIRST_LIMIT
@@ -58,14 +93,75 @@ class AdaptiveLimit:
         self.peak = max(self.peak, self.in_flight)
         return self.clock()
 
-    def succeeded(self) -> None:
+    def succeeded(self, started: float | None = None, tokens: int = 0) -> None:
         """A reply came: give the slot back, and grow if the slots were used."""
         self._succeeded = True
         used = self.in_flight >= USED_ENOUGH * self._limit
         self.in_flight -= 1
-        if self.fixed is None and used:
+        if self.fixed is not None:
+            return
+        near_timeout = False
+        if started is not None:
+            took = self.clock() - started
+            self._latency = took if not self._latency else 0.8 * self._latency + 0.2 * took
+            near_timeout = took > self.timeout_s / 2
+        if not used:
+            self._round = None
+            return
+        if not near_timeout:
             step = 1.0 if self._slow_start else max(GROWTH, 1.0 / self._limit)
-            self._limit = min(HIGHEST_LIMIT, self._limit + step)
+            self._limit = max(self._limit, min(self._ceiling, self._limit + step))
+        self._measure(tokens)
+
+    def _measure(self, tokens: int) -> None:
+        """Hold a round against one with fewer in flight: where nothing is gained, they queue."""
+        now, this = self.clock(), self._round
+        if this is None:
+            self._round = _Throughput(now, self._limit)
+            return
+        this.replies, this.tokens = this.replies + 1, this.tokens + tokens
+        if this.replies < max(LEAST_REPLIES, this.limit):
+            return
+        self._round = None
+        this.seconds = now - this.begun
+        if this.seconds < LEAST_ROUND_S:
+            return
+        this.limit = (this.limit + self._limit) / 2
+        best = self._best
+        if self._ceiling_holds:
+            self._ceiling_holds -= 1
+            if not self._ceiling_holds:
+                self._ceiling, best = HIGHEST_LIMIT, None
+        if best is None or this.limit < best.limit or this.gains_on(best):
+            self._best = this
+        elif this.limit >= MORE_IN_FLIGHT * best.limit:
+            self._hold_at(best.limit)
+
+    def _hold_at(self, limit: float) -> None:
+        self._ceiling, self._ceiling_holds = max(1.0, limit), CEILING_HOLDS
+        self._limit = min(self._limit, self._ceiling)
+        self._slow_start = False
+
+    def timed_out(self, started: float) -> bool:
+        """No reply in time: give the slot back; true when the request only stood in a queue.
+
+        It did where others were served slowly too, or none since it was sent; then the limit is cut,
+        once for all that were sent before.
+        """
+        others = self.in_flight > 1
+        self.in_flight -= 1
+        self._slow_start = False
+        if self.fixed is not None or not self._succeeded:
+            return False
+        if started <= self._cut_at:
+            return True
+        if not others or self.limit == 1 or self._latency < SLOW_SHARE * self.timeout_s:
+            return False
+        self._cut_at = self.clock()
+        self.cuts += 1
+        self._round = self._best = None
+        self._hold_at(self._limit * TIMEOUT_CUT)
+        return True
 
     def refused(self, started: float, retry_after_s: float | None) -> None:
         """The server said too many: give the slot back, and cut once for the whole burst.

@@ -1,5 +1,7 @@
 """OpenAI's chat completions, which most servers speak: `POST /chat/completions`."""
 
+import math
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
@@ -21,20 +23,44 @@ from srt_cli.models.api.dialect import (
     as_text,
     as_texts,
     listed_models,
+    refused_as,
 )
 from srt_cli.models.api.openai_responses import OpenAiResponses
 from srt_cli.records import Usage
 
 PATH: Final = "/chat/completions"
+MOST_LOGPROB: Final = 1e-3
+"""A logarithm of a probability is not above 0, but for rounding."""
 TOKEN_FIELDS: Final = ("max_completion_tokens", "max_tokens")
 # What a server may refuse to be told; dropped once, remembered, and noted in the manifest.
 TEMPLATE_FIELD: Final = "chat_template_kwargs"
 """The variables of the model's chat template, as vLLM, SGLang and llama.cpp take them."""
 THINKING_VARIABLES: Final = ("enable_thinking", "thinking")
-OPTIONAL_FIELDS: Final = (
-    "temperature", "top_p", "seed", "stop", "logprobs", "top_logprobs", TEMPLATE_FIELD,
+LOGPROB_FIELDS: Final = ("logprobs", "top_logprobs")
+OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", *LOGPROB_FIELDS, TEMPLATE_FIELD)
+LEARNS_FROM: Final = (400, 403, 404, 405, 406, 415, 422, 501)
+_WANTS_OTHER_FIELD: Final = re.compile(
+    "unsupported|not supported|instead|unknown|unrecogni|unexpected|not permitted|extra", re.I
+)
+WHOLE: Final = (
+    "stop", "eos", "eos_token", "stop_sequence", "end_turn", "end", "complete", "completed",
+    "finish_reason_stop", "done",
 )  # fmt: skip
-FINISHES: Final[Mapping[str, FinishReason]] = {"length": "length", "content_filter": "refused"}
+AT_LIMIT: Final = (
+    "length", "max_tokens", "max_output_tokens", "max_new_tokens", "finish_reason_max_tokens",
+    "model_length", "max_length",
+)  # fmt: skip
+FILTERED: Final = (
+    "content_filter", "content_filtered", "safety", "refusal", "recitation", "prohibited_content",
+    "blocklist", "spii", "moderation", "sensitive", "content-filter", "guardrail_intervened",
+    "error_toxic", "image_safety", "language",
+)  # fmt: skip
+FINISHES: Final[Mapping[str, FinishReason]] = {
+    **dict.fromkeys(WHOLE, "stop"),
+    **dict.fromkeys(AT_LIMIT, "length"),
+    **dict.fromkeys(FILTERED, "refused"),
+}
+"""What the words of many houses mean; whatever else ends a reply leaves it incomplete."""
 
 
 class OpenAiChat:
@@ -90,28 +116,30 @@ class OpenAiChat:
         return {renames.get(name, name): value for name, value in kept.items()} | self.manner.extra
 
     def read(self, data: object) -> Heard:
-        """A chat completion."""
-        choices = as_list(as_mapping(data).get("choices"))
-        message = as_mapping(choices[0]).get("message") if choices else None
-        if not isinstance(message, dict):
+        """A chat completion, also one that came as a stream of events though none was asked for."""
+        told = _whole(data)
+        choice = as_mapping(next(iter(as_list(told.get("choices"))), None))
+        word = as_text(choice.get("finish_reason"))
+        if word == "error" or as_mapping(choice.get("error")):
+            error = as_mapping(choice.get("error")) or as_mapping(told.get("error"))
+            raise refused_as(Answer(200, {}, b""), error or {"message": "the provider failed"})
+        message = as_mapping(choice.get("message"))
+        if not message:
             raise NoAnswer("malformed reply", repr(str(data)[:60]))
-        text, thoughts = as_texts(message.get("content"))
-        for name in (
-            "reasoning_content",
-            "reasoning",
-        ):  # some servers send both, with the same text
-            thoughts = thoughts or "".join(as_texts(message.get(name)))
-        finish: FinishReason = FINISHES.get(str(choices[0].get("finish_reason")), "stop")
-        if message.get("refusal"):
-            text, finish = as_text(message["refusal"]), "refused"
-        usage = as_mapping(data).get("usage")
+        text, thoughts = _text_and_thoughts(message)
+        finish: FinishReason = FINISHES.get(word.lower(), "cut")
+        error_words = f"the server ended it with {word or 'no finish reason'!r}"
+        if refusal := as_text(message.get("refusal")):
+            text, finish = refusal, "refused"
+        usage = told.get("usage")
         return Heard(
             text,
             finish,
             thoughts,
             _usage_of(usage) if isinstance(usage, dict) else None,
             as_dollars(as_mapping(usage).get("cost")),
-            tuple(_places(choices[0].get("logprobs"))),
+            _places(choice.get("logprobs")),
+            error_words if finish == "cut" else None,
         )
 
     def refusal(self, answer: Answer) -> Refused:
@@ -122,12 +150,11 @@ class OpenAiChat:
         """Another name for the token limit, a field less, or the Responses API."""
         if refused.status == 404 and "v1/responses" in refused.message:
             return OpenAiResponses(self.manner)
-        if refused.status not in (400, 422):
+        if refused.status not in LEARNS_FROM:
             return None
         if set(sent) != set(self.body(request)):
             return self  # learnt already from a request that was under way beside this one
-        message = refused.message
-        if self.token_field in message and "unsupported" in message.lower():
+        if refused.names(self.token_field) and _WANTS_OTHER_FIELD.search(refused.said):
             other = TOKEN_FIELDS[self.token_field == TOKEN_FIELDS[0]]
             if other not in self.dropped:
                 self.dropped.add(self.token_field)
@@ -135,9 +162,9 @@ class OpenAiChat:
                 return self
         for name in OPTIONAL_FIELDS:
             sent_as = self.manner.renames.get(name, name)
-            named = refused.names(sent_as) or (name == TEMPLATE_FIELD and name in refused.message)
+            named = refused.names(sent_as) or (name == TEMPLATE_FIELD and name in refused.said)
             if sent_as in sent and named:
-                self.dropped.add(name)
+                self.dropped |= set(LOGPROB_FIELDS) if name in LOGPROB_FIELDS else {name}
                 if name == TEMPLATE_FIELD:
                     console.warn(
                         f"the server of {self.manner.model} does not let us tell it whether to think; "
@@ -172,14 +199,60 @@ def _usage_of(told: Mapping[str, Any]) -> Usage:
     )
 
 
-def _places(told: object) -> Iterator[TokenLogprobs]:
+def _places(told: object) -> tuple[TokenLogprobs, ...]:
+    """The places of a reply; none where no log-probability can be read."""
+    places = tuple(_each_place(told))
+    return places if any(place.top for place in places) else ()
+
+
+def _each_place(told: object) -> Iterator[TokenLogprobs]:
     offset = 0
     for place in map(as_mapping, as_list(as_mapping(told).get("content"))):
         token, others = as_text(place.get("token")), as_list(place.get("top_logprobs"))
         top = {
-            other["token"]: other["logprob"]
+            other["token"]: float(other["logprob"])
             for other in map(as_mapping, others)
-            if isinstance(other.get("token"), str) and isinstance(other.get("logprob"), int | float)
+            if isinstance(other.get("token"), str) and _is_logprob(other.get("logprob"))
         }
         yield TokenLogprobs(token, top, offset)
         offset += len(token)
+
+
+def _is_logprob(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value <= MOST_LOGPROB  # type: ignore[arg-type, operator]
+
+
+def _text_and_thoughts(message: Mapping[str, Any]) -> tuple[str, str]:
+    text, thoughts = as_texts(message.get("content"))
+    for name in ("reasoning_content", "reasoning"):  # some servers send both, with the same text
+        thoughts = thoughts or "".join(as_texts(message.get(name)))
+    return text, thoughts
+
+
+def _whole(data: object) -> Mapping[str, Any]:
+    """The completion: as it is, in a list, or put together from the pieces of a stream."""
+    pieces = [as_mapping(piece) for piece in data] if isinstance(data, list) else []
+    if not any("delta" in as_mapping(choice) for piece in pieces for choice in _choices(piece)):
+        return pieces[0] if pieces else as_mapping(data)
+    whole: dict[str, Any] = {"finish_reason": None}
+    message = {"content": "", "reasoning_content": ""}
+    usage: object = None
+    places: list[Any] = []
+    for piece in pieces:
+        usage = piece.get("usage") or usage
+        for choice in map(as_mapping, _choices(piece)[:1]):
+            delta = as_mapping(choice.get("delta"))
+            text, thoughts = _text_and_thoughts(delta)
+            message["content"] += text
+            message["reasoning_content"] += thoughts
+            places += as_list(as_mapping(choice.get("logprobs")).get("content"))
+            whole["finish_reason"] = choice.get("finish_reason") or whole["finish_reason"]
+    return {
+        "choices": [whole | {"message": message, "logprobs": {"content": places}}],
+        "usage": usage,
+    }
+
+
+def _choices(piece: Mapping[str, Any]) -> list[Any]:
+    return as_list(piece.get("choices"))

@@ -1,0 +1,432 @@
+"""What servers send that no document foresees: read or classified, and no run hangs on it."""
+
+import json
+
+import pytest
+from conftest import read_jsonl, write_jsonl
+from loopback_server import Answer, LoopbackServer, as_policy_and_critic, response_body
+
+from srt_cli.errors import QuotaError, SrtError
+from srt_cli.models import (
+    ModelOptions,
+    Reply,
+    Request,
+    TokenLogprobs,
+    open_model,
+    reply_from_plain,
+    reply_to_plain,
+)
+from srt_cli.models.api.dialect import Answer as Unread
+from srt_cli.models.api.dialect import Refused
+from srt_cli.models.api.limits import AdaptiveLimit
+from srt_cli.models.api.refusals import about
+from srt_cli.records import Message, Usage
+from srt_cli.runs.journal import Journal
+
+CRITIC = """
+def critique(prompt, response):
+    feedback = {"weaknesses": "Thin.", "suggestions": "More.", "score": 6}
+    return feedback, response + " And more."
+"""
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(behaviour):
+        servers.append(LoopbackServer(behaviour))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr("srt_cli.models.api.client.FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr("srt_cli.models.api.limits.DEFAULT_PAUSE_S", 0.05)
+    monkeypatch.setattr("srt_cli.models.api.client.DEFAULT_PAUSE_S", 0.05)
+    monkeypatch.setattr("srt_cli.models.api.patience.PROBE_EVERY_S", 0.1)
+    monkeypatch.setattr("srt_cli.models.api.client.WATCH_EVERY_S", 0.05)
+
+
+def ask(server, count=1, options=None, **changes) -> list[Reply]:
+    model = open_model(server.spec, ModelOptions(**(options or {})))
+    wanted = [
+        Request((Message(role="user", content=f"question {n}"),), max_tokens=50, **changes)
+        for n in range(count)
+    ]
+    try:
+        return [future.result(20) for future in model.submit(wanted)]
+    finally:
+        model.close()
+
+
+def always(body, **answer):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return lambda request, number: Answer(body=content, **answer)
+
+
+def completion(text="It is so.", **choice):
+    whole = response_body(Answer(text=text))
+    whole["choices"][0] |= choice
+    return whole
+
+
+def stream(*pieces) -> bytes:
+    events = [b": OPENROUTER PROCESSING", *(b"data: " + json.dumps(p).encode() for p in pieces)]
+    return b"\n\n".join([*events, b"data: [DONE]", b""])
+
+
+PIECES = (
+    {"choices": [{"index": 0, "delta": {"role": "assistant", "content": "It is"}}]},
+    {"choices": [{"index": 0, "delta": {"content": " so."}, "finish_reason": "stop"}]},
+    {"choices": [], "usage": {"prompt_tokens": 11, "completion_tokens": 7}},
+)
+USAGE = {"prompt_tokens": 11, "completion_tokens": 7}
+NO_LOGPROB = {"token": "M", "logprob": None}
+PARTS = [
+    {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+    {"type": "text", "text": "It is so."},
+]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (completion(), 201),
+        ([completion()], 200),
+        (b"\n\n \r\n" + json.dumps(completion()).encode(), 200),
+        (b"\xef\xbb\xbf" + json.dumps(completion()).encode(), 200),
+        (stream(*PIECES), 200),
+        (completion(message={"role": "assistant", "content": PARTS}), 200),
+        (completion() | {"usage": [1, 2]}, 200),
+        (completion() | {"usage": {"prompt_tokens": "x", "completion_tokens": -4}}, 200),
+        (completion() | {"usage": USAGE | {"prompt_tokens_details": [{}]}}, 200),
+        (completion(logprobs=[1, {"a": 2}]), 200),
+        (completion(logprobs={"content": [None, {"token": 3, "top_logprobs": {"a": 1}}]}), 200),
+        (completion(logprobs={"content": [{"token": "M", "top_logprobs": [NO_LOGPROB]}]}), 200),
+        (completion() | {"error": None}, 200),
+    ],
+    ids=[
+        "201", "a list", "white space before", "byte order mark", "a stream", "parts", "usage a list",
+        "usage absurd", "details a list", "logprobs a list", "logprobs null", "logprob null",
+        "error null",
+    ],
+)  # fmt: skip
+def test_a_whole_answer_is_read_in_whatever_form(serve, body, status):
+    (reply,) = ask(serve(always(body, status=status)), top_logprobs=5)
+    assert (reply.text, reply.status, reply.logprobs) == ("It is so.", "ok", ())
+
+
+def test_half_a_character_is_kept_as_a_sign_for_it_and_asked_for_once(serve):
+    cut = json.dumps(completion("smile ?")).replace("smile ?", "smile \\ud83d").encode()
+    server = serve(always(cut))
+    (reply,) = ask(server)
+    assert (reply.text, len(server.requests)) == ("smile \ufffd", 1)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html><body>Bad gateway</body></html>", b"", b"null", b"[]", b"7", b'"text"', b"{",
+        b"[" * 100_000,
+        {"choices": None}, {"choices": []}, {"choices": [None]}, {"choices": {"a": 1}},
+        completion(message=None), completion(message=[1]), stream({"a": 1}),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_ends_in_a_sentence(serve, body):
+    with pytest.raises(SrtError, match="not as an OpenAI-compatible server"):
+        ask(serve(always(body)))
+
+
+@pytest.mark.parametrize(
+    ("word", "status"),
+    [
+        ("stop", "ok"), ("STOP", "ok"), ("eos_token", "ok"), ("end_turn", "ok"),
+        ("length", "truncated"), ("MAX_TOKENS", "truncated"), ("max_tokens", "truncated"),
+        ("content_filter", "refused"), ("SAFETY", "refused"),
+        ("tool_calls", "truncated"), ("OTHER", "truncated"), (None, "truncated"), (7, "truncated"),
+    ],
+)  # fmt: skip
+def test_only_a_word_that_is_known_to_mean_a_whole_answer_makes_one_whole(serve, word, status):
+    (reply,) = ask(serve(always(completion(finish_reason=word))))
+    assert reply.status == status
+
+
+def test_an_error_as_finish_word_is_tried_again(serve):
+    died = completion("Half", finish_reason="error", error={"code": 502, "message": "died"})
+    answers = [json.dumps(died).encode(), json.dumps(completion()).encode()]
+    server = serve(lambda body, number: Answer(body=answers[min(number, 2) - 1]))
+    (reply,) = ask(server)
+    assert (reply.text, len(server.requests)) == ("It is so.", 2)
+
+
+@pytest.mark.parametrize("wrap", [lambda e: {"error": e}, lambda e: [{"error": e}]])
+def test_an_error_inside_a_200_obeys_its_own_code(serve, wrap):
+    no_credit = {"code": 402, "message": "Insufficient credits"}
+    with pytest.raises(QuotaError, match=r"no credit left \(Insufficient credits\)"):
+        ask(serve(always(wrap(no_credit))))
+    busy = json.dumps(wrap({"code": 429, "message": "Slow down"})).encode()
+    server = serve(lambda body, number: Answer(body=busy) if number < 9 else Answer())
+    assert ask(server)[0].text == "It is so."
+
+
+# --- Whose trouble it is ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "field"),
+    [
+        (400, {"message": "temperature is deprecated for this model.", "param": None}, "temperature"),
+        (400, {"message": "Unsupported value: `temperature` does not support 0.7"}, "temperature"),
+        (422, {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}, "seed"),
+        (400, {"message": "Argument not supported on this model: stop"}, "stop"),
+        (400, {"message": "Unrecognized request argument supplied: seed", "param": None}, "seed"),
+        (404, {"message": "no.", "param": "body.top_p"}, "top_p"),
+        (403, {"message": "You are not allowed to request logprobs from this model"}, "logprobs"),
+        (400, {"message": "Logprobs is not enabled for models/gemini"}, "top_logprobs"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("wrap", [lambda e: {"error": e}, lambda e: [{"error": e}], lambda e: e])
+def test_a_refused_field_is_learnt_however_it_is_named(serve, status, error, field, wrap):
+    refusal = json.dumps(wrap(error)).encode()
+    server = serve(
+        lambda body, number: Answer(body=refusal, status=status) if field in body else Answer()
+    )
+    asked = {"temperature": 0.7, "top_p": 0.9, "stop": ("END",), "top_logprobs": 5}
+    replies = ask(server, 3, {"concurrency": 1}, **asked)
+    assert [reply.text for reply in replies] == ["It is so."] * 3
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "whose"),
+    [
+        (403, {"message": 'm requires moderation. Your input was flagged for "violence".'}, "filter"),
+        (400, {"code": "content_filter", "message": "filtered"}, "filter"),
+        (400, {"code": "data_inspection_failed", "message": "may be inappropriate"}, "filter"),
+        (400, {"message": "Your request was rejected by our safety system."}, "filter"),
+        (400, {"message": "This model's maximum context length is 512 tokens."}, "too long"),
+        (400, {"type": "exceed_context_size_error", "message": "exceeds"}, "too long"),
+        (413, {"message": "Payload too large"}, "too long"),
+        (429, {"message": "Request too large for m on tokens per min (TPM)"}, "too long"),
+        (401, {"message": "no"}, "account"),
+        (403, {"message": "Forbidden"}, "account"),
+        (402, {"message": "Insufficient Balance"}, "account"),
+        (429, {"type": "exceeded_current_quota_error", "message": "suspended"}, "account"),
+        (429, {"message": "Account has insufficient balance, please recharge"}, "account"),
+        (400, {"message": "Your credit balance is too low to access the API."}, "account"),
+        (400, {"message": "API key not valid. Please pass a valid API key."}, "account"),
+        (429, {"message": "You exceeded your current quota. Please retry in 35.2s."}, "pace"),
+        (429, {"message": "Rate limit exceeded: free-models-per-day. Add 10 credits"}, "pace"),
+        (529, {"message": "Overloaded"}, "pace"),
+        (404, {"message": "Not Found"}, "endpoint"),
+        (400, {"message": "Invalid model name passed in model=foo. Call `/v1/models`"}, "endpoint"),
+        (400, {"message": "The model `gpt-9` does not exist"}, "endpoint"),
+        (503, {"message": "Loading model"}, "trouble"),
+        (422, {"message": "messages: roles must alternate"}, "request"),
+    ],
+)  # fmt: skip
+def test_whose_trouble_a_refusal_is(status, error, whose):
+    refused = Refused(Unread(status, {}, json.dumps({"error": error}).encode()))
+    assert about(refused) == whose
+
+
+def test_a_filter_takes_one_row_and_for_good(srt, serve, tmp_path):
+    flagged = {"message": "Your input was flagged", "code": 403}
+
+    def behave(body, number):
+        if "2" in body["messages"][-1]["content"]:
+            return Answer(status=403, error=flagged)
+        return Answer()
+
+    server = serve(behave)
+    _rows(tmp_path, 3)
+    for calls in (3, 3):
+        result = srt(
+            "collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique"
+        )
+        assert (result.code, len(server.requests)) == (0, calls)
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert [row["status"] for row in rows] == ["ok", "refused", "ok"]
+    assert "flagged" in rows[1]["reason"]
+
+
+def test_the_same_refusal_of_the_first_requests_ends_the_run(srt, serve, tmp_path):
+    server = serve(
+        lambda body, number: Answer(status=400, error={"message": f"bad proxy {number}"})
+    )
+    _rows(tmp_path, 200)
+    result = srt(
+        "collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique"
+    )
+    assert result.code == 1
+    assert "the first 4 requests are all refused" in result.stderr
+    assert len(server.requests) <= 16
+
+
+def test_no_usable_row_is_exit_3_with_the_first_reason(srt, serve, tmp_path):
+    too_long = {"message": "This model's maximum context length is 512 tokens"}
+    server = serve(lambda body, number: Answer(status=400, error=too_long))
+    _rows(tmp_path, 3)
+    for _ in range(2):
+        result = srt(
+            "collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique"
+        )
+        assert result.code == 3
+        assert "no row is usable (3 failed)" in result.stderr
+        assert "maximum context length is 512 tokens" in result.stderr
+        assert "next:" not in result.stdout
+
+
+def test_a_full_context_is_told_from_a_token_limit_and_not_asked_again(srt, serve, tmp_path):
+    def behave(body, number):
+        if "### Requirements" not in body["messages"][-1]["content"]:
+            return Answer()
+        return Answer(
+            text="Weak",
+            finish_reason="length",
+            usage={"prompt_tokens": 400, "completion_tokens": 112},
+        )
+
+    server = serve(behave)
+    _rows(tmp_path, 1)
+    result = srt("collect-feedback", "--model", server.spec, "--critic", server.spec)
+    assert result.code == 3
+    assert "the server's context is full: 512 tokens" in result.stderr
+    assert len(server.requests) == 2
+
+
+# --- The journal --------------------------------------------------------------------------------
+
+
+def test_the_journal_takes_only_what_can_be_read_back(tmp_path):
+    odd = Reply(
+        "a \ud83d", "stop", Usage(), (TokenLogprobs("M\udc00", {"M": -1.0, "m": float("-inf")}, 0),)
+    )  # fmt: skip
+    with Journal(tmp_path / "x.journal.jsonl") as journal:
+        journal.append(b"1" * 16, "call", {"model": "m", **reply_to_plain(odd)})
+        kept = reply_from_plain(journal.get(b"1" * 16))
+    assert kept == Reply("a \ufffd", "stop", Usage(), (TokenLogprobs("M\ufffd", {"M": -1.0}, 0),))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": [{"type": "text", "text": "a"}]}, {"usage": {"prompt_tokens": "many"}}, {"usage": [1]},
+        {"logprobs": [{"token": "M", "top": {"M": None}, "offset": 0}]}, {"cost": "free"},
+        {"finish_reason": "whatever"}, {"text": None},
+    ],
+)  # fmt: skip
+def test_a_journal_that_holds_what_cannot_be_read_is_read_past_it(srt, serve, tmp_path, change):
+    server = serve(as_policy_and_critic)
+    _rows(tmp_path, 2)
+    line = ["collect-feedback", "--model", server.spec, "--critic", server.spec]
+    assert srt(*line).code == 0
+    calls = len(server.requests)
+    journal = tmp_path / "feedback.journal.jsonl"
+    entries = read_jsonl(journal)
+    write_jsonl(journal, [entries[0] | change, *entries[1:]])
+    (tmp_path / "feedback.jsonl").unlink()
+    result = srt(*line)
+    assert (result.code, len(server.requests)) == (0, calls + 1)
+    assert [row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")] == ["ok", "ok"]
+
+
+# --- Waits --------------------------------------------------------------------------------------
+
+
+def test_a_429_without_end_ends_the_run(serve, capfd, monkeypatch):
+    monkeypatch.setattr("srt_cli.models.api.patience.SAY_AFTER_S", 0.2)
+    server = serve(lambda body, number: Answer(status=429, error={"message": "Too many requests"}))
+    with pytest.raises(
+        QuotaError, match=r"nothing was admitted for 1 s \(429: Too many requests\)"
+    ):
+        ask(server, 3, {"give_up_after_s": 1.0})
+    assert "nothing admitted for 0 s (429: Too many requests); waiting" in capfd.readouterr().err
+
+
+def test_give_up_after_is_the_users(srt, serve, tmp_path):
+    server = serve(lambda body, number: Answer(status=429, error={"message": "Too many requests"}))
+    _rows(tmp_path, 3)
+    line = ("collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique")
+    result = srt(*line, "--give-up-after", 0.5)
+    assert (result.code, "nothing was admitted for 0.5 s" in result.stderr) == (5, True)
+
+
+def test_a_server_that_is_loading_is_waited_for_without_using_up_attempts(serve):
+    loading = Answer(status=503, error={"code": 503, "message": "Loading model"})
+    server = serve(lambda body, number: loading if number <= 12 else Answer())
+    assert [reply.attempts for reply in ask(server, 5)] == [1] * 5
+
+
+def test_a_server_that_never_loads_ends_the_run(serve):
+    loading = Answer(status=503, error={"code": 503, "message": "Loading model"})
+    with pytest.raises(SrtError, match=r"nothing was admitted for 0.5 s \(503: Loading model\)"):
+        ask(serve(lambda body, number: loading), 5, {"give_up_after_s": 0.5})
+
+
+def test_a_server_that_goes_away_and_comes_back_costs_no_row(serve):
+    """A proxy's 502 while nothing is served: the rows wait, however long it lasts."""
+    down = Answer(status=502, body=b"<html>Bad Gateway</html>")
+    server = serve(lambda body, number: down if 20 < number <= 60 else Answer(delay_s=0.01))
+    replies = ask(server, 60)
+    assert {reply.status for reply in replies} == {"ok"}
+
+
+def test_a_server_that_queues_stops_the_growth():
+    """One slot: each request waits for those before it, so more in flight brings nothing."""
+    now = 0.0
+    limit = AdaptiveLimit(clock=lambda: now)
+    under_way = [limit.start() for _ in range(limit.limit)]
+    for _ in range(600):
+        now += 0.1
+        limit.succeeded(under_way.pop(0), tokens=20)
+        while limit.in_flight < limit.limit:
+            under_way.append(limit.start())
+    assert limit.limit <= 27
+    assert limit.peak <= 80
+
+
+def test_a_server_without_a_queue_does_not():
+    now = 0.0
+    limit = AdaptiveLimit(clock=lambda: now)
+    for _ in range(40):
+        started = [limit.start() for _ in range(limit.limit)]
+        now += 1.0
+        for one in started:
+            limit.succeeded(one, tokens=20)
+    assert limit.limit == 512
+
+
+def test_timeouts_behind_a_queue_halve_the_limit_once_and_use_no_attempt():
+    now = 0.0
+    limit = AdaptiveLimit(clock=lambda: now, timeout_s=8.0)
+    started = [limit.start() for _ in range(16)]
+    for one in started[:6]:
+        now += 1.3
+        limit.succeeded(one, 20)
+    now = 8.0
+    assert all(limit.timed_out(one) for one in started[6:])
+    assert (limit.cuts, limit.limit <= 11) == (1, True)
+
+
+def test_a_timeout_among_quick_replies_is_that_requests_own():
+    now = 0.0
+    limit = AdaptiveLimit(clock=lambda: now, timeout_s=8.0)
+    hung, *others = [limit.start() for _ in range(16)]
+    now = 0.5
+    for one in others:
+        limit.succeeded(one, 20)
+    limit.start()
+    now = 8.0
+    assert not limit.timed_out(hung)
+    assert limit.cuts == 0
+
+
+def _rows(folder, count):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"Question {n + 1}?"} for n in range(count)])
+    (folder / "critic.py").write_text(CRITIC)
