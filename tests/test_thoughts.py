@@ -2,15 +2,21 @@
 
 import json
 import random
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
-from conftest import read_jsonl, write_jsonl
+from conftest import ROOT, read_jsonl, write_jsonl
 from loopback_server import Answer, LoopbackServer, as_policy_and_critic
+from test_build_prefs import record
 
 from srt_cli.models import Reply, Request, canonical_request, open_model, reply_from_plain
 from srt_cli.models.api.dialect import Heard
-from srt_cli.records import FeedbackRecord, Message
+from srt_cli.models.chat import ChatFormat
+from srt_cli.models.weights import load_tokenizer
+from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, Usage
 from srt_cli.runs.journal import request_key
+from srt_cli.training.sequences import feedback_sequences, preference_ids
 
 SCRATCH = (
     "Scratch.\nWeaknesses: scratch?\nSuggestions: scratch\nOverall Score: [[2]]\n"
@@ -320,3 +326,77 @@ def test_a_system_turn_stands_before_drafts_and_is_trained_with_them(
     masks = srt("sft", "--model", tiny_model, "--dry-run", "--show-masks", 2)
     assert masks.code == 0, masks.stderr
     assert "Be brief." in masks.stdout + masks.stderr
+
+
+def chat_under(name):
+    """The tiny tokenizer under one of TRL's templates, whose control tokens it knows."""
+    trl = find_spec("trl")
+    assert trl is not None
+    template = Path(trl.origin).parent / "chat_templates" / f"{name}.jinja"
+    tokenizer = load_tokenizer(str(ROOT / "tests/tiny_tokenizer"))
+    tokenizer.chat_template = template.read_text()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_special_tokens(
+        {
+            "additional_special_tokens": [
+                f"<|{mark}|>" for mark in
+                ("im_start", "im_end", "start", "end", "message", "channel", "return", "call")
+            ]
+        }
+    )  # fmt: skip
+    return ChatFormat(tokenizer)
+
+
+KEPT = {
+    "qwen3": "<think>\nHm, 4.\n</think>\n\nFour.<|im_end|>",
+    "gptoss": "<|channel|>analysis<|message|>Hm, 4.<|end|><|start|>assistant"
+    "<|channel|>final<|message|>Four.<|return|>",
+}
+DROPPED = {
+    "qwen3": ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "Four.<|im_end|>"),
+    "gptoss": ("<|start|>assistant", "<|channel|>final<|message|>Four.<|return|>"),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss"])
+def test_thoughts_are_trained_only_when_they_are_to_be_kept(name):
+    chat = chat_under(name)
+    row = FeedbackRecord(
+        id="a", prompt="2 + 2?", response="Four.", refinement="4.", refinement_score=7,
+        feedback=Feedback(weaknesses="w", suggestions="s", score=5), refinement_feedback=None,
+        status="ok", reason=None, raw={}, thoughts={"response": "Hm, 4.", "critique": "So so."},
+        policy="p", critic="c", sample=0, round=1, usage=Usage(),
+    )  # fmt: skip
+
+    def trained(**how):
+        return "".join(
+            chat.tokenizer.decode([label for label in sequence.labels if label >= 0])
+            for sequence in feedback_sequences(chat, row, ("response", "feedback"), **how)
+        )
+
+    assert trained(thoughts="keep").startswith(KEPT[name])
+    assert "So so." in trained(thoughts="keep")
+    dropped = trained()
+    assert "Hm" not in dropped
+    assert "So so" not in dropped
+    assert "think" not in dropped
+    turn = chat.turn([Message(role="user", content="2 + 2?")], "Four.")
+    prompt, said = DROPPED[name]
+    assert chat.tokenizer.decode(turn.prompt).endswith(prompt)
+    assert chat.tokenizer.decode(turn.said) == said
+    answers = [Message(role="assistant", content=text) for text in ("Four.", "Five.")]
+    pair = Preference(
+        id="a", prompt=[Message(role="user", content="2 + 2?")], chosen=answers[:1],
+        rejected=answers[1:], chosen_score=1, rejected_score=0, source="s",
+    )  # fmt: skip
+    ids = preference_ids(chat, pair)
+    assert chat.tokenizer.decode(ids.chosen_ids) == said
+    assert chat.tokenizer.decode(ids.prompt_ids).endswith(prompt)
+
+
+def test_thoughts_that_a_template_has_no_place_for_cannot_be_kept(srt, tmp_path, tiny_model):
+    rows = [record(id="a").model_dump()]
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    refused = srt("sft", "--model", tiny_model, "--thoughts", "keep", "--dry-run")
+    assert refused.code == 1
+    assert "has no place for thoughts" in refused.stderr

@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import count
@@ -120,8 +120,10 @@ class ChatFormat:
         no_thought = form.no_thought if self.thinking == "off" else ""
         return self._encode(history, form.header + no_thought)
 
-    def turn(self, history: Sequence[Message], text: str) -> Turn:
-        """The turn that answers `history` with `text`."""
+    def turn(self, history: Sequence[Message], text: str, thoughts: str = "") -> Turn:
+        """The turn that answers `history` with `text`, behind an empty thought or behind `thoughts`."""
+        if thoughts:
+            return self._thinker._thinking_turn(history, text, thoughts)
         form = self._form
         words = text.strip() if form.trims else text
         fed = form.header + form.no_thought
@@ -132,6 +134,39 @@ class ChatFormat:
             whole = prompt + self._encode(None, form.lead, words, form.close + form.after)
         end = whole.index(form.end_id, len(prompt)) + 1
         return Turn(prompt, whole[len(prompt) : end], whole[end:])
+
+    @cached_property
+    def _thinker(self) -> "ChatFormat":
+        return replace(self, thinking="on")
+
+    def _thinking_turn(self, history: Sequence[Message], text: str, thoughts: str) -> Turn:
+        form, tags = self._form, self._thought_tags
+        if tags is None:
+            raise UnfitChat("the chat template has no place for thoughts")
+        opening, closing = tags
+        if "channel|>" not in closing and "<|start|>" not in closing:
+            opening, closing = f"{opening}\n", f"\n{closing}\n\n"
+        if self._prompt_text(history).rstrip().endswith(opening.strip()):
+            opening = ""  # the prompt has opened them
+        words = text.strip() if form.trims else text
+        prompt = self._encode(history, form.header)
+        said = (thoughts.strip(), closing + form.lead, words, form.close + form.after)
+        whole = self._encode(history, form.header + opening, *said)
+        if whole[: len(prompt)] != prompt:
+            whole = prompt + self._encode(None, opening, *said)
+        end = whole.index(form.end_id, len(prompt)) + 1
+        return Turn(prompt, whole[len(prompt) : end], whole[end:])
+
+    @cached_property
+    def _thought_tags(self) -> tuple[str, str] | None:
+        """What the template puts around thoughts; None where it knows none."""
+        known = (pair for pair in THOUGHTS if pair[1].split("<|start|>")[0] in self.template)
+        return next((pair for pair in known if pair[0].strip() in self.template), None)
+
+    @property
+    def holds_thoughts(self) -> bool:
+        """Whether a turn can hold what its model thought."""
+        return self._thought_tags is not None
 
     def check(self) -> None:
         """Raise `SrtError` where the template is of no use for training and generation."""
@@ -322,17 +357,20 @@ class ChatFormat:
 
     # --- From text to ids, without forged control tokens -----------------------------------------
 
-    def _encode(
-        self, history: Sequence[Message] | None, before: str, words: str = "", behind: str = ""
-    ) -> list[int]:
-        """Ids of the generation prompt for `history` (None: of nothing), and of `words` in a frame."""
-        texts = [*(turn.content for turn in history or ()), words]
+    def _encode(self, history: Sequence[Message] | None, before: str, *framed: str) -> list[int]:
+        """Ids of the generation prompt for `history` (None: of nothing), and of what follows it.
+
+        `framed` holds words and what the template writes behind them, by turns.
+        """
+        texts = [*(turn.content for turn in history or ()), *framed[::2]]
         stand_ins: dict[str, str] = {}
         if any(hidden in text for text in texts for hidden in self._hidden):
             self._refuse_if_forged()
             stand_ins = _stand_ins(self._hidden, texts)
         prompt = "" if history is None else self._prompt_text(_in_disguise(history, stand_ins))
-        rendered = prompt + before + _replace(words, stand_ins) + behind
+        rendered = prompt + before
+        for place, piece in enumerate(framed):
+            rendered += piece if place % 2 else _replace(piece, stand_ins)
         if stand_ins:
             return self._in_pieces(rendered, stand_ins)
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])

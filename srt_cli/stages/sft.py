@@ -10,7 +10,7 @@ from srt_cli.options import runtime, setting
 from srt_cli.runs.run import inherited
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import run_in_processes
-from srt_cli.training.rows import SftTask, parse_mix, parse_targets
+from srt_cli.training.rows import SftTask, Thoughts, parse_mix, parse_targets
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ class Sft(TrainingOptions):
         False, "Also train on good refinements with their own blind feedback (paper: no).",
         group="Loss",
     )  # fmt: skip
+    thoughts: Thoughts = setting(
+        "drop",
+        "Leave recorded thoughts out, or train those of a turn with it (keep).",
+        group="Loss",
+    )
     mix: tuple[str, ...] = setting(
         (), "Mix in other chats (messages, or prompt and response): WEIGHT chats per row of "
         "feedback. Repeatable.", group="Data", metavar="FILE:WEIGHT",
@@ -93,5 +98,6 @@ def _fine_tune(options: Sft) -> None:
         packing=options.packing,
         good_score=options.good_score,
         critic_check=options.critic_check,
+        thoughts=options.thoughts,
     )
     fine_tune(options, task)

@@ -88,6 +88,11 @@ def prepare_sft(
     row that does not fit (unless it may be dropped, or this is a plan), and for one that would teach
     nothing.
     """
+    if task.thoughts == "keep" and not chat.holds_thoughts:
+        raise SrtError(
+            f"--thoughts keep: the chat template of {task.model} has no place for thoughts. Leave it "
+            "out, or pass a --chat-template that has one."
+        )
     share = setup.options.eval_split
     train, held_out = split_rows(records, lambda record: record.prompt, share)
     require_both_sides(train, held_out, share)
@@ -127,7 +132,7 @@ def _sequences(chat: ChatFormat, record: FeedbackRecord, task: SftTask) -> list[
     targets = task.targets
     if targets.refinement_only:
         return refinement_sequence(chat, record)
-    sequences = feedback_sequences(chat, record, targets.loss_on, targets.drop)
+    sequences = feedback_sequences(chat, record, targets.loss_on, targets.drop, task.thoughts)
     own = record.refinement_feedback
     if targets.refinement_feedback and own is not None and own.score >= task.good_score:
         sequences += refinement_feedback_sequences(chat, record, targets.loss_on, targets.drop)

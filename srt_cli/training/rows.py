@@ -22,6 +22,8 @@ Part = Literal["response", "feedback", "refinement", "mix"]
 PARTS: Final[tuple[Part, ...]] = ("response", "feedback", "refinement", "mix")
 """What may carry loss: the three parts of a feedback record, and the answers of mixed-in chats."""
 FEEDBACK_PARTS: Final = PARTS[:3]
+Thoughts = Literal["drop", "keep"]
+"""What becomes of recorded thoughts: none is trained, or those of a turn with the turn."""
 
 AnyRow = TypeVar("AnyRow")
 Example = TypeVar("Example")
@@ -274,6 +276,7 @@ class SftTask:
     """From this score on, an answer counts as good."""
     critic_check: int
     """Answers that the tuned model scores at the end."""
+    thoughts: Thoughts = "drop"
 
 
 @dataclass(frozen=True)

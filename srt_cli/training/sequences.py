@@ -9,14 +9,14 @@ end-of-turn token. Where the template keeps earlier turns so, the conversation i
 where it rewrites them, each trained turn is a sequence of its own.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from srt_cli.models.chat import ChatFormat, Turn, UnfitChat
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, as_messages
 from srt_cli.templates import CRITIQUE_REQUEST, FeedbackField, render_feedback, render_refinement
-from srt_cli.training.rows import PARTS, Part
+from srt_cli.training.rows import PARTS, Part, Thoughts
 
 IGNORED: Final = -100
 
@@ -70,17 +70,20 @@ def feedback_sequences(
     record: FeedbackRecord,
     loss_on: Sequence[Part],
     drop: Sequence[FeedbackField] = (),
+    thoughts: Thoughts = "drop",
 ) -> list[TokenSequence]:
     """The paper's sequence of one record; with all three parts in `loss_on` its loss is Eq. 1.
 
-    `drop` leaves fields of the feedback out of the target (paper, Table 6).
+    `drop` leaves fields of the feedback out of the target (paper, Table 6). `thoughts` kept are
+    trained with the turn that they came before.
     """
     assert record.response is not None
     assert record.feedback is not None
     assert record.refinement is not None
     told = _Criticised(
-        record.id, as_messages(record.prompt), record.response, record.feedback, record.refinement
-    )
+        record.id, as_messages(record.prompt), record.response, record.feedback, record.refinement,
+        thoughts=record.thoughts if thoughts == "keep" else {},
+    )  # fmt: skip
     return _conversation(chat, told, loss_on, drop)
 
 
@@ -145,6 +148,8 @@ class _Criticised:
     improved: str
     good: bool = False
     """Whether the answer is a refinement, and the improved response its copy."""
+    thoughts: Mapping[str, str] = field(default_factory=dict)
+    """What is trained of thoughts, by the reply that they came before."""
 
 
 def _conversation(
@@ -160,7 +165,7 @@ def _conversation(
         Message(role="assistant", content=text),
         Message(role="user", content=CRITIQUE_REQUEST),
     ]
-    first = chat.turn(told.prompt, text)
+    first = chat.turn(told.prompt, text, told.thoughts.get("response", ""))
     answered = _Taught(first, [(answer, first.place)], [first.place] if answer in loss_on else [])
     return _sequences(told.id, [answered, _criticism(chat, asked, told, loss_on, drop)])
 
@@ -175,16 +180,20 @@ def _criticism(
     """The turn that holds feedback and improved response."""
     feedback_text = render_feedback(told.feedback, drop)
     improved = render_refinement("") if feedback_text else render_refinement("").lstrip("\n")
-    turn = chat.turn(asked, feedback_text + improved + told.improved.strip())
+    thoughts = told.thoughts.get("critique", "")
+    turn = chat.turn(asked, feedback_text + improved + told.improved.strip(), thoughts)
     ids, place = turn.ids, turn.place
     # A token that straddles a border belongs to what follows: the shorter text lacks it.
-    border = _border(chat, ids, asked, feedback_text) if feedback_text else place.start
+    begun = chat.turn(asked, feedback_text, thoughts).ids
+    border = _common_prefix(ids, begun) if feedback_text else place.start
     end = place.stop - 1
     trained: list[range] = []
     if "feedback" in loss_on:
         trained.append(range(place.start, border))
     if "refinement" in loss_on:
-        heading = _border(chat, ids, asked, feedback_text + improved) if told.good else end
+        heading = end
+        if told.good:
+            heading = _common_prefix(ids, chat.turn(asked, feedback_text + improved).ids)
         trained.append(range(border, heading))
     # Whatever of the turn is trained, the turn must end: its end-of-turn token is trained with it.
     ends_feedback = "feedback" in loss_on and "refinement" not in loss_on
@@ -228,11 +237,6 @@ def _sequence(identifier: str, group: Sequence[_Taught], piece: str) -> TokenSeq
         labels[places.start : places.stop] = ids[places.start : places.stop]
     parts = tuple(part for each in group for part in each.parts)
     return TokenSequence(identifier, ids, labels, parts, piece)
-
-
-def _border(chat: ChatFormat, ids: list[int], asked: list[Message], text: str) -> int:
-    """Where `text`, the beginning of the last turn behind `asked`, ends in `ids`."""
-    return _common_prefix(ids, chat.turn(asked, text).ids)
 
 
 def _common_prefix(one: list[int], other: list[int]) -> int:
