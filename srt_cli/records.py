@@ -188,9 +188,9 @@ class Preference(Record):
     """A pair in TRL's conversational form: `chosen` and `rejected` answer `prompt`."""
 
     id: str
-    prompt: list[Message]
-    chosen: list[Message]
-    rejected: list[Message]
+    prompt: list[Message] = Field(min_length=1)
+    chosen: list[Message] = Field(min_length=1)
+    rejected: list[Message] = Field(min_length=1)
     chosen_score: float
     rejected_score: float
     source: str

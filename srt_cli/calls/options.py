@@ -65,6 +65,10 @@ class ApiOptions:
         None, "More fields for every request to a server, as a JSON object or a file of one.",
         group="Model", metavar="JSON|FILE",
     )  # fmt: skip
+    chat_template: str | None = setting(
+        None, "Another chat template for a model in process: a .jinja file, one of the model's own by "
+        "name, or one that TRL ships (such as qwen3).", group="Model", metavar="NAME|FILE",
+    )  # fmt: skip
     critic_reasoning_effort: str | None = setting(
         None, "The same for critics, judges and scorers.", group="Critic", metavar="EFFORT"
     )
@@ -83,6 +87,9 @@ class ApiOptions:
         None, "The same for critics, judges and scorers.",
         otherwise="auto; as --thinking for a model that criticises itself", group="Critic",
     )  # fmt: skip
+    critic_chat_template: str | None = setting(
+        None, "The same for critics, judges and scorers.", group="Critic", metavar="NAME|FILE"
+    )
     batch: bool = runtime(
         False, "Use the Batch API: half the price, within 24 hours.", group="Calls and money"
     )
@@ -127,6 +134,7 @@ class ApiOptions:
             api_keys=parse_api_keys(self.api_key),
             effort=self.reasoning_effort,
             extra_body=_extra_body("--extra-body", self.extra_body),
+            chat_template=self.chat_template,
             budget=Budget(self.max_cost, self.max_tokens_total, self.max_requests),
             batch_poll_s=self.batch_poll if self.batch else None,
         )
@@ -151,7 +159,12 @@ class ApiOptions:
     def for_critics(self, door: ModelOptions) -> ModelOptions:
         """The same door, as critics, judges and scorers are opened through it."""
         extra = _extra_body("--critic-extra-body", self.critic_extra_body)
-        return replace(door, effort=self.critic_reasoning_effort, extra_body=extra)
+        return replace(
+            door,
+            effort=self.critic_reasoning_effort,
+            extra_body=extra,
+            chat_template=self.critic_chat_template,
+        )
 
 
 OURS: Final = frozenset({"messages", "input", "model", "stream", "n"})

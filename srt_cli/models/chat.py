@@ -5,6 +5,7 @@ self-critique, sft, dpo and eval take their ids from here. No text becomes a con
 """
 
 import ctypes
+import json
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ LONGEST_FRAME: Final = 1_000_000
 SWITCHES: Final = ("enable_thinking", "thinking")
 """The variables by which templates are told whether to think."""
 _SWITCH: Final = re.compile(rf"(?<![\w.'\"])({'|'.join(SWITCHES)})\b(?!['\"])")
+_DATE: Final = re.compile(r"\bstrftime_now\((['\"])(.*?)\1\)")
 _COMMENT: Final = re.compile(r"\{#.*?#\}", re.DOTALL)
 
 THOUGHTS: Final[tuple[tuple[str, str], ...]] = (
@@ -222,12 +224,17 @@ class ChatFormat:
         return str(self.tokenizer.name_or_path)
 
     @cached_property
+    def _dated_template(self) -> str:
+        if self.day is None:
+            return self.template
+        written = {each[0]: self.day.strftime(each[2]) for each in _DATE.finditer(self.template)}
+        return _DATE.sub(lambda each: json.dumps(written[each[0]]), self.template)
+
+    @cached_property
     def _variables(self) -> dict[str, Any]:
         variables: dict[str, Any] = {}
         if self.thinking != "auto" and self.switch is not None:
             variables[self.switch] = self.thinking == "on"
-        if self.day is not None and self.writes_date:
-            variables["strftime_now"] = self.day.strftime
         return variables
 
     def _render(
@@ -248,7 +255,7 @@ class ChatFormat:
         ]
         rendered = self.tokenizer.apply_chat_template(
             plain,
-            chat_template=self.template,
+            chat_template=self._dated_template,
             add_generation_prompt=ask,
             tokenize=False,
             **variables,
@@ -268,10 +275,10 @@ class ChatFormat:
             rendered = self._render(messages, ask, parts, switched)
         except jinja2.TemplateSyntaxError as error:
             raise SrtError(
-                f"{self._name}: its chat template is broken, line {error.lineno}: {error.message}. "
-                "Pass another with --chat-template."
+                f"{self._name}: its chat template is broken, line {error.lineno}: "
+                f"{(error.message or '').rstrip('.')}. Pass another with --chat-template."
             ) from error
-        except SrtError:
+        except (SrtError, _TooSlow):
             raise
         except Exception as error:  # a template is a program of somebody else's
             words = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -290,7 +297,7 @@ class ChatFormat:
                 with _deadline(SECONDS):
                     rendered = self._try([asked], True, parts, {})
             except (UnfitChat, _TooSlow) as error:
-                failures.append(str(error) or f"it does not come to an end in {SECONDS:g} s")
+                failures.append(str(error) or f"it does not come to an end in {SECONDS:g} seconds")
                 continue
             if MARKER in rendered:
                 return parts
@@ -461,11 +468,13 @@ class ChatFormat:
         added = {
             str(each) for each in self.tokenizer.added_tokens_decoder.values() if not each.special
         }
-        template = self.template
+        named, template = set(self.tokenizer.all_special_tokens), self.template
         return _longest_first(
             text
-            for text in added - set(self.tokenizer.all_special_tokens)
-            if len(text) > 1 and text.strip() and (text in template or _MARKUP.fullmatch(text))
+            for text in added
+            if len(text) > 1
+            and text.strip()
+            and (text in named or text in template or _MARKUP.fullmatch(text))
         )
 
     @cached_property
