@@ -1,17 +1,50 @@
-"""Where prompts come from: a JSONL file, stdin, or a dataset on the hub."""
+"""Where prompts come from: files in many formats, stdin, or a dataset on the hub."""
 
+import csv
+import glob
+import hashlib
+import io
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import orjson
 from pydantic import ValidationError
 
+from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.forms import FieldNames, RowAsRead, read_row
 from srt_cli.records import Message, Prompt
-from srt_cli.runs.jsonl import describe_invalid, read_rows
+from srt_cli.runs.jsonl import describe_invalid, open_bytes, read_rows
 
 HUB_PREFIX: Final = "hf:"
+FORMATS: Final = {
+    ".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV",
+    ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
+}  # fmt: skip
+COMPRESSED: Final = (".gz", ".zst")
+NOTES: Final = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+)
+"""What `datasets` keeps beside its shards."""
+OURS: Final = (".run.json", ".journal.jsonl", ".dropped.jsonl")
+ROWS_AT_ONCE: Final = 1000
+MAX_CELL: Final = 2**30
+
+NumberedRow = tuple[str, int, Mapping[str, Any]]
+"""The name of a file, the number of a row in it, and the row."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is asked of the rows of a `--prompts`."""
+
+    names: FieldNames = FieldNames()
+    limit: int | None = None
+    unique: bool = False
+    """Whether a prompt that was there before is left out."""
 
 
 @dataclass(frozen=True)
@@ -21,33 +54,45 @@ class PromptSource:
     count: int
     without_response: int
     inputs: Mapping[str, Path]
-    """The file, for the manifest; empty when the prompts are not a file."""
+    """The files, for the manifest; empty when the prompts are not files."""
     read: Callable[[], Iterator[Prompt]]
+    recognised: str | None
+    """What the rows were taken for; None for a JSONL file of ours, in which nothing stands out."""
+
+    def tell(self) -> None:
+        """Say what was recognised, if anything is to be said."""
+        if self.recognised is not None:
+            console.say(self.recognised)
 
 
-def prompts_from(location: str, prompt_field: str | None, limit: int | None) -> PromptSource:
-    """Open a `--prompts`: a path, `-` for stdin, or `hf:NAME[:SPLIT]`.
+def prompts_from(location: str, selection: Selection) -> PromptSource:
+    """Open a `--prompts`: a file, a folder, a glob, `-` for stdin, or `hf:NAME[:SPLIT]`.
 
-    A file is read again for the run itself; the others are held in memory.
+    Files are read again for the run itself; what comes through a pipe is held in memory.
     """
-    if location == "-" or location.startswith(HUB_PREFIX):
-        rows = list(_numbered_rows(location))
-        inputs: dict[str, Path] = {}
+    rows, files = _rows_at(location)
+    survey = _Survey()
+    for position, (name, number, row) in enumerate(rows()):
+        if survey.is_full(selection.limit):
+            break
+        read, prompt = _prompt_of(name, number, row, selection.names)
+        if not survey.take(position, read, prompt, unique=selection.unique):
+            raise _repeated_id(rows(), name, number, prompt.id, selection.names)
 
-        def read() -> Iterator[Prompt]:
-            return read_prompts(location, rows, prompt_field, limit)
-    else:
-        path = Path(location)
-        inputs = {"prompts": path}
+    def again() -> Iterator[Prompt]:
+        taken = 0
+        for position, (name, number, row) in enumerate(rows()):
+            if selection.limit is not None and taken >= selection.limit:
+                return
+            if position not in survey.dropped:
+                taken += 1
+                yield _prompt_of(name, number, row, selection.names)[1]
 
-        def read() -> Iterator[Prompt]:
-            return read_prompts(location, read_rows(path), prompt_field, limit)
-
-    count = without_response = 0
-    for prompt in read():
-        count += 1
-        without_response += prompt.response is None
-    return PromptSource(count, without_response, inputs, read)
+    inputs = {"prompts": files[0]} if len(files) == 1 else {}
+    if len(files) > 1:
+        inputs = {f"prompts {number}": file for number, file in enumerate(files, start=1)}
+    said = survey.sentence(location, files, unique=selection.unique)
+    return PromptSource(survey.count, survey.without_response, inputs, again, said)
 
 
 def with_system(source: PromptSource, system: str | None) -> PromptSource:
@@ -75,40 +120,249 @@ def with_system(source: PromptSource, system: str | None) -> PromptSource:
     return replace(source, inputs=inputs, read=read)
 
 
-def _numbered_rows(location: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    if location == "-":
-        yield from read_rows(Path("-"))
-        return
-    from srt_cli.models.hub import read_hub_rows
-
-    name, _, split = location.removeprefix(HUB_PREFIX).partition(":")
-    if not name:
-        raise UsageError(f"{location}: which dataset? Write hf:NAME or hf:NAME:SPLIT.")
-    for number, row in enumerate(read_hub_rows(name, split or "train"), start=1):
-        yield number, dict(row)
+def read_prompts(location: str) -> Iterator[Prompt]:
+    """Prompts of a file, folder or glob; raises `SrtError` for a repeated id."""
+    yield from prompts_from(location, Selection()).read()
 
 
-def read_prompts(
-    name: str,
-    rows: Iterable[tuple[int, dict[str, Any]]],
-    prompt_field: str | None = None,
-    limit: int | None = None,
-) -> Iterator[Prompt]:
-    """Read numbered rows as prompts; `SrtError` for a repeated id, since later files go by it."""
-    first_line: dict[str, int] = {}
-    for number, row in rows:
-        if limit is not None and len(first_line) >= limit:
-            return
-        try:
-            prompt = Prompt.from_row(row, prompt_field)
-        except ValidationError as error:
-            raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
-        except ValueError as error:
-            raise SrtError(f"{name}:{number}: {error}.") from None
-        if prompt.id in first_line:
+def _rows_at(location: str) -> tuple[Callable[[], Iterable[NumberedRow]], list[Path]]:
+    """What reads the rows from the beginning, and the files that they are in."""
+    if location.startswith(HUB_PREFIX):
+        from srt_cli.models.hub import open_hub_rows
+
+        name, _, split = location.removeprefix(HUB_PREFIX).partition(":")
+        if not name:
+            raise UsageError(f"{location}: which dataset? Write hf:NAME or hf:NAME:SPLIT.")
+        shared = open_hub_rows(name, split or "train")
+        return lambda: ((location, n, row) for n, row in enumerate(shared, start=1)), []
+    path = Path(location)
+    if location == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+        # Stdin, or what a shell makes of <(COMMAND): it can be read only once.
+        held = [(location, number, row) for number, row in read_rows(path)]
+        return lambda: held, []
+    files = find_files(location)
+    return lambda: ((str(f), n, row) for f in files for n, row in read_file(f)), files
+
+
+def _prompt_of(
+    name: str, number: int, row: Mapping[str, Any], names: FieldNames
+) -> tuple[RowAsRead, Prompt]:
+    try:
+        read = read_row(row, names)
+        return read, Prompt.of(read)
+    except ValidationError as error:
+        raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
+    except ValueError as error:
+        raise SrtError(f"{name}:{number}: {error}.") from None
+
+
+class _Survey:
+    """What the rows are, counted in the first reading; eight bytes of each are kept to compare."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.without_response = 0
+        self.repeated = 0
+        self.dropped: set[int] = set()
+        """Positions of the rows that repeat a prompt, where each is wanted once."""
+        self._forms: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+        self._ids: set[bytes] = set()
+        self._texts: set[bytes] = set()
+
+    def is_full(self, limit: int | None) -> bool:
+        return limit is not None and self.count >= limit
+
+    def take(self, position: int, read: RowAsRead, prompt: Prompt, *, unique: bool) -> bool:
+        """Count one row; False when its id was there before."""
+        text = _short("\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in prompt.messages))
+        known, size = _short(prompt.id), len(self._texts)
+        self._texts.add(text)
+        if len(self._texts) == size:
+            self.repeated += 1
+            if unique:
+                self.dropped.add(position)
+                return True
+        if known in self._ids:
+            return False
+        self._ids.add(known)
+        self.count += 1
+        self.without_response += prompt.response is None
+        self._forms[read.form] += 1
+        self._left_out.update(read.left_out)
+        return True
+
+    def sentence(self, location: str, files: list[Path], *, unique: bool) -> str | None:
+        """What was recognised, in one line."""
+        formats = sorted({format_of(file) or "JSONL" for file in files})
+        plain = len(files) <= 1 and formats in ([], ["JSONL"])
+        if plain and self._forms.keys() <= {"prompt"} and not self._left_out and not self.repeated:
+            return None
+        where = "" if plain else f" in {len(files)} {' and '.join(formats)} files"
+        if len(files) == 1:
+            where = where.removesuffix("s").replace(" 1 ", " a ")
+        forms = " and ".join(
+            f"{form} ({count:,})" if len(self._forms) > 1 else form
+            for form, count in self._forms.most_common()
+        )
+        said = f"{location}: {self.count:,} prompts{where}, read as {forms}"
+        if self._left_out:
+            left_out = ", ".join(f"{name} ({n:,} rows)" for name, n in self._left_out.most_common())
+            said += f"; left out of the chats: {left_out}"
+        if self.repeated:
+            done = "and are left out" if unique else "(--unique leaves them out)"
+            said += f"; {self.repeated:,} rows repeat an earlier prompt {done}"
+        return said + "."
+
+
+def _short(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def _repeated_id(
+    rows: Iterable[NumberedRow], name: str, number: int, identifier: str, names: FieldNames
+) -> SrtError:
+    """The error for an id that stands twice; it reads again to find where it stood first."""
+    for first_name, first, row in rows:
+        if _prompt_of(first_name, first, row, names)[1].id == identifier:
+            break
+    where = f"on line {first}" if first_name == name else f"in {first_name}, line {first}"
+    return SrtError(
+        f"{name}:{number}: id {identifier!r} is already {where}. Give each row its own id, or pass "
+        "--unique where the same prompt stands several times."
+    )
+
+
+# --- Files as others write them ----------------------------------------------------------------
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a file's name tells, without `.gz` or `.zst`; None for another name."""
+    name = path.name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return FORMATS.get(Path(name).suffix)
+
+
+def find_files(location: str) -> list[Path]:
+    """The files that a path, a folder of shards or a glob stands for, sorted.
+
+    Raises `SrtError` for a folder without data or with several formats, and a glob without a match.
+    """
+    path = Path(location)
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if _is_shard(file, path)]
+        if not found:
             raise SrtError(
-                f"{name}:{number}: id {prompt.id!r} is already on line {first_line[prompt.id]}. "
-                "Give each row its own id, or delete the duplicate."
+                f"{location}: is a directory, where a JSONL file is expected, or a folder of data "
+                f"files ({', '.join(FORMATS)})."
             )
-        first_line[prompt.id] = number
-        yield prompt
+        formats = {format_of(file): file.name for file in found}
+        if len(formats) > 1:
+            raise SrtError(
+                f"{location}: holds several formats ({', '.join(formats.values())}). Pass a glob of "
+                f"those that you mean: '{location}/*{found[0].suffix}'."
+            )
+        return found
+    if path.exists() or not glob.has_magic(location):
+        return [path]
+    matched = sorted(Path(name) for name in glob.glob(location, recursive=True))
+    if not matched:
+        raise SrtError(f"{location}: no file has such a name. Check the path.")
+    return [file for file in matched if not file.is_dir()]
+
+
+def _is_shard(file: Path, folder: Path) -> bool:
+    inside = file.relative_to(folder).parts
+    hidden = any(part.startswith(".") for part in inside)
+    noted = file.name in NOTES or file.name.endswith(OURS)
+    return file.is_file() and format_of(file) is not None and not hidden and not noted
+
+
+def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line or row number, row) from one file in any of the formats, a stretch at a time.
+
+    Only a JSON array is read whole. Raises `SrtError` naming the file and the place.
+    """
+    kind = format_of(path)
+    if not path.is_file() or kind in (None, "JSONL"):
+        yield from read_rows(path)
+    elif kind == "JSON":
+        yield from _read_json(path)
+    elif kind == "CSV":
+        yield from _read_csv(path)
+    else:
+        yield from _read_table(path, kind)
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open_bytes(path) as file:
+        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not begins.startswith(b"["):
+        yield from read_rows(path)
+        return
+    with open_bytes(path) as file:
+        content = file.read().removeprefix(b"\xef\xbb\xbf")
+    try:
+        rows = orjson.loads(content)
+    except orjson.JSONDecodeError as error:
+        raise SrtError(f"{path}: not valid JSON ({error.msg}, line {error.lineno}).") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise SrtError(f"{path}:{number}: not a JSON object.")
+        yield number, row
+    if not rows:
+        raise SrtError(f"{path}: the file is empty.")
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows by the names in the header; an empty cell is None."""
+    csv.field_size_limit(MAX_CELL)
+    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    number = 0
+    with open_bytes(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                number = reader.line_num
+                if None in row:
+                    raise SrtError(
+                        f"{path}:{number}: has more cells than the header. Quote texts that hold "
+                        f"{delimiter!r}."
+                    )
+                yield number, {name: value or None for name, value in row.items()}
+        except UnicodeDecodeError:
+            raise SrtError(
+                f"{path}: not UTF-8 after line {number}. Convert it: iconv -f LATIN1 -t UTF-8."
+            ) from None
+        except csv.Error as error:
+            raise SrtError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
+    if not number:
+        raise SrtError(f"{path}: the file is empty. It needs a header and rows.")
+
+
+def _read_table(path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            if kind == "parquet":
+                batches = parquet.ParquetFile(file).iter_batches(batch_size=ROWS_AT_ONCE)
+            else:
+                try:
+                    opened = ipc.open_file(file)
+                    batches = (opened.get_batch(n) for n in range(opened.num_record_batches))
+                except pyarrow.ArrowInvalid:  # the other layout, which `datasets` writes
+                    file.seek(0)
+                    batches = iter(ipc.open_stream(file))
+            for batch in batches:
+                for start in range(0, batch.num_rows, ROWS_AT_ONCE):
+                    for row in batch.slice(start, ROWS_AT_ONCE).to_pylist():
+                        number += 1
+                        yield number, row
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise SrtError(f"{path}: not a readable {kind} file ({reason}).") from error

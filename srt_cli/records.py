@@ -9,6 +9,8 @@ from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from srt_cli.forms import FieldNames, RowAsRead, read_row
+
 Role = Literal["system", "user", "assistant"]
 Status = Literal["ok", "unparsed", "truncated", "refused", "failed"]
 STATUSES: Final[tuple[Status, ...]] = get_args(Status)
@@ -64,29 +66,23 @@ class Prompt(Record):
     response: str | None = None
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], prompt_field: str | None = None) -> Self:
-        """Read a row with `prompt`, `instruction` (+ `input`) or `messages`.
+    def from_row(cls, row: Mapping[str, Any], names: FieldNames | None = None) -> Self:
+        """Read a row in any form that `srt_cli.forms` knows.
 
-        Raises `ValueError`, with a sentence for the user, when the row has none or asks nothing.
+        Raises `ValueError`, with a sentence for the user, when it has none or asks nothing.
         """
-        rest = dict(row)
-        prompt = _take_prompt(rest, prompt_field)
-        response = rest.pop("response", None)
-        if isinstance(prompt, list):
-            turns = [Message.model_validate(turn) for turn in prompt]
-            if turns and turns[-1].role == "assistant":
-                closing = turns.pop()
-                response = closing.content if response is None else response
-            if not turns or turns[-1].role != "user":
-                raise ValueError("the conversation has no user turn to answer")
-            prompt = turns
-        elif not isinstance(prompt, str):
-            raise ValueError(f"the prompt is {type(prompt).__name__}, not text or messages")
-        elif not prompt.strip():
-            raise ValueError("the prompt is empty")
-        given = rest.pop("id", None)
-        identifier = content_id(prompt) if given is None else str(given)
-        return cls(id=identifier, prompt=prompt, response=response, **rest)
+        return cls.of(read_row(row, names))
+
+    @classmethod
+    def of(cls, read: RowAsRead) -> Self:
+        """The prompt of a row; its id is a digest of the prompt where the row gives none."""
+        prompt: str | list[Message]
+        if isinstance(read.prompt, str):
+            prompt = read.prompt
+        else:
+            prompt = [Message.model_validate(turn) for turn in read.prompt]
+        identifier = content_id(prompt) if read.id is None else read.id
+        return cls(id=identifier, prompt=prompt, response=read.response, **read.rest)
 
     @property
     def messages(self) -> list[Message]:
@@ -101,28 +97,6 @@ class Prompt(Record):
         if len(self.prompt) == 1:
             return self.prompt[0].content
         return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in self.prompt)
-
-
-def _take_prompt(rest: dict[str, Any], prompt_field: str | None) -> Any:
-    if prompt_field is not None:
-        if prompt_field not in rest:
-            found = ", ".join(rest) or "nothing"
-            raise ValueError(f'no "{prompt_field}" (found: {found}). Pass another --prompt-field')
-        return rest.pop(prompt_field)
-    if "prompt" in rest:
-        return rest.pop("prompt")
-    if "instruction" in rest:
-        instruction = rest.pop("instruction")
-        context = rest.pop("input", None)
-        return f"{instruction}\n\n{context}" if context else instruction
-    if "messages" in rest:
-        return rest.pop("messages")
-    text_fields = [name for name, value in rest.items() if isinstance(value, str) and name != "id"]
-    guess = text_fields[-1] if text_fields else "FIELD"
-    raise ValueError(
-        f'no "prompt", "instruction" or "messages" (found: {", ".join(rest) or "nothing"}). '
-        f"Rename the field or pass --prompt-field {guess}"
-    )
 
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from srt_cli.errors import UsageError
+from srt_cli.forms import FieldNames
 from srt_cli.models import Engine, ModelOptions, Thinking, Thinks
 from srt_cli.models.api.providers import parse_api_keys
 from srt_cli.models.budget import Budget, parse_prices
 from srt_cli.options import runtime, setting
+from srt_cli.prompts import PromptSource, Selection, prompts_from
 from srt_cli.records import STATUSES
 
 THINKING_TOKENS: Final = 2048
@@ -194,15 +196,31 @@ class PromptOptions:
     """Where prompts come from."""
 
     prompts: str = setting(
-        "prompts.jsonl", "Prompts: a JSONL file, - for stdin, or hf:NAME:SPLIT.",
+        "prompts.jsonl", "Prompts: JSONL, JSON, CSV, parquet or arrow; a file, a folder or a glob, - "
+        "for stdin, or hf:NAME:SPLIT.",
         group="Data", common=True, metavar="FILE",
     )  # fmt: skip
     prompt_field: str | None = setting(
-        None, "The field that holds the prompt.", group="Data", metavar="NAME"
-    )
+        None, "The field that holds the prompt. Dots lead into it: meta.question.",
+        group="Data", metavar="NAME",
+    )  # fmt: skip
+    response_field: str | None = setting(
+        None, "The field that holds a given response.", otherwise="response",
+        group="Data", metavar="NAME",
+    )  # fmt: skip
+    id_field: str | None = setting(
+        None, "The field that holds the id.", otherwise="id, else a digest of the prompt",
+        group="Data", metavar="NAME",
+    )  # fmt: skip
+    unique: bool = setting(False, "Use a prompt that stands several times once.", group="Data")
     limit: int | None = setting(
         None, "Use only the first N prompts.", group="Data", common=True, extends=True
     )
+
+    def open_prompts(self) -> PromptSource:
+        """The prompts, read once."""
+        names = FieldNames(self.prompt_field, self.response_field, self.id_field)
+        return prompts_from(self.prompts, Selection(names, self.limit, self.unique))
 
 
 @dataclass(frozen=True)

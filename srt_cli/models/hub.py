@@ -1,7 +1,7 @@
 """The hub: prompts from its data sets, finished models onto it; and the folder of what is kept here."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -19,20 +19,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "srt"
 
 
-def read_hub_rows(name: str, split: str) -> Iterator[Mapping[str, object]]:
-    """Yield the rows of a data set's split; raises `SrtError` in one sentence when it cannot."""
+def open_hub_rows(name: str, split: str) -> Iterable[Mapping[str, object]]:
+    """The rows of a data set's split, which stay on disk and can be gone through again and again.
+
+    Raises `SrtError` in one sentence when it cannot be read.
+    """
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
+        rows: Iterable[Mapping[str, object]] = load_dataset(name, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise SrtError(
             f"hf:{name}:{split}: cannot be read ({reason}). Check the name, the split and the "
             "connection, or pass a JSONL file."
         ) from error
-    for row in rows:
-        yield dict(row)
+    return rows
 
 
 def push_model(directory: Path, name: str, *, public: bool) -> str:

@@ -9,7 +9,6 @@ from srt_cli.errors import SrtError
 from srt_cli.pairs.pairing import Pairing, digest
 from srt_cli.prompts import read_prompts
 from srt_cli.records import Message, Prompt, as_messages
-from srt_cli.runs.jsonl import read_rows
 from srt_cli.stats.hygiene import faults_of, is_in_another_script, is_same_text, words_of
 
 PERMUTATIONS: Final = 128
@@ -87,9 +86,7 @@ class ExcludedPrompts:
     """Prompts that must not be trained on; case and spacing do not matter."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self.prompts = [
-            prompt for path in paths for prompt in read_prompts(str(path), read_rows(path))
-        ]
+        self.prompts = [prompt for path in paths for prompt in read_prompts(str(path))]
         self._digests = {_plain_digest(prompt.messages) for prompt in self.prompts}
 
     def __contains__(self, prompt: str | list[Message]) -> bool:

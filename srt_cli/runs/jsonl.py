@@ -3,13 +3,16 @@
 import contextlib
 import gzip
 import hashlib
+import io
+import json
+import math
 import os
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, BinaryIO, Final, TypeVar, cast
 
 import orjson
 from pydantic import ValidationError
@@ -30,18 +33,29 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.is_dir():
         raise SrtError(f"{path}: is a directory, where a JSONL file is expected.")
     try:
-        with _open_lines(path) as lines:
+        with open_bytes(path) as lines:
             yield from _parse_lines(path, lines)
     except FileNotFoundError:
         raise SrtError(f"{path}: no such file.{_hint_for_missing(path)}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SrtError(f"{path}: not a readable gzip file ({error}).") from error
+    except OSError as error:
+        if path.suffix != ".zst":
+            raise
+        raise SrtError(f"{path}: not a readable zst file ({error}).") from error
 
 
-def _open_lines(path: Path) -> contextlib.AbstractContextManager[Iterable[bytes]]:
+def open_bytes(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
+    """A file's bytes, decompressed where its name ends in `.gz` or `.zst`; `-` is stdin."""
     if str(path) == "-":
         return contextlib.nullcontext(sys.stdin.buffer)
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    if path.suffix == ".zst":
+        import pyarrow  # which reads it, as Python itself does only from 3.14 on
+
+        return cast(
+            BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        )
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
 
 
 def _parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -73,7 +87,28 @@ def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
         return f"not UTF-8 (byte {decoding.start + 1}). Convert it: iconv -f LATIN1 -t UTF-8."
     if text.strip() in ("[", "{"):
         return "not one JSON record a line. Convert it: jq -c '.[]' FILE.json > FILE.jsonl."
+    if unwritable := _no_number(text):
+        return (
+            f"{unwritable}, which is no JSON (pandas and json.dumps write it). Write null instead, or "
+            "leave the field out."
+        )
     return f"not valid JSON ({error.msg}, column {error.colno}). Fix or delete this line."
+
+
+def _no_number(text: str) -> str | None:
+    """The first field of a record that is NaN or infinite, as "rating is NaN"; None without one."""
+    try:
+        left = list(json.loads(text).items())
+    except (ValueError, AttributeError):
+        return None
+    for name, value in left:
+        if isinstance(value, float) and not math.isfinite(value):
+            shown = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+            return f"{name} is {shown}"
+        if isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(f"{name}.{key}", within) for key, within in inner]
+    return None
 
 
 def _hint_for_missing(path: Path) -> str:

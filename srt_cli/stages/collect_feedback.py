@@ -11,7 +11,7 @@ from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Policy, Roles
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
-from srt_cli.prompts import prompts_from, with_system
+from srt_cli.prompts import with_system
 from srt_cli.report.critic import write_critic_report
 from srt_cli.runs.run import open_run
 
@@ -61,9 +61,7 @@ def run(options: CollectFeedback) -> None:
             "No critic. Pass --critic gpt-4, http://HOST/v1#NAME, a directory or "
             'python:FILE:CALLABLE, or put critic = "gpt-4" into srt.toml.'
         )
-    prompts = with_system(
-        prompts_from(options.prompts, options.prompt_field, options.limit), options.system
-    )
+    prompts = with_system(options.open_prompts(), options.system)
     if options.model is None and prompts.without_response:
         raise UsageError(
             f"{options.prompts}: {prompts.without_response} of {prompts.count} rows bring no "
@@ -93,11 +91,13 @@ def run(options: CollectFeedback) -> None:
 
     run = open_run(COMMAND, options, inputs=prompts.inputs)
     if options.dry_run:
+        prompts.tell()
         show_critique_plan(run, job, options)
         return
     if options.report is None and is_done(run, job, options):
         return
     with run:
+        prompts.tell()
         if policy is not None and prompts.without_response < prompts.count:
             given = prompts.count - prompts.without_response
             console.say(

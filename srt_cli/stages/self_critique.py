@@ -1,6 +1,6 @@
 """Stage 2, first half: the tuned model answers, criticises and refines by itself."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Check, CheckedRow, Policy, Roles
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec
 from srt_cli.options import runtime, setting
-from srt_cli.prompts import prompts_from, with_system
+from srt_cli.prompts import PromptSource, with_system
 from srt_cli.report.critic import write_critic_report
 from srt_cli.runs.run import open_run, read_manifest
 
@@ -94,9 +94,10 @@ def run(options: SelfCritique) -> None:
         raise UsageError("--samples, --rounds, --score-samples and --num-processes start at 1.")
     if options.num_processes > 1:
         _refuse_processes(options)
-    job, inputs = _open_job(options)
-    run = open_run(COMMAND, options, inputs=inputs)
+    job, prompts = _open_job(options)
+    run = open_run(COMMAND, options, inputs=prompts.inputs)
     if options.dry_run:
+        prompts.tell()
         show_critique_plan(run, job, options)
         return
     if options.report is None and is_done(run, job, options):
@@ -111,6 +112,7 @@ def run(options: SelfCritique) -> None:
             rows=job.count * options.samples,
         )
     with run:
+        prompts.tell()
         summary = run_critiques(run, job, options, beforehand)
     if options.report is not None:
         critic = f"with {options.other_critic} as its" if options.other_critic else "as its own"
@@ -144,15 +146,15 @@ def _refuse_processes(options: SelfCritique) -> None:
             f"--num-processes is for models in process; {elsewhere[0]} answers many requests at "
             "once by itself. Leave it out."
         )
-    if options.prompts == "-":
-        raise UsageError("--num-processes reads the prompts several times: give a file, not -.")
+    if options.prompts == "-" or Path(options.prompts).is_fifo():
+        raise UsageError(
+            "--num-processes reads the prompts several times: give a file, not - or another pipe."
+        )
 
 
-def _open_job(options: SelfCritique) -> tuple[Job, Mapping[str, Path]]:
-    """The models and what they are to do, and the files that say so."""
-    prompts = with_system(
-        prompts_from(options.prompts, options.prompt_field, options.limit), options.system
-    )
+def _open_job(options: SelfCritique) -> tuple[Job, PromptSource]:
+    """The models and what they are to do, and the prompts."""
+    prompts = with_system(options.open_prompts(), options.system)
     if options.other_critic is None or options.critic_for == "scores":
         refuse_partial_critic(Path(options.model))
     door = replace(options.door(), logprobs=options.expected_score)
@@ -183,7 +185,7 @@ def _open_job(options: SelfCritique) -> tuple[Job, Mapping[str, Path]]:
     )
     check = Check(open_model(options.check), options.good_score) if options.check else None
     job = Job(prompts.read, prompts.count, roles, door.budget, check, options.samples)
-    return job, prompts.inputs
+    return job, prompts
 
 
 def _judging(critic: Critic, options: SelfCritique) -> Critic:

@@ -22,7 +22,6 @@ from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pair
 from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.feedback.story import Policy
 from srt_cli.models import names_program
-from srt_cli.prompts import prompts_from
 from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, Scored
 from srt_cli.runs.run import inherited, open_run, read_manifest, template_input
 from srt_cli.stages.evaluate.options import Evaluate
@@ -50,7 +49,8 @@ def run(options: Evaluate) -> None:
     if options.objective:
         # A wrong file or name is said before any work is done.
         read_objective(options.objective, [reference, *options.model])
-    prompts = prompts_from(options.prompts, options.prompt_field, options.limit)
+    prompts = options.open_prompts()
+    prompts.tell()
     rows = list(prompts.read())
     inputs = {**prompts.inputs, **template_input(options.judge_template, "judge_template")}
     if options.pairs is not None:
