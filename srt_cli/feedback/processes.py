@@ -52,18 +52,6 @@ class _Word:
     models: dict[str, dict[str, Any]]
 
 
-def part_paths(main: Path) -> list[Path]:
-    """Journals that other processes left beside a journal."""
-    stem = main.name.removesuffix(".jsonl")
-    return sorted(main.parent.glob(f"{stem}.part-*.jsonl"))
-
-
-def absorb_parts(journal: Journal) -> None:
-    """Take over what processes of this run, or of one that was killed, have answered."""
-    for part in part_paths(journal.path):
-        journal.absorb(part)
-
-
 def answer_in_processes(
     asking: Asking,
     open_scripts: Callable[[Options], tuple[Iterable[Script[Any]], list[Model]]],
@@ -80,7 +68,6 @@ def answer_in_processes(
 
     places = accelerators() or [None]
     journal = asking.journal
-    stem = journal.path.name.removesuffix(".jsonl")
     journal.sync()
     before = _spent(journal)
     shares = [
@@ -89,7 +76,7 @@ def answer_in_processes(
             options,
             index,
             processes,
-            part=journal.path.with_name(f"{stem}.part-{index + 1}.jsonl"),
+            part=journal.part(str(index + 1)),
             main=journal.path,
             parent=os.getpid(),
             accelerator=places[index % len(places)],
@@ -113,7 +100,7 @@ def answer_in_processes(
             worker.terminate()
         for worker in workers.values():
             worker.join()
-        absorb_parts(journal)
+        journal.absorb_parts()
     if problems:
         raise SrtError(problems[0])
     made = _spent(journal) - before

@@ -22,7 +22,6 @@ from srt_cli.calls.cost import (
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.feedback.critic import Question
-from srt_cli.feedback.processes import absorb_parts
 from srt_cli.feedback.story import Check, CheckedRow, Roles, tell_and_check
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.models import Model
@@ -159,7 +158,7 @@ def run_critiques(
 
 def _prepare_journal(journal: Journal, job: Job, options: CallOptions) -> None:
     """Take in what is known from elsewhere, and forget what is to be asked again."""
-    absorb_parts(journal)
+    journal.absorb_parts()
     if options.import_batch is not None:
         _import(options, journal)
     statuses = options.statuses_to_retry()

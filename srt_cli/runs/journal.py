@@ -87,7 +87,16 @@ class Journal:
             return _entry_in(self._beside.readline())
         return None
 
-    def absorb(self, part: Path) -> None:
+    def part(self, name: str) -> Path:
+        """Where another process of the run keeps its replies until they are absorbed."""
+        return self.path.with_name(f"{self.path.name.removesuffix('.jsonl')}.part-{name}.jsonl")
+
+    def absorb_parts(self) -> None:
+        """Take over what processes of this run, or of one that was killed, have answered."""
+        for part in sorted(self.path.parent.glob(self.part("*").name)):
+            self._absorb(part)
+
+    def _absorb(self, part: Path) -> None:
         """Move the replies of another process's journal into this one, and delete its file."""
         with open(part, "rb+") as lines:
             _lock(lines, part, wait_s=ORPHAN_SECONDS)
