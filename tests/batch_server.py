@@ -17,12 +17,24 @@ class BatchServer(LoopbackServer):
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
         self.asked: list[str] = []
+        self.told: list[dict[str, str]] = []
+        """The headers of every request, in small letters."""
         self.looks = looks
         self.fate = fate or (lambda identifier, times: "ok")
         super().__init__(behaviour)
 
     def routes(self, app: web.Application) -> None:
         super().routes(app)
+
+        @web.middleware
+        async def note(
+            request: web.Request, handler: Callable[[web.Request], Any]
+        ) -> web.StreamResponse:
+            self.told.append({name.lower(): value for name, value in request.headers.items()})
+            answered: web.StreamResponse = await handler(request)
+            return answered
+
+        app.middlewares.append(note)
         app.router.add_post("/v1/files", self._upload)
         app.router.add_get("/v1/files/{id}/content", self._content)
         app.router.add_post("/v1/batches", self._create)
@@ -74,6 +86,11 @@ class BatchServer(LoopbackServer):
                 error = {"code": "batch_expired", "message": "too late"}
                 broken.append({"custom_id": name, "response": None, "error": error})
                 continue
+            if fate == "responses":
+                error = {"message": f"This model is only supported in v1/{fate}.", "code": None}
+                response = {"status_code": 404, "body": {"error": error}}
+                broken.append({"custom_id": name, "response": response, "error": None})
+                continue
             answer: Answer = self.behaviour(row["body"], len(self.asked))
             body = response_body(answer)
             done.append({"custom_id": name, "response": {"status_code": 200, "body": body}})
@@ -82,4 +99,4 @@ class BatchServer(LoopbackServer):
             if lines:
                 batch[f"{kind}_file_id"] = f"{batch['id']}-{kind}"
                 self.files[f"{batch['id']}-{kind}"] = lines.encode()
-        batch["status"] = "expired" if broken else "completed"
+        batch["status"] = "completed" if all(row["response"] for row in broken) else "expired"

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
+from aiohttp import web
+from batch_server import BatchServer
 from conftest import ROOT, read_jsonl, write_jsonl
 from loopback_server import Answer, LoopbackServer, as_policy_and_critic
 from provider_servers import AnthropicServer, EveryServer
@@ -187,6 +191,79 @@ def test_a_redirect_to_another_host_is_not_followed(serve, monkeypatch):
     with pytest.raises(SrtError, match="on to another host"):
         ask(server.spec, requests())
     assert not other.requests
+
+
+BATCH = ("--batch", "--batch-poll", 0.01)
+
+
+class SendsOn(BatchServer):
+    """Sends the list of its batches to another host."""
+
+    elsewhere = ""
+
+    async def _all(self, request):
+        raise web.HTTPTemporaryRedirect(self.elsewhere)
+
+
+class RefusesFiles(BatchServer):
+    """Takes no file, and quotes the key."""
+
+    async def _upload(self, request):
+        said = f"Incorrect API key provided: {request.headers['authorization']}."
+        return web.json_response({"error": {"message": said}}, status=401)
+
+
+def test_batches_tell_openais_key_and_organisation_to_no_other_server(
+    srt, serve, tmp_path, monkeypatch
+):
+    own, openai = serve(kind=BatchServer), serve(kind=BatchServer)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-of-mine")
+    monkeypatch.setenv("OPENAI_BASE_URL", openai.url)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "What?", "response": "That."}])
+    for critic, out in ((own.spec, "own.jsonl"), ("gpt-4", "theirs.jsonl")):
+        finished = srt("collect-feedback", "--critic", critic, "--out", out, *BATCH)
+        assert finished.code == 0, finished.stderr
+    assert {headers.get("authorization") for headers in own.told} == {None}
+    assert not any("org-of-mine" in headers.values() for headers in own.told)
+    assert {headers.get("authorization") for headers in openai.told} == {f"Bearer {SECRET}"}
+    assert {headers.get("openai-organization") for headers in openai.told} == {"org-of-mine"}
+
+
+def test_batches_follow_no_redirect_to_another_host(srt, serve, tmp_path, monkeypatch):
+    other, server = serve(kind=BatchServer), serve(kind=SendsOn)
+    server.elsewhere = other.url.replace("127.0.0.1", "localhost") + "/batches"
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "What?", "response": "That."}])
+    finished = srt("collect-feedback", "--critic", "gpt-4", *BATCH)
+    assert finished.code == 1
+    assert "sends requests on to another host (localhost" in finished.stderr
+    assert not other.told
+
+
+def test_a_key_that_a_refused_batch_quotes_is_blotted_out(srt, serve, tmp_path, monkeypatch):
+    server = serve(kind=RefusesFiles)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "What?", "response": "That."}])
+    finished = srt("collect-feedback", "--critic", "gpt-4", *BATCH)
+    assert finished.code == 5
+    assert "the key is refused (Incorrect API key provided: Bearer [key]" in finished.stderr
+    assert SECRET not in finished.stdout + finished.stderr
+
+
+def test_an_ordinary_call_does_without_the_openai_package(serve, tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "What?", "response": "That."}])
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'trl', 'datasets', 'openai', 'httpx2'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.argv = ['srt', 'collect-feedback', '--critic', {serve().spec!r}]\n"
+        "from srt_cli.cli import main; main()"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True)
+    assert len(read_jsonl(tmp_path / "feedback.jsonl")) == 1
 
 
 def test_a_redirect_on_the_same_host_is_followed(serve):

@@ -345,6 +345,26 @@ def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path
     assert len(server.asked) == 8
 
 
+def test_a_model_served_only_by_responses_says_what_to_do_about_its_batch(
+    srt, serve, prompts, tmp_path
+):
+    prompts(2)
+    server = serve(as_policy_and_critic, BatchServer, fate=lambda name, times: "responses")
+    batched = collect(srt, server, *BATCH)
+    assert batched.code == 1
+    said = (
+        "only the Responses API serves this model (This model is only supported in v1/responses.): run "
+        "again without --batch, --export-batch and --import-batch, and it will be used."
+    )
+    assert said in batched.stderr
+    assert len(server.batches) == 1
+    (told,) = (server.files[name] for name in server.files if name.endswith("-error"))
+    (tmp_path / "replies.jsonl").write_bytes(told)
+    imported = collect(srt, server, "--import-batch", "replies.jsonl")
+    assert imported.code == 1
+    assert said in imported.stderr
+
+
 def test_an_exported_batch_is_answered_elsewhere_and_imported(srt, serve, prompts, tmp_path):
     prompts(3)
     server = serve(as_policy_and_critic)

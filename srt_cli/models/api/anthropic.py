@@ -186,6 +186,13 @@ class AnthropicBatches:
         """How a batch stands."""
         return _batch(checked(await wire.get(f"{PATH}/batches/{name}")))
 
+    async def results(self, wire: Wire, place: str) -> bytes:
+        """What a batch's requests came to, in any order."""
+        answer = await wire.get(place)
+        if answer.status >= 300:
+            raise Refused(answer)
+        return answer.content
+
     def outcome(self, line: Mapping[str, Any]) -> BatchResult | None:
         """A line of the results."""
         name, result = line.get("custom_id"), as_mapping(line.get("result"))

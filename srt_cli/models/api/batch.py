@@ -34,8 +34,7 @@ from srt_cli.models.api.dialect import (
     NoAnswer,
     Refused,
 )
-from srt_cli.models.api.place import Place, dialects, place_of
-from srt_cli.models.api.transport import Endpoint
+from srt_cli.models.api.transport import Endpoint, Place, dialects, place_of
 from srt_cli.models.budget import Budget, Price, most_tokens, price_of
 from srt_cli.runs.journal import Journal, request_key
 from srt_cli.runs.jsonl import read_rows
@@ -211,9 +210,8 @@ class BatchModel:
                 f"{self.spec}: batch {batch.name} failed ({batch.error or 'no reason given'}). For a "
                 "limit on enqueued tokens, use --limit, or run without --batch."
             )
-        for path in batch.results:
-            answer = await _patiently(_checked, wire, path)
-            for line in answer.splitlines():
+        for place in batch.results:
+            for line in (await _patiently(self._batches.results, wire, place)).splitlines():
                 outcome = self._batches.outcome(orjson.loads(line))
                 if outcome is not None:
                     self._take_in(plan, outcome)
@@ -241,13 +239,6 @@ def reply_of(outcome: BatchResult, request: Request) -> Reply | None:
     if outcome.heard is None:
         return Reply("", "failed", error=outcome.error)
     return outcome.heard.reply(request, {}, 1)
-
-
-async def _checked(wire: Endpoint, path: str) -> bytes:
-    answer = await wire.get(path)
-    if answer.status >= 300:
-        raise Refused(answer)
-    return answer.content
 
 
 async def _patiently(call: Callable[..., Awaitable[Found]], *arguments: object) -> Found:

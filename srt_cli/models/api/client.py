@@ -28,9 +28,8 @@ from srt_cli.models.api.limits import (
     RateLimit,
 )
 from srt_cli.models.api.patience import Patience, is_loading
-from srt_cli.models.api.place import Place, place_of
 from srt_cli.models.api.refusals import about, same_words
-from srt_cli.models.api.transport import Endpoint, Redirected
+from srt_cli.models.api.transport import Endpoint, Place, Redirected, place_of
 from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of
 from srt_cli.records import Usage
 

@@ -240,22 +240,19 @@ class BatchResult:
 class Wire(Protocol):
     """A connection to one server."""
 
+    url: str
+
     async def get(self, path: str) -> Answer:
         """Fetch a path, or an address on the same host."""
         ...
 
     async def post(self, path: str, body: object) -> Answer:
-        """Post a body as JSON; a `Upload` as a form."""
+        """Post a body as JSON."""
         ...
 
-
-@dataclass(frozen=True)
-class Upload:
-    """A file to post as a form."""
-
-    name: str
-    content: bytes
-    fields: Mapping[str, str]
+    async def send(self, method: str, path: str, content: bytes | None, kind: str) -> Answer:
+        """Any request; `kind` is the content's type."""
+        ...
 
 
 class Batches(Protocol):
@@ -278,6 +275,10 @@ class Batches(Protocol):
 
     async def look(self, wire: Wire, name: str) -> Batch:
         """How a batch stands."""
+        ...
+
+    async def results(self, wire: Wire, place: str) -> bytes:
+        """One of the files of results that a batch names, a line a request."""
         ...
 
     def outcome(self, line: Mapping[str, Any]) -> BatchResult | None:

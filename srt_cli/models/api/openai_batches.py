@@ -3,26 +3,31 @@
 Its file format is read elsewhere too (`vllm run-batch`), so exported requests have it as well.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Final
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import orjson
 
+from srt_cli.errors import SrtError
 from srt_cli.models.api.dialect import (
+    LONGEST_MESSAGE,
     Batch,
     BatchResult,
     Heard,
     NoAnswer,
     Refused,
-    Upload,
     Wire,
-    as_list,
     as_mapping,
-    as_text,
     checked,
 )
 
-COMPLETION_WINDOW: Final = "24h"
+if TYPE_CHECKING:
+    import openai
+    from openai.types import Batch as ToldBatch
+
+CHAT: Final = "/v1/chat/completions"
+RESPONSES: Final = "/v1/responses"
 PLAN: Final = "srt_plan"
 DEAD: Final = ("failed", "cancelled", "cancelling")
 OVER: Final = ("completed", "expired", "failed", "cancelled")
@@ -34,41 +39,50 @@ class OpenAiBatches:
     most_requests: ClassVar[int] = 50_000
     most_bytes: ClassVar[int] = 200_000_000
 
-    def __init__(self, path: str, read: Callable[[object], Heard]) -> None:
-        self.url = f"/v1{path}"
+    def __init__(
+        self,
+        endpoint: Literal["/v1/chat/completions", "/v1/responses"],
+        read: Callable[[object], Heard],
+    ) -> None:
+        self.endpoint = endpoint
         self.read = read
 
     def line(self, name: str, body: Mapping[str, Any]) -> bytes:
         """One request in the batch file format."""
-        line = {"custom_id": name, "method": "POST", "url": self.url, "body": body}
+        line = {"custom_id": name, "method": "POST", "url": self.endpoint, "body": body}
         return orjson.dumps(line) + b"\n"
 
     async def found(self, wire: Wire, plan: str) -> Batch | None:
         """The newest batch whose metadata names the plan, unless it died."""
-        listed = checked(await wire.get("/batches?limit=100"))
-        for each in map(as_mapping, as_list(listed.get("data"))):
-            if (
-                as_mapping(each.get("metadata")).get(PLAN) == plan
-                and each.get("status") not in DEAD
-            ):
-                return _batch(each)
+        async with _client(wire) as client:
+            async for each in client.batches.list(limit=100):
+                if (each.metadata or {}).get(PLAN) == plan and each.status not in DEAD:
+                    return _batch(each)
         return None
 
     async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
         """Upload the file, then have it worked on."""
-        upload = Upload("srt.jsonl", b"".join(lines), {"purpose": "batch"})
-        file = checked(await wire.post("/files", upload))
-        body = {
-            "input_file_id": file.get("id"),
-            "endpoint": self.url,
-            "completion_window": COMPLETION_WINDOW,
-            "metadata": {PLAN: plan},
-        }
-        return _batch(checked(await wire.post("/batches", body)))
+        async with _client(wire) as client:
+            file = await client.files.create(file=("srt.jsonl", b"".join(lines)), purpose="batch")
+            batch = await client.batches.create(
+                input_file_id=file.id,
+                endpoint=self.endpoint,
+                completion_window="24h",
+                metadata={PLAN: plan},
+            )
+            return _batch(batch)
 
     async def look(self, wire: Wire, name: str) -> Batch:
         """How a batch stands."""
-        return _batch(checked(await wire.get(f"/batches/{name}")))
+        async with _client(wire) as client:
+            batch = _batch(await client.batches.retrieve(name))
+        self._check_endpoint(batch.error)
+        return batch
+
+    async def results(self, wire: Wire, place: str) -> bytes:
+        """The output or the error file."""
+        async with _client(wire) as client:
+            return (await client.files.content(place)).content
 
     def outcome(self, line: Mapping[str, Any]) -> BatchResult | None:
         """A line of the output or the error file."""
@@ -86,20 +100,61 @@ class OpenAiBatches:
             pass
         said = error or body.get("error") or {}
         message = said.get("message") if isinstance(said, Mapping) else said
+        self._check_endpoint(str(message))
         return BatchResult(name, error=f"in a batch: {message or 'no reply'}")
 
+    def _check_endpoint(self, error: str) -> None:
+        if self.endpoint == CHAT and RESPONSES[1:] in error:
+            raise SrtError(
+                "A batch of chat completions was refused, because only the Responses API serves this "
+                f"model ({error[:LONGEST_MESSAGE]}): run again without --batch, --export-batch and "
+                "--import-batch, and it will be used."
+            )
 
-def _batch(told: Mapping[str, Any]) -> Batch:
-    status, counts = as_text(told.get("status")), as_mapping(told.get("request_counts"))
-    errors = as_list(as_mapping(told.get("errors")).get("data"))
-    files = (told.get("output_file_id"), told.get("error_file_id"))
+
+def _batch(told: "ToldBatch") -> Batch:
+    counts, errors = told.request_counts, told.errors
+    files = (told.output_file_id, told.error_file_id)
     return Batch(
-        as_text(told.get("id")),
-        status,
-        over=status in OVER,
-        dead=status in DEAD,
-        done=counts.get("completed"),
-        total=counts.get("total"),
-        results=tuple(f"/files/{file}/content" for file in files if file),
-        error="; ".join(str(as_mapping(error).get("message")) for error in errors),
+        told.id,
+        told.status,
+        over=told.status in OVER,
+        dead=told.status in DEAD,
+        done=counts.completed if counts else None,
+        total=counts.total if counts else None,
+        results=tuple(file for file in files if file),
+        error="; ".join(str(error.message) for error in (errors and errors.data) or []),
     )
+
+
+@asynccontextmanager
+async def _client(wire: Wire) -> "AsyncIterator[openai.AsyncOpenAI]":
+    """OpenAI's client, which knows the paths and the forms; `wire` carries what it says.
+
+    So it holds no key, and our rules on hosts, proxies, time and retries are the only ones.
+    """
+    import httpx2  # what the client is made of
+    import openai
+
+    class Carried(httpx2.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            kind = request.headers.get("content-type", "")
+            content = await request.aread()
+            answer = await wire.send(request.method, str(request.url), content, kind)
+            if answer.status >= 300:
+                raise Refused(answer)
+            if not request.url.path.endswith("/content"):
+                return httpx2.Response(200, json=dict(checked(answer)))
+            return httpx2.Response(200, content=answer.content)
+
+    client = openai.AsyncOpenAI(
+        api_key="carried by the wire",
+        base_url=wire.url,
+        max_retries=0,
+        http_client=httpx2.AsyncClient(transport=Carried(), trust_env=False),
+    )
+    try:
+        yield client
+    except openai.APIConnectionError as error:
+        # Whatever the wire raises comes out as this.
+        raise error.__cause__ or NoAnswer("no connection", str(error)) from None

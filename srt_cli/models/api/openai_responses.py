@@ -48,7 +48,7 @@ class OpenAiResponses:
         """OpenAI's."""
         from srt_cli.models.api.openai_batches import OpenAiBatches
 
-        return OpenAiBatches(PATH, self.read)
+        return OpenAiBatches("/v1/responses", self.read)
 
     def headers(self, key: str | None) -> dict[str, str]:
         """The key as a bearer, or in the header that the manner names."""

@@ -1,4 +1,4 @@
-"""Bytes to a server and back: one address with its key, and nothing of the key comes back out."""
+"""A model behind a server: its address, key and dialect; bytes there and back, and no key comes out."""
 
 import os
 import re
@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import blake2b
+from importlib import import_module
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -16,8 +18,18 @@ import certifi
 import orjson
 
 import srt_cli
-from srt_cli.errors import SrtError
-from srt_cli.models.api.dialect import Answer, NoAnswer, Upload
+from srt_cli.errors import QuotaError, SrtError, UsageError
+from srt_cli.models import ModelOptions, Spec
+from srt_cli.models.api.dialect import Answer, Dialect, Manner, NoAnswer
+from srt_cli.models.api.providers import (
+    KEY_IN_ADDRESS,
+    PLAIN,
+    Key,
+    Provider,
+    holds_key,
+    key_for,
+    providers,
+)
 
 MOST_BYTES: Final = 64 << 20
 """Of a reply; log-probabilities of long ones take some megabytes."""
@@ -49,12 +61,27 @@ class Endpoint:
 
     async def get(self, path: str) -> Answer:
         """Fetch a path below the address, or an address on its host; raises `NoAnswer`."""
-        return await self._ask("GET", self._address(path), MOST_RESULT_BYTES)
+        return await self.send("GET", path, None, "")
 
     async def post(self, path: str, body: object) -> Answer:
-        """Post a body as JSON, an `Upload` as a form; raises `NoAnswer` when nothing comes back."""
-        data = body if isinstance(body, Upload) else orjson.dumps(body)
-        return await self._ask("POST", self._address(path), MOST_BYTES, data)
+        """Post a body as JSON; raises `NoAnswer` when nothing comes back."""
+        return await self.send("POST", path, orjson.dumps(body), "application/json")
+
+    async def send(self, method: str, path: str, content: bytes | None, kind: str) -> Answer:
+        """Any request; raises `NoAnswer`, and `Redirected` where it would go to another host."""
+        url = self._address(path)
+        for _ in range(MOST_REDIRECTS):
+            answer = await self._ask(method, url, content, kind)
+            if answer.status not in REDIRECTS or "location" not in answer.headers:
+                return answer
+            there = urljoin(url, answer.headers["location"])
+            if not _same_host(url, there):
+                raise Redirected(
+                    f"{self.url}: sends requests on to another host ({_host(there)}), which is not "
+                    "followed. If it is the right one, give its address instead."
+                )
+            url = there
+        raise NoAnswer("malformed reply", "redirected again and again")
 
     @property
     def up(self) -> bool:
@@ -73,42 +100,22 @@ class Endpoint:
             raise Redirected(f"{self.url}: names an address on another host ({_host(path)}).")
         return path
 
-    async def _ask(
-        self, method: str, url: str, most_bytes: int, data: bytes | Upload | None = None
-    ) -> Answer:
-        for _ in range(MOST_REDIRECTS):
-            answer = await self._ask_once(method, url, most_bytes, data)
-            if answer.status not in REDIRECTS or "location" not in answer.headers:
-                return answer
-            there = urljoin(url, answer.headers["location"])
-            if not _same_host(url, there):
-                raise Redirected(
-                    f"{self.url}: sends requests on to another host ({_host(there)}), which is not "
-                    "followed. If it is the right one, give its address instead."
-                )
-            url = there
-        raise NoAnswer("malformed reply", "redirected again and again")
-
-    async def _ask_once(
-        self, method: str, url: str, most_bytes: int, data: bytes | Upload | None
-    ) -> Answer:
+    async def _ask(self, method: str, url: str, content: bytes | None, kind: str) -> Answer:
         headers = {"user-agent": f"srt/{srt_cli.__version__}", **self.headers}
-        if isinstance(data, bytes):
-            headers["content-type"] = "application/json"
+        if kind:
+            headers["content-type"] = kind
+        most_bytes = MOST_RESULT_BYTES if method == "GET" else MOST_BYTES
         try:
-            body = _form(data) if isinstance(data, Upload) else data
             async with self.open().request(
                 method,
                 url,
-                data=body,
+                data=content,
                 headers=headers,
                 proxy=_proxy_for(url),
                 allow_redirects=False,
             ) as response:
-                content = await _read(response, most_bytes)
-                return Answer(
-                    response.status, response.headers, self.blot(content, response.status)
-                )
+                told = await _read(response, most_bytes)
+                return Answer(response.status, response.headers, self.blot(told, response.status))
         except TimeoutError as error:
             raise NoAnswer("timeout", f"no whole reply within {self.timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -167,12 +174,6 @@ def _proxy_for(url: str) -> str | None:
     return proxies.get(parts.scheme) or proxies.get("all")
 
 
-def _form(upload: Upload) -> aiohttp.FormData:
-    form = aiohttp.FormData(dict(upload.fields))
-    form.add_field("file", upload.content, filename=upload.name)
-    return form
-
-
 def blot_text(text: str, secrets: Iterable[str]) -> str:
     """A text without these secrets."""
     for secret in secrets:
@@ -201,3 +202,103 @@ async def _read(response: aiohttp.ClientResponse, most_bytes: int) -> bytes:
             raise NoAnswer("malformed reply", f"more than {most_bytes >> 20} MiB")
         parts.append(part)
     return b"".join(parts)
+
+
+# --- Who serves a model -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an API model is: its addresses with their keys, its dialect, its name in the journal."""
+
+    provider: Provider
+    manner: Manner
+    urls: tuple[str, ...]
+    keys: tuple[Key | None, ...] = field(repr=False)
+    identity: str
+
+    def open_dialect(self) -> Dialect:
+        """The dialect that is spoken there, as the table of providers names it."""
+        return _dialect_called(self.provider.dialect)(self.manner)
+
+    def endpoints(self, dialect: Dialect, timeout_s: float) -> list[Endpoint]:
+        """A connection for each address, with the key that belongs to it."""
+        return [
+            Endpoint(
+                url,
+                dialect.headers(key.value if key is not None else None),
+                (key.value,) if key is not None and len(key.value) >= LEAST_KEY else (),
+                timeout_s,
+            )
+            for url, key in zip(self.urls, self.keys, strict=True)
+        ]
+
+    def how_to_give_a_key(self) -> str:
+        """What to do about a key that is refused, or missing."""
+        variables = {key.variable for key in self.keys if key is not None}
+        if variables or self.provider.key is not None:
+            return f"Set {', '.join(sorted(variables)) or self.provider.key} to a valid one."
+        return "Name the environment variable that holds its key: --api-key HOST=VARIABLE."
+
+
+def _dialect_called(name: str) -> type[Dialect]:
+    dialect: type[Dialect] = import_module(f"srt_cli.models.api.{name}").DIALECT
+    return dialect
+
+
+def dialects() -> list[Dialect]:
+    """Every dialect that some provider speaks, to no model in particular."""
+    names = sorted({provider.dialect for provider in providers().values()})
+    return [_dialect_called(name)(Manner("")) for name in names]
+
+
+def place_of(spec: str, parsed: Spec, options: ModelOptions) -> Place:
+    """Where an API model is; raises `QuotaError` when a provider is to be asked without a key."""
+    name = parsed.name
+    if parsed.provider is None:
+        provider, urls = PLAIN, parsed.endpoints
+        identity = f"http:{','.join(sorted(urls))}#{name}"
+    else:
+        provider = providers()[parsed.provider]
+        if not provider.url:
+            raise UsageError(f"{spec}: set {provider.address_variable} to the address of your own.")
+        if holds_key(provider.url):
+            raise UsageError(f"{provider.address_variable}: {KEY_IN_ADDRESS}")
+        urls = (provider.url,)
+        told = os.environ.get(provider.address_variable or "")
+        identity = f"{parsed.provider}:{name}" + (f"@{told}" if told else "")
+    named = provider if parsed.provider is not None else None
+    keys = tuple(key_for(url, options.api_keys, named) for url in urls)
+    if provider.key is not None and keys == (None,) and not options.offline:
+        whose = "the OpenAI API" if parsed.provider == "openai" else parsed.provider
+        raise QuotaError(
+            f"{spec}: no key for {whose}. Set {provider.key}, or name another "
+            "model (a directory, http://HOST/v1#NAME, python:FILE:CALLABLE)."
+        )
+    version = os.environ.get(provider.version_variable or "") or provider.version
+    told_headers = {
+        header: value
+        for header, variable in provider.header_variables.items()
+        if (value := os.environ.get(variable))
+    }
+    manner = Manner(
+        name,
+        path=provider.path.replace("{version}", version) if provider.path else None,
+        token_field=provider.token_field,
+        key_header=provider.key_header,
+        headers=told_headers,
+        refuses=provider.refuses,
+        renames=provider.renames,
+        switches_thinking=parsed.provider is None,
+        effort=options.effort,
+        extra=dict(options.extra_body),
+    )
+    return Place(provider, manner, urls, keys, identity + _asked_otherwise(options))
+
+
+def _asked_otherwise(options: ModelOptions) -> str:
+    """What sets a model asked in the user's own manner apart in the journal."""
+    if options.effort is None and not options.extra_body:
+        return ""
+    plain = orjson.dumps([options.effort, options.extra_body], option=orjson.OPT_SORT_KEYS)
+    return f"?{blake2b(plain, digest_size=8).hexdigest()}"
