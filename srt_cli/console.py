@@ -6,8 +6,9 @@ markup, and characters that steer a terminal are shown instead of obeyed (`visib
 
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -153,12 +154,24 @@ class ProgressLine(Protocol):
 
 
 @contextmanager
-def progress(label: str, total: int | None) -> Iterator[ProgressLine]:
-    """Show progress: a bar with time taken and left on a terminal, plain lines elsewhere."""
+def progress(
+    label: str, total: int | None, pulse: Callable[[], str] | None = None
+) -> Iterator[ProgressLine]:
+    """Show progress: a bar with time taken and left on a terminal, plain lines elsewhere.
+
+    `pulse` tells what goes on though nothing has finished; it is asked from another thread. With
+    one, a line comes at least every 15 seconds without a terminal too.
+    """
     label = " ".join(tell_apart([word], LONGEST_WORD)[0] for word in visible(label).split())
     if not _talk.is_terminal or _talk.is_dumb_terminal:
-        plain = _PlainProgress(label, total)
-        yield plain
+        plain = _PlainProgress(label, total, pulse or str)
+        over = threading.Event()
+        if pulse is not None:
+            threading.Thread(target=plain.live, args=(over,), name="progress", daemon=True).start()
+        try:
+            yield plain
+        finally:
+            over.set()
         plain.close()
         return
     bar = _ProgressWithFigures(
@@ -171,6 +184,7 @@ def progress(label: str, total: int | None) -> Iterator[ProgressLine]:
         console=_talk,
         refresh_per_second=4,
     )
+    bar.pulse = pulse or str
     with bar:
         yield _BarProgress(bar, label, total)
 
@@ -179,6 +193,7 @@ class _ProgressWithFigures(Progress):
     """A bar, and below it the note and the latest figures, each under its name."""
 
     note = ""
+    pulse: Callable[[], str] = str
     figures: Mapping[str, str] = MappingProxyType({})
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -188,8 +203,9 @@ class _ProgressWithFigures(Progress):
             Text.assemble((f"{visible(name)} ", "dim"), (visible(value), "bold"), no_wrap=True)
             for name, value in self.figures.items()
         ]
-        if self.note:
-            cells.insert(0, _plain(self.note))
+        for said in (self.pulse(), self.note):
+            if said:
+                cells.insert(0, _plain(said))
         if cells:
             yield Padding(Columns(cells, padding=(0, 3)), (0, 0, 0, 2))
 
@@ -212,8 +228,8 @@ class _BarProgress:
 
 
 class _PlainProgress:
-    def __init__(self, label: str, total: int | None) -> None:
-        self._label, self._total = label, total
+    def __init__(self, label: str, total: int | None, pulse: Callable[[], str]) -> None:
+        self._label, self._total, self._pulse = label, total, pulse
         self._done, self._note = 0, ""
         self._figures: dict[str, str] = {}
         self._started = self._printed = time.monotonic()
@@ -227,6 +243,12 @@ class _PlainProgress:
         if time.monotonic() - self._printed >= PLAIN_LINE_EVERY_S:
             self._print()
 
+    def live(self, over: threading.Event) -> None:
+        """Print a line whenever none came for a while, until it is over."""
+        while not over.wait(max(0.0, self._printed + PLAIN_LINE_EVERY_S - time.monotonic())):
+            if time.monotonic() - self._printed >= PLAIN_LINE_EVERY_S:
+                self._print()
+
     def expect(self, total: int) -> None:
         self._total = total
 
@@ -238,7 +260,8 @@ class _PlainProgress:
         elapsed = self._printed - self._started
         of_total = f"/{self._total}" if self._total is not None else ""
         figures = ", ".join(f"{name} {value}" for name, value in self._figures.items())
-        parts = [f"{self._label}: {self._done}{of_total} in {elapsed:.0f} s", self._note, figures]
+        done = f"{self._label}: {self._done}{of_total} in {elapsed:.0f} s"
+        parts = [done, self._pulse(), self._note, figures]
         say("  ".join(part for part in parts if part))
 
 

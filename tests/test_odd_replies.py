@@ -430,3 +430,12 @@ def test_a_timeout_among_quick_replies_is_that_requests_own():
 def _rows(folder, count):
     write_jsonl(folder / "prompts.jsonl", [{"prompt": f"Question {n + 1}?"} for n in range(count)])
     (folder / "critic.py").write_text(CRITIC)
+
+
+def test_a_sign_of_life_comes_though_no_row_ends(srt, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("srt_cli.console.PLAIN_LINE_EVERY_S", 0.2)
+    server = serve(lambda body, number: Answer(delay_s=1.0))
+    _rows(tmp_path, 2)
+    line = ("collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique")
+    result = srt(*line)
+    assert "criticising: 0/2 in 0 s  0 calls done, 2 awaited, 0 tokens" in result.stderr

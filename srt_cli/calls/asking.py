@@ -128,7 +128,8 @@ class Asking:
         note: Callable[[], str] = str,
     ) -> Generator[tuple[int, Result], None, None]:
         """`answers` behind a progress line; `note` tells what stands beside the count."""
-        with console.progress(label, total) as progress, closing(self.answers(scripts)) as answers:
+        rows = closing(self.answers(scripts))
+        with console.progress(label, total, self.tally.pulse) as progress, rows as answers:
             for answer in answers:
                 yield answer
                 cost = self.cost.note() if self.cost is not None else ""

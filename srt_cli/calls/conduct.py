@@ -69,6 +69,8 @@ class Tally:
     from_journal: int = 0
     failed: int = 0
     completion_tokens: int = 0
+    awaited: int = 0
+    """Calls that models have, whose replies are not here yet."""
     started: float = field(default_factory=time.monotonic)
     elsewhere: int = 0
     """Calls that other processes made for this run; they too are found in the journal."""
@@ -88,6 +90,12 @@ class Tally:
     def seconds(self) -> float:
         """The wall time since the run began."""
         return max(time.monotonic() - self.started, 1e-3)
+
+    def pulse(self) -> str:
+        """What goes on while rows are under way, in words; nothing before the first call."""
+        if not self.paid + self.awaited:
+            return ""
+        return f"{self.paid} calls done, {self.awaited} awaited, {self.completion_tokens} tokens"
 
     def speed(self) -> str:
         """Tokens written a second, in words; nothing where none were."""
@@ -191,6 +199,7 @@ class _Conductor(Generic[Result]):
             }
             self.under_way |= new
             self.in_flight[id(model)] += len(new)
+            self.tally.awaited += len(new)
         for name, (_, future) in new.items():
             future.add_done_callback(partial(self._finish, name))
 
@@ -231,6 +240,7 @@ class _Conductor(Generic[Result]):
             self.tally.completion_tokens += reply.usage.completion_tokens
         del self.under_way[name]
         self.in_flight[id(pending.call.model)] -= 1
+        self.tally.awaited -= 1
         return pending, reply
 
 
