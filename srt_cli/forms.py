@@ -236,7 +236,7 @@ def text_of(value: Any, place: str) -> str:
         if isinstance(last, Mapping) and ROLES.get(role := _role(last), role) == "assistant":
             return text_of(last, f"{place}.{len(value) - 1}")
         raise ValueError(f"{place} is a list of {len(value)}, not one text")
-    raise ValueError(f"{place} is {type(value).__name__}, not text")
+    raise ValueError(f"{place} is {'None' if value is None else type(value).__name__}, not text")
 
 
 def _role(turn: Mapping[str, Any]) -> str:

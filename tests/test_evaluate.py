@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from typing import Final
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -279,6 +280,77 @@ def test_outputs_are_not_joined_by_id_against_their_own_prompts(srt, folder):
         folder / "mine.jsonl", [row | {"id": f"q{23 - int(row['id'][1:])}"} for row in rows]
     )
     assert evaluate(srt, model="mine.jsonl").code == 0
+
+
+SPELLED: Final = {
+    "texts": lambda text: text,
+    "lists of one": lambda text: [text],
+    "turns": lambda text: [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": text},
+    ],
+    "parts": lambda text: [{"type": "text", "text": text[:2]}, {"type": "text", "text": text[2:]}],
+    "messages": lambda text: {"role": "assistant", "content": text},
+    "texts in objects": lambda text: {"text": text},
+}
+
+
+@pytest.mark.parametrize("spelled", SPELLED.values(), ids=SPELLED)
+@pytest.mark.parametrize("shape", ["rows", "by id", "by instruction", "columns", "lines"])
+def test_outputs_come_in_the_shapes_that_people_have(srt, folder, shape, spelled):
+    asked = [f"question number {n}" for n in range(24)]
+    given = [spelled(f"good {n}") for n in range(24)]
+    content = {
+        "rows": [{"instruction": q, "output": a} for q, a in zip(asked, given, strict=True)],
+        "by id": {f"q{n}": answer for n, answer in enumerate(given)},
+        "by instruction": dict(zip(asked, given, strict=True)),
+        "columns": {"instruction": asked, "output": given},
+    }
+    if shape == "lines":
+        write_jsonl(folder / "mine.json", content["rows"])
+    else:
+        (folder / "mine.json").write_text(json.dumps(content[shape]))
+    finished = evaluate(srt, "--check", "python:p.py:check", model="mine.json")
+    assert finished.code == 0, finished.stderr
+    assert figures(folder)[1]["pass_rate"]["value"] == 1
+    saved = [
+        row for row in read_jsonl(folder / "eval.outputs.jsonl") if row["contestant"] == "mine.json"
+    ]
+    assert [row["response"] for row in saved] == [f"good {n}" for n in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (["one", "two"], "mine.json: prompt 'q0': output is a list of 2, not one text."),
+        ([], "mine.json: prompt 'q0': output is a list of 0, not one text."),
+        (None, "mine.json: prompt 'q0': output is None, not text."),
+        (7, "mine.json: prompt 'q0': output is int, not text."),
+        ({"tokens": 3}, "mine.json: prompt 'q0': output holds no text (found: tokens)."),
+    ],
+)
+def test_an_output_that_is_no_text_is_refused_and_never_judged(srt, folder, output, message):
+    rows = [{"instruction": f"question number {n}", "output": output} for n in range(24)]
+    (folder / "mine.json").write_text(json.dumps(rows))
+    finished = evaluate(srt, model="mine.json")
+    assert finished.code == 1
+    assert message in finished.stderr
+
+
+def test_instructions_that_differ_in_form_are_joined_and_counted(srt, folder):
+    decomposed = "cafe\u0301 number"
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": f"caf\u00e9 number {n}"} for n in range(24)])
+    rows = [
+        {
+            "instruction": f"{decomposed}  {n}\n" if n < 5 else f"caf\u00e9 number {n}",
+            "output": "good",
+        }
+        for n in range(24)
+    ]
+    (folder / "mine.json").write_text(json.dumps(rows))
+    finished = evaluate(srt, model="mine.json")
+    assert finished.code == 0, finished.stderr
+    assert "mine.json: 5 of 24 outputs stand beside an instruction that differs" in finished.stderr
 
 
 def test_a_missing_output_is_said(srt, folder):

@@ -1,24 +1,29 @@
 """Contestants and what is asked of them: answers, refinements, their own critiques, blind scores."""
 
 import contextlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import orjson
 
+from srt_cli import console
 from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
 from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draft
+from srt_cli.forms import text_of
 from srt_cli.models import Model, Reply
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
-from srt_cli.runs.jsonl import read_rows
-from srt_cli.stats.hygiene import is_same_text
+from srt_cli.runs.formats import format_of, read_file
+from srt_cli.runs.jsonl import open_bytes
+from srt_cli.stats.hygiene import is_same_text, plain_form
 from srt_cli.templates import parse_preference
 
 Use = Literal["response", "refinement"]
+ANSWERS: Final = ("response", "output")
+"""The fields that may hold a saved answer."""
 FEEDBACK_FIELDS: Final = frozenset(FeedbackRecord.model_fields)
 
 
@@ -83,34 +88,40 @@ def refinement_uses(rounds: int) -> list[str]:
 
 
 def is_outputs_file(spec: str) -> bool:
-    """Whether a contestant is a file of outputs: JSONL, or AlpacaEval's model_outputs.json."""
-    return spec.endswith((".jsonl", ".jsonl.gz", ".json"))
+    """Whether a contestant is a file of outputs, such as JSONL or AlpacaEval's model_outputs.json."""
+    return format_of(Path(spec)) is not None
 
 
 def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> list[Output]:
     """Saved outputs: `response` or `output` (AlpacaEval), or a feedback file with its refinement.
 
-    Joined to the prompts by id, else by the prompt's text. Raises `SrtError` when one is missing, or
-    stands beside another prompt than that of its id.
+    Joined to the prompts by id, else by the prompt's text, whose spacing and Unicode form do not
+    matter. Raises `SrtError` when one is missing, is no text, or stands beside another prompt than
+    that of its id.
     """
-    by_id: dict[str, dict[str, Any]] = {}
-    by_text: dict[str, dict[str, Any]] = {}
-    for row in _rows_of(path):
+    by_id: dict[str, Mapping[str, Any]] = {}
+    by_text: dict[str, Mapping[str, Any]] = {}
+    for row in _rows_of(path, {prompt.id for prompt in prompts}):
         if "id" in row:
             by_id.setdefault(str(row["id"]), row)
-        for name in ("prompt", "instruction"):
-            if isinstance(row.get(name), str):
-                by_text.setdefault(row[name], row)
-    rows = {prompt.id: by_id.get(prompt.id) or by_text.get(prompt.text) for prompt in prompts}
+        for text in _texts_asked(row):
+            by_text.setdefault(plain_form(text), row)
+    rows = {
+        prompt.id: by_id.get(prompt.id) or by_text.get(plain_form(prompt.text))
+        for prompt in prompts
+    }
     missing = [name for name, row in rows.items() if row is None]
     if missing:
         raise SrtError(
             f"{path}: has no output for prompt {missing[0]!r}, nor for {len(missing) - 1} more of "
             f"{len(prompts)}. Outputs are joined by id, or by the text of prompt or instruction."
         )
-    for prompt in prompts:
-        if prompt.id in by_id:
-            _require_own_prompt(path, prompt, by_id[prompt.id])
+    differing = sum(_differs_in_form(path, prompt, rows[prompt.id] or {}) for prompt in prompts)
+    if differing:
+        console.say(
+            f"{path}: {differing} of {len(prompts)} outputs stand beside an instruction that differs "
+            "from the prompt in white space or Unicode form; they are joined."
+        )
     return [
         _saved_output(path, prompt, rows[prompt.id] or {}, use)
         for prompt in prompts
@@ -118,40 +129,64 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
     ]
 
 
-def _require_own_prompt(path: Path, prompt: Prompt, row: Mapping[str, Any]) -> None:
-    """Refuse an output that has the id of a prompt, but says itself that it answers another one."""
-    answered = [row[name] for name in ("prompt", "instruction") if isinstance(row.get(name), str)]
-    with contextlib.suppress(ValueError):  # it does not say what it answers
-        answered.append(Prompt.from_row(row).text)
-    if answered and not any(is_same_text(text, prompt.text) for text in answered):
+def _texts_asked(row: Mapping[str, Any]) -> list[str]:
+    """The prompt that a row says it answers, in each reading of it; none where it does not say."""
+    texts = [row[name] for name in ("prompt", "instruction") if isinstance(row.get(name), str)]
+    with contextlib.suppress(ValueError):
+        texts.append(Prompt.from_row(row).text)
+    return texts
+
+
+def _differs_in_form(path: Path, prompt: Prompt, row: Mapping[str, Any]) -> bool:
+    """Whether an output's own prompt differs in form alone; raises `SrtError` for another prompt."""
+    answered = _texts_asked(row)
+    if not answered or prompt.text in answered:
+        return False
+    if not any(is_same_text(text, prompt.text) for text in answered):
         raise SrtError(
             f"{path}: the output with id {prompt.id!r} answers {answered[0][:60]!r}, but the prompt "
             f"with that id is {prompt.text[:60]!r}. Give both files the same ids, or take the ids out "
             "of one: then they are joined by the prompt's text."
         )
+    return True
 
 
-def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix != ".json":
-        yield from (row for _, row in read_rows(path))
-        return
+def _rows_of(path: Path, ids: Set[str]) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file of outputs; of one JSON object, its answers by id or instruction."""
+    whole = _whole_object(path)
+    if whole is None:
+        yield from (row for _, row in read_file(path))
+    elif not whole.keys() & set(ANSWERS):
+        if not any(isinstance(answer, str | list | dict) for answer in whole.values()):
+            raise SrtError(
+                f"{path}: not a list of outputs. Expected AlpacaEval's model_outputs.json (a list with "
+                "instruction, output), or one object of outputs by id or instruction."
+            )
+        for name, answer in whole.items():
+            yield {"id" if name in ids else "instruction": name, "output": answer}
+    elif columns := {name: cells for name, cells in whole.items() if isinstance(cells, list)}:
+        for cells in zip(*columns.values(), strict=False):
+            yield dict(zip(columns, cells, strict=True))
+    else:
+        yield whole
+
+
+def _whole_object(path: Path) -> dict[str, Any] | None:
+    """The one object that a JSON file holds; None for a list, for lines, and for other formats."""
+    if format_of(path) != "JSON" or not path.is_file():
+        return None
+    with open_bytes(path) as file:
+        content = file.read()
     try:
-        rows = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise SrtError(f"{path}: no such file. Check the path.") from None
-    except orjson.JSONDecodeError as error:
-        raise SrtError(f"{path}: not valid JSON ({error.msg}).") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SrtError(
-            f"{path}: not a list of outputs. Expected AlpacaEval's model_outputs.json (a list with "
-            "instruction, output)."
-        )
-    yield from rows
+        whole = orjson.loads(content.removeprefix(b"\xef\xbb\xbf"))
+    except orjson.JSONDecodeError:  # lines, or an error that is told with its place
+        return None
+    return whole if isinstance(whole, dict) else None
 
 
 def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) -> Output:
     """One output from its row; where a refinement is missing, the draft stands for it."""
-    drafts = [name for name in ("response", "output") if name in row]
+    drafts = [name for name in ANSWERS if name in row]
     if not drafts:
         found = ", ".join(row)
         raise SrtError(
@@ -160,13 +195,15 @@ def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) 
     if use == "refinement" and "refinement" not in row:
         raise SrtError(f"{path}: has no refinements. Leave out --use refinement for it.")
     refined = row["refinement"] if use == "refinement" else None
-    draft = row[drafts[0]]
-    text = refined if isinstance(refined, str) else draft
-    parsed = None if use == "response" else isinstance(refined, str)
-    return Output(
-        id=prompt.id, contestant=str(path), use=use, parsed=parsed,
-        response=text if isinstance(text, str) else "",
-    )  # fmt: skip
+    text = row[drafts[0]] if refined is None else refined
+    if text is None and row.get("status", "ok") != "ok":
+        text = ""  # a row of ours that came to nothing
+    try:
+        text = text_of(text, drafts[0] if refined is None else "refinement")
+    except ValueError as error:
+        raise SrtError(f"{path}: prompt {prompt.id!r}: {error}.") from None
+    parsed = None if use == "response" else refined is not None
+    return Output(id=prompt.id, contestant=str(path), use=use, parsed=parsed, response=text)
 
 
 def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call, Reply, Output]:
@@ -192,7 +229,7 @@ def read_critiques(path: Path, prompts: Sequence[Prompt]) -> list[FeedbackRecord
     """The first rounds of a feedback file that answer these prompts; none where it is no such file."""
     wanted = {prompt.id for prompt in prompts}
     found: dict[str, FeedbackRecord] = {}
-    for row in _rows_of(path):
+    for row in _rows_of(path, wanted):
         if row.get("id") not in wanted or row["id"] in found or not row.keys() >= FEEDBACK_FIELDS:
             continue
         found[row["id"]] = FeedbackRecord.model_validate(row)

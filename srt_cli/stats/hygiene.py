@@ -172,13 +172,14 @@ def is_same_text(one: str, other: str) -> bool:
     if one == other:
         return True
     # Most texts differ early on.
-    beginnings = [_plainly(text[: 2 * BEGINNING])[:BEGINNING] for text in (one, other)]
+    beginnings = [plain_form(text[: 2 * BEGINNING])[:BEGINNING] for text in (one, other)]
     if beginnings[0] != beginnings[1] and min(map(len, beginnings)) == BEGINNING:
         return False
-    return _plainly(one) == _plainly(other)
+    return plain_form(one) == plain_form(other)
 
 
-def _plainly(text: str) -> str:
+def plain_form(text: str) -> str:
+    """A text with single spaces and composed characters: equal for texts equal but for form."""
     return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
