@@ -21,6 +21,7 @@ from srt_cli.errors import Ended, Interrupted, SrtError
 from srt_cli.options import (
     choices_of,
     every_name,
+    files_flags,
     flag_named,
     flag_of,
     knob_of,
@@ -101,10 +102,33 @@ class _Command(TyperCommand):
     def get_help(self, ctx: Any) -> str:
         return self.page(everything=False)
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_each_with_its_flag(args, files_flags(self._options))))
+
+    @property
+    def _options(self) -> type[Any]:
+        return _load(self.name or "")[0]
+
     def page(self, *, everything: bool) -> str:
         """The help, of the common options or of every one."""
-        name = self.name or ""
-        return help.command_page(name, _load(name)[0], everything=everything)
+        return help.command_page(self.name or "", self._options, everything=everything)
+
+
+def _each_with_its_flag(words: Sequence[str], flags: frozenset[str]) -> Iterator[str]:
+    """The words of a line, with `--data a b`, as a shell makes it of `--data *`, as `--data a --data b`.
+
+    No command takes a word that belongs to no option, so the words after a file are files too.
+    """
+    flag, values = "", 0
+    for word in words:
+        if word.startswith("-") and word != "-":
+            flag, _, value = word.partition("=")
+            values = int(bool(value))
+        elif flag in flags:
+            if values:
+                yield flag
+            values += 1
+        yield word
 
 
 def _load(command: str) -> tuple[type[Any], Callable[[Any], None]]:

@@ -7,7 +7,9 @@
 
 import dataclasses
 import difflib
+import glob
 import json
+import re
 import tomllib
 import types
 import typing
@@ -31,6 +33,7 @@ GROUPS: Final[tuple[Group, ...]] = typing.get_args(Group)
 Config = TypeVar("Config")
 
 RUNS_CODE_PREFIX = "python:"
+_WEIGHTED: Final = re.compile(r":[0-9.]+$")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,19 @@ def knob_of(field: dataclasses.Field[Any]) -> Knob:
 def flag_of(field: dataclasses.Field[Any]) -> str:
     """The long option of a field, e.g. `--max-new-tokens`."""
     return knob_of(field).flag or flag_named(field.name)
+
+
+def takes_files(field: dataclasses.Field[Any]) -> bool:
+    """Whether an option takes files, each given once."""
+    several = typing.get_origin(without_none(field.type)) is tuple
+    return several and (knob_of(field).metavar or "").startswith("FILE")
+
+
+def files_flags(config_class: type[Any]) -> frozenset[str]:
+    """The options of a class that take several files."""
+    return frozenset(
+        flag_of(each) for each in dataclasses.fields(config_class) if takes_files(each)
+    )
 
 
 def flag_named(name: str) -> str:
@@ -316,12 +332,25 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     typed = {}
     for name, value in values.items():
+        if takes_files(fields[name]):
+            given = value if isinstance(value, list | tuple) else [value]
+            value = [name for each in given for name in _expanded(each)]
         try:
             typed[name] = _read_as(fields[name].type, value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise UsageError(f"{flag_of(fields[name])} {value!r}: {reason}.") from error
     return typed
+
+
+def _expanded(given: Any) -> list[Any]:
+    """The files that a glob names, sorted, each with the weight behind it; anything else as it is."""
+    text = str(given)
+    if not glob.has_magic(text) or Path(text).exists():
+        return [given]
+    pattern, colon, weight = text.rpartition(":") if _WEIGHTED.search(text) else (text, "", "")
+    found = sorted(glob.glob(pattern, recursive=True))
+    return [f"{name}{colon}{weight}" for name in found] or [given]
 
 
 def _read_as(declared: Any, value: Any) -> Any:

@@ -219,3 +219,21 @@ def test_a_board_model_comes_out_as_published_through_the_front_door(srt, tmp_pa
     assert 100 * judged["position"]["gap"]["value"] == pytest.approx(16.1333, abs=0.11)
     assert judged["position"]["consistency"] is None
     assert "favours the answer shown second by 16 points" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--annotations", "a*.json"),
+        ("--annotations", "a1.json", "a2.json"),
+        ("--annotations=a1.json", "a2.json", "--seed", "3"),
+        ("--annotations", "a1.json", "--annotations", "a2.json"),
+    ],
+)
+def test_several_files_come_as_a_glob_or_as_a_shell_makes_them(srt, tmp_path, words):
+    for number in (1, 2):
+        native(tmp_path, f"a{number}")
+    finished = srt("eval", *words)
+    assert "unexpected extra argument" not in finished.stderr
+    settings = json.loads((tmp_path / "eval.run.json").read_text())["settings"]
+    assert settings["annotations"] == ["a1.json", "a2.json"]

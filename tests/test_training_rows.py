@@ -275,6 +275,23 @@ def test_a_mixed_in_row_without_an_answer_is_named(tmp_path):
         read_chats(path)
 
 
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        ([{"role": "assistant", "content": "a", "weight": 0}], "a turn of weight 0, and every"),
+        (
+            [{"role": "tool", "content": "21"}, {"role": "assistant", "content": "a"}],
+            "turns of tools, which srt does not train",
+        ),
+    ],
+)
+def test_a_chat_that_would_be_trained_otherwise_than_meant_is_refused(tmp_path, turns, message):
+    chat = {"messages": [{"role": "user", "content": "q"}, *turns]}
+    path = write_jsonl(tmp_path / "chats.jsonl", [{"prompt": "p", "response": "r"}, chat])
+    with pytest.raises(SrtError, match=rf"chats.jsonl:2: {message}"):
+        read_chats(path)
+
+
 # --- Health ------------------------------------------------------------------------------------
 
 

@@ -15,8 +15,8 @@ from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draft
 from srt_cli.forms import text_of
 from srt_cli.models import Model, Reply
+from srt_cli.prompts import format_of, read_file
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
-from srt_cli.runs.formats import format_of, read_file
 from srt_cli.runs.jsonl import open_bytes
 from srt_cli.stats.hygiene import is_same_text, plain_form
 from srt_cli.templates import parse_preference

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.forms import read_row
 from srt_cli.records import FeedbackRecord, Message, Prompt, Record, as_messages, content_id
 from srt_cli.runs.jsonl import DroppedRows, read_rows
 from srt_cli.runs.run import Run, inherited, read_manifest
@@ -246,7 +247,14 @@ def read_chats(path: Path) -> list[Chat]:
 
 
 def _chat(path: Path, number: int, row: Mapping[str, Any]) -> Chat:
-    prompt = Prompt.from_row(row)
+    read = read_row(row)
+    prompt = Prompt.of(read)
+    if "turns of tools" in read.left_out:
+        raise ValueError("turns of tools, which srt does not train")
+    turns = row["messages"] if isinstance(row.get("messages"), list) else []
+    weights = [turn.get("weight") for turn in turns]
+    if "weight" in read.left_out and (not weights or 0 in weights):
+        raise ValueError("a turn of weight 0, and every answer would be trained")
     if not prompt.response or not prompt.response.strip():
         raise ValueError("no response, and no assistant's turn at the end")
     answer = Message(role="assistant", content=prompt.response)
