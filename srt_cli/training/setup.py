@@ -401,9 +401,12 @@ def chat_of(setup: Setup, run: Run | None) -> ChatFormat:
     chat = ChatFormat(tokenizer)
     if run is None or not chat.writes_date:
         return chat
-    first = run.earlier.tally(TEMPLATE_DAY, str) if run.earlier is not None else None
-    run.tally({TEMPLATE_DAY: first or run.manifest.started})
-    return replace(chat, day=datetime.fromisoformat(first or run.manifest.started).astimezone())
+    first = run.manifest.started
+    if run.earlier is not None:
+        first = run.earlier.tally(TEMPLATE_DAY, str) or run.earlier.started
+    run.tally({TEMPLATE_DAY: first})
+    run.save()  # before the first step: a run that is killed leaves it behind
+    return replace(chat, day=datetime.fromisoformat(first).astimezone())
 
 
 # --- What TRL is told --------------------------------------------------------------------------
