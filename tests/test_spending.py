@@ -213,7 +213,7 @@ def test_an_unread_reply_is_asked_for_again_with_the_complaint(srt, serve, promp
 def test_without_reasks_the_row_is_kept_as_unparsed(srt, serve, prompts, tmp_path):
     server = serve(first_unread)
     prompts(2)
-    assert collect(srt, server, "--max-reasks", 0).code == 0
+    assert collect(srt, server, "--max-reasks", 0).code == 3  # no row is usable
     (row, _) = read_jsonl(tmp_path / "feedback.jsonl")
     assert (row["status"], row["reason"]) == ("unparsed", "critique: no overall score")
     assert len(server.requests) == 2
@@ -236,7 +236,7 @@ def test_a_reply_cut_off_gets_more_room_once(srt, serve, prompts, tmp_path):
 def test_a_reply_that_stays_cut_off_is_truncated(srt, serve, prompts, tmp_path):
     server = serve(lambda body, number: Answer(text="Weaknesses: Du", finish_reason="length"))
     prompts(1)
-    assert collect(srt, server).code == 0
+    assert collect(srt, server).code == 3  # no row is usable
     (row,) = read_jsonl(tmp_path / "feedback.jsonl")
     assert row["status"] == "truncated"
     assert len(server.requests) == 2
