@@ -447,6 +447,18 @@ def test_a_base_model_is_told_of_two_ways_out_and_both_work(srt, tmp_path, tiny_
     assert (tmp_path / "self-feedback.jsonl").is_file(), finished.stderr
 
 
+def test_a_critic_in_process_takes_a_template_of_its_own(srt, tmp_path, model_with):
+    base = model_with(STRICT, chat_template=None)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "Hi", "response": "Hello."}])
+    line = ("collect-feedback", "--critic", base, "--critic-max-tokens", 4, "--max-reasks", 0)
+    refused = srt(*line, "--out", "refused.jsonl")
+    assert refused.code == 1
+    assert "has no chat template" in refused.stderr
+    asked = srt(*line, "--critic-chat-template", "qwen3")
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert row["status"] in ("truncated", "unparsed"), asked.stderr  # random weights say nothing
+
+
 def test_a_date_in_the_template_is_that_of_the_first_run(tiny_model):
     tokenizer = load_tokenizer(str(tiny_model))
     tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + STRICT
