@@ -18,12 +18,12 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def run(folder: Path, *arguments: object) -> None:
+def run(folder: Path, *arguments: object, code: int = 0) -> None:
     done = subprocess.run(
         command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stderr
 
 
 def kill_when(folder: Path, ready: Callable[[], bool], *arguments: object) -> None:
