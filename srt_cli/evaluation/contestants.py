@@ -24,7 +24,8 @@ from srt_cli.templates import parse_preference
 Use = Literal["response", "refinement"]
 ANSWERS: Final = ("response", "output")
 """The fields that may hold a saved answer."""
-FEEDBACK_FIELDS: Final = frozenset(FeedbackRecord.model_fields)
+FEEDBACK_FIELDS: Final = frozenset(FeedbackRecord.model_fields) - {"thoughts"}
+"""What every line of a feedback file has; thoughts stand only where there were some."""
 
 
 @dataclass(frozen=True)
