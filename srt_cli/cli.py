@@ -1,6 +1,7 @@
 """The Typer app: six commands derived from the stages' dataclasses, and the one error boundary."""
 
 import dataclasses
+import errno
 import inspect
 import os
 import signal
@@ -304,11 +305,28 @@ def main() -> None:
         _exit(SrtError(_describe_os_error(error)), error)
 
 
+_WAYS_OUT: Final = {
+    errno.ENOSPC: "Free some space, then run the same line again.",
+    errno.EDQUOT: "Free some of your quota, then run the same line again.",
+    errno.EFBIG: "A limit allows no larger file (ulimit -f).",
+    errno.EACCES: "Change its permissions, or choose another path.",
+    errno.EPERM: "Change its permissions, or choose another path.",
+    errno.EROFS: "Choose a path that can be written.",
+    errno.ENOENT: "Check the path.",
+    errno.ENOTDIR: "Check the path.",
+    errno.EISDIR: "Check the path.",
+    errno.ELOOP: "Check where its link leads.",
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+    errno.EMFILE: "Allow more open files (ulimit -n).",
+    errno.EIO: "Check the disk, then run the same line again.",
+}
+
+
 def _describe_os_error(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     reason = error.strerror or str(error)
-    hint = " Free some space, then run the same line again." if error.errno == 28 else ""
-    return f"{where}{reason[:1].lower()}{reason[1:]}.{hint}"
+    way_out = f" {_WAYS_OUT[error.errno]}" if error.errno in _WAYS_OUT else ""
+    return f"{where}{reason[:1].lower()}{reason[1:]}.{way_out}"
 
 
 def _exit(error: SrtError, cause: BaseException | None = None) -> typing.NoReturn:

@@ -17,7 +17,7 @@ from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import FieldNames, RowAsRead, read_row
 from srt_cli.records import Message, Prompt
-from srt_cli.runs.jsonl import describe_invalid, open_bytes, read_rows
+from srt_cli.runs.jsonl import describe_invalid, is_stream, open_bytes, read_rows
 
 HUB_PREFIX: Final = "hf:"
 FORMATS: Final = {
@@ -136,7 +136,7 @@ def _rows_at(location: str) -> tuple[Callable[[], Iterable[NumberedRow]], list[P
         shared = open_hub_rows(name, split or "train")
         return lambda: ((location, n, row) for n, row in enumerate(shared, start=1)), []
     path = Path(location)
-    if location == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+    if is_stream(path):
         # Stdin, or what a shell makes of <(COMMAND): it can be read only once.
         held = [(location, number, row) for number, row in read_rows(path)]
         return lambda: held, []

@@ -544,6 +544,6 @@ def test_a_full_disk_is_said_and_the_same_line_goes_on(tmp_path):
         )  # fmt: skip
         assert done.returncode == code
         assert "Traceback" not in done.stderr
-        assert ("error: file too large" in done.stderr.lower()) == bool(code)
+        assert ("error: prefs.jsonl: file too large" in done.stderr.lower()) == bool(code)
         assert not list(tmp_path.glob("*.tmp"))
     assert len(read_jsonl(tmp_path / "prefs.jsonl")) == 80

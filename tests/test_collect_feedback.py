@@ -94,10 +94,10 @@ def test_the_same_line_again_calls_nothing_and_writes_the_same_bytes(srt, folder
     assert (folder / "feedback.jsonl").read_bytes() == first
 
 
-def test_an_output_that_was_edited_or_whose_critic_was_is_made_again(srt, folder):
+def test_an_output_that_is_gone_or_whose_critic_was_edited_is_made_again(srt, folder):
     collect(srt)
     first = (folder / "feedback.jsonl").read_bytes()
-    (folder / "feedback.jsonl").write_bytes(first[:-20])
+    (folder / "feedback.jsonl").unlink()
     assert "0 made, 12 taken from the journal" in collect(srt).stderr
     assert (folder / "feedback.jsonl").read_bytes() == first
     with open(folder / "critic.py", "a") as file:

@@ -47,6 +47,39 @@ def test_a_torn_last_line_is_owed_again_and_the_others_stay(tmp_path_factory, cu
         assert journal.get(KEYS[1])["text"] == "t" * 20
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "5",
+        "null",
+        '"text"',
+        "{}",
+        '{"key": 5}',
+        '{"key": "zz", "text": "t"}',
+        '{"key": "KEY"}',
+        '{"key": "KEY", "text": null}',
+        '{"key": "KEY", "text": ["t"]}',
+        '{"key": "KEY", "text": "t", "model": []}',
+        '{"key": "KEY", "text": "t", "usage": 7}',
+        '{"key": "KEY", "text": "t", "usage": {"prompt_tokens": "many"}}',
+        '{"key": "KEY", "text": "t", "usage": {}, "cost": "dear"}',
+    ],
+)
+def test_a_line_that_is_json_and_no_reply_is_torn(tmp_path, line):
+    path = tmp_path / "x.journal.jsonl"
+    with Journal(path) as journal:
+        journal.append(KEYS[0], "call", {"text": "t"})
+    with open(path, "a") as file:
+        file.write(line.replace("KEY", KEYS[1].hex()) + "\n")
+    with Journal(path) as journal:
+        assert journal.unreadable == 1
+        assert (KEYS[0] in journal, KEYS[1] in journal) == (True, False)
+        journal.append(KEYS[1], "call", {"text": "again"})
+    with Journal(path) as journal:
+        assert journal.get(KEYS[1])["text"] == "again"
+
+
 def test_a_second_writer_is_refused(tmp_path):
     path = tmp_path / "x.journal.jsonl"
     with Journal(path), pytest.raises(SrtError, match="another srt run is writing here"):

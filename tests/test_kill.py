@@ -155,7 +155,7 @@ def test_build_prefs_killed_while_it_writes_leaves_nothing_half_done(two_folders
         line = build_prefs_files(folder, 4000)
     run(straight, *line)
     kill_when(killed, (killed / "prefs.run.json").exists, *line)
-    kill_when(killed, (killed / "prefs.jsonl.tmp").exists, *line)
+    kill_when(killed, (killed / ".prefs.jsonl.srt.tmp").exists, *line)
     assert not (killed / "prefs.jsonl").exists()
     run(killed, *line)
     assert_same_preferences(killed, straight)

@@ -18,6 +18,7 @@ from typing import IO, Any, Final
 import orjson
 
 from srt_cli.errors import SrtError
+from srt_cli.runs.jsonl import named, naming
 
 SYNC_LINES: Final = 64
 SYNC_SECONDS: Final = 0.5
@@ -144,7 +145,8 @@ class Journal:
     def sync(self) -> None:
         """Sync what was appended to disk."""
         if self._unsynced:
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                os.fsync(self._file.fileno())
             self._unsynced = 0
         self._synced_at = time.monotonic()
 
@@ -160,9 +162,9 @@ class Journal:
         try:
             while written < len(line):
                 written += self._file.write(line[written:])
-        except OSError:
+        except OSError as error:
             self._file.truncate(self._end)
-            raise
+            raise named(error, self.path) from error
 
     def _buffered_line(self) -> bytes:
         chunks = []
@@ -231,16 +233,17 @@ def _entry_in(line: bytes) -> dict[str, Any] | None:
     try:
         entry: dict[str, Any] = orjson.loads(line)
         bytes.fromhex(entry["key"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
         return None
     return entry if FORGOTTEN in entry or _counts(entry) else None
 
 
 def _counts(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry's model, tokens and cost can be added up."""
+    """Whether an entry has a text, and a model, tokens and cost that can be added up."""
     usage, cost = entry.get("usage", {}), entry.get("cost", 0.0)
     return (
-        isinstance(entry.get("model", ""), str)
+        isinstance(entry.get("text"), str)
+        and isinstance(entry.get("model", ""), str)
         and isinstance(usage, dict)
         and all(type(count) is int for count in usage.values())
         and type(cost) in (int, float)

@@ -1,6 +1,7 @@
 """Reading and writing JSONL: plain or gzip, with dropped rows beside it, each file whole or absent."""
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import io
@@ -12,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar, cast
+from typing import IO, Any, BinaryIO, Final, TypeVar, cast
 
 import orjson
 from pydantic import ValidationError
@@ -141,6 +142,83 @@ def describe_invalid(error: ValidationError) -> str:
     return f"{where}: {first['msg'].lower()}. Was this file written by another version or tool?"
 
 
+class NewFile:
+    """A file that is written beside its place and renamed into it: whole, or not there at all.
+
+    A path that is a link is written through. `.X.srt.tmp` is a name of our own, which a killed run may
+    leave behind; whatever stands there is deleted and never followed, unless a living run holds it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with naming(path):
+            self._place = Path(os.path.realpath(path))
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = self._place.with_name(f".{self._place.name}.srt.tmp")
+            self._raw = _create_anew(self._temporary, path)
+        self._file: IO[bytes] | gzip.GzipFile = self._raw
+        if path.suffix == ".gz":  # the same bytes whenever it is written
+            self._file = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._raw, mtime=0)
+
+    def write(self, content: bytes) -> None:
+        """Append to the file."""
+        try:
+            self._file.write(content)
+        except OSError as error:
+            raise named(error, self.path) from error
+
+    def commit(self) -> None:
+        """Sync, and rename the file into place."""
+        with naming(self.path):
+            if self._file is not self._raw:
+                self._file.close()
+            self._raw.flush()
+            os.fsync(self._raw.fileno())
+            os.replace(self._temporary, self._place)
+            self._raw.close()
+
+    def discard(self) -> None:
+        """Delete what was written, unless it is in place."""
+        if not self._raw.closed:
+            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._file.close()
+            with contextlib.suppress(OSError):
+                self._raw.close()
+
+
+def _create_anew(temporary: Path, path: Path) -> IO[bytes]:
+    """Create a file for this process alone; raises `SrtError` while another process writes it."""
+    with contextlib.suppress(OSError):
+        left = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SrtError(
+                f"{path}: another srt run is writing it. Wait for it, or choose another path."
+            ) from None
+        finally:
+            os.close(left)
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return open(descriptor, "wb")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file in the errors of the block, as the user knows it."""
+    try:
+        yield
+    except OSError as error:
+        raise named(error, path) from error
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """The same error, of a file that is named: what fails at writing does not say where."""
+    return type(error)(error.errno, error.strerror, str(path))
+
+
 class OrderedWriter:
     """Writes rows in index order, whatever order they finish in; renamed into place at the end.
 
@@ -149,9 +227,7 @@ class OrderedWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = path.with_name(path.name + ".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary, "wb")  # noqa: SIM115  held until commit()
+        self._file = NewFile(path)
         self._waiting: dict[int, bytes] = {}
         self._next = 0
         self.rows = 0
@@ -182,16 +258,11 @@ class OrderedWriter:
         """Write the rows that still wait behind a gap, sync, and rename the file into place."""
         for index in sorted(self._waiting):
             self._file.write(self._waiting[index])
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        os.replace(self._temporary, self.path)
+        self._file.commit()
 
     def discard(self) -> None:
-        """Delete the temporary file, if there is one."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        """Delete what was written, unless it is in place."""
+        self._file.discard()
 
 
 def to_line(record: Record) -> bytes:
@@ -206,23 +277,23 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    file = NewFile(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+        file.write(content)
+        file.commit()
+    finally:
+        file.discard()
 
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path can be read only once: `-` for stdin, or a pipe, as `<(...)` gives one."""
+    return str(path) == "-" or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def is_data_file(path: Path) -> bool:

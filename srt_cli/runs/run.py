@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import srt_cli
 from srt_cli import console
 from srt_cli.errors import BudgetReached, QuotaError, SrtError, UsageError
-from srt_cli.options import differing_settings, under_todays_names, values_of
+from srt_cli.options import differing_settings, flag_named, under_todays_names, values_of
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
-from srt_cli.runs.jsonl import is_data_file, sha256_of, write_json
+from srt_cli.runs.jsonl import dropped_path, is_data_file, is_stream, sha256_of, write_json
 from srt_cli.templates import template_digests
 
 RunStatus = Literal["started", "complete", "interrupted", "failed"]
@@ -87,7 +87,7 @@ class Manifest(BaseModel):
     outputs: dict[str, str] = {}
     """Paths, by what they are: `out`, `report`."""
     output_sha256: str | None = None
-    """Of a data file, once the run ended well; None for a model directory."""
+    """Of a data file, as the run left it; None for a model directory."""
     models: dict[str, dict[str, Any]] = {}
     """By spec: each model's identity, device, dtype and why, as its `describe()` says."""
     templates: dict[str, str] = Field(default_factory=template_digests)
@@ -118,17 +118,25 @@ def manifest_path(artifact: Path) -> Path:
     return artifact.with_name(artifact.name.removesuffix(".gz").rsplit(".", 1)[0] + ".run.json")
 
 
+def journal_path(artifact: Path) -> Path:
+    """Path of an artifact's journal."""
+    stem = artifact.name.removesuffix(".jsonl").removesuffix(".json")
+    return artifact.with_name(f"{stem}.journal.jsonl")
+
+
 def read_manifest(artifact: Path) -> Manifest | None:
     """The manifest beside an artifact; None when there is none.
 
     Raises `SrtError` for a file that is no manifest.
     """
+    if is_stream(artifact):
+        return None
     path = manifest_path(artifact)
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValidationError, OSError):
+    except ValidationError:
         raise SrtError(
             f"{path}: not a manifest of srt. Move it away, or choose another --out."
         ) from None
@@ -168,10 +176,11 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self._cleanup.close()
-        if error is None:
-            self.manifest.status = "complete" if self._whole else "interrupted"
+        with contextlib.suppress(OSError):
             if self.out.is_file():
                 self.manifest.output_sha256 = sha256_of(self.out)
+        if error is None:
+            self.manifest.status = "complete" if self._whole else "interrupted"
         elif isinstance(error, KeyboardInterrupt | BudgetReached | QuotaError):
             self.manifest.status = "interrupted"
             self.manifest.error = str(error) or None
@@ -209,8 +218,7 @@ class Run:
     @property
     def journal_path(self) -> Path:
         """Path of the journal beside the output."""
-        stem = self.out.name.removesuffix(".jsonl").removesuffix(".json")
-        return self.out.with_name(f"{stem}.journal.jsonl")
+        return journal_path(self.out)
 
     def journal(self) -> Journal:
         """The journal beside the output, open for this run alone."""
@@ -305,6 +313,8 @@ def open_run(
     if directory == is_data_file(out):
         kind = "a directory" if directory else "a file ending in .jsonl (eval: .json)"
         raise UsageError(f"--out {out}: srt {command} writes {kind}.")
+    for name, path in inputs.items():
+        _refuse_reading_output(out, name, path)
     settings = values_of(options, "setting") | dict(resolved or {})
     earlier = read_manifest(out)
     if earlier is not None:
@@ -314,6 +324,7 @@ def open_run(
         earlier = earlier.model_copy(update={"settings": then})
     if not options.overwrite:
         _refuse_other_run(command, options, settings, earlier)
+        _refuse_edited(out, earlier)
     manifest = Manifest(
         command=command,
         settings=settings,
@@ -325,6 +336,29 @@ def open_run(
         hardware=Hardware.here(),
     )
     return Run(manifest, out, None if options.overwrite else earlier)
+
+
+def _refuse_reading_output(out: Path, name: str, path: Path) -> None:
+    """Raise `UsageError` for an input that the run would overwrite or delete."""
+    if is_stream(path):
+        return
+    read, written = path.resolve(), out.resolve()
+    files = [out, manifest_path(out), journal_path(out), dropped_path(out)]
+    if read in (file.resolve() for file in files) or written in read.parents:
+        flag = flag_named(name.rstrip(" 0123456789").replace(" ", "_"))
+        raise UsageError(
+            f"--out {out}: would replace {path}, the input of {flag}. Choose another --out."
+        )
+
+
+def _refuse_edited(out: Path, earlier: Manifest | None) -> None:
+    """Raise `SrtError` when an output is no longer what its run wrote."""
+    written = earlier.output_sha256 if earlier is not None else None
+    if written is not None and out.is_file() and sha256_of(out) != written:
+        raise SrtError(
+            f"{out}: was changed after srt wrote it. Rename it to keep the changes, or replace it with "
+            "--overwrite."
+        )
 
 
 def _refuse_other_run(
@@ -373,12 +407,16 @@ def clear_directory(path: Path) -> None:
         raise SrtError(
             f"{path}: not a directory that srt made; it is left alone. Choose another --out."
         )
-    shutil.rmtree(path)
+    for content in path.iterdir():  # the directory itself may be a link to where there is room
+        if content.is_dir() and not content.is_symlink():
+            shutil.rmtree(content)
+        else:
+            content.unlink()
 
 
 def describe_input(path: Path) -> InputFile:
     """A file's path, digest, rows and maker, for the manifest."""
-    manifest = read_manifest(path) if str(path) != "-" else None
+    manifest = read_manifest(path)
     digest = sha256_of(path) if path.is_file() else None
     rows = None
     if digest is not None and path.suffix == ".jsonl":

@@ -34,8 +34,6 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
     was trained with other settings, data or templates.
     """
     options = setup.options
-    if options.overwrite:
-        clear_directory(options.out)
     run = open_run(
         setup.stage,
         options,
@@ -43,6 +41,8 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
         directory=True,
         resolved={"model": setup.model} | setup.values.settings(setup.stage) | dict(resolved),
     )
+    if options.overwrite:
+        clear_directory(options.out)
     _refuse_changed_inputs(run)
     if run.complete:
         console.say("trained already under these settings; nothing to do")
