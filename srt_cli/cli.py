@@ -293,6 +293,8 @@ def _words_to_complete() -> list[str]:
 def main() -> None:
     """Run the command line; every expected error leaves as one message and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+        signal.signal(signal.SIGHUP, _stop)
     try:
         words = [*sys.argv[1:], *_words_to_complete()]
         named = [word for word in words if word in STAGES]

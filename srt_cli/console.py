@@ -9,9 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
-from typing import Final, Protocol
+from typing import IO, Any, Final, Protocol, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
@@ -42,7 +42,34 @@ _STEERS: Final = re.compile(
     "\ud800-\udfff]"  # halves of a character, which cannot be printed at all
 )
 
-_talk = Console(stderr=True, highlight=False)
+
+class _Stderr:
+    """Standard error, whatever it is at the moment; where nobody can read it any more, talk is lost.
+
+    A run whose terminal was closed ends as well as any other.
+    """
+
+    @property
+    def rich_proxied_file(self) -> "_Stderr":
+        """What rich is to write to while its progress bars stand in for standard error."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(sys.stderr, "rich_proxied_file", sys.stderr), name)
+
+    def write(self, text: str) -> int:
+        """Write, or lose, a text."""
+        with suppress(OSError):
+            self.__getattr__("write")(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written."""
+        with suppress(OSError):
+            self.__getattr__("flush")()
+
+
+_talk = Console(file=cast(IO[str], _Stderr()), highlight=False)
 _result = Console(highlight=False)
 
 

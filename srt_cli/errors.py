@@ -5,7 +5,7 @@ SrtError            1    the user can fix it: one or two sentences, no traceback
 ├─ TooManyFailures  3    the run finished, but no row is usable, or more failed than allowed
 ├─ BudgetReached    4    a cap on cost, tokens or requests was reached
 ├─ QuotaError       5    the endpoint says: no credit, or wrong credentials
-├─ Interrupted      130  Ctrl-C or SIGTERM
+├─ Interrupted      130  Ctrl-C, SIGTERM or a closed terminal
 └─ Ended            any  another process of this run failed, and has said why
 
 Anything that is not an SrtError is our bug and keeps its traceback. A model's bad reply is not

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -237,3 +239,36 @@ def test_ctrl_c_reaches_two_processes_and_keeps_what_is_done(two_folders, tiny_m
     journal = read_jsonl(stopped / "self-feedback.journal.jsonl")
     assert journal[: len(kept)] == kept
     assert len({row["key"] for row in journal}) == len(journal)
+
+
+def test_a_closed_terminal_ends_a_run_as_sigterm_does(tmp_path):
+    (tmp_path / "critic.py").write_text(CRITIC)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(2000)])
+    line = ("collect-feedback", "--model", "python:critic.py:respond",
+            "--critic", "python:critic.py:critique")  # fmt: skip
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, command(*line), environment())
+    while lines_in(tmp_path / "feedback.journal.jsonl") < 300:
+        time.sleep(0.01)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    manifest = json.loads((tmp_path / "feedback.run.json").read_text())
+    assert manifest["status"] == "interrupted"
+    assert 0 < lines_in(tmp_path / "feedback.jsonl") < 2000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_nohup_keeps_a_run_going_when_the_terminal_closes(tmp_path):
+    (tmp_path / "critic.py").write_text(CRITIC)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(200)])
+    line = ("collect-feedback", "--model", "python:critic.py:respond",
+            "--critic", "python:critic.py:critique")  # fmt: skip
+    process = subprocess.Popen(["nohup", *command(*line)], cwd=tmp_path, env=environment())
+    while lines_in(tmp_path / "feedback.journal.jsonl") < 300:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+    assert lines_in(tmp_path / "feedback.jsonl") == 200

@@ -88,7 +88,7 @@ def answer_in_processes(
     whole = False
     last_words: dict[Any, _Word] = {}
     try:
-        with _deaf_to_ctrl_c():
+        with _deaf_to_the_terminal():
             for share in shares:
                 _start(share, workers)
         problems = _listen(dict(workers), rows, last_words)
@@ -116,11 +116,11 @@ def _spent(journal: Journal) -> Counter[str]:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started in here never hear Ctrl-C, which reaches the whole group: the parent decides."""
+def _deaf_to_the_terminal() -> Iterator[None]:
+    """Processes started in here never hear Ctrl-C, nor that the terminal closed: the parent decides."""
     # Python's own helper process would end this when it starts.
     resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:

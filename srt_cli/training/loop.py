@@ -191,7 +191,7 @@ def train(
 ) -> Trained:
     """Train to the end, from the newest whole checkpoint if there is one.
 
-    Ctrl-C and SIGTERM finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
+    Ctrl-C, SIGTERM and SIGHUP finish the step, save a checkpoint and raise `KeyboardInterrupt`. Raises
     `SrtError` for a checkpoint of another training, a failed check of `health`, or a full disk.
     """
     run, setup, options = training.run, training.setup, training.setup.options
@@ -420,7 +420,7 @@ def _deterministic(on: bool) -> Iterator[None]:
 
 @contextmanager
 def _stop_after_the_step(watch: Watch) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM ends the step and saves; the second stops at once."""
+    """The first Ctrl-C, SIGTERM or SIGHUP ends the step and saves; the second stops at once."""
 
     def ask(number: int, frame: FrameType | None) -> None:
         if watch.stop_asked:
@@ -428,7 +428,9 @@ def _stop_after_the_step(watch: Watch) -> Iterator[None]:
         watch.stop_asked = True
         console.say("stopping after this step, with a checkpoint; once more stops at once")
 
-    earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    earlier = {number: signal.signal(number, ask) for number in heard}
     try:
         yield
     finally:
