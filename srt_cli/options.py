@@ -220,25 +220,17 @@ def resolve(
 ) -> Config:
     """Layer the knobs: flags over `--config` over a found `srt.toml` over the defaults.
 
-    `shared` gives the options of all commands: what may stand at a file's top level.
-    A spec that runs code counts only from a flag or an explicit `--config`.
+    `shared` gives the options of all commands: what may stand at a file's top level. What runs code,
+    replaces or uploads something, or leads out of the folder counts only from a flag or `--config`.
     """
     notes: dict[str, None] = {}
     values: dict[str, Any] = {}
     found_file = Path("srt.toml")
     if found_file.is_file() and not (config_file and _same_file(config_file, found_file)):
         values = _read_preset(found_file, config_class, command, shared, notes)
-        for name, value in values.items():
-            if name == "api_key":
-                raise SrtError(
-                    f"{found_file}: api-key sends a key to a host, which a file that was merely found "
-                    f"may not do. Pass it as a flag, or name the file with --config {found_file}."
-                )
-            if _runs_code(name, value):
-                raise SrtError(
-                    f"{found_file}: {name} = {value!r} would run code, which a file that was merely "
-                    f"found may not do. Pass it as a flag, or name the file with --config {found_file}."
-                )
+        for field in dataclasses.fields(cast(Any, config_class)):
+            if field.name in values:
+                _allow_found(found_file, field, values[field.name])
     if config_file is not None:
         values |= _read_preset(config_file, config_class, command, shared, notes)
     values |= _renamed(config_class, flags, notes)
@@ -267,11 +259,42 @@ def _same_file(one: Path, other: Path) -> bool:
     return one.exists() and one.samefile(other)
 
 
-def _runs_code(name: str, value: Any) -> bool:
-    if name == "trust_remote_code":
-        return bool(value)
-    specs = value if isinstance(value, list) else [value]
-    return any(isinstance(spec, str) and spec.startswith(RUNS_CODE_PREFIX) for spec in specs)
+def _allow_found(file: Path, field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `SrtError` for what a file may not choose that nobody named; say what it sends where."""
+    name = field.name
+    specs = [
+        spec for spec in (value if isinstance(value, list) else [value]) if isinstance(spec, str)
+    ]
+    does = None
+    if name == "api_key":
+        does = f"{file}: api-key sends a key to a host"
+    elif (name == "trust_remote_code" and value) or any(
+        spec.startswith(RUNS_CODE_PREFIX) for spec in specs
+    ):
+        does = f"{file}: {name} = {value!r} would run code"
+    elif name == "overwrite" and value:
+        does = f"{file}: overwrite replaces outputs"
+    elif name == "push_to_hub":
+        does = f"{file}: {name} = {value!r} uploads a model"
+    elif (
+        knob_of(field).kind == "runtime"
+        and without_none(field.type) is Path
+        and not _is_inside(Path(str(value)))
+    ):
+        does = f"{file}: {name} = {value!r} leads out of its folder"
+    if does is not None:
+        raise SrtError(
+            f"{does}, which a file that was merely found may not do. Pass it as a flag, or name the "
+            f"file with --config {file}."
+        )
+    for spec in specs:
+        if spec.startswith(("http://", "https://")):
+            console.say(f"{file}: {name} is {spec}")
+
+
+def _is_inside(path: Path) -> bool:
+    """Whether a path, links followed, stays within the working folder."""
+    return path.resolve().is_relative_to(Path.cwd().resolve())
 
 
 def _read_preset(

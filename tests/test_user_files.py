@@ -217,3 +217,44 @@ def test_a_path_that_cannot_be_written_is_named_with_a_way_out(srt, folder, name
     *_, last = finished.stderr.splitlines()
     assert last.startswith(f"error: {name.partition('/')[0]}")
     assert re.search(r"(Check the path|Choose a shorter name|choose another path)\.$", last)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("overwrite = true", "srt.toml: overwrite replaces outputs, which"),
+        (
+            'out = "../elsewhere.jsonl"',
+            "srt.toml: out = '../elsewhere.jsonl' leads out of its folder",
+        ),
+        (
+            'out = "/etc/feedback.jsonl"',
+            "srt.toml: out = '/etc/feedback.jsonl' leads out of its folder",
+        ),
+        (
+            'out = "away/feedback.jsonl"',
+            "srt.toml: out = 'away/feedback.jsonl' leads out of its folder",
+        ),
+        ('report = "../page.html"', "srt.toml: report = '../page.html' leads out of its folder"),
+    ],
+)
+def test_a_found_srt_toml_replaces_nothing_and_stays_in_its_folder(srt, folder, preset, message):
+    (folder / "away").symlink_to("/tmp")
+    (folder / "srt.toml").write_text(preset + "\n")
+    finished = srt(*LINE)
+    assert (finished.code, message in finished.stderr) == (1, True), finished.stderr
+    assert (
+        "may not do. Pass it as a flag, or name the file with --config srt.toml." in finished.stderr
+    )
+    (folder / "srt.toml").write_text('out = "inside/feedback.jsonl"\noverwrite = false\n')
+    assert srt(*LINE).code == 0
+    assert len(read_jsonl(folder / "inside/feedback.jsonl")) == 3
+
+
+def test_a_found_srt_toml_uploads_nothing_and_its_addresses_are_said(srt, folder):
+    (folder / "srt.toml").write_text('push-to-hub = "me/mine"\n')
+    refused = srt("sft", "--data", "feedback.jsonl")
+    assert "srt.toml: push_to_hub = 'me/mine' uploads a model, which" in refused.stderr
+    (folder / "srt.toml").write_text('critic = "http://127.0.0.1:9/v1#m"\n')
+    said = srt("collect-feedback", "--dry-run").stderr
+    assert "srt.toml: critic is http://127.0.0.1:9/v1#m\n" in said

@@ -43,6 +43,8 @@ def run(options: Evaluate) -> None:
     from srt_cli.stages.evaluate.figures import close_contest, write_figures
 
     reference = options.reference or base_of(options.model[0])
+    if options.reference is None:
+        console.say(f"reference: {reference}, by the manifests of {options.model[0]}")
     judges = tuple(dict.fromkeys(options.judge)) or critic_as_judge()
     _refuse_contradictions(options, judges)
     pairs = list(read_pairs(options.pairs, options.limit)) if options.pairs else []
@@ -141,7 +143,10 @@ def base_of(model: str) -> str:
 def critic_as_judge() -> tuple[str, ...]:
     """The critic of `feedback.jsonl` in this folder, unless it is a program: those run code."""
     critic = inherited(Path("feedback.jsonl"), "critic")
-    return () if critic is None or names_program(critic) else (critic,)
+    if critic is None or names_program(critic):
+        return ()
+    console.say(f"judge: {critic}, the critic of feedback.jsonl; --judge takes another")
+    return (critic,)
 
 
 def _answers(
