@@ -17,7 +17,7 @@ from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import FieldNames, RowAsRead, read_row
 from srt_cli.records import Message, Prompt
-from srt_cli.runs.jsonl import describe_invalid, is_stream, open_bytes, read_rows
+from srt_cli.runs.jsonl import describe_invalid, is_stream, open_bytes, read_rows, refuse_deep
 
 HUB_PREFIX: Final = "hf:"
 FORMATS: Final = {
@@ -310,6 +310,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise SrtError(f"{path}:{number}: not a JSON object.")
+        refuse_deep(row, f"{path}:{number}")
         yield number, row
     if not rows:
         raise SrtError(f"{path}: the file is empty.")

@@ -40,6 +40,13 @@ def rows(*rows: object) -> str:
             "Rename the field or pass --prompt-field question.",
         ),
         (rows({"prompt": "  "}), "prompts.jsonl:1: the prompt is empty."),
+        *(
+            (
+                '{"prompt": "p", "meta": ' + "[" * deep + "]" * deep + "}\n",
+                "prompts.jsonl:1: is nested more than 100 levels deep. Leave the deep field out.",
+            )
+            for deep in (100, 900, 100_000)
+        ),
         (rows({"prompt": 3}), "prompts.jsonl:1: the prompt is int, not text or messages."),
         (rows({"messages": []}), "prompts.jsonl:1: the conversation has no user turn"),
         (rows({"messages": [{"role": "robot", "content": "x"}]}), "prompts.jsonl:1: role: input"),

@@ -23,6 +23,8 @@ from srt_cli.records import Dropped, Record
 
 Parsed = TypeVar("Parsed")
 
+MOST_LEVELS: Final = 100
+TOO_DEEP: Final = f"is nested more than {MOST_LEVELS} levels deep. Leave the deep field out."
 DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")
 
 
@@ -76,9 +78,22 @@ def _parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict
             raise SrtError(
                 f"{path}:{number}: not a JSON object.{hint if isinstance(row, list) else ''}"
             )
+        if line.count(b"[") + line.count(b"{") > MOST_LEVELS:
+            refuse_deep(row, f"{path}:{number}")
         yield number, row
     if empty:
         raise SrtError(f"{path}: the file is empty. It needs one JSON record a line.")
+
+
+def refuse_deep(row: Mapping[str, Any], place: str) -> None:
+    """Raise `SrtError` for a row of more levels than every tool on its way can write again."""
+    level: list[Any] = [row]
+    for _ in range(MOST_LEVELS):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for each in inner for item in each if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise SrtError(f"{place}: {TOO_DEEP}")
 
 
 def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
@@ -88,6 +103,8 @@ def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
         return f"not UTF-8 (byte {decoding.start + 1}). Convert it: iconv -f LATIN1 -t UTF-8."
     if text.strip() in ("[", "{"):
         return "not one JSON record a line. Convert it: jq -c '.[]' FILE.json > FILE.jsonl."
+    if "depth limit" in error.msg:
+        return TOO_DEEP
     if unwritable := _no_number(text):
         return (
             f"{unwritable}, which is no JSON (pandas and json.dumps write it). Write null instead, or "
@@ -100,7 +117,7 @@ def _no_number(text: str) -> str | None:
     """The first field of a record that is NaN or infinite, as "rating is NaN"; None without one."""
     try:
         left = list(json.loads(text).items())
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
     for name, value in left:
         if isinstance(value, float) and not math.isfinite(value):
