@@ -372,7 +372,8 @@ def test_an_exported_batch_is_answered_elsewhere_and_imported(srt, serve, prompt
     for step in (1, 2):
         exported = collect(srt, server, "--export-batch", f"ask{step}.jsonl")
         assert exported.code == 0, exported.stderr
-        assert f"3 requests are in ask{step}.jsonl" in exported.stderr
+        assert f"3 of 3 rows are owed; their next requests are in ask{step}.jsonl" in exported.stderr
+        assert (tmp_path / "feedback.jsonl").read_bytes() == b""
         replies = []
         for line in read_jsonl(tmp_path / f"ask{step}.jsonl"):
             assert (line["method"], line["url"]) == ("POST", "/v1/chat/completions")
@@ -385,10 +386,14 @@ def test_an_exported_batch_is_answered_elsewhere_and_imported(srt, serve, prompt
                             "response": {"status_code": 200, "body": body}})  # fmt: skip
         write_jsonl(tmp_path / f"replies{step}.jsonl", reversed(replies))
         made = len(server.requests)
-        imported = collect(srt, server, "--import-batch", f"replies{step}.jsonl", "--reparse")
+        imported = collect(srt, server, "--import-batch", f"replies{step}.jsonl")
         assert "3 replies taken into the journal" in imported.stderr
         assert len(server.requests) == made
-    assert imported.code == 0
+        assert imported.code == 0, imported.stderr
+    nothing = collect(srt, server, "--export-batch", "ask3.jsonl")
+    assert nothing.code == 0
+    assert "nothing is owed: ask3.jsonl is not written" in nothing.stderr
+    assert not (tmp_path / "ask3.jsonl").exists()
     same = [(tmp_path / name).read_bytes() for name in ("single.jsonl", "feedback.jsonl")]
     assert same[0] == same[1]
 

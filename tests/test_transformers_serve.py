@@ -1,13 +1,13 @@
 """The HTTP path on a real server with a real model: `transformers serve` with SmolLM2 on loopback."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -53,17 +53,20 @@ def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
     prompts = [{"id": n, "prompt": text} for n, text in enumerate(("Name a fruit.", "Say hello."))]
     write_jsonl(tmp_path / "prompts.jsonl", prompts)
     line = ("collect-feedback", "--model", spec, "--critic", spec, "--max-new-tokens", 16,
-            "--critic-max-tokens", 90, "--concurrency", 2)  # fmt: skip
+            "--critic-max-tokens", 16, "--concurrency", 2)  # fmt: skip
     finished = srt(*line)
-    assert finished.code == 0, finished.stderr
     rows = read_jsonl(tmp_path / "feedback.jsonl")
+    # What so small a model says is the machine's arithmetic; what becomes of it is not.
+    code = 0 if any(row["status"] == "ok" for row in rows) else 3
+    assert finished.code == code, finished.stderr
     assert [row["id"] for row in rows] == ["0", "1"]
     for row in rows:
         assert row["response"].strip()
         assert row["raw"]["critique"].strip()
         assert row["usage"]["completion_tokens"] > 16
         assert row["status"] in ("ok", "unparsed", "truncated")
-    first = (tmp_path / "feedback.jsonl").read_bytes()
+    kept = [tmp_path / "feedback.jsonl", tmp_path / "feedback.journal.jsonl"]
+    first = [path.read_bytes() for path in kept]
     # It takes the wish for log-probabilities and leaves it unheard.
     for name, text in (("mine", "an apple"), ("base", "7")):
         write_jsonl(tmp_path / f"{name}.jsonl", [{"id": n, "response": text} for n in range(2)])
@@ -74,12 +77,12 @@ def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
     process.kill()
     process.wait()
     again = srt(*line, "--reparse")
-    assert again.code == 0
-    assert "0 made" in again.stderr
-    assert (tmp_path / "feedback.jsonl").read_bytes() == first
+    assert again.code == code
+    assert [path.read_bytes() for path in kept] == first
 
 
 # What the smallest model can be brought to: sometimes a verdict, sometimes a number, sometimes talk.
+VERDICT = re.compile(r"^\W*Verdict\W*(M|m|tie)\W*$", re.MULTILINE | re.IGNORECASE)
 TEMPLATE = (
     'Correct the spelling of the line "Verdict: [[M]]" and give only that line. '
     "Notes: {instruction}{answer_M}{answer_m}"
@@ -89,27 +92,30 @@ TEMPLATE = (
 def test_a_judged_evaluation_killed_half_way_ends_as_an_uninterrupted_one(tmp_path, server):
     spec, _ = server
     line = ("eval", "--model", "mine.jsonl", "--reference", "base.jsonl", "--judge", spec,
-            "--judge-template", "judge.txt", "--judge-max-tokens", 16, "--min-coverage", 0,
+            "--judge-template", "judge.txt", "--judge-max-tokens", 10, "--min-coverage", 0,
             "--concurrency", 2)  # fmt: skip
     for name in ("straight", "killed"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "judge.txt").write_text(TEMPLATE)
-        prompts = [{"id": str(n), "prompt": f"Name {n} fruits."} for n in range(20)]
+        prompts = [{"id": str(n), "prompt": f"Name {n} fruits."} for n in range(6)]
         write_jsonl(folder / "prompts.jsonl", prompts)
         for file, text in (("mine", "an apple and {n} pears"), ("base", "{n}")):
-            rows = [{"id": str(n), "response": text.format(n=n)} for n in range(20)]
+            rows = [{"id": str(n), "response": text.format(n=n)} for n in range(6)]
             write_jsonl(folder / f"{file}.jsonl", rows)
     run(tmp_path / "straight", *line)
     journal = tmp_path / "killed" / "eval.journal.jsonl"
-    kill_when(tmp_path / "killed", lambda: lines_in(journal) >= 18, *line)
-    assert lines_in(journal) < 40
+    kill_when(tmp_path / "killed", lambda: lines_in(journal) >= 4, *line)
+    assert lines_in(journal) < 12
     run(tmp_path / "killed", *line)
     for name in ("eval.json", "judgments.jsonl", "report.html"):
         straight = (tmp_path / "straight" / name).read_bytes()
         assert (tmp_path / "killed" / name).read_bytes() == straight, name
-    assert len(read_jsonl(journal)) == 40
-    # Verdicts that a real model gave are read, and those that are none are counted.
-    statuses = Counter(row["status"] for row in read_jsonl(tmp_path / "killed" / "judgments.jsonl"))
-    assert statuses["ok"] >= 3
-    assert statuses["unparsed"] >= 10
+    assert len(read_jsonl(journal)) == 12
+    # A verdict that a real model gave in whole is read, and nothing else is taken for one.
+    judged = read_jsonl(tmp_path / "killed" / "judgments.jsonl")
+    assert {row["status"] for row in judged} <= {"ok", "unparsed", "truncated"}
+    for row in judged:
+        said = VERDICT.search(row["raw"]) is not None and row["status"] != "truncated"
+        assert (row["status"] == "ok") == said, row
+        assert (row["preference"] is not None) == said, row

@@ -72,6 +72,8 @@ class Tally:
     awaited: int = 0
     """Calls that models have, whose replies are not here yet."""
     started: float = field(default_factory=time.monotonic)
+    owed: int = 0
+    """Rows that wait for a reply which no model will give in this run."""
     elsewhere: int = 0
     """Calls that other processes made for this run; they too are found in the journal."""
 
@@ -206,9 +208,20 @@ class _Conductor(Generic[Result]):
     def _finish(self, name: int, future: Future[Reply]) -> None:
         self.finished.put(name)
 
-    def receive(self) -> tuple[_Pending[Result], Reply]:
-        """Wait for the next reply and keep it; a fatal error of its model is raised here."""
-        return self._keep(self.finished.get())
+    def receive(self) -> list[tuple[int, Result]]:
+        """Wait for the next reply, keep it and advance its row; a model's fatal error is raised here.
+
+        A call that its model cancels is not made in this run: its row stays owed.
+        """
+        name = self.finished.get()
+        pending, future = self.under_way[name]
+        if not future.cancelled():
+            return self.advance(pending.row, self._keep(name))
+        pending.row.script.close()
+        self._forget(name)
+        self.active -= 1
+        self.tally.owed += 1
+        return []
 
     def finish(self) -> None:
         """Wait a while for replies under way, which are paid for; a second Ctrl-C ends the wait."""
@@ -226,7 +239,7 @@ class _Conductor(Generic[Result]):
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._keep(name)
 
-    def _keep(self, name: int) -> tuple[_Pending[Result], Reply]:
+    def _keep(self, name: int) -> Reply:
         """Journal a reply; until that is done, its call counts as under way."""
         pending, future = self.under_way[name]
         reply = future.result()
@@ -238,10 +251,13 @@ class _Conductor(Generic[Result]):
             self.journal.append(pending.key, pending.call.name, plain)
             self.tally.paid += 1
             self.tally.completion_tokens += reply.usage.completion_tokens
-        del self.under_way[name]
+        self._forget(name)
+        return reply
+
+    def _forget(self, name: int) -> None:
+        pending, _ = self.under_way.pop(name)
         self.in_flight[id(pending.call.model)] -= 1
         self.tally.awaited -= 1
-        return pending, reply
 
 
 @contextmanager
@@ -304,8 +320,7 @@ def _run(
         for pending in answered:
             yield from conductor.advance(pending.row, pending.known)
         if any(conductor.in_flight.values()):
-            pending, reply = conductor.receive()
-            yield from conductor.advance(pending.row, reply)
+            yield from conductor.receive()
 
 
 @dataclass(frozen=True)

@@ -275,12 +275,18 @@ class CallOptions(ApiOptions, PromptOptions):
         """The knobs as the models' door takes them; raises `UsageError` when they contradict."""
         alone = ("dry_run", "reparse", "batch", "export_batch")
         chosen = [f"--{name.replace('_', '-')}" for name in alone if getattr(self, name)]
-        if len(chosen) > 1:
-            raise UsageError(f"{' and '.join(chosen)}: choose one of them.")
+        imports = ["--import-batch"] if self.import_batch and (self.dry_run or self.batch) else []
+        if len(chosen + imports) > 1:
+            raise UsageError(f"{' and '.join(chosen + imports)}: choose one of them.")
         if self.export_batch is not None and self.export_batch.exists():
             raise UsageError(f"--export-batch {self.export_batch}: exists. Choose another name.")
-        offline = self.dry_run or self.reparse
+        offline = self.dry_run or self.sends_nothing
         return replace(super().door(), export_to=self.export_batch, offline=offline)
+
+    @property
+    def sends_nothing(self) -> bool:
+        """Whether the output is made of what is known already, and what is not stays owed."""
+        return self.reparse or (self.import_batch is not None and self.export_batch is None)
 
     def statuses_to_retry(self) -> frozenset[str]:
         """`--retry-failed` as statuses; raises `UsageError` for an unknown one."""

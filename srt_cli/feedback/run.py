@@ -6,12 +6,13 @@ Both feedback stages hand their prompts and models in here; what happens to one 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from srt_cli import console
 from srt_cli.calls.asking import Asking
-from srt_cli.calls.conduct import Script, replay
+from srt_cli.calls.conduct import Script, look_up_call, replay
 from srt_cli.calls.cost import (
     EXPECTED_TOKENS,
     Owed,
@@ -125,7 +126,7 @@ def run_critiques(
         _prepare_journal(asking.journal, job, options)
         if beforehand is not None:
             interrupted = not beforehand(asking)
-        asking.offline = options.reparse or interrupted
+        asking.offline = options.sends_nothing or interrupted
 
         def note() -> str:
             return " ".join(filter(None, [summary.note(), asking.tally.speed()]))
@@ -147,11 +148,11 @@ def run_critiques(
             raise
         finally:
             writer.discard()
-            whole = finished == expected and options.export_batch is None
-            run.reached(f"{finished} of {expected}", whole=whole)
+            summary.owed = expected - finished
+            run.reached(f"{finished} of {expected}", whole=finished == expected)
             run.tally(summary.tallies())
             asking.usage = summary.usage
-    _close(run, summary, options, finished, expected)
+    _close(run, summary, options, expected)
     console.say(asking.cost_sentence())
     return summary
 
@@ -160,38 +161,39 @@ def _prepare_journal(journal: Journal, job: Job, options: CallOptions) -> None:
     """Take in what is known from elsewhere, and forget what is to be asked again."""
     journal.absorb_parts()
     if options.import_batch is not None:
-        _import(options, journal)
+        _import(options.import_batch, job, journal)
     statuses = options.statuses_to_retry()
     if statuses:
         forgotten = forget_rows(job.scripts(), journal, statuses)
         console.say(f"{forgotten} rows that ended {', '.join(sorted(statuses))} are owed again")
 
 
-def _close(
-    run: Run, summary: CritiqueSummary, options: CallOptions, finished: int, expected: int
-) -> None:
+def _close(run: Run, summary: CritiqueSummary, options: CallOptions, expected: int) -> None:
     """Warn of what should be looked at before training; raise when too much went wrong."""
-    if finished < expected:
-        run.warn(
-            f"{expected - finished} of {expected} rows are not in the journal. "
-            "Run the same line without --reparse to ask for them."
+    owed, rows = summary.owed, f"{summary.owed} of {expected} rows"
+    requests, replies = options.export_batch, options.import_batch
+    if requests is not None and owed:
+        summary.next_step = (
+            f"have {requests} answered (vllm run-batch -i {requests} -o REPLIES --model NAME), then "
+            "run the same line with --import-batch REPLIES instead"
         )
-    failed = summary.statuses["failed"]
-    if options.export_batch is not None:
-        console.say(
-            f"{failed} requests are in {options.export_batch}. Have them answered (vllm run-batch "
-            f"-i {options.export_batch} -o REPLIES --model NAME), then run the same line with "
-            "--import-batch REPLIES instead."
-        )
-        return
+        console.say(f"{rows} are owed; their next requests are in {requests}")
+    elif requests is not None:
+        console.say(f"nothing is owed: {requests} is not written")
+    elif replies is not None and owed:
+        summary.next_step = "run the same line with --export-batch REQUESTS instead"
+        console.say(f"{rows} are owed; their next requests can be exported")
+    elif owed:
+        run.warn(f"{rows} are not in the journal. Run the same line without --reparse to ask for them.")
     for warning in summary.warnings():
         run.warn(warning)
-    if finished == expected and summary.rows and not summary.statuses["ok"]:
+    if not owed and summary.rows and not summary.statuses["ok"]:
         raise TooManyFailures(
             f"{run.out}: no row is usable ({summary.unusable}). The first reason: "
             f"{summary.first_reason}. Mend it, and run the same line again (--retry-failed all asks "
             "again for what was answered badly)."
         )
+    failed = summary.statuses["failed"]
     if options.max_failures is not None and failed > options.max_failures:
         raise TooManyFailures(
             f"{failed} rows failed, more than --max-failures {options.max_failures} "
@@ -199,13 +201,25 @@ def _close(
         )
 
 
-def _import(options: CallOptions, journal: Journal) -> None:
-    from srt_cli.models.api.batch import import_replies
+def _import(path: Path, job: Job, journal: Journal) -> None:
+    from srt_cli.models.api.batch import Awaited, import_replies
 
-    assert options.import_batch is not None
-    taken, without = import_replies(options.import_batch, journal)
-    missing = f"; {without} came without a reply and are owed again" if without else ""
-    console.say(f"{options.import_batch}: {taken} replies taken into the journal{missing}")
+    def awaited() -> Iterator[Awaited]:
+        for row in replay(job.scripts(), journal.get):
+            if (call := row.owed) is not None:
+                # The texts are most of the memory, and no reply is held against them.
+                request = replace(call.request, messages=(), task=None)
+                key, _ = look_up_call(call, journal.get)
+                yield Awaited(key, call.name, call.model.identity, request)
+
+    found = import_replies(path, journal, awaited())
+    without = f"; {found.without} came to nothing ({found.first_error}) and stay owed"
+    unasked = f"; {found.unasked} answer what is not owed here, and are left in the file"
+    console.say(
+        f"{path}: {found.taken} replies taken into the journal"
+        + (without if found.without else "")
+        + (unasked if found.unasked else "")
+    )
 
 
 def forget_rows(

@@ -84,6 +84,10 @@ class CritiqueSummary:
     """Counts over all rows of a run, filled row by row."""
 
     calls: Tally = field(default_factory=Tally)
+    owed: int = 0
+    """Rows that are not whole yet."""
+    next_step: str | None = None
+    """What to do about them."""
     statuses: Counter[str] = field(default_factory=Counter)
     draft_scores: Counter[float] = field(default_factory=Counter)
     checked: Counter[CheckedAnswer] = field(default_factory=Counter)
@@ -310,7 +314,7 @@ class CritiqueSummary:
                     ("refinements", self.confusion(refined=True)),
                 ],
             )
-        console.finish(where, then)
+        console.finish(where, then if not self.owed else self.next_step)
 
 
 def show_confusion(title: str, tables: Iterable[tuple[str, Confusion]]) -> None:

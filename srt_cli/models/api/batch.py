@@ -7,7 +7,7 @@ adopts its own batches instead of paying for them twice.
 import asyncio
 import hashlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -302,7 +302,7 @@ class ExportModel:
     gives_logprobs: bool = field(init=False)
     in_flight: int = EVERYTHING
     identity: str = field(init=False)
-    written: int = 0
+    _written: set[bytes] = field(default_factory=set)
     _file: IO[bytes] | None = None
 
     def __post_init__(self) -> None:
@@ -318,13 +318,13 @@ class ExportModel:
     ) -> list[Future[Reply]]:
         # A command opens a model once per spec; both append to a file that this run began.
         self._file = self._file or open(self.path, "ab")  # noqa: SIM115  held until close()
-        futures = []
-        for request in requests:
-            key = request_key(canonical_request(self, request)).hex()
-            self._file.write(self._line(key, self._dialect.body(request)))
-            self.written += 1
-            futures.append(Future[Reply]())
-            futures[-1].set_result(Reply("", "failed", error=f"written to {self.path}"))
+        futures = [Future[Reply]() for _ in requests]
+        for request, future in zip(requests, futures, strict=True):
+            key = request_key(canonical_request(self, request))
+            if key not in self._written:  # no server takes a name twice
+                self._file.write(self._line(key.hex(), self._dialect.body(request)))
+                self._written.add(key)
+            future.cancel()
         return futures
 
     @property
@@ -335,19 +335,42 @@ class ExportModel:
         return True
 
     def describe(self) -> dict[str, Any]:
-        return {"spec": self.spec, "identity": self.identity, "requests_exported": self.written}
+        return {"spec": self.spec, "identity": self.identity, "requests_exported": len(self._written)}
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
 
 
-def import_replies(path: Path, journal: Journal) -> tuple[int, int]:
-    """Take the replies of an exported batch file into the journal; returns (taken, without reply).
+@dataclass(frozen=True)
+class Awaited:
+    """A call that is owed, whose reply a file may hold; of its request, what its reply is held against."""
+
+    key: bytes
+    name: str
+    identity: str
+    request: Request
+
+
+@dataclass
+class Imported:
+    """What a file of replies came to, in lines."""
+
+    taken: int = 0
+    without: int = 0
+    """Requests that came to nothing, and are owed again."""
+    unasked: int = 0
+    """Replies to what is not owed here, and not known either."""
+    first_error: str = ""
+
+
+def import_replies(path: Path, journal: Journal, awaited: Iterable[Awaited]) -> Imported:
+    """Take the replies of an exported batch file into the journal.
 
     Raises `SrtError` for a file that is no batch output, or none of ours.
     """
-    taken = without = 0
+    found = Imported()
+    owed = {each.key: each for each in awaited}
     readers = [dialect.batches for dialect in dialects() if dialect.batches is not None]
     for number, line in read_rows(path):
         outcomes = (each for reader in readers if (each := reader.outcome(line)) is not None)
@@ -359,10 +382,17 @@ def import_replies(path: Path, journal: Journal) -> tuple[int, int]:
                 f"{path}:{number}: not a reply to an exported request (no custom_id of ours). "
                 "Give the output file of the batch that --export-batch wrote."
             ) from None
-        reply = reply_of(outcome, Request((), 0))
-        if reply is None or reply.finish_reason == "failed":
-            without += 1
-        elif key not in journal:
-            journal.append(key, "imported", {"model": "", **reply_to_plain(reply)})
-            taken += 1
-    return taken, without
+        if key in journal:
+            continue
+        if key not in owed:
+            found.unasked += 1
+            continue
+        call = owed[key]
+        reply = reply_of(outcome, call.request)
+        if reply is None or reply.status == "failed":
+            found.without += 1
+            found.first_error = found.first_error or (reply.error or "" if reply else "expired")
+            continue
+        journal.append(key, call.name, {"model": call.identity, **reply_to_plain(reply)})
+        found.taken += 1
+    return found
