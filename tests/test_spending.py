@@ -372,7 +372,9 @@ def test_an_exported_batch_is_answered_elsewhere_and_imported(srt, serve, prompt
     for step in (1, 2):
         exported = collect(srt, server, "--export-batch", f"ask{step}.jsonl")
         assert exported.code == 0, exported.stderr
-        assert f"3 of 3 rows are owed; their next requests are in ask{step}.jsonl" in exported.stderr
+        assert (
+            f"3 of 3 rows are owed; their next requests are in ask{step}.jsonl" in exported.stderr
+        )
         assert (tmp_path / "feedback.jsonl").read_bytes() == b""
         replies = []
         for line in read_jsonl(tmp_path / f"ask{step}.jsonl"):
@@ -396,6 +398,95 @@ def test_an_exported_batch_is_answered_elsewhere_and_imported(srt, serve, prompt
     assert not (tmp_path / "ask3.jsonl").exists()
     same = [(tmp_path / name).read_bytes() for name in ("single.jsonl", "feedback.jsonl")]
     assert same[0] == same[1]
+
+
+def batch_reply(line, **response):
+    """What `vllm run-batch` writes for a request, or what stands in its place."""
+    text = as_policy_and_critic(line["body"], 0).text
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    body = {"choices": [choice], "usage": {"prompt_tokens": 11, "completion_tokens": 7}}
+    told = {"status_code": 200, "body": body} | response
+    return {"custom_id": line["custom_id"], "response": told, "error": None}
+
+
+NOBODY = "http://127.0.0.1:9/v1#tester"
+
+
+def test_the_whole_loop_of_batches_needs_no_server(srt, tmp_path):
+    rows = [{"id": n, "prompt": f"q{min(n, 2)}"} for n in range(4)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    line = ("collect-feedback", "--model", NOBODY, "--critic", NOBODY)
+    for step, asked in enumerate((3, 3, 3)):  # drafts, critiques, blind scores; of q2 once
+        exported = srt(*line, "--export-batch", f"ask{step}.jsonl")
+        assert exported.code == 0, exported.stderr
+        assert "next: have ask" in exported.stdout
+        manifest = json.loads((tmp_path / "feedback.run.json").read_text())
+        assert (manifest["status"], manifest["progress"]) == ("interrupted", "0 of 4")
+        requests = read_jsonl(tmp_path / f"ask{step}.jsonl")
+        assert len({request["custom_id"] for request in requests}) == len(requests) == asked
+        replies = [batch_reply(request) for request in requests]
+        write_jsonl(tmp_path / "told.jsonl", [*replies, {**replies[0], "custom_id": "00" * 16}])
+        imported = srt(*line, "--import-batch", "told.jsonl")
+        assert imported.code == 0, imported.stderr
+        assert "3 replies taken into the journal; 1 answer what is not owed" in imported.stderr
+    assert "next: srt sft" in imported.stdout
+    assert [row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")] == ["ok"] * 4
+    manifest = json.loads((tmp_path / "feedback.run.json").read_text())
+    assert (manifest["status"], manifest["progress"]) == ("complete", "4 of 4")
+    assert manifest["cost"]["models"][NOBODY]["usage"]["completion_tokens"] == 9 * 7
+    again = srt(*line, "--export-batch", "more.jsonl")
+    assert "nothing is owed: more.jsonl is not written" in again.stderr
+    assert not (tmp_path / "more.jsonl").exists()
+
+
+def test_what_came_to_nothing_in_a_batch_stays_owed_and_what_is_filtered_is_refused(
+    srt, prompts, tmp_path
+):
+    prompts(4)
+    line = ("collect-feedback", "--critic", NOBODY)
+    srt(*line, "--export-batch", "ask.jsonl")
+    filtered = {"error": {"message": "flagged by our content filter", "code": "content_filter"}}
+    crashed = {"error": {"message": "engine died"}}
+    first, second, third, _ = read_jsonl(tmp_path / "ask.jsonl")
+    replies = [
+        batch_reply(first),
+        batch_reply(second, status_code=400, body=filtered),
+        batch_reply(third, status_code=500, body=crashed),
+    ]
+    write_jsonl(tmp_path / "told.jsonl", replies)
+    imported = srt(*line, "--import-batch", "told.jsonl")
+    assert imported.code == 0, imported.stderr
+    assert (
+        "2 replies taken into the journal; 1 came to nothing (in a batch: engine died) and stay owed"
+    ) in imported.stderr
+    assert "3 of 4 rows are owed" in imported.stderr
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert row["status"] == "refused"
+    srt(*line, "--export-batch", "more.jsonl")
+    assert len(read_jsonl(tmp_path / "more.jsonl")) == 3
+    # One line does both: it takes replies in, and writes what is owed next.
+    write_jsonl(tmp_path / "all.jsonl", map(batch_reply, read_jsonl(tmp_path / "more.jsonl")))
+    both = srt(*line, "--import-batch", "all.jsonl", "--export-batch", "last.jsonl")
+    assert both.code == 0, both.stderr
+    assert len(read_jsonl(tmp_path / "last.jsonl")) == 2
+    write_jsonl(tmp_path / "all.jsonl", map(batch_reply, read_jsonl(tmp_path / "last.jsonl")))
+    done = srt(*line, "--import-batch", "all.jsonl")
+    assert done.code == 0
+    statuses = [row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")]
+    assert statuses == ["ok", "refused", "ok", "ok"]
+
+
+def test_an_import_without_a_usable_row_is_exit_3(srt, prompts, tmp_path):
+    prompts(1)
+    line = ("collect-feedback", "--critic", NOBODY, "--max-reasks", 0)
+    srt(*line, "--export-batch", "ask.jsonl")
+    (request,) = read_jsonl(tmp_path / "ask.jsonl")
+    reply = batch_reply(request)
+    reply["response"]["body"]["choices"][0]["message"]["content"] = "No idea."
+    write_jsonl(tmp_path / "told.jsonl", [reply])
+    imported = srt(*line, "--import-batch", "told.jsonl")
+    assert imported.code == 3
+    assert "no row is usable (1 unparsed)" in imported.stderr
 
 
 def test_a_file_that_is_no_batch_output_is_refused(srt, serve, prompts, tmp_path):
@@ -424,6 +515,9 @@ def test_contradicting_options_are_refused(srt, serve, prompts):
     finished = collect(srt, serve(as_policy_and_critic), "--batch", "--dry-run")
     assert finished.code == 2
     assert "--dry-run and --batch: choose one of them." in finished.stderr
+    finished = collect(srt, serve(as_policy_and_critic), "--import-batch", "x", "--dry-run")
+    assert finished.code == 2
+    assert "--dry-run and --import-batch: choose one of them." in finished.stderr
 
 
 def test_the_critics_page_shows_its_scores_and_doubts(srt, serve, prompts, tmp_path):

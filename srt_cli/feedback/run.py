@@ -184,7 +184,9 @@ def _close(run: Run, summary: CritiqueSummary, options: CallOptions, expected: i
         summary.next_step = "run the same line with --export-batch REQUESTS instead"
         console.say(f"{rows} are owed; their next requests can be exported")
     elif owed:
-        run.warn(f"{rows} are not in the journal. Run the same line without --reparse to ask for them.")
+        run.warn(
+            f"{rows} are not in the journal. Run the same line without --reparse to ask for them."
+        )
     for warning in summary.warnings():
         run.warn(warning)
     if not owed and summary.rows and not summary.statuses["ok"]:

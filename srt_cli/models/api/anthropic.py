@@ -25,6 +25,7 @@ from srt_cli.models.api.dialect import (
     checked,
     listed_models,
 )
+from srt_cli.models.api.refusals import refused_in_batch
 from srt_cli.models.hub import cache_folder
 from srt_cli.records import Usage
 
@@ -204,8 +205,8 @@ class AnthropicBatches:
             return BatchResult(name, self.read(result.get("message")))
         except NoAnswer:
             error = as_mapping(as_mapping(result.get("error")).get("error"))
-            message = as_text(error.get("message")) or as_text(result.get("type")) or "no reply"
-            return BatchResult(name, error=f"in a batch: {message}")
+            said = error or {"message": as_text(result.get("type")) or "no reply"}
+            return refused_in_batch(name, Refused(Answer(400, {}, orjson.dumps({"error": said}))))
 
 
 def _note(plan: str) -> Path:

@@ -237,7 +237,7 @@ def reply_of(outcome: BatchResult, request: Request) -> Reply | None:
     if outcome.owed:
         return None
     if outcome.heard is None:
-        return Reply("", "failed", error=outcome.error)
+        return Reply("", "refused" if outcome.refused else "failed", error=outcome.error)
     return outcome.heard.reply(request, {}, 1)
 
 
@@ -335,7 +335,11 @@ class ExportModel:
         return True
 
     def describe(self) -> dict[str, Any]:
-        return {"spec": self.spec, "identity": self.identity, "requests_exported": len(self._written)}
+        return {
+            "spec": self.spec,
+            "identity": self.identity,
+            "requests_exported": len(self._written),
+        }
 
     def close(self) -> None:
         if self._file is not None:
@@ -344,7 +348,7 @@ class ExportModel:
 
 @dataclass(frozen=True)
 class Awaited:
-    """A call that is owed, whose reply a file may hold; of its request, what its reply is held against."""
+    """A call that is owed, and of its request what a reply in a file is held against."""
 
     key: bytes
     name: str

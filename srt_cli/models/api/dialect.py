@@ -233,6 +233,8 @@ class BatchResult:
     name: str
     heard: Heard | None = None
     error: str = ""
+    refused: bool = False
+    """For good: its text is not wanted."""
     owed: bool = False
     """It expired, and may be asked again."""
 

@@ -12,15 +12,18 @@ import orjson
 from srt_cli.errors import SrtError
 from srt_cli.models.api.dialect import (
     LONGEST_MESSAGE,
+    Answer,
     Batch,
     BatchResult,
     Heard,
     NoAnswer,
     Refused,
     Wire,
+    as_count,
     as_mapping,
     checked,
 )
+from srt_cli.models.api.refusals import refused_in_batch
 
 if TYPE_CHECKING:
     import openai
@@ -92,16 +95,18 @@ class OpenAiBatches:
         error, response = as_mapping(line.get("error")), as_mapping(line.get("response"))
         if error.get("code") == "batch_expired":
             return BatchResult(name, owed=True)
-        body = as_mapping(response.get("body"))
+        body, status = as_mapping(response.get("body")), response.get("status_code") or 200
         try:
-            if response.get("status_code", 200) == 200 and body:
+            if status == 200 and body:
                 return BatchResult(name, self.read(dict(body)))
-        except (NoAnswer, Refused):
+        except NoAnswer:
             pass
-        said = error or body.get("error") or {}
-        message = said.get("message") if isinstance(said, Mapping) else said
-        self._check_endpoint(str(message))
-        return BatchResult(name, error=f"in a batch: {message or 'no reply'}")
+        except Refused as error_within:
+            return refused_in_batch(name, error_within)
+        said = error or body.get("error") or {"message": "no reply"}
+        refused = Refused(Answer(as_count(status), {}, orjson.dumps({"error": said})))
+        self._check_endpoint(refused.said)
+        return refused_in_batch(name, refused)
 
     def _check_endpoint(self, error: str) -> None:
         if self.endpoint == CHAT and RESPONSES[1:] in error:

@@ -6,7 +6,7 @@ Servers tell the same in many words and under many statuses; what is known of th
 import re
 from typing import Final, Literal
 
-from srt_cli.models.api.dialect import Refused
+from srt_cli.models.api.dialect import BatchResult, Refused
 
 About = Literal["pace", "trouble", "filter", "too long", "account", "endpoint", "request"]
 """Whom a refusal concerns.
@@ -91,6 +91,13 @@ def about(refused: Refused) -> About:
 def _passes(refused: Refused) -> bool:
     """Whether the server itself says that waiting helps."""
     return refused.retry_after_s is not None or _PASSES.search(refused.said) is not None
+
+
+def refused_in_batch(name: str, refused: Refused) -> BatchResult:
+    """What became of a request of a batch that was answered with an error."""
+    if about(refused) == "filter":
+        return BatchResult(name, error=refused.message, refused=True)
+    return BatchResult(name, error=f"in a batch: {refused.message}")
 
 
 def same_words(refused: Refused) -> str:
