@@ -632,14 +632,17 @@ def fill_judge_template(template: str, prompt: Prompt, first: str, second: str) 
     return [Message(role="user", content=content)]
 
 
-def parse_letter_odds(top: Mapping[str, float]) -> float | None:
-    """P(M) / (P(M) + P(m)) from the log-probabilities of a first token; None without either."""
+def read_letter(top: Mapping[str, float]) -> tuple[float, float | None]:
+    """P(M) + P(m), and P(M) / (P(M) + P(m)), from the log-probabilities of a first token.
+
+    The second is None where neither letter is among them.
+    """
     weights = dict.fromkeys(LETTERS, 0.0)
     for token, logprob in top.items():
         if token.strip() in weights:
             weights[token.strip()] += math.exp(logprob)
     total = sum(weights.values())
-    return weights["M"] / total if total > 0 else None
+    return total, weights["M"] / total if total > 0 else None
 
 
 def judge_messages(

@@ -8,7 +8,7 @@ from conftest import read_jsonl, write_jsonl
 from loopback_server import Answer, LoopbackServer
 
 from srt_cli.records import Prompt
-from srt_cli.templates import fill_judge_template, parse_letter_odds
+from srt_cli.templates import fill_judge_template, read_letter
 
 PROGRAMS = """
 def base(prompt):
@@ -77,7 +77,7 @@ def test_the_odds_of_a_letter_are_the_preference(srt, serve, folder):
     assert finished.code == 0, finished.stderr
     assert judged(folder)["win_rate"]["value"] == pytest.approx(0.9)
     assert judged(folder)["statuses"] == {"ok": 12}
-    assert {(r["max_tokens"], r["top_logprobs"]) for r in server.requests} == {(1, 5)}
+    assert {(r["max_tokens"], r["top_logprobs"]) for r in server.requests} == {(1, 20)}
     assert {row["verdict"] for row in read_jsonl(folder / "judgments.jsonl")} == {
         "P(first) = 0.9000", "P(first) = 0.1000",
     }  # fmt: skip
@@ -149,11 +149,75 @@ def test_what_a_text_holds_is_never_a_place():
 
 
 def test_letter_odds_by_hand():
-    assert parse_letter_odds({"M": math.log(0.3), " M": math.log(0.1), "m": math.log(0.4)}) == (
-        pytest.approx(0.5)
+    odds = {"M": math.log(0.3), " M": math.log(0.1), "m": math.log(0.4), "The": math.log(0.2)}
+    assert read_letter(odds) == (pytest.approx(0.8), pytest.approx(0.5))
+    assert read_letter({"M": math.log(0.25)}) == (pytest.approx(0.25), 1)
+    assert read_letter({"Mm": -0.1}) == (0, None)
+
+
+def of_few_words(body, number):
+    """Writes a letter that it hardly believes in: 60 % of what it would say is no letter."""
+    if body["max_tokens"] > 1:
+        return without_odds(body, number)
+    odds = {"M": math.log(0.3), "m": math.log(0.1), "The": math.log(0.2), "Both": math.log(0.2)}
+    return Answer(text="M", finish_reason="length", completion_tokens=1, top_logprobs=odds)
+
+
+def test_letters_that_hold_less_than_half_of_the_probability_are_no_verdict(srt, serve, folder):
+    server = serve(of_few_words)
+    finished = evaluate(srt, server.spec)
+    assert finished.code == 0, finished.stderr
+    assert judged(folder)["win_rate"]["value"] == 1  # by its reasons
+    assert len(server.requests) == 24
+    said = (
+        "in 12 of 12 verdicts the letters M and m hold less than half of the probability (on average "
+        "40%): there it is asked for reasons and a verdict line instead."
     )
-    assert parse_letter_odds({"M": -1.0}) == 1
-    assert parse_letter_odds({"Mm": -0.1}) is None
+    assert said in finished.stderr
+    told = json.loads((folder / "eval.run.json").read_text())["tallies"]["letter_shares"]
+    shares = {"verdicts": 12, "mean": 0.4, "below_half": 12}
+    assert told == {f"judging by {server.spec}": shares}
+
+
+def test_a_verdict_by_weak_letters_that_is_insisted_on_is_unparsed(srt, serve, folder):
+    finished = evaluate(srt, serve(of_few_words).spec, "--verdicts", "weighted")
+    assert finished.code == 3
+    assert judged(folder)["statuses"] == {"unparsed": 12}
+    assert "hold less than half of the probability (on average 40%): no preference is read" in (
+        finished.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "param"),
+    [
+        ("Invalid value for 'top_logprobs': must be less than or equal to 5.", "top_logprobs"),
+        ("top_logprobs must be between 0 and 5, but got 20", None),
+        ("Requested sample logprobs of 20, which is greater than max allowed: 5", None),
+    ],
+)
+def test_a_server_that_tells_fewer_alternatives_is_asked_for_fewer(srt, serve, folder, said, param):
+    def limited(body, number):
+        if body.get("top_logprobs", 0) > 5:
+            return Answer(status=400, error={"message": said, "param": param})
+        return with_odds(body, number)
+
+    server = serve(limited)
+    finished = evaluate(srt, server.spec)
+    assert finished.code == 0, finished.stderr
+    assert judged(folder)["win_rate"]["value"] == pytest.approx(0.9)
+    assert [body["top_logprobs"] for body in server.requests] == [20, *[5] * 12]
+
+
+def test_letters_that_0_1_0_asked_for_are_not_paid_for_again(srt, serve, folder, monkeypatch):
+    server = serve(with_odds)
+    with monkeypatch.context() as before:
+        before.setattr("srt_cli.evaluation.judging.LETTER_LOGPROBS", 5)
+        assert evaluate(srt, server.spec, "--limit", 3).code == 0
+    assert {body["top_logprobs"] for body in server.requests} == {5}
+    (folder / "eval.json").unlink()
+    assert evaluate(srt, server.spec).code == 0
+    assert [body["top_logprobs"] for body in server.requests[6:]] == [20] * 6
 
 
 def test_offline_replays_all_or_says_what_is_missing(srt, serve, folder):

@@ -82,6 +82,25 @@ def test_expected_scores_stand_beside_the_integers(srt, folder, server):
     assert tallies["expected_scores"]["same_order"] == 3
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_server_without_log_probabilities_leaves_integers_and_is_told_of_once(
+    srt, folder, refuses
+):
+    def deaf(body, number):
+        if refuses and "logprobs" in body:
+            return Answer(status=403, error={"message": "You are not allowed to sample logprobs"})
+        body.pop("logprobs", None)
+        return self_critic(body, number)
+
+    server = LoopbackServer(deaf)
+    finished = criticise(srt, model=server.spec)
+    server.close()
+    said = "gives no log-probabilities: scores are integers, without their expectation."
+    assert finished.stderr.count(said) == 1
+    for row in read_jsonl(folder / "self-feedback.jsonl"):
+        assert (row["status"], row["feedback"]["score_mean"]) == ("ok", None)
+
+
 def test_no_expected_score_asks_for_no_log_probabilities(srt, folder, server):
     criticise(srt, "--no-expected-score", model=server.spec)
     assert not any(body.get("logprobs") for body in server.requests)

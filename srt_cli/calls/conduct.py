@@ -50,12 +50,13 @@ def look_up_call(
 ) -> tuple[bytes, dict[str, Any] | None]:
     """A call's key and what the journal holds for it, if only as an older srt asked."""
     key = request_key(canonical_request(call.model, call.request))
-    kept, before = look_up(key), as_asked_before(call.request)
-    if kept is None and before is not None:
+    if (kept := look_up(key)) is not None:
+        return key, kept
+    for before in as_asked_before(call.request):
         older = request_key(canonical_request(call.model, before))
-        if older != key and (kept := look_up(older)) is not None:
+        if (kept := look_up(older)) is not None:
             return older, kept
-    return key, kept
+    return key, None
 
 
 Script = Generator[Call, Reply, Result]

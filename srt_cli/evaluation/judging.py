@@ -3,7 +3,8 @@
 import hashlib
 import random
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Final, Literal
 
 from srt_cli import console
@@ -16,16 +17,18 @@ from srt_cli.templates import (
     LETTER_REQUIREMENTS,
     fill_judge_template,
     judge_messages,
-    parse_letter_odds,
     parse_preference,
     parse_verdict,
+    read_letter,
 )
 
 Order = Literal["ab", "ba"]
 Orders = Literal["both", "one"]
 Verdicts = Literal["auto", "weighted", "reasoned"]
-LETTER_LOGPROBS: Final = 5
-"""How many alternatives to the letter are asked for."""
+LETTER_LOGPROBS: Final = 20
+"""How many alternatives to the letter are asked for: the most that OpenAI's API tells."""
+LEAST_SHARE: Final = 0.5
+"""Of the probability, what the letters must hold; with less, their odds are not the judge's word."""
 
 
 def orders_of(prompt: Prompt, orders: Orders) -> tuple[Order, ...]:
@@ -49,6 +52,8 @@ class Judge:
     """Found out by asking: this judge's replies come without log-probabilities."""
     known: bool = False
     """Whether it was asked for a letter before, so that the above is known."""
+    shares: list[float] = field(default_factory=list)
+    """What the letters held of the probability, in each verdict that was asked for by a letter."""
 
     def __post_init__(self) -> None:
         plain = not self.model.gives_logprobs and not self.model.is_program
@@ -103,7 +108,11 @@ def judge_pair(judge: Judge, shown: Shown, sample: int = 0) -> Generator[Call, R
             thinks=replace(judge.thinks, tokens=0), task=task,
         )  # fmt: skip
         reply = yield Call(judge.model, request, f"{name}, by a letter")
-        odds = parse_letter_odds(reply.logprobs[0].top) if reply.logprobs else None
+        share, odds = read_letter(reply.logprobs[0].top) if reply.logprobs else (0.0, None)
+        if reply.logprobs:
+            judge.shares.append(share)
+        if share < LEAST_SHARE:
+            odds = None
         judge.known = True
         judge.without_logprobs |= not reply.logprobs and reply.status != "failed"
         if odds is not None or judge.verdicts == "weighted" or reply.status == "failed":
@@ -171,6 +180,7 @@ def judge_pairs(
 
     # What takes everything at once is not asked for one reply first: that may take a day.
     waits = judge.model.in_flight == EVERYTHING
+    judge.shares.clear()
     alone = 1 if judge.asks_for_letter and not judge.known and not waits else 0
     judgments: list[Judgment] = []
     for part in (shown[:alone], shown[alone:]):
@@ -178,7 +188,31 @@ def judge_pairs(
         judgments += ask(part)
         if judge.without_logprobs and not knew:
             _say_that_odds_are_missing(judge)
+    _tell_shares(asking, label, judge)
     return judgments
+
+
+def _tell_shares(asking: Asking, label: str, judge: Judge) -> None:
+    """What the letters held goes into the manifest; where it is too little, the user hears of it."""
+    if not judge.shares:
+        return
+    count, mean = len(judge.shares), fmean(judge.shares)
+    weak = sum(share < LEAST_SHARE for share in judge.shares)
+    if asking.run is not None:
+        told = asking.run.manifest.tally("letter_shares", dict[str, dict[str, float]]) or {}
+        shares = {"verdicts": count, "mean": round(mean, 4), "below_half": weak}
+        asking.run.tally({"letter_shares": told | {label: shares}})
+    if weak:
+        then = (
+            "no preference is read there. Pass --verdicts auto to have reasons asked for instead."
+            if judge.verdicts == "weighted"
+            else "there it is asked for reasons and a verdict line instead."
+        )
+        warn = asking.run.warn if asking.run is not None else console.warn
+        warn(
+            f"{label}: in {weak} of {count} verdicts the letters M and m hold less than half of the "
+            f"probability (on average {mean:.0%}): {then}"
+        )
 
 
 def _say_that_odds_are_missing(judge: Judge) -> None:

@@ -152,7 +152,7 @@ def run_critiques(
             run.reached(f"{finished} of {expected}", whole=finished == expected)
             run.tally(summary.tallies())
             asking.usage = summary.usage
-    _close(run, summary, options, expected)
+    _close(run, summary, job, options)
     console.say(asking.cost_sentence())
     return summary
 
@@ -168,9 +168,9 @@ def _prepare_journal(journal: Journal, job: Job, options: CallOptions) -> None:
         console.say(f"{forgotten} rows that ended {', '.join(sorted(statuses))} are owed again")
 
 
-def _close(run: Run, summary: CritiqueSummary, options: CallOptions, expected: int) -> None:
+def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -> None:
     """Warn of what should be looked at before training; raise when too much went wrong."""
-    owed, rows = summary.owed, f"{summary.owed} of {expected} rows"
+    owed, rows = summary.owed, f"{summary.owed} of {job.count * job.samples} rows"
     requests, replies = options.export_batch, options.import_batch
     if requests is not None and owed:
         summary.next_step = (
@@ -189,6 +189,12 @@ def _close(run: Run, summary: CritiqueSummary, options: CallOptions, expected: i
         )
     for warning in summary.warnings():
         run.warn(warning)
+    scorer = job.roles.scorer or job.roles.critic
+    if scorer.expects and summary.draft_scores and not summary.expected_scores:
+        console.say(
+            f"{scorer.model.spec} gives no log-probabilities: scores are integers, without their "
+            "expectation."
+        )
     if not owed and summary.rows and not summary.statuses["ok"]:
         raise TooManyFailures(
             f"{run.out}: no row is usable ({summary.unusable}). The first reason: "

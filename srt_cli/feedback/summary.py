@@ -90,6 +90,8 @@ class CritiqueSummary:
     """What to do about them."""
     statuses: Counter[str] = field(default_factory=Counter)
     draft_scores: Counter[float] = field(default_factory=Counter)
+    expected_scores: int = 0
+    """Drafts whose score has an expectation."""
     checked: Counter[CheckedAnswer] = field(default_factory=Counter)
     better: int = 0
     equal: int = 0
@@ -137,6 +139,7 @@ class CritiqueSummary:
 
     def _add_feedback(self, record: FeedbackRecord, feedback: Feedback) -> None:
         self.draft_scores[feedback.score] += 1
+        self.expected_scores += feedback.score_mean is not None
         self.length_and_score.add(len(record.response or ""), feedback.score)
         self.weaknesses[hash(feedback.weaknesses.strip().lower())] += 1
 

@@ -37,6 +37,8 @@ _KEPT: Final = (
 """What of a reply the journal keeps."""
 LOOP_LENGTH: Final = 128
 PERIODS: Final = 4
+LETTER_LOGPROBS_BEFORE: Final = 5
+"""How many alternatives to a judge's letter 0.1.0 asked for."""
 THOUGHT_UNTIL_LIMIT: Final = "thought until the limit"
 """Why a reply that thinks is `truncated`, which holds no answer yet."""
 
@@ -433,9 +435,16 @@ def canonical_request(model: Model, request: Request) -> dict[str, Any]:
     return plain
 
 
-def as_asked_before(request: Request) -> Request | None:
-    """How an older srt asked the same; None where its reply would not be what is asked for now."""
-    return dataclasses.replace(request, thinks=Thinks()) if request.thinks.by_default else None
+def as_asked_before(request: Request) -> list[Request]:
+    """How older srt asked the same, where what was replied then is what is asked for now."""
+    asked = [request]
+    if request.thinks.by_default:
+        asked.append(dataclasses.replace(request, thinks=Thinks()))
+    by_letter = request.task is not None and request.task.kind == "judge"
+    if by_letter and request.top_logprobs > LETTER_LOGPROBS_BEFORE:
+        fewer = LETTER_LOGPROBS_BEFORE
+        asked += [dataclasses.replace(each, top_logprobs=fewer) for each in asked]
+    return asked[1:]
 
 
 def warn_if_deaf(model: Model, requests: Sequence[Request]) -> bool:

@@ -103,7 +103,7 @@ def run(options: SelfCritique) -> None:
     if options.report is None and is_done(run, job, options):
         return
     beforehand = None
-    if options.num_processes > 1 and not options.reparse:
+    if options.num_processes > 1 and not options.sends_nothing:
         beforehand = partial(
             answer_in_processes,
             open_scripts=_open_scripts,

@@ -55,7 +55,7 @@ class _Job:
     likely_tokens: float = 0.0
     attempts: int = 0
     throttled_since: float | None = None
-    sent_fields: frozenset[str] = frozenset()
+    sent: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -299,7 +299,7 @@ class ApiModel:
         dialect = self._dialect
         try:
             body = dialect.body(job.request)
-            job.sent_fields = frozenset(body)
+            job.sent = body
             answer = await endpoint.post(dialect.path, body)
             if not 200 <= answer.status < 300:
                 raise dialect.refusal(answer)
@@ -392,7 +392,7 @@ class ApiModel:
             self._resolve(
                 job, Reply("", "refused", error=refused.message, attempts=job.attempts + 1)
             )
-        elif (learnt := self._dialect.adapt(refused, job.request, job.sent_fields)) is not None:
+        elif (learnt := self._dialect.adapt(refused, job.request, job.sent)) is not None:
             self._dialect = learnt
             self._jobs.appendleft(job)
         elif kind in SAME_REFUSALS:

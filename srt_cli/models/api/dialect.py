@@ -7,7 +7,7 @@ usage are read. It is opened once for each model and learns what that model's se
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final, Protocol
 
@@ -28,7 +28,7 @@ _EVENT_DATA: Final = re.compile(r"data: ?(.*\S)\s*")
 _UNWANTED: Final = re.compile(
     "unsupported|not (be )?(support|allow|permit|accept|enabl|available|recogni)|unknown|unrecogni|"
     "deprecated|unexpected|invalid|cannot find|can't|cannot|extra|not a valid|does not|doesn't|"
-    "no longer|must|only|is not|should|ignored|removed",
+    "no longer|must|only|is not|should|ignored|removed|greater than|exceed",
     re.IGNORECASE,
 )
 _HALVES: Final = re.compile("[\ud800-\udfff]")
@@ -324,10 +324,12 @@ class Dialect(Protocol):
         """An answer with an error status."""
         ...
 
-    def adapt(self, refused: Refused, request: Request, sent: Collection[str]) -> "Dialect | None":
+    def adapt(
+        self, refused: Refused, request: Request, sent: Mapping[str, Any]
+    ) -> "Dialect | None":
         """Learn how not to be refused again: how to go on, None when nothing can be learnt.
 
-        `sent` are the fields of the request that was refused.
+        `sent` is the body of the request that was refused.
         """
         ...
 

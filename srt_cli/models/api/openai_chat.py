@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 from srt_cli import console
@@ -38,6 +38,11 @@ TEMPLATE_FIELD: Final = "chat_template_kwargs"
 THINKING_VARIABLES: Final = ("enable_thinking", "thinking")
 LOGPROB_FIELDS: Final = ("logprobs", "top_logprobs")
 OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", *LOGPROB_FIELDS, TEMPLATE_FIELD)
+MOST_LOGPROBS: Final = 20
+_TOO_MANY: Final = re.compile(
+    r"less than|at most|between|greater than|larger than|more than|max|exceed|range|up to|<=|too (many|large)",
+    re.IGNORECASE,
+)
 LEARNS_FROM: Final = (400, 403, 404, 405, 406, 415, 422, 501)
 _WANTS_OTHER_FIELD: Final = re.compile(
     "unsupported|not supported|instead|unknown|unrecogni|unexpected|not permitted|extra", re.I
@@ -72,6 +77,7 @@ class OpenAiChat:
         self.manner = manner
         self.token_field = manner.token_field
         self.dropped = set(manner.refuses)
+        self.most_logprobs = MOST_LOGPROBS
 
     @property
     def path(self) -> str:
@@ -105,7 +111,10 @@ class OpenAiChat:
             # Samples of one prompt must differ, and a re-run must repeat them where it can.
             body["seed"] = request.seed + request.sample
         if request.top_logprobs:
-            body |= {"logprobs": True, "top_logprobs": request.top_logprobs}
+            body |= {
+                "logprobs": True,
+                "top_logprobs": min(request.top_logprobs, self.most_logprobs),
+            }
         if self.manner.switches_thinking and request.thinks.told in ("on", "off"):
             on = request.thinks.told == "on"
             body[TEMPLATE_FIELD] = dict.fromkeys(THINKING_VARIABLES, on)
@@ -146,8 +155,8 @@ class OpenAiChat:
         """An error object, wherever a server puts it."""
         return Refused(answer)
 
-    def adapt(self, refused: Refused, request: Request, sent: Collection[str]) -> Dialect | None:
-        """Another name for the token limit, a field less, or the Responses API."""
+    def adapt(self, refused: Refused, request: Request, sent: Mapping[str, Any]) -> Dialect | None:
+        """Another name for the token limit, a field less or smaller, or the Responses API."""
         if refused.status == 404 and "v1/responses" in refused.message:
             return OpenAiResponses(self.manner)
         if refused.status not in LEARNS_FROM:
@@ -160,6 +169,8 @@ class OpenAiChat:
                 self.dropped.add(self.token_field)
                 self.token_field = other
                 return self
+        if self._wants_fewer_logprobs(refused, sent.get("top_logprobs", 0)):
+            return self
         for name in OPTIONAL_FIELDS:
             sent_as = self.manner.renames.get(name, name)
             named = refused.names(sent_as) or (name == TEMPLATE_FIELD and name in refused.said)
@@ -173,13 +184,28 @@ class OpenAiChat:
                 return self
         return None
 
+    def _wants_fewer_logprobs(self, refused: Refused, asked: int) -> bool:
+        """Whether it is only the number of alternatives that is refused; then fewer are asked for."""
+        if not any(map(refused.names, LOGPROB_FIELDS)) or not _TOO_MANY.search(refused.said):
+            return False
+        if asked > self.most_logprobs:
+            return True  # learnt already
+        allowed = [int(number) for number in re.findall(r"\b\d+\b", refused.said)]
+        fewer = max((number for number in allowed if 0 < number < asked), default=0)
+        if not fewer:
+            return False
+        self.most_logprobs = fewer
+        return True
+
     async def offered(self, wire: Wire) -> list[str] | None:
         """The models that may be asked."""
         return await listed_models(wire, "/models")
 
     def describe(self) -> dict[str, Any]:
         """The name of the token limit and the fields that were refused."""
-        return {"token_field": self.token_field, "fields_refused": sorted(self.dropped)}
+        learnt = {"token_field": self.token_field, "fields_refused": sorted(self.dropped)}
+        fewer = self.most_logprobs < MOST_LOGPROBS
+        return learnt | ({"most_top_logprobs": self.most_logprobs} if fewer else {})
 
 
 DIALECT: Final[type[Dialect]] = OpenAiChat
