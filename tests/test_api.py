@@ -6,6 +6,8 @@ import socket
 import ssl
 import subprocess
 import threading
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -13,7 +15,9 @@ from loopback_server import Answer, LoopbackServer, as_policy_and_critic
 
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, Reply, Request, open_model
-from srt_cli.models.api.limits import AdaptiveLimit, Pace, parse_duration_s
+from srt_cli.models.api.dialect import Answer as Answered
+from srt_cli.models.api.dialect import Refused
+from srt_cli.models.api.limits import AdaptiveLimit, Pace, RateLimit, parse_duration_s
 from srt_cli.records import Message
 
 
@@ -296,6 +300,60 @@ def test_nothing_is_sent_while_the_server_says_that_nothing_remains(serve):
     server = serve(lambda body, number: Answer(headers=empty if number == 1 else {}))
     ask(server.spec, requests(2), concurrency=1)
     assert server.times[1] - server.times[0] >= 0.4
+
+
+def test_anthropics_rate_headers_are_obeyed():
+    now = [100.0]
+    rate = RateLimit.of(None, None, lambda: now[0])
+    limits = {"requests-limit": "50", "tokens-limit": "40000", "requests-remaining": "7"}
+    rate.learn({f"anthropic-ratelimit-{name}": value for name, value in limits.items()})
+    assert rate.describe() == {"rpm": 50, "tpm": 40000}
+    assert rate.wait_s() == 0
+    soon = (datetime.now(UTC) + timedelta(seconds=20)).isoformat(timespec="seconds")
+    empty = {"output-tokens-remaining": "0", "output-tokens-reset": soon}
+    rate.learn({f"anthropic-ratelimit-{name}": value for name, value in empty.items()})
+    assert 15 < rate.wait_s() <= 20
+
+
+@pytest.mark.parametrize("figure", ["0", "-5", "nan", "inf", "1e400", "0.0001", "", "x", "9" * 30])
+def test_a_hostile_limit_is_not_believed(figure):
+    rate = RateLimit.of(None, None)
+    rate.learn({f"x-ratelimit-limit-{kind}": figure for kind in ("requests", "tokens")})
+    assert rate.describe() == {"rpm": None, "tpm": None}
+
+
+@pytest.mark.parametrize(
+    "reset", ["-9", "nan", "inf", "9" * 11, "Fri, 01 Jan 2100 00:00:00 GMT", "?"]
+)
+def test_no_hostile_reset_stops_a_run_for_longer_than_two_minutes(reset):
+    rate = RateLimit.of(None, None, lambda: 100.0)
+    rate.learn({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": reset})
+    assert 0 <= rate.wait_s() <= 120
+
+
+@pytest.mark.parametrize(
+    ("told", "seconds"),
+    [
+        ("0", 0), ("1.5", 1.5), ("20s", 20), ("-5", None), ("nan", None), ("inf", None),
+        ("1e9", None), ("soon", None), ("", None), ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("2015-10-21T07:28:00Z", 0), ("9" * 400, None), ("Mon, 99 Foo 9999 99:99:99 GMT", None),
+    ],
+)  # fmt: skip
+def test_how_long_to_wait_is_read_in_figures_and_as_a_date(told, seconds):
+    assert Refused(Answered(429, {"retry-after": told}, b"{}")).retry_after_s == seconds
+
+
+def test_a_date_to_come_is_waited_for():
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert 25 < Refused(Answered(429, {"retry-after": soon}, b"{}")).retry_after_s <= 30
+
+
+@pytest.mark.parametrize("told", ["-5", "nan", "0", "Wed, 21 Oct 2015 07:28:00 GMT"])
+def test_no_hostile_word_makes_a_storm_of_what_was_refused(serve, told):
+    server = serve(fail_first(6, status=429, error={"message": "x"}, headers={"retry-after": told}))
+    (reply,) = ask(server.spec, requests())
+    assert (reply.text, len(server.requests)) == ("It is so.", 7)
+    assert server.times[-1] - server.times[0] > 6 * 0.045
 
 
 @pytest.mark.parametrize(

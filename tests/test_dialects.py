@@ -1,5 +1,7 @@
 """Anthropic's and the Responses protocol, against servers that check requests as the documents say."""
 
+import json
+
 import pytest
 from conftest import read_jsonl, write_jsonl
 from loopback_server import Answer, as_policy_and_critic
@@ -67,6 +69,17 @@ def test_what_the_system_says_stands_apart_and_may_be_cached(serve):
     ]
     assert server.requests[0]["messages"] == [{"role": "user", "content": "Hi"}]
     assert server.requests[0]["stop_sequences"] == ["###"]
+
+
+def test_what_fills_the_cache_costs_more_than_what_is_read_from_it(srt, serve, tmp_path):
+    serve(AnthropicServer)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "q", "response": "A draft."}])
+    finished = srt("collect-feedback", "--critic", CLAUDE, "--max-cost", 1)
+    assert finished.code == 0, finished.stderr
+    # Twice 11 tokens anew, 20 into the cache, 100 from it, 7 written.
+    dollars = 2 * (11 * 3 + 20 * 3.75 + 100 * 0.3 + 7 * 15) / 1e6
+    cost = json.loads((tmp_path / "feedback.run.json").read_text())["cost"]
+    assert cost["dollars"] == pytest.approx(dollars)
 
 
 @pytest.mark.parametrize(

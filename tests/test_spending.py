@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from loopback_server import CRITIQUE, Answer, LoopbackServer, as_policy_and_critic
 
-from srt_cli.models import parse_spec
-from srt_cli.models.budget import Budget, Price, parse_prices, price_of
+from srt_cli.models import Reply, parse_spec
+from srt_cli.models.budget import Budget, Price, parse_prices, price_of, priced
 from srt_cli.records import Usage
 
 PRICE = ("--price", "tester=10/1000")
@@ -126,8 +126,11 @@ def test_prices_are_listed_given_or_unknown_but_never_nothing():
     assert price_of(parse_spec("gpt-4o-2024-08-06"), {}) == Price(2.5, 10, 1.25)
     assert price_of(parse_spec("gpt-99"), {}) is None
     assert price_of(parse_spec("http://h/v1#llama"), {}) is None
-    assert price_of(parse_spec("anthropic:claude-sonnet-4-5"), {}) == Price(3, 15, 0.3)
-    assert price_of(parse_spec("openrouter:anthropic/claude-sonnet-4.5"), {}) == Price(3, 15, 0.3)
+    long = Price(6, 22.5, 0.6, 7.5)
+    claude = price_of(parse_spec("anthropic:claude-sonnet-4-5"), {})
+    assert claude == Price(3, 15, 0.3, 3.75, tiers=((200_000, long),))
+    assert claude.of_batch().tiers == ((200_000, Price(3, 11.25, 0.3, 3.75)),)
+    assert price_of(parse_spec("openrouter:anthropic/claude-sonnet-4.5"), {}).output == 15
     assert price_of(parse_spec("https://api.openai.com/v1#gpt-4"), {}) == Price(30, 60)
     assert price_of(parse_spec("ollama:llama3.2"), {}) == Price(0, 0)
     given = parse_prices(["llama=0.1/0.2/0.05"])
@@ -136,7 +139,25 @@ def test_prices_are_listed_given_or_unknown_but_never_nothing():
     assert price.cost(usage) == pytest.approx((400 * 0.1 + 600 * 0.05 + 500 * 0.2) / 1e6)
 
 
-@pytest.mark.parametrize("text", ["gpt-4", "gpt-4=", "gpt-4=a/b", "gpt-4=1", "=1/2", "x=-1/2"])
+def test_a_long_prompt_costs_its_tier_and_a_cache_costs_when_it_is_filled():
+    price = Price(3, 15, 0.3, 3.75, tiers=((200_000, Price(6, 22.5, 0.6, 7.5)),))
+    short = Usage(prompt_tokens=200_000, completion_tokens=1000)
+    assert price.of_call(short) == pytest.approx(0.6 + 0.015)
+    usage = Usage(prompt_tokens=300_000, completion_tokens=1000, cached_tokens=100_000)
+    dear = (150_000 * 6 + 100_000 * 0.6 + 50_000 * 7.5 + 1000 * 22.5) / 1e6
+    assert price.of_call(usage, cache_written=50_000) == pytest.approx(dear)
+    assert priced(Reply("x", "stop", usage, cache_written=50_000), price).cost == pytest.approx(
+        dear
+    )
+    # What the tokens tell by themselves is left to be told by them.
+    assert priced(Reply("x", "stop", short), price).cost is None
+    assert priced(Reply("x", "stop", usage, cost=0.5), price).cost == 0.5
+
+
+BAD_PRICES = ["gpt-4", "gpt-4=", "gpt-4=a/b", "gpt-4=1", "=1/2", "x=-1/2", "x=nan/1", "x=1/inf"]
+
+
+@pytest.mark.parametrize("text", BAD_PRICES)
 def test_a_malformed_price_is_refused(srt, prompts, serve, text):
     prompts(1)
     finished = collect(srt, serve(as_policy_and_critic), "--price", text)

@@ -110,9 +110,11 @@ class Reply:
     thoughts: str = ""
     """What the model thought before it answered; no part of `text`."""
     cost: float | None = None
-    """Dollars, where the server tells them."""
+    """Dollars, where the server tells them, or where the tokens alone do not."""
     estimated: bool = False
     """Whether `usage` is ours, for the server told none that can be believed."""
+    cache_written: int = 0
+    """Prompt tokens that went into the server's cache, for which some ask more; not in the journal."""
 
     @property
     def status(self) -> Status:

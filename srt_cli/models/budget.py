@@ -2,13 +2,13 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Final
 
 from srt_cli.errors import BudgetReached, UsageError
-from srt_cli.models import Request, Spec
+from srt_cli.models import Reply, Request, Spec
 from srt_cli.models.api.providers import PLAIN, provider_at, providers
 from srt_cli.records import Usage
 
@@ -31,9 +31,22 @@ class Price:
     input: float
     output: float
     cached: float | None = None
+    """For tokens that the server had in its cache."""
+    cache_write: float | None = None
+    """For tokens that it put there."""
+    tiers: tuple[tuple[int, "Price"], ...] = ()
+    """Prices of calls with more prompt tokens than so many; the least first."""
+
+    def of_call(self, usage: Usage, cache_written: int = 0) -> float:
+        """Dollars for one call: by the tier of its prompt, with what it wrote into the cache."""
+        price = self
+        for start, dearer in self.tiers:
+            price = dearer if usage.prompt_tokens > start else price
+        written = 0.0 if price.cache_write is None else price.cache_write - price.input
+        return price.cost(usage) + cache_written * written / MILLION
 
     def cost(self, usage: Usage) -> float:
-        """Dollars for a usage; reasoning tokens are part of the completion."""
+        """Dollars for a usage, of one call or many; reasoning tokens are part of the completion."""
         cached = self.input if self.cached is None else self.cached
         fresh = max(0, usage.prompt_tokens - usage.cached_tokens)
         read = fresh * self.input + usage.cached_tokens * cached
@@ -41,8 +54,17 @@ class Price:
 
     def of_batch(self) -> "Price":
         """The price of the same tokens through the Batch API."""
-        cached = None if self.cached is None else self.cached * BATCH_SHARE
-        return Price(self.input * BATCH_SHARE, self.output * BATCH_SHARE, cached)
+
+        def half(price: float | None) -> float | None:
+            return None if price is None else price * BATCH_SHARE
+
+        return Price(
+            self.input * BATCH_SHARE,
+            self.output * BATCH_SHARE,
+            half(self.cached),
+            half(self.cache_write),
+            tuple((start, price.of_batch()) for start, price in self.tiers),
+        )
 
 
 FREE: Final = Price(0.0, 0.0)
@@ -62,13 +84,17 @@ def parse_prices(given: Sequence[str]) -> dict[str, Price]:
             numbers = [float(figure) for figure in figures.split("/")]
         except ValueError:
             numbers = []
-        if not equals or not name or len(numbers) not in (2, 3) or min(numbers) < 0:
+        if not equals or not name or len(numbers) not in (2, 3) or not _are_prices(numbers):
             raise UsageError(
                 f"--price {text!r}: write NAME=INPUT/OUTPUT or NAME=INPUT/OUTPUT/CACHED, "
                 "in dollars per million tokens, e.g. gpt-4=30/60."
             )
-        prices[name] = Price(*numbers)
+        prices[name] = Price(numbers[0], numbers[1], numbers[2] if len(numbers) > 2 else None)
     return prices
+
+
+def _are_prices(numbers: Sequence[float]) -> bool:
+    return all(0 <= number < float("inf") for number in numbers)
 
 
 def price_of(spec: Spec, given: Mapping[str, Price]) -> Price | None:
@@ -91,19 +117,44 @@ def _listed_price(provider: str, name: str) -> Price | None:
     # Its data are a megabyte and a half of Python, which only calls that cost something need.
     from genai_prices import Usage as ListedUsage
     from genai_prices import calc_price
+    from genai_prices.types import TieredPrices
 
-    def dollars_a_million(**tokens: int) -> float:
-        # A thousand tokens are priced: some models cost more a token in longer prompts.
-        price = calc_price(ListedUsage(**tokens), name, provider_id=provider).total_price
-        return float(price * (MILLION // PRICED))
+    def dollars(**tokens: int) -> float:
+        return float(calc_price(ListedUsage(**tokens), name, provider_id=provider).total_price)
+
+    def price_at(prompt: int) -> Price:
+        """What a million tokens cost in calls with so many prompt tokens."""
+        whole = dollars(input_tokens=prompt)
+        read, written, cached, kept = (
+            dollars_of / count * MILLION
+            for dollars_of, count in (
+                (whole, prompt),
+                (dollars(input_tokens=prompt, output_tokens=PRICED) - whole, PRICED),
+                (dollars(input_tokens=prompt, cache_read_tokens=prompt), prompt),
+                (dollars(input_tokens=prompt, cache_write_tokens=prompt), prompt),
+            )
+        )
+        figures = [round(figure, 9) for figure in (read, written, cached, kept)]
+        others = [None if figure == figures[0] else figure for figure in figures[2:]]
+        return Price(figures[0], figures[1], others[0], others[1])
 
     try:
-        read = dollars_a_million(input_tokens=PRICED)
-        written = dollars_a_million(output_tokens=PRICED)
-        cached = dollars_a_million(input_tokens=PRICED, cache_read_tokens=PRICED)
+        told = calc_price(ListedUsage(input_tokens=PRICED), name, provider_id=provider)
+        tiered = [
+            each for each in vars(told.model_price).values() if isinstance(each, TieredPrices)
+        ]
+        starts = sorted({tier.start for each in tiered for tier in each.tiers})
+        return replace(price_at(PRICED), tiers=tuple((n, price_at(n + 1)) for n in starts))
     except LookupError:
         return None
-    return Price(read, written, None if cached == read else cached)
+
+
+def priced(reply: Reply, price: Price | None) -> Reply:
+    """A reply with its cost, where its tokens alone would not tell it: a dear tier, a cache filled."""
+    if price is None or reply.cost is not None:
+        return reply
+    dollars = price.of_call(reply.usage, reply.cache_written)
+    return reply if dollars == price.cost(reply.usage) else replace(reply, cost=dollars)
 
 
 def most_tokens(request: Request) -> Usage:
@@ -176,7 +227,7 @@ class Budget:
         if not self.capped:
             return True
         tokens = most.prompt_tokens + most.completion_tokens
-        cost = price.cost(most) if price is not None else 0.0
+        cost = price.of_call(most) if price is not None else 0.0
         with self._lock:
             if (
                 (self.max_requests is not None and self.requests + 1 > self.max_requests)
@@ -201,8 +252,8 @@ class Budget:
             self._reserved_tokens -= most.prompt_tokens + most.completion_tokens
             self.tokens += used.prompt_tokens + used.completion_tokens
             if price is not None:
-                self._reserved_cost -= price.cost(most)
-                self.cost += price.cost(used) if cost is None else 0.0
+                self._reserved_cost -= price.of_call(most)
+                self.cost += price.of_call(used) if cost is None else 0.0
             self.cost += cost or 0.0
         for listener in self._listeners:
             listener()
@@ -217,7 +268,7 @@ class Budget:
         if self.max_requests is not None:
             caps.append(f"--max-requests {self.max_requests} (sent {self.requests})")
         tokens = most.prompt_tokens + most.completion_tokens
-        dollars = f", ${price.cost(most):.4f}" if price is not None else ""
+        dollars = f", ${price.of_call(most):.4f}" if price is not None else ""
         return BudgetReached(
             f"the budget does not allow another request: {', '.join(caps)}; the next may take up to "
             f"{tokens} tokens{dollars}. What is answered is kept; run the same line with a higher "

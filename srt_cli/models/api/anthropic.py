@@ -101,6 +101,7 @@ class Anthropic:
             FINISHES.get(as_text(told.get("stop_reason")), "length"),
             "\n\n".join(thoughts),
             _usage_of(usage) if isinstance(usage, dict) else None,
+            cache_written=as_count(as_mapping(usage).get("cache_creation_input_tokens")),
         )
 
     def refusal(self, answer: Answer) -> Refused:

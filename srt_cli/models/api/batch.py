@@ -34,8 +34,9 @@ from srt_cli.models.api.dialect import (
     NoAnswer,
     Refused,
 )
+from srt_cli.models.api.limits import LONGEST_PAUSE_S
 from srt_cli.models.api.transport import Endpoint, Place, dialects, place_of
-from srt_cli.models.budget import Budget, Price, most_tokens, price_of
+from srt_cli.models.budget import Budget, Price, most_tokens, price_of, priced
 from srt_cli.runs.journal import Journal, request_key
 from srt_cli.runs.jsonl import read_rows
 
@@ -85,7 +86,7 @@ class BatchModel:
         self._dialect = self._place.open_dialect()
         self.identity, self.gives_logprobs = self._place.identity, self._dialect.gives_logprobs
         if self._dialect.batches is None:
-            raise UsageError(f"--batch: {self.spec} takes no batches. Leave it out.")
+            raise UsageError(f"--batch: srt knows no batches of {self.spec}. Leave it out.")
         self._batches = self._dialect.batches
         full = price_of(self.parsed, self.options.prices)
         self.price = full.of_batch() if full is not None else None
@@ -222,7 +223,7 @@ class BatchModel:
             return
         reply = reply_of(outcome, ask.request)
         if reply is not None:
-            self._settle(ask, reply)
+            self._settle(ask, priced(reply, self.price))
 
     def _settle(self, ask: _Ask, reply: Reply) -> None:
         if not ask.known:
@@ -250,7 +251,7 @@ async def _patiently(call: Callable[..., Awaitable[Found]], *arguments: object) 
         except Refused as refused:
             if refused.status not in PASSING or attempt == MOST_TRIES:
                 raise
-            wait = max(wait, refused.retry_after_s or 0.0)
+            wait = max(wait, min(refused.retry_after_s or 0.0, LONGEST_PAUSE_S))
         except NoAnswer:
             if attempt == MOST_TRIES:
                 raise
@@ -310,7 +311,7 @@ class ExportModel:
         self._dialect = self._place.open_dialect()
         self.identity, self.gives_logprobs = self._place.identity, self._dialect.gives_logprobs
         if self._dialect.batches is None:
-            raise UsageError(f"--export-batch: {self.spec} takes no batches.")
+            raise UsageError(f"--export-batch: srt knows no batches of {self.spec}.")
         self._line = self._dialect.batches.line
 
     def submit(

@@ -22,6 +22,7 @@ from srt_cli.models.api.dialect import Answer, Dialect, NoAnswer, Refused, error
 from srt_cli.models.api.limits import (
     DEFAULT_PAUSE_S,
     HIGHEST_LIMIT,
+    LEAST_PAUSE_S,
     LONGEST_PAUSE_S,
     AdaptiveLimit,
     Pace,
@@ -30,7 +31,7 @@ from srt_cli.models.api.limits import (
 from srt_cli.models.api.patience import Patience, is_loading
 from srt_cli.models.api.refusals import about, same_words
 from srt_cli.models.api.transport import Endpoint, Place, Redirected, place_of
-from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of
+from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of, priced
 from srt_cli.records import Usage
 
 MOST_ATTEMPTS: Final = 5
@@ -340,7 +341,7 @@ class ApiModel:
             self._notify()
 
     def _take_in(self, job: _Job, reply: Reply, headers: Mapping[str, str], started: float) -> None:
-        used = reply.usage
+        used, reply = reply.usage, priced(reply, self.price)
         self._budget.settle(self.price, job.most, used, reply.cost)
         if reply.estimated:
             if not self._estimated:
@@ -432,9 +433,10 @@ class ApiModel:
             reason = f"refused as too fast, though others were admitted: {refused.message}"
             self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts + 1))
             return
-        wait = refused.retry_after_s if refused.retry_after_s is not None else DEFAULT_PAUSE_S
+        told = refused.retry_after_s
+        wait = DEFAULT_PAUSE_S if told is None else min(max(told, LEAST_PAUSE_S), LONGEST_PAUSE_S)
         # Not all at once again: those refused together come back spread out.
-        await self._sleep(job, min(wait, LONGEST_PAUSE_S) * random.uniform(1.0, 1.2))
+        await self._sleep(job, wait * random.uniform(1.0, 1.2))
 
     async def _sleep(self, job: _Job, seconds: float) -> None:
         """Put a job back after a while, unless the run ended meanwhile."""

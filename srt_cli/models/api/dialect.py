@@ -15,6 +15,7 @@ import orjson
 
 from srt_cli.errors import SrtError
 from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, part_reply
+from srt_cli.models.api.limits import parse_duration_s, until_date_s
 from srt_cli.models.budget import estimated_usage, is_believable
 from srt_cli.records import Usage
 
@@ -32,6 +33,7 @@ _UNWANTED: Final = re.compile(
     re.IGNORECASE,
 )
 _HALVES: Final = re.compile("[\ud800-\udfff]")
+_FIGURES: Final = re.compile(r"\d{1,12}(\.\d{1,12})?s?")
 CONTEXT_STEP: Final = 128
 """The size of a context is a multiple of this."""
 LEAST_CONTEXT: Final = 256
@@ -117,12 +119,12 @@ class Refused(Exception):
 
     @property
     def retry_after_s(self) -> float | None:
-        """How long the server asks us to wait."""
+        """How long the server asks us to wait, in figures or by a date; None for what is neither."""
         for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-            try:
-                return float(self.headers[name]) * unit
-            except (KeyError, ValueError):
-                continue
+            told = self.headers.get(name, "").strip()
+            seconds = parse_duration_s(told) if _FIGURES.fullmatch(told) else until_date_s(told)
+            if seconds is not None:
+                return seconds * unit
         return None
 
     def names(self, field: str) -> bool:
@@ -146,6 +148,8 @@ class Heard:
     logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
     """What the server says beside the text: why it refused, or what word ended the reply."""
+    cache_written: int = 0
+    """Prompt tokens that went into the server's cache."""
 
     def reply(self, request: Request, headers: Mapping[str, str], attempts: int) -> Reply:
         """As the reply to a request: a stop text that was ignored cuts, and usage is believed or not."""
@@ -171,6 +175,7 @@ class Heard:
                 thoughts=self.thoughts,
                 cost=self.cost if self.cost is not None else _told_cost(headers),
                 estimated=estimated,
+                cache_written=0 if estimated else max(0, self.cache_written),
             )
         )
         stops = [place for stop in request.stop if (place := reply.text.find(stop)) >= 0]

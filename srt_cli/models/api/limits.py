@@ -5,6 +5,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Final
 
 FIRST_LIMIT: Final = 16.0
@@ -13,6 +15,7 @@ CUT: Final = 0.7
 GROWTH: Final = 0.05
 USED_ENOUGH: Final = 0.8
 DEFAULT_PAUSE_S: Final = 2.0
+LEAST_PAUSE_S: Final = 0.05
 LONGEST_PAUSE_S: Final = 120.0
 
 LEAST_REPLIES: Final = 8
@@ -334,6 +337,19 @@ class Pace:
         return self._outcomes.count(False) / max(20, len(self._outcomes))
 
 
+HIGHEST_PER_MINUTE: Final = 1e9
+RATE_HEADERS: Final = (
+    ("requests", "x-ratelimit-{}-requests"),
+    ("tokens", "x-ratelimit-{}-tokens"),
+    ("requests", "anthropic-ratelimit-requests-{}"),
+    ("tokens", "anthropic-ratelimit-tokens-{}"),
+    ("input", "anthropic-ratelimit-input-tokens-{}"),
+    ("output", "anthropic-ratelimit-output-tokens-{}"),
+)
+"""What is limited, and the names of its headers: `limit`, `remaining`, `reset`."""
+_WHOLE_NUMBER: Final = re.compile(r"[0-9]{1,12}(\.0*)?")
+
+
 @dataclass
 class RateLimit:
     """Requests and tokens a minute: the user's figures, else what the server's headers say."""
@@ -365,17 +381,22 @@ class RateLimit:
         self.tokens.take(tokens - expected_tokens)
 
     def learn(self, headers: Mapping[str, str]) -> None:
-        """Take over limits from `x-ratelimit-*` headers, and wait when nothing remains."""
-        for kind, bucket, told in (
-            ("requests", self.requests, self.told_requests),
-            ("tokens", self.tokens, self.told_tokens),
-        ):
-            limit = _number(headers.get(f"x-ratelimit-limit-{kind}"))
-            if limit is not None and limit > 0 and not told:
-                bucket.per_minute = limit
-            if _number(headers.get(f"x-ratelimit-remaining-{kind}")) == 0:
-                reset = parse_duration_s(headers.get(f"x-ratelimit-reset-{kind}") or "")
-                if reset is not None:
+        """Take over limits from headers, and wait when nothing remains.
+
+        OpenAI's `x-ratelimit-limit-requests` and Anthropic's `anthropic-ratelimit-requests-limit`; what
+        cannot be a limit is not believed.
+        """
+        for kind, names in RATE_HEADERS:
+            limit = _number(headers.get(names.format("limit")))
+            if limit is not None and 1 <= limit <= HIGHEST_PER_MINUTE:
+                if kind == "requests" and not self.told_requests:
+                    self.requests.per_minute = limit
+                elif kind == "tokens" and not self.told_tokens:
+                    self.tokens.per_minute = limit
+            if _number(headers.get(names.format("remaining"))) == 0:
+                told = headers.get(names.format("reset")) or ""
+                reset = parse_duration_s(told)
+                if (reset := until_date_s(told) if reset is None else reset) is not None:
                     until = self.clock() + min(reset, LONGEST_PAUSE_S)
                     self._paused_until = max(self._paused_until, until)
 
@@ -387,14 +408,24 @@ class RateLimit:
 def parse_duration_s(text: str) -> float | None:
     """Seconds of a reset header: `1s`, `6m0s`, `12ms`, or a bare number; None for anything else."""
     units = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
-    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
+    parts = re.findall(r"([0-9]{1,12}(?:\.[0-9]{1,12})?)(ms|s|m|h)?", text)
     if not parts or "".join(number + unit for number, unit in parts) != text.strip():
         return None
     return sum(float(number) * units[unit or "s"] for number, unit in parts)
 
 
+def until_date_s(text: str) -> float | None:
+    """Seconds until a date, as HTTP or ISO 8601 writes it; 0 for one that is past, None for no date."""
+    for read in (parsedate_to_datetime, datetime.fromisoformat):
+        try:
+            date = read(text)
+            zoned = date if date.tzinfo is not None else date.replace(tzinfo=UTC)
+            return max(0.0, (zoned - datetime.now(UTC)).total_seconds())
+        except (ValueError, OverflowError):
+            continue
+    return None
+
+
 def _number(text: str | None) -> float | None:
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return None
+    """A whole number of something; None for anything else."""
+    return float(text) if text is not None and _WHOLE_NUMBER.fullmatch(text.strip()) else None

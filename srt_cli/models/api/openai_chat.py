@@ -40,7 +40,8 @@ LOGPROB_FIELDS: Final = ("logprobs", "top_logprobs")
 OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", *LOGPROB_FIELDS, TEMPLATE_FIELD)
 MOST_LOGPROBS: Final = 20
 _TOO_MANY: Final = re.compile(
-    r"less than|at most|between|greater than|larger than|more than|max|exceed|range|up to|<=|too (many|large)",
+    r"less than|at most|between|greater than|larger than|more than|max|exceed|range|up to|<=|"
+    "too (many|large)",
     re.IGNORECASE,
 )
 LEARNS_FROM: Final = (400, 403, 404, 405, 406, 415, 422, 501)
@@ -85,8 +86,10 @@ class OpenAiChat:
         return (self.manner.path or PATH).format(model=self.manner.model)
 
     @property
-    def batches(self) -> Batches:
-        """OpenAI's."""
+    def batches(self) -> Batches | None:
+        """OpenAI's; none where chats are served in an uncommon place, as on Azure."""
+        if self.manner.path is not None:
+            return None
         from srt_cli.models.api.openai_batches import OpenAiBatches
 
         return OpenAiBatches("/v1/chat/completions", self.read)
