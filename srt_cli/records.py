@@ -123,6 +123,10 @@ class Feedback(Record):
     score_mean: float | None = Field(default=None, ge=MIN_SCORE, le=MAX_SCORE)
 
 
+PLANTED: Final = "planted"
+"""The policy of a record whose response is a refinement with a fault planted in it."""
+
+
 class FeedbackRecord(Record):
     """A draft, its feedback and its refinement, as collect-feedback and self-critique write them.
 
@@ -147,6 +151,7 @@ class FeedbackRecord(Record):
     policy: str
     critic: str
     sample: int
+    """Which of the policy's drafts; below 0 where the response is no draft but `PLANTED`."""
     round: int
     usage: Usage
 

@@ -73,6 +73,20 @@ def self_critique_messages(prompt: Prompt, response: str) -> list[Message]:
     ]
 
 
+def contrast_messages(prompt: Prompt, response: str) -> list[Message]:
+    """Ask for a good response with one fault, and otherwise as it is."""
+    content = (
+        f"### Instruction\n{fence(prompt.text)}\n"
+        f"### Response\n{fence(response)}\n"
+        "### Requirements\n"
+        "The response above is good. Write it again with exactly one clear mistake, one that such "
+        "a response could really have: a wrong fact, something asked for and left out, or a part of "
+        "the instruction not followed. Change as little as possible, and keep length and style. "
+        "Reply with the changed response alone."
+    )
+    return [Message(role="user", content=content)]
+
+
 def reask_messages(
     asked: Sequence[Message], reply: str, problems: Sequence[str], *, expect_refinement: bool
 ) -> list[Message]:

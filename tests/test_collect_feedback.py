@@ -24,6 +24,9 @@ def critique(prompt, response):
 def other(prompt, response):
     return Feedback(weaknesses="w", suggestions="s", score=5), response + "?"
 
+def plant(prompt, response):
+    return {"0": response.rstrip("!") + ".", "1": response, "2": "!" + response}.get(prompt.id, "")
+
 def broken(prompt, response):
     if "2" in response:
         raise RuntimeError("out of ideas")
@@ -251,3 +254,56 @@ def quote_then_judge(body, number):
     for stop in body.get("stop") or []:
         text = text.split("\n" + stop)[0]
     return Answer(text=text)
+
+
+def test_a_fault_is_planted_in_good_refinements_and_criticised_like_a_draft(srt, folder):
+    finished = collect(srt, "--contrast", "python:critic.py:plant")
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(folder / "feedback.jsonl")
+    # In row 1 nothing was changed, so there is no fault to tell of.
+    assert [(row["id"], row["sample"], row["status"]) for row in rows] == [
+        ("0", 0, "ok"), ("0", -1, "ok"), ("1", 0, "ok"), ("2", 0, "ok"), ("2", -1, "ok"),
+        ("3", 0, "ok"), ("3", -1, "unparsed"),
+    ]  # fmt: skip
+    planted = rows[1]
+    assert (planted["policy"], planted["response"]) == ("planted", "It is task 0.")
+    assert (planted["feedback"]["score"], planted["refinement"]) == (4, "It is task 0.!")
+    # The fault of row 2 is one that this critic does not see.
+    assert "planted faults: 2, of which the critic scores 1 of 2 (50%) lower" in finished.stderr
+    # It is said of the drafts alone how they score.
+    assert "scores of the drafts: 4: 4;" in finished.stderr
+    again = collect(srt, "--contrast", "python:critic.py:plant")
+    assert "nothing to do" in again.stdout
+
+
+def test_a_model_is_asked_to_plant_one_fault(srt, folder):
+    server = LoopbackServer(lambda body, number: Answer(text="It was task 0!"))
+    finished = collect(srt, "--contrast", server.spec, "--limit", 1)
+    server.close()
+    assert finished.code == 0, finished.stderr
+    assert [row["response"] for row in read_jsonl(folder / "feedback.jsonl")][1] == "It was task 0!"
+    (asked,) = server.requests[0]["messages"]
+    assert "### Response\n```\nIt is task 0!\n```\n" in asked["content"]
+    assert "with exactly one clear mistake" in asked["content"]
+
+
+def test_what_was_planted_is_criticised_in_training_but_never_said(srt, folder, tiny_model):
+    collect(srt, "--contrast", "python:critic.py:plant", "--limit", 1)
+    line = ("sft", "--model", tiny_model, "--dry-run", "--show-masks", 3)
+    masks = srt(*line).stdout
+    assert "⟦response: It is task 0<" in masks
+    assert "⟦response: It is task 0.<" not in masks
+    assert "\nIt is task 0.<" in masks
+    assert masks.count("⟦feedback: ") == 2
+    alone = srt(*line, "--refinement-only").stdout
+    assert alone.count("⟦refinement: ") == 1
+
+
+def test_a_planted_fault_makes_no_pair(srt, folder):
+    collect(srt, "--contrast", "python:critic.py:plant", "--limit", 1)
+    finished = srt("build-prefs", "--data", "feedback.jsonl")
+    assert finished.code == 0, finished.stderr
+    (pair,) = read_jsonl(folder / "prefs.jsonl")
+    assert pair["rejected"][0]["content"] == "It is task 0"
+    (dropped,) = read_jsonl(folder / "prefs.dropped.jsonl")
+    assert dropped["reason"] == "planted fault"

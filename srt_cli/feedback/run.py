@@ -32,7 +32,9 @@ from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import OrderedWriter
 from srt_cli.runs.run import Run
 
-NEXT_STEPS: Final = {"respond": ("critique", "score"), "critique": ("score",)}
+NEXT_STEPS: Final = {
+    "respond": ("critique", "score"), "critique": ("score",), "contrast": ("critique", "score"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Job:
     @property
     def models(self) -> list[Model]:
         """Every model that may be asked, each once."""
-        asked = (self.roles.critic, self.roles.policy, self.roles.scorer, self.check)
+        roles = self.roles
+        asked = (roles.critic, roles.policy, roles.scorer, roles.contrast, self.check)
         named = [each.model for each in asked if each is not None]
         return list({id(model): model for model in named}.values())
 

@@ -4,14 +4,22 @@ One row's story is one generator (`tell`); `calls` runs many of them side by sid
 """
 
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from srt_cli.calls.conduct import Call
 from srt_cli.feedback.critic import Critic, Criticism, Question, Sampling, blind_score, criticise
 from srt_cli.models import Model, Reply, Request, Task
-from srt_cli.records import Feedback, FeedbackRecord, Message, Prompt, Status, Usage
-from srt_cli.templates import parse_preference
+from srt_cli.records import (
+    PLANTED,
+    Feedback,
+    FeedbackRecord,
+    Message,
+    Prompt,
+    Status,
+    Usage,
+)
+from srt_cli.templates import contrast_messages, parse_preference
 
 Asked = Literal["critique", "draft score", "score"]
 """What is asked of a critic in a row's story; also the name under which its reply is kept."""
@@ -34,6 +42,21 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class Contrast:
+    """Who plants a fault in a refinement, and from which blind score on a refinement is good."""
+
+    model: Model
+    sampling: Sampling
+    good_score: float
+
+    def call(self, prompt: Prompt, good: str, sample: int) -> Call:
+        """Ask for a good answer with one fault."""
+        task = Task("contrast", prompt, (good,))
+        request = self.sampling.request(contrast_messages(prompt, good), task)
+        return Call(self.model, request, f"{prompt.id}/{sample} contrast")
+
+
+@dataclass(frozen=True)
 class Roles:
     """Who drafts, criticises, refines and scores, and how often."""
 
@@ -47,6 +70,8 @@ class Roles:
     rounds: int = 1
     """Refinements in a row, each of the last."""
     stop_when_worse: bool = False
+    contrast: Contrast | None = None
+    """Who plants a fault in good refinements; None where nobody does."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +100,35 @@ def write_draft(policy: Policy, prompt: Prompt, sample: int = 0) -> Generator[Ca
 def tell(
     roles: Roles, prompt: Prompt, sample: int = 0
 ) -> Generator[Call, Reply, list[FeedbackRecord]]:
-    """One prompt from draft to blind score; a record a round. A given response is the draft."""
+    """One prompt from draft to blind score; a record a round. A given response is the draft.
+
+    With a contrast, a good refinement is followed by a record of the same text with one fault.
+    """
     if prompt.response is not None:
         draft = Draft(prompt, "given", sample, prompt.response)
     else:
         assert roles.policy is not None
         draft = yield from write_draft(roles.policy, prompt, sample)
-    return (yield from refine(roles, draft))
+    records = yield from refine(roles, draft)
+    return records + (yield from plant_fault(roles, prompt, records[-1]))
+
+
+def plant_fault(
+    roles: Roles, prompt: Prompt, record: FeedbackRecord
+) -> Generator[Call, Reply, list[FeedbackRecord]]:
+    """A good refinement with one fault, criticised like any draft, so that only the fault differs.
+
+    None where the refinement is not good, or nothing was changed.
+    """
+    score, good, contrast = record.refinement_score, record.refinement, roles.contrast
+    if contrast is None or score is None or good is None or score < contrast.good_score:
+        return []
+    reply = yield contrast.call(prompt, good, record.sample)
+    if reply.status == "ok" and reply.text.strip() == good.strip():
+        return []
+    # Below 0, so that it is no sample of the policy's.
+    fault = Draft(prompt, PLANTED, -1 - record.sample, reply.text.strip(), reply)
+    return (yield from refine(replace(roles, rounds=1), fault))
 
 
 def refine(roles: Roles, draft: Draft) -> Generator[Call, Reply, list[FeedbackRecord]]:

@@ -10,7 +10,7 @@ from srt_cli import console
 from srt_cli.calls.conduct import Tally
 from srt_cli.feedback.story import CheckedAnswer, CheckedRow
 from srt_cli.models import THOUGHT_UNTIL_LIMIT
-from srt_cli.records import Feedback, FeedbackRecord, Usage
+from srt_cli.records import PLANTED, Feedback, FeedbackRecord, Usage
 from srt_cli.stats.counting import Confusion, Moments, confusion
 from srt_cli.stats.hygiene import is_same_text
 from srt_cli.templates import is_as_asked
@@ -114,10 +114,14 @@ class CritiqueSummary:
     weaknesses: Counter[int] = field(default_factory=Counter)
     """Digests of what was criticised, to find a critic that always says the same."""
 
+    planted: int = 0
+    planted_found: int = 0
+    """Planted faults, and those that made the critic score the answer lower."""
+
     def add(self, row: CheckedRow) -> None:
-        """Count one row."""
+        """Count one row; what is said of drafts and refinements leaves planted faults out."""
         self.checked.update(row.checked)
-        for record in row.records:
+        for before, record in zip([None, *row.records], row.records, strict=False):
             self.statuses[record.status] += 1
             self.usage = self.usage + record.usage
             if record.status == "failed" and self.first_failure is None:
@@ -126,6 +130,9 @@ class CritiqueSummary:
                 self.only_thoughts[record.response is None] += 1
             if record.status != "ok" and self.first_reason is None:
                 self.first_reason = record.reason
+            if record.policy == PLANTED:
+                self._add_planted(record, before)
+                continue
             if record.feedback is not None:
                 self._add_feedback(record, record.feedback)
             for kind in ("critique", "score"):
@@ -136,6 +143,11 @@ class CritiqueSummary:
             if record.status == "ok" and record.gain is not None:
                 self.beliefs.add(record)
                 self._add_refinement(record, record.gain)
+
+    def _add_planted(self, record: FeedbackRecord, good: FeedbackRecord | None) -> None:
+        if record.feedback is not None and good is not None and good.refinement_score is not None:
+            self.planted += 1
+            self.planted_found += record.feedback.score < good.refinement_score
 
     def _add_feedback(self, record: FeedbackRecord, feedback: Feedback) -> None:
         self.draft_scores[feedback.score] += 1
@@ -272,6 +284,8 @@ class CritiqueSummary:
             "repeated_weaknesses": self.repeated_weaknesses,
             "replies": dict(sorted(self.forms.items())),
         }
+        if self.planted:
+            tallies |= {"planted": self.planted, "planted_found": self.planted_found}
         if self.beliefs.pairs:
             tallies["expected_scores"] = self.beliefs.tallies()
         if self.checked:
@@ -293,6 +307,11 @@ class CritiqueSummary:
                 f"refinement against draft, scored blind: {self.better} better, {self.equal} equal, "
                 f"{self.worse} worse; mean gain {self.mean_gain:+.2f}; {self.copies} copies; "
                 f"length x{self.length_ratio or 0:.2f}"
+            )
+        if self.planted:
+            console.say(
+                f"planted faults: {self.planted}, of which the critic scores "
+                f"{_share(self.planted_found, self.planted)} lower than the same answer without"
             )
         if self.draft_scores:
             histogram = "  ".join(f"{s:g}: {n}" for s, n in sorted(self.draft_scores.items()))

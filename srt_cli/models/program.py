@@ -24,9 +24,9 @@ class ProgramModel:
     """A callable behind the door.
 
     It is called as `critique(prompt, response) -> (Feedback, refinement)`,
-    `judge(prompt, a, b) -> float` (1 prefers a), `check(prompt, response) -> float` (1 passes), or
-    `respond(prompt) -> str`; `prompt` is the input row as a `records.Prompt`. What it raises
-    fails that row only.
+    `judge(prompt, a, b) -> float` (1 prefers a), `check(prompt, response) -> float` (1 passes),
+    `respond(prompt) -> str`, or `contrast(prompt, response) -> str` (the response with one fault);
+    `prompt` is the input row as a `records.Prompt`. What it raises fails that row only.
     """
 
     batched = False
@@ -70,7 +70,7 @@ class ProgramModel:
 
 def _render(task: Task, value: Any) -> str:
     """What the program returned, as the text a model would have written."""
-    if task.kind == "respond":
+    if task.kind in ("respond", "contrast"):
         if not isinstance(value, str):
             raise TypeError(f"expected a text, got {type(value).__name__}")
         return value

@@ -61,6 +61,8 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
     """The draft and refinement of a row, or the reason why the row can be in no pair."""
     if row.status != "ok":
         return row.status
+    if row.sample < 0:
+        return "planted fault"
     response, refinement = row.response, row.refinement
     before_score, after_score = row.score, row.refinement_score
     if response is None or refinement is None or before_score is None or after_score is None:

@@ -8,7 +8,7 @@ from srt_cli.calls.options import CallOptions
 from srt_cli.errors import UsageError
 from srt_cli.feedback.critic import Critic, Sampling
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
-from srt_cli.feedback.story import Policy, Roles
+from srt_cli.feedback.story import Contrast, Policy, Roles
 from srt_cli.models import open_model
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import with_system
@@ -47,6 +47,13 @@ class CollectFeedback(CallOptions):
     )  # fmt: skip
     critic_temperature: float = setting(
         0.0, "Sampling temperature of the critic (paper: 0).", group="Critic"
+    )
+    contrast: str | None = setting(
+        None, "Who plants one fault in each good refinement, for a row more: a model, or "
+        "python:FILE:CALLABLE.", group="Critic", metavar="SPEC",
+    )  # fmt: skip
+    good_score: float = setting(
+        8.0, "Count a refinement as good from this blind score up (--contrast).", group="Critic"
     )
     max_reasks: int = setting(
         1, "How often to ask again when a critic's reply cannot be read (paper: never).",
@@ -87,7 +94,13 @@ def run(options: CollectFeedback) -> None:
         critic_model, replies, in_conversation=False, max_reasks=reasks, longer_once=True
     )
     policy = Policy(policy_model, drafts) if options.model is not None else None
-    job = Job(prompts.read, prompts.count, Roles(critic, policy), door.budget)
+    contrast = None
+    if options.contrast is not None:
+        same = options.contrast == options.critic
+        planter = critic_model if same else open_model(options.contrast, critics)
+        contrast = Contrast(planter, replies, options.good_score)
+    roles = Roles(critic, policy, contrast=contrast)
+    job = Job(prompts.read, prompts.count, roles, door.budget)
 
     run = open_run(COMMAND, options, inputs=prompts.inputs)
     if options.dry_run:

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import ChatFormat, UnfitChat
-from srt_cli.records import FeedbackRecord, Preference, Record
+from srt_cli.records import PLANTED, FeedbackRecord, Preference, Record
 from srt_cli.training.rows import (
     PARTS,
     Chat,
@@ -130,6 +130,12 @@ def prepare_sft(
 
 def _sequences(chat: ChatFormat, record: FeedbackRecord, task: SftTask) -> list[TokenSequence]:
     targets = task.targets
+    if record.policy == PLANTED:
+        # Its refinement is trained in the row that the fault was planted in, and its response never.
+        parts = tuple(part for part in targets.loss_on if part != "response")
+        if targets.refinement_only or not parts:
+            return []
+        return feedback_sequences(chat, record, parts, targets.drop, task.thoughts)
     if targets.refinement_only:
         return refinement_sequence(chat, record)
     sequences = feedback_sequences(chat, record, targets.loss_on, targets.drop, task.thoughts)
