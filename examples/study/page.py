@@ -1,0 +1,155 @@
+"""The study's tables from its answers: `python page.py FOLDER [DOCUMENT]`.
+
+Reads `eval.outputs.jsonl` (id, contestant, use, passed), and writes `study.html` beside it. In DOCUMENT
+(docs/study.md), each table stands between `<!-- NAME -->` and `<!-- end -->`, and is written anew.
+"""
+
+import html
+import json
+import random
+import re
+import sys
+from collections.abc import Sequence
+from math import sqrt
+from pathlib import Path
+from typing import NamedTuple
+
+DRAWS = 4000
+NORMAL = 1.96
+
+
+class Comparison(NamedTuple):
+    """An arm against its control, and what that shows."""
+
+    question: str
+    arm: str
+    control: str
+
+
+COMPARISONS = (
+    Comparison("stage 1 against the base", "stage-1", "base"),
+    Comparison("refinements alone, as many tokens", "refinement-only", "base"),
+    Comparison("what feedback adds to the refinements", "stage-1", "refinement-only"),
+    Comparison("what contrast adds", "stage-1", "no-contrast"),
+    Comparison("without weaknesses", "without-weaknesses", "stage-1"),
+    Comparison("without suggestions", "without-suggestions", "stage-1"),
+    Comparison("without score", "without-score", "stage-1"),
+    Comparison("a second round on its own drafts", "round-2", "stage-1"),
+    Comparison("stage 2 after one round", "stage-1-dpo", "stage-1"),
+    Comparison("stage 2 after two rounds", "round-2-dpo", "round-2"),
+    Comparison("its control: stage 1 continued", "round-2-continued", "round-2"),
+    Comparison("stage 2 against its control", "round-2-dpo", "round-2-continued"),
+    Comparison("pairs by the check, after one round", "stage-1-right-100", "stage-1"),
+    Comparison("the same at a rate of 1e-4", "stage-1-right-100-fast", "stage-1"),
+    *(
+        Comparison(
+            f"pairs by a critic that is right {accuracy} times of 100",
+            f"right-{accuracy}",
+            "round-2",
+        )
+        for accuracy in (50, 60, 75, 90, 100)
+    ),
+)
+
+Passes = dict[str, dict[str, bool]]
+"""By arm, whether its answer to a prompt (by id) passes the check."""
+
+
+def read_passes(path: Path) -> Passes:
+    """The direct answers of every contestant; a model is named by its folder, the reference `base`."""
+    passes: Passes = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["use"] == "response" and row["passed"] is not None:
+            name = row["contestant"]
+            arm = Path(name).name if name.startswith("models/") else "base"
+            passes.setdefault(arm, {})[row["id"]] = row["passed"] == 1
+    return passes
+
+
+def wilson(passed: int, of: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    share, square = passed / of, NORMAL**2
+    centre = (share + square / 2 / of) / (1 + square / of)
+    half = NORMAL * sqrt(share * (1 - share) / of + square / 4 / of**2) / (1 + square / of)
+    return centre - half, centre + half
+
+
+def paired(arm: Sequence[bool], control: Sequence[bool]) -> tuple[float, float, float]:
+    """The difference of two pass rates, and its 95 % interval by a bootstrap over prompts."""
+    gains = [a - c for a, c in zip(arm, control, strict=True)]
+    draw = random.Random(1)
+    means = sorted(sum(draw.choices(gains, k=len(gains))) / len(gains) for _ in range(DRAWS))
+    return sum(gains) / len(gains), means[round(0.025 * DRAWS)], means[round(0.975 * DRAWS) - 1]
+
+
+def arms_table(passes: Passes) -> list[list[str]]:
+    """A line an arm: how often it passes."""
+    rows = [["arm", "passes [95 %]", "prompts"]]
+    for arm, said in passes.items():
+        low, high = wilson(sum(said.values()), len(said))
+        rate = sum(said.values()) / len(said)
+        rows.append([arm, f"{rate:.0%} [{low:.0%}, {high:.0%}]", str(len(said))])
+    return rows
+
+
+def comparisons_table(passes: Passes, comparisons: Sequence[Comparison]) -> list[list[str]]:
+    """A line a comparison whose two arms were run, over the prompts that both answered."""
+    rows = [["question", "difference in points, paired [95 %]", "verdict"]]
+    for question, arm, control in comparisons:
+        if arm not in passes or control not in passes:
+            continue
+        ids = sorted(passes[arm].keys() & passes[control].keys())
+        mean, low, high = paired(
+            [passes[arm][name] for name in ids], [passes[control][name] for name in ids]
+        )
+        verdict = "better" if low > 0 else "worse" if high < 0 else "cannot be told"
+        shown = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        rows.append([f"{question} ({arm} − {control})", shown, verdict])
+    return rows
+
+
+def as_markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_html(name: str, rows: Sequence[Sequence[str]]) -> str:
+    cells = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    ]
+    return f"<h2>{html.escape(name)}</h2>\n<table>\n" + "\n".join(cells) + "\n</table>"
+
+
+def write_into(document: Path, tables: dict[str, list[list[str]]]) -> None:
+    """Write each table in its place; a document without that place is left as it is."""
+    text = document.read_text(encoding="utf-8")
+    for name, rows in tables.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        table = as_markdown(rows)
+        text = place.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+    document.write_text(text, encoding="utf-8")
+
+
+def main(folder: Path, document: Path | None) -> None:
+    """Write the page, and the document's tables if one is named."""
+    passes = read_passes(folder / "eval.outputs.jsonl")
+    name = folder.resolve().name
+    tables = {
+        f"{name}: arms": arms_table(passes),
+        f"{name}: comparisons": comparisons_table(passes, COMPARISONS),
+    }
+    body = "\n".join(as_html(name, rows) for name, rows in tables.items())
+    style = "body{font:16px system-ui;margin:2em}td,th{text-align:left;padding:.2em 1em .2em 0}"
+    page = (
+        f'<!doctype html><meta charset="utf-8"><title>Study</title><style>{style}</style>\n{body}\n'
+    )
+    (folder / "study.html").write_text(page, encoding="utf-8")
+    if document is not None:
+        write_into(document, tables)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -1,0 +1,29 @@
+"""Critics that are right as often as planned: `python:planted.py:right_75`, of 75 answers in 100.
+
+Whether an answer is judged rightly depends on its words alone, so every run gives the same scores.
+"""
+
+import random
+from collections.abc import Callable
+from functools import partial
+
+from critic import check
+
+from srt_cli.records import Feedback, Prompt
+
+ACCURACIES = (50, 60, 75, 90, 100)
+
+
+def score(accuracy: int, prompt: Prompt, response: str) -> tuple[Feedback, str]:
+    """9 for an answer that is called good, 3 for one that is called bad."""
+    right = random.Random(f"{prompt.id} {response}").random() < accuracy / 100
+    called_good = check(prompt, response) == right
+    feedback = Feedback(weaknesses="-", suggestions="-", score=9 if called_good else 3)
+    return feedback, response
+
+
+def __getattr__(name: str) -> Callable[[Prompt, str], tuple[Feedback, str]]:
+    accuracy = name.removeprefix("right_")
+    if not accuracy.isdecimal():
+        raise AttributeError(name)
+    return partial(score, int(accuracy))

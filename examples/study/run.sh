@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Does language feedback improve a small model, and when? bash run.sh FOLDER [--quick]
+# Every line can be interrupted: run the same command again, and it goes on. docs/study.md tells what came out.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+base=${MODEL:-HuggingFaceTB/SmolLM2-135M-Instruct}
+quick=${2:-}
+mkdir -p "$1"
+cd "$1"
+cp "$here/critic.py" "$here/planted.py" .
+python "$here/make_prompts.py" . $quick
+
+# An array each for what several lines share.
+critic=(--critic python:critic.py:critique)
+short=(--max-new-tokens 40)
+trained=(--learning-rate 3e-4 --global-batch 8 --samples 0 --critic-check 0)
+whole=(--loss-on feedback,refinement --refinement-feedback --epochs 1 "${trained[@]}")
+own=(--prompts self-prompts.jsonl --samples 4 --temperature 1 --check python:critic.py:check --critic-max-tokens 120 "${short[@]}")
+preferred=(--learning-rate 3e-5 --beta 0.1 --global-batch 8 --epochs 1 --samples 0)
+
+# 1. What language feedback is worth: against the refinements alone, for as many tokens; without contrast.
+srt collect-feedback --model "$base" "${critic[@]}" --contrast python:critic.py:contrast "${short[@]}"
+srt sft --out models/stage-1 "${whole[@]}"
+srt sft --out models/refinement-only --refinement-only --epochs 6 "${trained[@]}"
+cp -n feedback.journal.jsonl plain-feedback.journal.jsonl  # the same drafts
+srt collect-feedback --model "$base" "${critic[@]}" "${short[@]}" --out plain-feedback.jsonl
+srt sft --data plain-feedback.jsonl --out models/no-contrast "${whole[@]}"
+if [ -z "$quick" ]; then
+  for part in weaknesses suggestions score; do
+    srt sft --drop "$part" --out "models/without-$part" "${whole[@]}"
+  done
+fi
+
+# 2. A second round on the tuned model's own drafts, with the same outside critic.
+srt collect-feedback --prompts more-prompts.jsonl --model models/stage-1 --temperature 1 "${critic[@]}" "${short[@]}" --out own-feedback.jsonl
+srt sft --data own-feedback.jsonl --model models/stage-1 --out models/round-2 "${whole[@]}" --learning-rate 2e-4
+
+# 3. Stage 2: pairs by the model's own scores, after each round.
+for model in stage-1 round-2; do
+  srt self-critique --model "models/$model" "${own[@]}" --out "$model-self.jsonl"
+  srt build-prefs --data "$model-self.jsonl" --strategy best-worst --out "$model-prefs.jsonl"
+  srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}"
+done
+# Its control: stage 1 continued for as many steps.
+srt sft --data plain-feedback.jsonl --limit "$(wc -l < round-2-prefs.jsonl)" --refinement-only --model models/round-2 --out models/round-2-continued --epochs 1 "${trained[@]}" --learning-rate 3e-5
+
+# 4. When can self-evaluation be trusted? Critics of known accuracy score the same drafts.
+for accuracy in 50 60 75 90 100; do
+  cp -n round-2-self.journal.jsonl "right-$accuracy.journal.jsonl"
+  srt self-critique --model models/round-2 "${own[@]}" --critic "python:planted.py:right_$accuracy" --out "right-$accuracy.jsonl"
+  srt build-prefs --data "right-$accuracy.jsonl" --strategy best-worst --out "right-$accuracy-prefs.jsonl"
+  srt dpo --prefs "right-$accuracy-prefs.jsonl" --out "models/right-$accuracy" "${preferred[@]}"
+done
+
+# 5. All of them on prompts whose topics appear nowhere in training.
+models=(models/*)
+srt eval --prompts heldout.jsonl --reference "$base" "${models[@]/#/--model=}" --judge python:critic.py:judge --check python:critic.py:check "${short[@]}"
+python "$here/page.py" .
+echo "$PWD/study.html"

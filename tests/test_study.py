@@ -1,0 +1,138 @@
+"""The study's critic keeps its word, its planted critics are as good as they say, its lines are ours."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, read_jsonl, write_jsonl
+
+from srt_cli.records import Prompt
+from srt_cli.templates import parse_critique, render_feedback, render_refinement
+
+FOLDER = ROOT / "examples" / "study"
+FILES = ("prompts.jsonl", "more-prompts.jsonl", "self-prompts.jsonl", "heldout.jsonl")
+DRAFTS = (
+    "",
+    "The sea, vast and blue, is the home of many whales.",
+    '"Quoted," she said. "Twice."',
+    '{"answer": "Bread is old."}',
+    "- one\n- two\n- three",
+    "Today ... 12 3.5 items; silver, silver and the end every day",
+)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The prompt files, as run.sh has them made."""
+    folder = tmp_path_factory.mktemp("study")
+    made = [sys.executable, FOLDER / "make_prompts.py", folder]
+    subprocess.run(made, check=True, env={"PYTHONPATH": str(ROOT)})
+    return folder
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The study's modules, as srt imports them."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    for name in ("critic", "planted", "page"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import critic
+    import page
+    import planted
+
+    yield critic, planted, page
+    for name in ("critic", "planted", "page"):
+        sys.modules.pop(name, None)
+
+
+def prompts_of(folder: Path) -> list[Prompt]:
+    return [Prompt.from_row(row) for name in FILES for row in read_jsonl(folder / name)]
+
+
+def test_every_refinement_passes_and_every_planted_fault_is_found(written, programs):
+    critic, _, _ = programs
+    kinds = set()
+    for prompt in prompts_of(written):
+        for draft in DRAFTS:
+            feedback, refinement = critic.critique(prompt, draft)
+            assert critic.check(prompt, refinement), (prompt.prompt, refinement)
+            assert (feedback.score == 10) == critic.check(prompt, draft)
+            faulty = critic.contrast(prompt, refinement)
+            assert not critic.check(prompt, faulty), (prompt.prompt, faulty)
+            parsed = parse_critique(render_feedback(feedback) + render_refinement(refinement))
+            assert (parsed.feedback, parsed.refinement) == (feedback, refinement)
+        kinds |= {kind for kind, _ in prompt.model_extra["constraints"]}
+    assert len(kinds) >= 20
+
+
+def test_feedback_is_a_checklist_that_quotes(programs):
+    critic, _, _ = programs
+    rows = [["start", "Perhaps"], ["end", "every day"]]
+    prompt = Prompt.from_row({"id": "p", "prompt": "p", "constraints": rows})
+    feedback, refinement = critic.critique(prompt, "It rains every day.")
+    assert feedback.weaknesses == (
+        'Begin with "Perhaps"? It: no. End with "every day"? every day.: yes.'
+    )
+    assert (feedback.suggestions, feedback.score) == ('Put "Perhaps" at the beginning.', 4)
+    assert refinement == "Perhaps, it rains every day."
+
+
+def test_the_files_share_no_topic_and_hold_enough(written):
+    topics = [{row["id"].rsplit("-", 1)[0] for row in read_jsonl(written / name)} for name in FILES]
+    assert len(set().union(*topics)) == sum(map(len, topics))
+    assert len(read_jsonl(written / "heldout.jsonl")) >= 200
+
+
+@pytest.mark.parametrize("accuracy", [50, 75, 100])
+def test_a_planted_critic_is_right_as_often_as_it_says(programs, accuracy):
+    critic, planted, _ = programs
+    score = getattr(planted, f"right_{accuracy}")
+    right = 0
+    for number in range(1000):
+        prompt = Prompt.from_row({"id": str(number), "prompt": "p", "constraints": [["upper", ""]]})
+        answer = "GOOD." if number % 2 else "Bad."
+        right += (score(prompt, answer)[0].score >= 8) == critic.check(prompt, answer)
+    assert abs(right / 10 - accuracy) < 4
+
+
+def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
+    _, _, page = programs
+    arms = {"base": range(10), "models/stage-1": range(70), "models/no-contrast": range(1, 71)}
+    write_jsonl(tmp_path / "eval.outputs.jsonl", [
+        {"id": str(n), "contestant": arm, "use": "response", "passed": n in passed}
+        for arm, passed in arms.items() for n in range(100)
+    ])  # fmt: skip
+    document = tmp_path / "study.md"
+    document.write_text(f"# S\n<!-- {tmp_path.name}: comparisons -->\nold\n<!-- end -->\nkept\n")
+    page.main(tmp_path, document)
+    assert document.read_text().splitlines() == [
+        "# S",
+        f"<!-- {tmp_path.name}: comparisons -->",
+        "| question | difference in points, paired [95 %] | verdict |",
+        "| --- | --- | --- |",
+        "| stage 1 against the base (stage-1 − base) | +60.0 [+50.0, +70.0] | better |",
+        "| what contrast adds (stage-1 − no-contrast) | +0.0 [-3.0, +3.0] | cannot be told |",
+        "<!-- end -->",
+        "kept",
+    ]
+    assert "<td>70% [60%, 78%]</td>" in (tmp_path / "study.html").read_text()
+
+
+def test_every_option_in_run_sh_is_one_of_ours(srt):
+    text = (FOLDER / "run.sh").read_text()
+    used = {}
+    for line in re.findall(r"^\s*srt (.+)$", text, re.MULTILINE):
+        used.setdefault(line.split()[0], []).append(line)
+    shared = dict(re.findall(r"^(\w+)=\((.+)\)$", text, re.MULTILINE))
+    for command, lines in used.items():
+        known = set(re.findall(r"--[a-z][a-z-]+", srt(command, "--help-all").stdout))
+        for line in lines:
+            for name in re.findall(r"\$\{(\w+)\[@\]\}", line):
+                line += " " + shared.get(name, "")
+                line += " " + " ".join(
+                    shared.get(n, "") for n in re.findall(r"\{(\w+)\[@\]\}", line)
+                )
+            options = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", line))
+            assert options <= known, (command, options - known)
