@@ -9,6 +9,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from srt_cli.cli import main
+
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "srt_cli", *map(str, arguments)]
@@ -19,11 +23,16 @@ def environment() -> dict[str, str]:
 
 
 def run(folder: Path, *arguments: object, code: int = 0) -> None:
-    done = subprocess.run(
-        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
+    """A command that nobody kills needs no process of its own, and no second loading of torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["srt", *map(str, arguments)])
+        try:
+            main()
+            ended = 0
+        except SystemExit as stop:
+            ended = int(stop.code or 0)
+    assert ended == code
 
 
 def kill_when(folder: Path, ready: Callable[[], bool], *arguments: object) -> None:
