@@ -1,5 +1,7 @@
 """Which rows a training sees: held out by prompt, mixed in, ablated, and what falls out."""
 
+import re
+
 import pytest
 from conftest import read_jsonl, write_jsonl
 from hypothesis import given
@@ -55,6 +57,32 @@ def dpo(srt, tmp_path, tiny_model):
         return srt("dpo", "--model", tiny_model, *QUICK, "--beta", 0.1, *extra)
 
     return run
+
+
+# --- Balance -----------------------------------------------------------------------------------
+
+
+def test_critiques_of_the_rarer_kind_are_repeated_until_there_are_as_many(
+    srt, tmp_path, tiny_model
+):
+    rows = feedback_rows(6)
+    for row in rows[:2]:
+        row["feedback"]["score"] = 9
+        row["refinement_score"] = 9
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    line = ("sft", "--model", tiny_model, "--dry-run", "--show-masks", 20, "--balance")
+    plan = srt(*line)
+    assert plan.code == 0, plan.stderr
+    shown = re.findall(r"^row (\S+?):", plan.stdout, re.MULTILINE)
+    ids = [row["id"] for row in rows]
+    assert shown == [*ids, *ids[:2]]
+
+    alone = write_jsonl(tmp_path / "bad.jsonl", rows[2:])
+    refused = srt(*line, "--data", alone)
+    assert refused.code == 1
+    assert "no answer in the feedback is good" in refused.stderr
+    usage = srt(*line, "--refinement-only")
+    assert (usage.code, "--balance would do nothing" in usage.stderr) == (2, True)
 
 
 # --- The held-out share ------------------------------------------------------------------------

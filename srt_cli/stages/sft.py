@@ -55,6 +55,10 @@ class Sft(TrainingOptions):
         False, "Also train on good refinements with their own blind feedback (paper: no).",
         group="Loss",
     )  # fmt: skip
+    balance: bool = setting(
+        False, "Repeat critiques of good answers, or of bad ones, until there are as many of both "
+        "(paper: no).", group="Loss",
+    )  # fmt: skip
     thoughts: Thoughts = setting(
         "drop",
         "Leave recorded thoughts out, or train those of a turn with it (keep).",
@@ -82,8 +86,9 @@ def run(options: Sft) -> None:
 
 def _fine_tune(options: Sft) -> None:
     targets = parse_targets(
-        options.loss_on, options.drop, options.refinement_only, options.refinement_feedback
-    )
+        options.loss_on, options.drop, options.refinement_only, options.refinement_feedback,
+        options.balance,
+    )  # fmt: skip
     mixes = [parse_mix(text) for text in options.mix]
     model = options.model or inherited(options.data, "model")
     if model is None or names_program(model):

@@ -1,8 +1,9 @@
 """From rows to examples: token ids within the length limit, and checks that they teach something."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import compress
+from dataclasses import dataclass, field, replace
+from itertools import compress, cycle, islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -114,14 +115,22 @@ def prepare_sft(
             lambda row: f"--mix {row.id}",
         )
 
+    encoded = encode(train)
+    if task.targets.balance:
+        encoded = _balanced(encoded)
     prepared = _within(
         length_limit(setup),
-        encode(train) + encode_chats(chats),
+        encoded + encode_chats(chats),
         encode(held_out) + encode_chats(held_chats),
         lambda sequence: len(sequence.input_ids),
         "sequences",
     )
     check_labels(prepared.train + prepared.held_out, chat.end_id)
+    if task.targets.balance:
+        goods = Counter(s.good for s in prepared.train)
+        prepared.sentences.append(
+            f"balanced: {goods[True]} critiques of good answers, {goods[False]} of bad ones"
+        )
     _describe_sequences(prepared)
     fitting.tell(prepared)
     _warn_of_chat(chat, prepared)
@@ -130,19 +139,41 @@ def prepare_sft(
 
 def _sequences(chat: ChatFormat, record: FeedbackRecord, task: SftTask) -> list[TokenSequence]:
     targets = task.targets
+    assert record.feedback is not None
+    good = record.feedback.score >= task.good_score
     if record.policy == PLANTED:
         # Its refinement is trained in the row that the fault was planted in, and its response never.
         parts = tuple(part for part in targets.loss_on if part != "response")
         if targets.refinement_only or not parts:
             return []
-        return feedback_sequences(chat, record, parts, targets.drop, task.thoughts)
+        told = feedback_sequences(chat, record, parts, targets.drop, task.thoughts)
+        return [replace(sequence, good=good) for sequence in told]
     if targets.refinement_only:
         return refinement_sequence(chat, record)
-    sequences = feedback_sequences(chat, record, targets.loss_on, targets.drop, task.thoughts)
+    told = feedback_sequences(chat, record, targets.loss_on, targets.drop, task.thoughts)
+    sequences = [replace(sequence, good=good) for sequence in told]
     own = record.refinement_feedback
     if targets.refinement_feedback and own is not None and own.score >= task.good_score:
-        sequences += refinement_feedback_sequences(chat, record, targets.loss_on, targets.drop)
+        told = refinement_feedback_sequences(chat, record, targets.loss_on, targets.drop)
+        sequences += [replace(sequence, good=True) for sequence in told]
     return sequences
+
+
+def _balanced(
+    examples: list[tuple[TokenSequence, Record]],
+) -> list[tuple[TokenSequence, Record]]:
+    """The rarer of critiques of good and of bad answers again and again, until they are as many.
+
+    Raises `SrtError` when there are none of one kind.
+    """
+    good, bad = ([each for each in examples if each[0].good is kind] for kind in (True, False))
+    rarer, missing = min((good, "good"), (bad, "bad"), key=lambda kind: len(kind[0]))
+    if not rarer:
+        raise SrtError(
+            f"--balance: no answer in the feedback is {missing}, so there is nothing to balance. Add "
+            "good ones with --refinement-feedback, or bad ones with srt collect-feedback --contrast."
+        )
+    return examples + list(islice(cycle(rarer), abs(len(good) - len(bad))))
 
 
 AnyRow = TypeVar("AnyRow", FeedbackRecord, Chat, Preference)

@@ -126,6 +126,7 @@ class Targets:
     drop: tuple[FeedbackField, ...] = ()
     refinement_only: bool = False
     refinement_feedback: bool = False
+    balance: bool = False
 
     @property
     def scores(self) -> bool:
@@ -134,13 +135,20 @@ class Targets:
 
 
 def parse_targets(
-    loss_on: str, drop: str | None, refinement_only: bool, refinement_feedback: bool
+    loss_on: str,
+    drop: str | None,
+    refinement_only: bool,
+    refinement_feedback: bool,
+    balance: bool = False,
 ) -> Targets:
     """The options as targets; raises `UsageError` where one of them would do nothing."""
     parts = parse_names(loss_on, FEEDBACK_PARTS, "--loss-on")
     dropped = parse_names(drop, FEEDBACK_FIELDS, "--drop") if drop else ()
-    if refinement_only and (dropped or refinement_feedback):
-        other = "--drop" if dropped else "--refinement-feedback"
+    idle = {
+        "--drop": bool(dropped), "--refinement-feedback": refinement_feedback, "--balance": balance
+    }  # fmt: skip
+    if refinement_only and any(idle.values()):
+        other = next(flag for flag, given in idle.items() if given)
         raise UsageError(
             f"--refinement-only trains no feedback, so {other} would do nothing. Pass one of them."
         )
@@ -148,7 +156,7 @@ def parse_targets(
         raise UsageError(f"--refinement-only trains no {loss_on}. Leave --loss-on away.")
     if parts == ("feedback",) and dropped == FEEDBACK_FIELDS:
         raise UsageError("--drop leaves nothing of the feedback that --loss-on names.")
-    return Targets(parts, dropped, refinement_only, refinement_feedback)
+    return Targets(parts, dropped, refinement_only, refinement_feedback, balance)
 
 
 # --- The held-out share ------------------------------------------------------------------------

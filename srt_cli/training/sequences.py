@@ -32,6 +32,8 @@ class TokenSequence:
     """Where each part stands, trained or not; an end-of-turn token belongs to what it closes."""
     piece: str = ""
     """Which turns of a conversation these are, where the template rewrites the others."""
+    good: bool | None = None
+    """Whether the answer that is criticised is good; None where none is, or nobody asked."""
 
     @property
     def trained(self) -> dict[Part, int]:
