@@ -4,6 +4,8 @@ Models, servers and files may send anything, so what they say is printed as plai
 markup, and characters that steer a terminal are shown instead of obeyed (`visible`).
 """
 
+import errno
+import os
 import re
 import sys
 import threading
@@ -43,34 +45,51 @@ _STEERS: Final = re.compile(
 )
 
 
-class _Stderr:
-    """Standard error, whatever it is at the moment; where nobody can read it any more, talk is lost.
+class _Standard:
+    """Standard output or error, whatever it is at the moment, that may lose what nobody can read.
 
     A run whose terminal was closed ends as well as any other.
     """
 
+    def __init__(self, name: str, *lost: int) -> None:
+        self._name = name
+        self._lost = lost
+
     @property
-    def rich_proxied_file(self) -> "_Stderr":
-        """What rich is to write to while its progress bars stand in for standard error."""
+    def rich_proxied_file(self) -> "_Standard":
+        """What rich is to write to while its progress bars stand in for it."""
         return self
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(getattr(sys.stderr, "rich_proxied_file", sys.stderr), name)
+        stream = getattr(sys, self._name)
+        return getattr(getattr(stream, "rich_proxied_file", stream), name)
 
     def write(self, text: str) -> int:
         """Write, or lose, a text."""
-        with suppress(OSError):
+        with self._losing():
             self.__getattr__("write")(text)
         return len(text)
 
     def flush(self) -> None:
         """Flush what was written."""
-        with suppress(OSError):
+        with self._losing():
             self.__getattr__("flush")()
 
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._lost and error.errno not in self._lost:
+                raise
+            with suppress(OSError, ValueError):  # what is buffered must not fail at the very end
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.__getattr__("fileno")())
+                os.close(nowhere)
 
-_talk = Console(file=cast(IO[str], _Stderr()), highlight=False)
-_result = Console(highlight=False)
+
+_talk = Console(file=cast(IO[str], _Standard("stderr")), highlight=False)
+_result = Console(file=cast(IO[str], _Standard("stdout", errno.EIO)), highlight=False)
 
 
 def hush() -> None:

@@ -243,7 +243,7 @@ def test_ctrl_c_reaches_two_processes_and_keeps_what_is_done(two_folders, tiny_m
 
 def test_a_closed_terminal_ends_a_run_as_sigterm_does(tmp_path):
     (tmp_path / "critic.py").write_text(CRITIC)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(2000)])
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(20_000)])
     line = ("collect-feedback", "--model", "python:critic.py:respond",
             "--critic", "python:critic.py:critique")  # fmt: skip
     child, terminal = pty.fork()
@@ -257,7 +257,7 @@ def test_a_closed_terminal_ends_a_run_as_sigterm_does(tmp_path):
     assert os.waitstatus_to_exitcode(status) == 130
     manifest = json.loads((tmp_path / "feedback.run.json").read_text())
     assert manifest["status"] == "interrupted"
-    assert 0 < lines_in(tmp_path / "feedback.jsonl") < 2000
+    assert 0 < lines_in(tmp_path / "feedback.jsonl") < 20_000
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -271,4 +271,22 @@ def test_nohup_keeps_a_run_going_when_the_terminal_closes(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 0
+    assert lines_in(tmp_path / "feedback.jsonl") == 200
+
+
+def test_a_run_that_outlives_its_terminal_ends_as_well_as_any_other(tmp_path):
+    (tmp_path / "critic.py").write_text(CRITIC)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(200)])
+    line = ("collect-feedback", "--model", "python:critic.py:respond",
+            "--critic", "python:critic.py:critique")  # fmt: skip
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(tmp_path)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.execve(sys.executable, command(*line), environment())
+    while lines_in(tmp_path / "feedback.journal.jsonl") < 100:
+        time.sleep(0.01)
+    os.close(terminal)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
     assert lines_in(tmp_path / "feedback.jsonl") == 200
