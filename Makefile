@@ -1,4 +1,5 @@
 # make demo: the whole method on a real model, without key or GPU.   make test: lint and every test.
+# make study: the method's claims with their controls (hours; QUICK=--quick for a smaller one).
 # make bench: how fast and how frugal calls to an API are, measured here; make bench-prefs: build-prefs.
 # Both make their own virtual environment from the pinned set; nothing need be installed before.
 
@@ -7,11 +8,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 DEMO ?= build/quickstart
+STUDY ?= build/study
+QUICK ?=
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint bench bench-generate bench-prefs bench-train clean
+.PHONY: demo study test lint bench bench-generate bench-prefs bench-train clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -29,6 +32,10 @@ FIND_WEIGHTS := from importlib.util import find_spec; from pathlib import Path; 
 demo: $(INSTALLED)
 	MODEL="$$($(BIN)/python -c '$(FIND_WEIGHTS)')" PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 \
 		bash examples/quickstart/run.sh $(DEMO)
+
+study: $(INSTALLED)
+	MODEL="$$($(BIN)/python -c '$(FIND_WEIGHTS)')" PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 \
+		bash examples/study/run.sh $(STUDY) $(QUICK)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

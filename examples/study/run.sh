@@ -40,7 +40,8 @@ srt sft --data own-feedback.jsonl --model models/stage-1 --out models/round-2 "$
 for model in stage-1 round-2; do
   srt self-critique --model "models/$model" "${own[@]}" --out "$model-self.jsonl"
   srt build-prefs --data "$model-self.jsonl" --strategy best-worst --out "$model-prefs.jsonl"
-  srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}"
+  # A critic that tells nothing apart may leave no pair.
+  srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}" || echo "no stage 2 after $model"
 done
 # Its control: stage 1 continued for as many steps.
 srt sft --data plain-feedback.jsonl --limit "$(wc -l < round-2-prefs.jsonl)" --refinement-only --model models/round-2 --out models/round-2-continued --epochs 1 "${trained[@]}" --learning-rate 3e-5
