@@ -438,4 +438,13 @@ def test_a_sign_of_life_comes_though_no_row_ends(srt, serve, tmp_path, monkeypat
     _rows(tmp_path, 2)
     line = ("collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique")
     result = srt(*line)
-    assert "criticising: 0/2 in 0 s  0 calls done, 2 awaited, 0 tokens" in result.stderr
+    assert "s  0 calls done, 2 in flight, 0 tokens" in result.stderr
+
+
+def test_calls_that_wait_for_a_slot_are_not_told_as_in_flight(srt, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("srt_cli.console.PLAIN_LINE_EVERY_S", 0.2)
+    server = serve(lambda body, number: Answer(delay_s=0.5))
+    _rows(tmp_path, 20)
+    line = ("collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique")
+    result = srt(*line)
+    assert "0 calls done, 16 in flight, 4 waiting, 0 tokens" in result.stderr

@@ -72,6 +72,8 @@ class Tally:
     completion_tokens: int = 0
     awaited: int = 0
     """Calls that models have, whose replies are not here yet."""
+    models: dict[int, Model] = field(default_factory=dict)
+    """Those that were asked."""
     started: float = field(default_factory=time.monotonic)
     owed: int = 0
     """Rows that wait for a reply which no model will give in this run."""
@@ -98,7 +100,10 @@ class Tally:
         """What goes on while rows are under way, in words; nothing before the first call."""
         if not self.paid + self.awaited:
             return ""
-        return f"{self.paid} calls done, {self.awaited} awaited, {self.completion_tokens} tokens"
+        waiting = min(self.awaited, sum(model.waiting for model in list(self.models.values())))
+        queue = f", {waiting} waiting" if waiting else ""
+        in_flight = f"{self.awaited - waiting} in flight{queue}"
+        return f"{self.paid} calls done, {in_flight}, {self.completion_tokens} tokens"
 
     def speed(self) -> str:
         """Tokens written a second, in words; nothing where none were."""
@@ -158,7 +163,7 @@ class _Conductor(Generic[Result]):
             if known is not None and not call.model.batched:
                 reply = known
                 continue
-            self.models[id(call.model)] = call.model
+            self.models[id(call.model)] = self.tally.models[id(call.model)] = call.model
             self.batching |= call.model.batched
             pending = _Pending(row, call, key, known)
             if call.model.batched:

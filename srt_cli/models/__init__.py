@@ -215,6 +215,11 @@ class Model(Protocol):
         ...
 
     @property
+    def waiting(self) -> int:
+        """How many of the requests it was handed it has not begun with."""
+        ...
+
+    @property
     def batched(self) -> bool:
         """Whether replies depend, in the last bit, on the wave they are computed in."""
         ...

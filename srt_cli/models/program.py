@@ -42,11 +42,17 @@ class ProgramModel:
         self.identity = f"{spec}@{digest}"
         # One thread: user code need not be thread-safe.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="program")
+        self._handed = self._begun = 0
 
     def submit(
         self, requests: Sequence[Request], answered: Sequence[bool] = ()
     ) -> list[Future[Reply]]:
+        self._handed += len(requests)
         return [self._thread.submit(self._call, request) for request in requests]
+
+    @property
+    def waiting(self) -> int:
+        return self._handed - self._begun
 
     def finish(self, seconds: float) -> bool:
         return True  # A program costs no money.
@@ -58,6 +64,7 @@ class ProgramModel:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _call(self, request: Request) -> Reply:
+        self._begun += 1
         if request.task is None:
             raise SrtError(f"{self.spec} is a program; it cannot continue a chat.")
         try:

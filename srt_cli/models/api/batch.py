@@ -72,6 +72,7 @@ class BatchModel:
     continues: bool = False
     gives_logprobs: bool = field(init=False)
     in_flight: int = EVERYTHING
+    waiting: int = 0
     identity: str = field(init=False)
     price: Price | None = field(init=False)
     _place: Place = field(init=False)
@@ -302,6 +303,7 @@ class ExportModel:
     continues: bool = False
     gives_logprobs: bool = field(init=False)
     in_flight: int = EVERYTHING
+    waiting: int = 0
     identity: str = field(init=False)
     _written: set[bytes] = field(default_factory=set)
     _file: IO[bytes] | None = None

@@ -150,6 +150,10 @@ class ApiModel:
     def can_be_told(self) -> bool:
         return self._place.manner.switches_thinking
 
+    @property
+    def waiting(self) -> int:
+        return len(self._jobs) + len(self._asleep)
+
     def finish(self, seconds: float) -> bool:
         if self._loop is None or self._thread is None or not self._thread.is_alive():
             return True

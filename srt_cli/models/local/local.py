@@ -38,6 +38,7 @@ class LocalModel:
     is_program: bool = False
     continues: bool = True
     gives_logprobs: bool = True
+    waiting: int = 0
     identity: str = field(init=False)
     in_flight: int = field(init=False)
     _continuous: bool = field(init=False)
