@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -387,8 +389,8 @@ def test_missing_or_absurd_usage_is_estimated_and_said(srt, serve, tmp_path, usa
 
 LINES = [
     line.strip()
-    for line in (ROOT / "docs/providers.md").read_text().splitlines()
-    if line.startswith("    srt collect-feedback") and ":" in line and not line.endswith("\\")
+    for line in (ROOT / "docs/providers.md").read_text().replace("\\\n", "").splitlines()
+    if line.startswith("    srt collect-feedback") and "--model" in line
 ]
 
 
@@ -408,17 +410,22 @@ def test_every_line_of_the_document_works(line, srt, serve, own, tmp_path, monke
     own("".join(tables))
     monkeypatch.setenv("GPU_KEY", "secret-of-gpu")
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "What?"}])
-    finished = srt(*line.replace("gpu-1:8000", host).split()[1:])
+    finished = srt(*shlex.split(line.replace("gpu-1:8000", host))[1:])
     assert finished.code == 0, finished.stderr
     (row,) = read_jsonl(tmp_path / "feedback.jsonl")
     assert row["status"] == "ok"
     assert len(chat.requests) + len(claude.requests) == 3
     keys = {headers.get("authorization") or headers.get("api-key") for headers in chat.headers}
-    named = {spec.partition(":")[0] for spec in line.split()} & set(providers()) - {"anthropic"}
+    specs = re.findall(r"--(?:model|critic) (\S+)", line)
+    named = {parse_spec(spec).provider for spec in specs} - {"anthropic", None}
     own_keys = {f"secret-of-{name}" for name in named if providers()[name].key}
-    own_keys |= {"secret-of-openai"} if " gpt-4" in line else set()
     own_keys |= {"secret-of-gpu"} if "GPU_KEY" in line else set()
     assert {key.removeprefix("Bearer ") for key in keys if key} == own_keys
+    if "--extra-body" in line:
+        draft, critique, score = chat.requests
+        assert draft["chat_template_kwargs"] == {"enable_thinking": False}
+        assert critique["reasoning_effort"] == score["reasoning_effort"] == "high"
+        assert "chat_template_kwargs" not in critique
 
 
 def test_azure_is_asked_at_the_deployment_with_its_version_and_its_key(serve, monkeypatch):

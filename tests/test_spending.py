@@ -531,6 +531,17 @@ def test_a_plan_an_export_and_a_reparse_need_no_key(srt, prompts, tmp_path, monk
     assert srt(*line, "--reparse").code == 0
 
 
+@pytest.mark.parametrize("flags", [("--batch",), ("--export-batch", "ask.jsonl")])
+def test_azure_is_refused_as_a_batch(srt, prompts, tmp_path, monkeypatch, flags):
+    prompts(1)
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "https://mine.openai.azure.com")
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "secret-of-azure")
+    finished = srt("collect-feedback", "--critic", "azure:my-deployment", *flags)
+    assert finished.code == 2
+    assert f"{flags[0]}: srt knows no batches of azure:my-deployment." in finished.stderr
+    assert not (tmp_path / "ask.jsonl").exists()
+
+
 def test_contradicting_options_are_refused(srt, serve, prompts):
     prompts(1)
     finished = collect(srt, serve(as_policy_and_critic), "--batch", "--dry-run")
