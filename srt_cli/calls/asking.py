@@ -1,10 +1,11 @@
 """The only driver of model calls: journal, progress, cost and interruption, for every command."""
 
+import gc
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from srt_cli import console
 from srt_cli.calls.conduct import Script, Tally, conduct, replay
@@ -19,6 +20,8 @@ from srt_cli.runs.journal import Journal
 from srt_cli.runs.run import Run
 
 Result = TypeVar("Result")
+COLLECT_AFTER: Final = 20_000
+"""New objects between two searches for cycles; a call makes hundreds of objects, and no cycle."""
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Asking:
     """Tokens of the rows that were written, for the manifest."""
     elsewhere: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By spec, how the models of other processes of this run described themselves."""
+    _collected_after: tuple[int, int, int] = field(default_factory=gc.get_threshold)
 
     @classmethod
     def begin(
@@ -59,6 +63,9 @@ class Asking:
         return cls(journal, run=run, door=door, critic_door=critics, cost=cost, offline=offline)
 
     def __enter__(self) -> "Asking":
+        self._collected_after = gc.get_threshold()
+        gc.freeze()
+        gc.set_threshold(COLLECT_AFTER, *self._collected_after[1:])
         return self
 
     def __exit__(
@@ -67,6 +74,8 @@ class Asking:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        gc.set_threshold(*self._collected_after)
+        gc.unfreeze()
         for model in self.models:
             self._leave(model)
         if self.run is not None and self.cost is not None:

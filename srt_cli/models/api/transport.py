@@ -58,6 +58,8 @@ class Endpoint:
     down_until: float = 0.0
     successes: int = 0
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
+    _proxies: dict[str, str | None] = field(default_factory=dict, repr=False)
+    """By address without its path: finding one reads the whole environment."""
 
     async def get(self, path: str) -> Answer:
         """Fetch a path below the address, or an address on its host; raises `NoAnswer`."""
@@ -111,7 +113,7 @@ class Endpoint:
                 url,
                 data=content,
                 headers=headers,
-                proxy=_proxy_for(url),
+                proxy=self._proxy_for(url),
                 allow_redirects=False,
             ) as response:
                 told = await _read(response, most_bytes)
@@ -123,6 +125,13 @@ class Endpoint:
             cause = "malformed reply" if torn else "no connection"
             said = str(error) or type(error).__name__
             raise NoAnswer(cause, blot_text(said, self.secrets)) from None
+
+    def _proxy_for(self, url: str) -> str | None:
+        parts = urlsplit(url)
+        place = f"{parts.scheme}://{parts.netloc}"
+        if place not in self._proxies:
+            self._proxies[place] = _named_proxy(parts.scheme, parts.hostname or "")
+        return self._proxies[place]
 
     def open(self) -> aiohttp.ClientSession:
         """The session, made when it is first asked for, within the loop that uses it."""
@@ -162,16 +171,15 @@ def _trusted(url: str) -> ssl.SSLContext | bool:
     return ssl.create_default_context(cafile=None if own else certifi.where())
 
 
-def _proxy_for(url: str) -> str | None:
-    """The proxy that the environment names for an address.
+def _named_proxy(scheme: str, host: str) -> str | None:
+    """The proxy that the environment names for a host.
 
     aiohttp would find it too (`trust_env`), and put a password of .netrc in the place of our key.
     """
-    parts = urlsplit(url)
-    proxies = getproxies()
-    if proxy_bypass(parts.hostname or ""):
+    if proxy_bypass(host):
         return None
-    return proxies.get(parts.scheme) or proxies.get("all")
+    proxies = getproxies()
+    return proxies.get(scheme) or proxies.get("all")
 
 
 def blot_text(text: str, secrets: Iterable[str]) -> str:
