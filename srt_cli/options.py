@@ -33,6 +33,8 @@ GROUPS: Final[tuple[Group, ...]] = typing.get_args(Group)
 Config = TypeVar("Config")
 
 RUNS_CODE_PREFIX = "python:"
+_BEFORE_SPEC: Final = re.compile(r"^[a-z]+=")
+"""What a spec is for, where an option says that too: refinement=gpt-4."""
 _WEIGHTED: Final = re.compile(r":[0-9.]+$")
 
 
@@ -197,6 +199,22 @@ def under_todays_names(config: Any, values: Mapping[str, Any]) -> dict[str, Any]
     return renamed
 
 
+def as_declared(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of an earlier run as `config` (a class, or one of it) declares them today.
+
+    One value of an option that takes several today is a list of it.
+    """
+    several = {
+        field.name
+        for field in dataclasses.fields(config)
+        if typing.get_origin(without_none(field.type)) is tuple
+    }
+    return {
+        name: [value] if name in several and isinstance(value, str) else value
+        for name, value in values.items()
+    }
+
+
 def every_name(config_class: type[Any]) -> dict[str, Any]:
     """The names that a configuration file may use, today's and former ones, with their types."""
     names = {}
@@ -263,7 +281,9 @@ def _allow_found(file: Path, field: dataclasses.Field[Any], value: Any) -> None:
     """Raise `SrtError` for what a file may not choose that nobody named; say what it sends where."""
     name = field.name
     specs = [
-        spec for spec in (value if isinstance(value, list) else [value]) if isinstance(spec, str)
+        _BEFORE_SPEC.sub("", spec)
+        for spec in (value if isinstance(value, list) else [value])
+        if isinstance(spec, str)
     ]
     does = None
     if name == "api_key":

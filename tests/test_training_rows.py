@@ -1,5 +1,6 @@
 """Which rows a training sees: held out by prompt, mixed in, ablated, and what falls out."""
 
+import json
 import re
 
 import pytest
@@ -17,8 +18,9 @@ from srt_cli.records import Message
 from srt_cli.templates import CRITIQUE_REQUEST
 from srt_cli.training.rows import (
     PARTS,
-    draw_chats,
+    draw_rows,
     is_held_out,
+    parse_data,
     parse_mix,
     parse_targets,
     read_chats,
@@ -177,6 +179,87 @@ def test_dpo_evaluates_on_pairs_that_are_held_out(dpo, tmp_path):
     assert 0 <= evaluated[-1]["eval_rewards/accuracies"] <= 1
 
 
+# --- Several files -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rounds(tmp_path):
+    """Two rounds of feedback on the same prompts, one of them by another name than most files."""
+    write_jsonl(tmp_path / "r:1.jsonl", feedback_rows(12))
+    write_jsonl(tmp_path / "r:2.jsonl", feedback_rows(12, response="One more draft."))
+    (tmp_path / "r:2.jsonl").rename(tmp_path / "r.jsonl:2")
+    return tmp_path
+
+
+def test_a_plan_counts_the_rows_of_each_file_by_weight(sft, rounds):
+    planned = sft("--data", "r:1.jsonl:0.5", "r.jsonl:2", "--data", "feedback.jsonl:2",
+                  "--eval-split", 0.3, "--dry-run")  # fmt: skip
+    assert planned.code == 0, planned.stderr
+    held_12 = sum(is_held_out(row["prompt"], 0.3) for row in feedback_rows(12))
+    held_24 = sum(is_held_out(row["prompt"], 0.3) for row in feedback_rows(24))
+    table = [line.split() for line in planned.stdout.splitlines()]
+    figures = {row[0]: row[1:6] for row in table if row and ".jsonl" in row[0]}
+    assert figures == {
+        "r:1.jsonl": ["0.5", "12", "12", str(held_12), str(round((12 - held_12) / 2))],
+        "r.jsonl:2": ["1", "12", "12", str(held_12), str(12 - held_12)],
+        "feedback.jsonl": ["2", "24", "24", str(held_24), str(2 * (24 - held_24))],
+    }
+
+
+def test_several_files_are_trained_on_and_no_prompt_is_on_both_sides(sft, rounds):
+    line = ("--data", "*r*", "--eval-split", 0.3, "--global-batch", 24, "--samples", 0)
+    (rounds / "feedback.jsonl").unlink()
+    finished = sft(*line)
+    assert finished.code == 0, finished.stderr
+    assert "r:1.jsonl: 12 rows: 12 kept" in finished.stderr
+    manifest = json.loads((rounds / "models/sft/run.json").read_text())
+    named = {name: file["path"] for name, file in manifest["inputs"].items()}
+    assert named == {"data": "r.jsonl:2", "data 2": "r:1.jsonl"}
+    files = manifest["tallies"]["files"]
+    assert [each["trained"] + each["held_out"] for each in files] == [12, 12]
+    # The same prompts stand in both files, so both hold out the same.
+    assert files[0]["held_out"] == files[1]["held_out"] > 0
+    assert manifest["tallies"]["sequences"] == sum(each["trained"] for each in files)
+    assert sum(each["tokens"] for each in files) == manifest["tallies"]["tokens"]
+    assert "nothing to do" in sft(*line).stderr
+    assert "--data was" in sft("--data", "r:1.jsonl", *line[2:]).stderr
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
+def test_a_weight_that_is_no_share_is_refused(weight):
+    with pytest.raises(UsageError, match="a weight is a number above 0"):
+        parse_data(f"feedback.jsonl:{weight}")
+
+
+def test_the_policy_is_that_of_all_files_or_is_asked_for(srt, tmp_path):
+    for name, model in (("a", "base"), ("b", "base"), ("c", "other")):
+        write_jsonl(tmp_path / f"{name}.jsonl", feedback_rows(1))
+        manifest = {"command": "collect-feedback", "settings": {"model": model}, "runtime": {}}
+        (tmp_path / f"{name}.run.json").write_text(json.dumps(manifest))
+    same = srt("sft", "--data", "a.jsonl", "b.jsonl", "--dry-run")
+    assert "base" in same.stderr
+    assert "Several policies" not in same.stderr
+    several = srt("sft", "--data", "a.jsonl", "c.jsonl")
+    assert several.code == 2
+    assert "(a.jsonl of base, c.jsonl of other). Pass --model, the one" in several.stderr
+
+
+def test_training_goes_on_from_a_tuned_model_and_says_so(srt, sft, tmp_path):
+    short = ("--limit", 4, "--warmup", 0, "--samples", 0, "--critic-check", 0)
+    assert sft(*short).code == 0
+    again = srt("sft", "--model", "models/sft", "--overwrite", "--critic-check", 0)
+    assert again.code == 2
+    assert "--out models/sft: is the model that training starts from." in again.stderr
+    further = srt("sft", "--model", "models/sft", "--out", "models/further", *QUICK, *short)
+    assert further.code == 0, further.stderr
+    assert "models/sft: srt sft made it from" in further.stderr
+    assert "training goes on from there" in further.stderr
+    first, second = (
+        read_jsonl(tmp_path / f"models/{name}/metrics.jsonl") for name in ("sft", "further")
+    )
+    assert second[0]["loss"] < first[0]["loss"]
+
+
 # --- Ablations of the target -------------------------------------------------------------------
 
 
@@ -284,9 +367,9 @@ def test_chats_are_drawn_without_repeating_before_all_were_taken(tmp_path):
         tmp_path / "chats.jsonl", [{"prompt": f"p{n}", "response": "r"} for n in range(10)]
     )
     chats = read_chats(path)
-    drawn = draw_chats(chats, 25, seed=1)
+    drawn = draw_rows(chats, 25, seed=1)
     assert len({chat.id for chat in drawn[:10]}) == 10
-    assert draw_chats(chats, 7, seed=1) == drawn[:7]
+    assert draw_rows(chats, 7, seed=1) == drawn[:7]
 
 
 @pytest.mark.parametrize("text", ["chats.jsonl", "chats.jsonl:", "chats.jsonl:-1", ":0.5", "a:nan"])

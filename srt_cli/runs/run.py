@@ -18,7 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 import srt_cli
 from srt_cli import console
 from srt_cli.errors import BudgetReached, QuotaError, SrtError, UsageError
-from srt_cli.options import differing_settings, flag_named, under_todays_names, values_of
+from srt_cli.options import (
+    as_declared,
+    differing_settings,
+    flag_named,
+    under_todays_names,
+    values_of,
+)
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import dropped_path, is_data_file, is_stream, sha256_of, write_json
@@ -320,7 +326,7 @@ def open_run(
     if earlier is not None:
         # An option that an older srt did not have stood at its default.
         defaults = values_of(type(options)(), "setting")
-        then = defaults | under_todays_names(options, earlier.settings)
+        then = defaults | as_declared(options, under_todays_names(options, earlier.settings))
         earlier = earlier.model_copy(update={"settings": then})
     if not options.overwrite:
         _refuse_other_run(command, options, settings, earlier)

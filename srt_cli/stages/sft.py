@@ -1,5 +1,6 @@
 """Stage 1, second half: fine-tune the policy on response, feedback and refinement."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,7 +11,7 @@ from srt_cli.options import runtime, setting
 from srt_cli.runs.run import inherited
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import run_in_processes
-from srt_cli.training.rows import SftTask, Thoughts, parse_mix, parse_targets
+from srt_cli.training.rows import SftTask, Thoughts, parse_data, parse_mix, parse_targets
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Sft(TrainingOptions):
     Examples:
       srt sft --data feedback.jsonl --model models/base
 
+      srt sft --data r1.jsonl --data r2.jsonl:0.5 --eval-split 0.05
+
       srt sft --method lora --learning-rate 1e-4 --loss-on feedback,refinement
     """
 
-    data: Path = setting(
-        Path("feedback.jsonl"), "Feedback to learn from.",
-        group="Data", common=True, metavar="FILE",
+    data: tuple[str, ...] = setting(
+        ("feedback.jsonl",), "Feedback to learn from; WEIGHT times the rows of a file. Repeatable.",
+        group="Data", common=True, metavar="FILE[:WEIGHT]",
     )  # fmt: skip
     model: str | None = setting(
         None, "The policy.", otherwise="the one that wrote the drafts",
@@ -90,13 +93,14 @@ def _fine_tune(options: Sft) -> None:
         options.balance,
     )  # fmt: skip
     mixes = [parse_mix(text) for text in options.mix]
-    model = options.model or inherited(options.data, "model")
-    if model is None or names_program(model):
-        raise UsageError(f"{options.data} names no policy to train. Pass --model.")
+    data = [parse_data(text) for text in options.data]
+    model = options.model or policy_behind([file.path for file in data])
+    if names_program(model):
+        raise UsageError(f"--model {model}: a program has no weights to train. Name a model.")
     from srt_cli.training.sft import fine_tune
 
     task = SftTask(
-        data=options.data,
+        data=data,
         model=model,
         targets=targets,
         mixes=mixes,
@@ -106,3 +110,20 @@ def _fine_tune(options: Sft) -> None:
         thoughts=options.thoughts,
     )
     fine_tune(options, task)
+
+
+def policy_behind(data: Sequence[Path]) -> str:
+    """The policy that wrote the drafts, by the manifests of their files.
+
+    Raises `UsageError` where they name none, or several.
+    """
+    named = {model: path for path in data if (model := inherited(path, "model")) is not None}
+    policies = {model: path for model, path in named.items() if not names_program(model)}
+    if not policies:
+        raise UsageError(f"{', '.join(map(str, data))} names no policy to train. Pass --model.")
+    if len(policies) > 1:
+        told = ", ".join(f"{path} of {model}" for model, path in policies.items())
+        raise UsageError(
+            f"Several policies wrote the drafts ({told}). Pass --model, the one to train."
+        )
+    return next(iter(policies))

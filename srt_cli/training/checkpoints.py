@@ -11,7 +11,7 @@ import orjson
 from safetensors import SafetensorError
 
 from srt_cli import console
-from srt_cli.errors import SrtError
+from srt_cli.errors import SrtError, UsageError
 from srt_cli.runs.jsonl import write_json
 from srt_cli.runs.run import (
     InputFile,
@@ -34,6 +34,11 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
     was trained with other settings, data or templates.
     """
     options = setup.options
+    start = Path(setup.model)
+    if start.exists() and options.out.resolve() == start.resolve():
+        raise UsageError(
+            f"--out {options.out}: is the model that training starts from. Choose another --out."
+        )
     run = open_run(
         setup.stage,
         options,
@@ -112,11 +117,13 @@ def refuse_other_training(checkpoint: Path, now: Mapping[str, Any]) -> None:
             f"{checkpoint}: does not say how it was made. Start over with --overwrite."
         ) from None
     differing = [
-        f"{_named(kind, name)} was {then.get(kind, {}).get(name)!r}, now {value!r}"
+        f"{_named(kind, name)} was {was!r}, now {value!r}"
         for kind, values in now.items()
         for name, value in values.items()
         # A setting that did not exist then has been compared with its default by the run.
-        if then.get(kind, {}).get(name, value if kind == "settings" else None) != value
+        # One that took a single value then may be a list of it.
+        if (was := then.get(kind, {}).get(name, value if kind == "settings" else None)) != value
+        and [was] != value
     ]
     if differing:
         raise SrtError(

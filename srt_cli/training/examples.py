@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress, cycle, islice
+from itertools import chain, compress, cycle, islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
@@ -14,9 +14,12 @@ from srt_cli.training.rows import (
     PARTS,
     Chat,
     Fallen,
+    FeedbackFile,
+    FileFigures,
     Prepared,
     SftTask,
-    draw_chats,
+    by_weight,
+    draw_rows,
     read_chats,
     require_both_sides,
     split_rows,
@@ -80,10 +83,10 @@ def length_limit(setup: Setup) -> LengthLimit:
 def prepare_sft(
     setup: Setup,
     chat: ChatFormat,
-    records: Sequence[FeedbackRecord],
+    files: Sequence[FeedbackFile],
     task: SftTask,
 ) -> Prepared[TokenSequence]:
-    """Token ids and masks of feedback records and of the chats mixed in.
+    """Token ids and masks of the feedback in `files`, by their weights, and of the chats mixed in.
 
     A mix's weight counts against the feedback records that are trained on. Raises `SrtError` for a
     row that does not fit (unless it may be dropped, or this is a plan), and for one that would teach
@@ -95,18 +98,29 @@ def prepare_sft(
             "out, or pass a --chat-template that has one."
         )
     share = setup.options.eval_split
-    train, held_out = split_rows(records, lambda record: record.prompt, share)
+    sides = [split_rows(each.kept, lambda record: record.prompt, share) for each in files]
+    train, held_out = ([row for side in sides for row in side[which]] for which in (0, 1))
     require_both_sides(train, held_out, share)
-    chats, held_chats = _mixed(setup, task, len(train))
-
     fitting = _Fitting(setup.options.unfit == "drop")
 
-    def encode(some: Sequence[FeedbackRecord]) -> list[tuple[TokenSequence, Record]]:
+    def encode(some: Sequence[FeedbackRecord], path: Path) -> list[tuple[TokenSequence, Record]]:
         return fitting.examples(
             some,
             lambda record: _sequences(chat, record, task),
-            lambda row: f"{task.data}: row {row.id}",
+            lambda row: f"{path}: row {row.id}",
         )
+
+    encoded: list[list[tuple[TokenSequence, Record]]] = []
+    held: list[tuple[TokenSequence, Record]] = []
+    figures = []
+    for each, (mine, kept_back) in zip(files, sides, strict=True):
+        path, weight = each.file.path, each.file.weight
+        drawn = by_weight(mine, weight, setup.options.seed)
+        encoded.append(encode(drawn, path))
+        held += encode(kept_back, path)
+        of_file = FileFigures(str(path), weight, each.read, len(each.kept), len(kept_back))
+        figures.append(replace(of_file, trained=len(drawn)))
+    chats, held_chats = _mixed(setup, task, sum(each.trained for each in figures))
 
     def encode_chats(some: Sequence[Chat]) -> list[tuple[TokenSequence, Record]]:
         return fitting.examples(
@@ -115,17 +129,24 @@ def prepare_sft(
             lambda row: f"--mix {row.id}",
         )
 
-    encoded = encode(train)
+    feedback = list(chain.from_iterable(encoded))
     if task.targets.balance:
-        encoded = _balanced(encoded)
+        feedback = _balanced(feedback)
     prepared = _within(
         length_limit(setup),
-        encoded + encode_chats(chats),
-        encode(held_out) + encode_chats(held_chats),
+        feedback + encode_chats(chats),
+        held + encode_chats(held_chats),
         lambda sequence: len(sequence.input_ids),
         "sequences",
     )
     check_labels(prepared.train + prepared.held_out, chat.end_id)
+    if len(files) > 1:
+        file_of = {id(s): n for n, some in enumerate(encoded) for s, _ in some}
+        for sequence in prepared.train:
+            if id(sequence) in file_of:
+                figures[file_of[id(sequence)]].tokens += len(sequence.input_ids)
+        prepared.files = figures
+        prepared.tallies["files"] = [vars(of_file) for of_file in figures]
     if task.targets.balance:
         goods = Counter(s.good for s in prepared.train)
         prepared.sentences.append(
@@ -224,7 +245,7 @@ def _mixed(setup: Setup, task: SftTask, rows: int) -> tuple[list[Chat], list[Cha
         chats, held = split_rows(read_chats(mix.path), lambda chat: chat.messages[:-1], share)
         if not chats:
             raise SrtError(f"--eval-split {share:g} leaves no chat of {mix.path} to train on.")
-        drawn += draw_chats(chats, max(1, round(mix.weight * rows)), setup.options.seed)
+        drawn += draw_rows(chats, max(1, round(mix.weight * rows)), setup.options.seed)
         held_out += held
     return drawn, held_out
 

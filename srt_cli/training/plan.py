@@ -14,7 +14,7 @@ from srt_cli.models.chat import ChatFormat
 from srt_cli.training.batches import Packing, largest_pass, pack_length
 from srt_cli.training.examples import longest_side
 from srt_cli.training.memory import GIB, Fit
-from srt_cli.training.rows import PARTS, Example, Prepared
+from srt_cli.training.rows import PARTS, Example, FileFigures, Prepared
 from srt_cli.training.sequences import IGNORED, PairIds, TokenSequence
 from srt_cli.training.setup import Setup
 
@@ -183,10 +183,23 @@ def _show_rows(prepared: Prepared[Any], read: int) -> None:
     rows += [["held out", str(len(prepared.held_out))]] if prepared.held_out else []
     rows += [[f"dropped: {reason}", str(count)] for reason, count in prepared.reasons.items()]
     console.table("rows", ["", "rows"], rows)
+    _show_files(prepared.files)
     if prepared.split is not None:
         console.result(f"{prepared.split}\n")
     if prepared.too_long is not None:
         console.result(f"{prepared.too_long}\n")
+
+
+def _show_files(files: Sequence[FileFigures]) -> None:
+    if not files:
+        return
+    columns = ["", "weight", "read", "kept", "held out", "trained on", "tokens"]
+    cells = [
+        [each.file, f"{each.weight:g}", *map(str, (each.rows, each.kept, each.held_out)),
+         str(each.trained), f"{each.tokens:,}"]
+        for each in files
+    ]  # fmt: skip
+    console.table("rows by file", columns, cells)
 
 
 def _show_tokens(lengths: Mapping[str, Sequence[int]]) -> None:

@@ -1,4 +1,4 @@
-"""What a training is asked for, and which rows it sees: some held out, other chats mixed in."""
+"""What a training is asked for, and which rows it sees: by weight, held out, other chats mixed in."""
 
 import hashlib
 import random
@@ -14,7 +14,7 @@ from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import read_row
 from srt_cli.records import FeedbackRecord, Message, Prompt, Record, as_messages, content_id
-from srt_cli.runs.jsonl import DroppedRows, read_rows
+from srt_cli.runs.jsonl import DroppedRows, read_records, read_rows
 from srt_cli.runs.run import Run, inherited, read_manifest
 from srt_cli.templates import FEEDBACK_FIELDS, FeedbackField
 from srt_cli.training.options import PackingChoice
@@ -40,6 +40,20 @@ class Fallen(NamedTuple):
 
 
 @dataclass
+class FileFigures:
+    """What one of several files brings to a training, for the plan and the manifest."""
+
+    file: str
+    weight: float
+    rows: int
+    kept: int
+    held_out: int = 0
+    trained: int = 0
+    """Rows that are trained on, by their weight."""
+    tokens: int = 0
+
+
+@dataclass
 class Prepared(Generic[Example]):
     """What a training will see, what is held out, and what was dropped on the way."""
 
@@ -52,6 +66,8 @@ class Prepared(Generic[Example]):
     """For the terminal: what became of the rows."""
     too_long: str | None = None
     """What a training does about rows over the limit, if there are any; for a plan."""
+    files: list[FileFigures] = field(default_factory=list)
+    """Of each file, where there are several."""
     split: str | None = None
     """That the template rewrites earlier turns, if it does; for a plan."""
 
@@ -198,6 +214,81 @@ def require_both_sides(train: Sequence[AnyRow], held_out: Sequence[AnyRow], shar
         )
 
 
+# --- Files, each with its weight ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightedFile:
+    """`FILE:WEIGHT`: so many times its rows for `--data`; so many for each feedback row for `--mix`."""
+
+    path: Path
+    weight: float
+
+
+def parse_data(text: str) -> WeightedFile:
+    """`FILE` or `FILE:WEIGHT`; raises `UsageError` for a weight that is not above 0."""
+    path, weight = _part_weight(text)
+    if weight is not None and not 0 < weight < float("inf"):
+        raise UsageError(
+            f"--data {text}: a weight is a number above 0, e.g. {path}:0.5 for half of its rows."
+        )
+    return WeightedFile(path, 1.0 if weight is None else weight)
+
+
+def _part_weight(text: str) -> tuple[Path, float | None]:
+    """A file and the weight behind it; a file whose own name ends so is taken at its word."""
+    path, _, weight = text.rpartition(":")
+    if not path or Path(text).exists():
+        return Path(text), None
+    try:
+        return Path(path), float(weight)
+    except ValueError:
+        return Path(text), None
+
+
+@dataclass(frozen=True)
+class FeedbackFile:
+    """One file of feedback: which of its rows teach, and which fell out."""
+
+    file: WeightedFile
+    kept: list[FeedbackRecord]
+    fallen: list[Fallen]
+
+    @property
+    def read(self) -> int:
+        """Rows that were read."""
+        return len(self.kept) + len(self.fallen)
+
+
+def read_feedback(files: Iterable[WeightedFile], limit: int | None) -> list[FeedbackFile]:
+    """The rows of every file, in order; `limit` counts over all of them."""
+    found: list[FeedbackFile] = []
+    for file in files:
+        left = None if limit is None else limit - sum(each.read for each in found)
+        rows = read_records(file.path, FeedbackRecord.model_validate, limit=left)
+        found.append(FeedbackFile(file, *keep_teaching_rows(rows)))
+    return found
+
+
+def data_inputs(files: Sequence[WeightedFile]) -> dict[str, Path]:
+    """The files as a manifest names them."""
+    return {f"data {n}" if n > 1 else "data": file.path for n, file in enumerate(files, 1)}
+
+
+def draw_rows(rows: Sequence[AnyRow], count: int, seed: int) -> list[AnyRow]:
+    """`count` rows in the order of a seeded shuffle, which starts over when there are fewer."""
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    return [order[position % len(order)] for position in range(count)]
+
+
+def by_weight(rows: Sequence[AnyRow], weight: float, seed: int) -> list[AnyRow]:
+    """So many times the rows; with weight 1 each once, in its order."""
+    if weight == 1 or not rows:
+        return list(rows)
+    return draw_rows(rows, max(1, round(weight * len(rows))), seed)
+
+
 def prompts_to_sample(
     prompts: Sequence[str | list[Message]], share: float, count: int
 ) -> list[list[Message]]:
@@ -209,14 +300,6 @@ def prompts_to_sample(
 # --- Other chats, mixed in ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mix:
-    """`--mix FILE:WEIGHT`: WEIGHT of the file's chats for each feedback row."""
-
-    path: Path
-    weight: float
-
-
 class Chat(Record):
     """A conversation whose assistant turns are trained."""
 
@@ -224,19 +307,15 @@ class Chat(Record):
     messages: list[Message]
 
 
-def parse_mix(text: str) -> Mix:
+def parse_mix(text: str) -> WeightedFile:
     """`FILE:WEIGHT`; raises `UsageError` for another form or a weight that is not above 0."""
-    path, colon, weight = text.rpartition(":")
-    try:
-        share = float(weight)
-    except ValueError:
-        share = 0.0
-    if not colon or not path or not 0 < share < float("inf"):
+    path, weight = _part_weight(text)
+    if weight is None or not 0 < weight < float("inf"):
         raise UsageError(
             f"--mix {text}: write FILE:WEIGHT, e.g. chats.jsonl:0.5 for one of its chats to two "
             "feedback rows."
         )
-    return Mix(Path(path), share)
+    return WeightedFile(path, weight)
 
 
 def read_chats(path: Path) -> list[Chat]:
@@ -269,13 +348,6 @@ def _chat(path: Path, number: int, row: Mapping[str, Any]) -> Chat:
     return Chat(id=f"{path.name}:{number}", messages=[*prompt.messages, answer])
 
 
-def draw_chats(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
-    """`count` chats in the order of a seeded shuffle, which starts over when there are fewer."""
-    order = list(chats)
-    random.Random(seed).shuffle(order)
-    return [order[position % len(order)] for position in range(count)]
-
-
 # --- What is asked for, beside the options that both stages share ------------------------------
 
 
@@ -283,10 +355,10 @@ def draw_chats(chats: Sequence[Chat], count: int, seed: int) -> list[Chat]:
 class SftTask:
     """Stage 1 as its own options describe it, read and checked."""
 
-    data: Path
+    data: Sequence[WeightedFile]
     model: str
     targets: Targets
-    mixes: Sequence[Mix]
+    mixes: Sequence[WeightedFile]
     packing: PackingChoice
     good_score: float
     """From this score on, an answer counts as good."""

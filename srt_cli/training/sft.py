@@ -5,6 +5,8 @@ SFTTrainer, save, check the critic that came of it.
 """
 
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -17,9 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from srt_cli import console
 from srt_cli.errors import SrtError
 from srt_cli.feedback.critic_check import check_critic
-from srt_cli.records import FeedbackRecord
-from srt_cli.runs.jsonl import read_records
-from srt_cli.runs.run import Run
+from srt_cli.runs.run import Run, read_manifest
 from srt_cli.training.batches import (
     Columns,
     LengthGroupedOrder,
@@ -42,15 +42,25 @@ from srt_cli.training.rows import (
     FEEDBACK_PARTS,
     PARTS,
     Fallen,
+    FeedbackFile,
     SftTask,
-    keep_teaching_rows,
+    data_inputs,
     prompts_to_sample,
+    read_feedback,
     write_dropped,
 )
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
 from srt_cli.training.sequences import IGNORED, TokenSequence
-from srt_cli.training.setup import Setup, Training, chat_of, load_policy, lora_config, set_up
+from srt_cli.training.setup import (
+    CONFIG_CLASSES,
+    Setup,
+    Training,
+    chat_of,
+    load_policy,
+    lora_config,
+    set_up,
+)
 
 DROPPED: Final = "sft.jsonl"
 """The file of dropped rows stands beside it."""
@@ -59,23 +69,24 @@ DROPPED: Final = "sft.jsonl"
 def fine_tune(options: TrainingOptions, task: SftTask) -> None:
     """Read feedback, keep what teaches, prepare, fit, train, check, save."""
     setup = set_up(options, "sft", task.model)
-    records = list(read_records(task.data, FeedbackRecord.model_validate, limit=options.limit))
-    kept, fallen = keep_teaching_rows(records)
+    files = read_feedback(task.data, options.limit)
+    _say_where_it_starts(task.model)
     if options.dry_run:
-        _show_plan(setup, task, kept, fallen)
+        _show_plan(setup, task, files)
         return
-    inputs = {"data": task.data}
+    inputs = data_inputs(task.data)
     inputs |= {f"mix_{number}": mix.path for number, mix in enumerate(task.mixes, start=1)}
     run = open_training(setup, inputs, {})
     if not run.complete:
         with run:
             if setup.advice is not None:
                 run.warn(setup.advice)
-            _tell_of_rows(run, len(kept), fallen)
-            trained = _trained_before(run) or _train(setup, task, kept, fallen, run)
+            _tell_of_rows(run, files)
+            trained = _trained_before(run) or _train(setup, task, files, run)
             if task.critic_check and not task.targets.scores:
                 console.say("no critic check: this model is not trained to score")
             elif task.critic_check:
+                kept = [record for each in files for record in each.kept]
                 check_critic(run, kept, task.critic_check, task.good_score, options.seed)
             if not options.keep_checkpoints:
                 clear_checkpoints(run.out)
@@ -85,15 +96,34 @@ def fine_tune(options: TrainingOptions, task: SftTask) -> None:
     finish_training(options, f"srt self-critique --model {options.out}")
 
 
-def _tell_of_rows(run: Run, kept: int, fallen: list[Fallen]) -> None:
+def _say_where_it_starts(model: str) -> None:
+    """Say that a model was tuned before, where its directory tells so."""
+    directory = Path(model)
+    maker = read_manifest(directory) if directory.is_dir() else None
+    if maker is not None and maker.command in CONFIG_CLASSES:
+        console.say(
+            f"{model}: srt {maker.command} made it from {maker.settings.get('model')}; training goes on "
+            "from there"
+        )
+
+
+def _tell_of_rows(run: Run, files: Sequence[FeedbackFile]) -> None:
+    for each in files if len(files) > 1 else ():
+        weight = f", weight {each.file.weight:g}" if each.file.weight != 1 else ""
+        console.say(f"{each.file.path}: {each.read} rows: {len(each.kept)} kept{weight}")
+    fallen = _all_fallen(files)
     counts = Counter(row.reason for row in fallen)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    rows = kept + len(fallen)
+    rows, kept = sum(each.read for each in files), sum(len(each.kept) for each in files)
     console.say(f"{rows} rows: {kept} kept" + (f"; dropped: {reasons}" if reasons else ""))
     run.tally({"rows": rows, "kept": kept})
     if not kept:
         dropped = write_dropped(run.out / DROPPED, fallen)
         raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped}.")
+
+
+def _all_fallen(files: Sequence[FeedbackFile]) -> list[Fallen]:
+    return [row for each in files for row in each.fallen]
 
 
 def _trained_before(run: Run) -> Trained | None:
@@ -110,14 +140,13 @@ def _trained_before(run: Run) -> Trained | None:
 def _prepare(
     setup: Setup,
     task: SftTask,
-    records: list[FeedbackRecord],
-    fallen: list[Fallen],
+    files: Sequence[FeedbackFile],
     run: Run | None = None,
 ) -> Ready[TokenSequence]:
     """Everything that a training needs to know before its weights are loaded."""
     chat = chat_of(setup, run)
-    prepared = prepare_sft(setup, chat, records, task)
-    prepared.fallen = fallen + prepared.fallen
+    prepared = prepare_sft(setup, chat, files, task)
+    prepared.fallen = _all_fallen(files) + prepared.fallen
     lengths = _lengths(prepared.train)
     packing = decide_packing(task.packing, lengths, setup)
     return Ready(chat, prepared, fit(setup, largest_pass(lengths, packing, setup)), packing)
@@ -127,24 +156,21 @@ def _lengths(sequences: list[TokenSequence]) -> list[int]:
     return [len(sequence.input_ids) for sequence in sequences]
 
 
-def _show_plan(
-    setup: Setup, task: SftTask, records: list[FeedbackRecord], fallen: list[Fallen]
-) -> None:
-    if not records:
-        raise SrtError(f"{task.data}: no row is left to train on.")
-    ready = _prepare(setup, task, records, fallen)
+def _show_plan(setup: Setup, task: SftTask, files: Sequence[FeedbackFile]) -> None:
+    if not any(each.kept for each in files):
+        named = ", ".join(str(file.path) for file in task.data)
+        raise SrtError(f"{named}: no row is left to train on.")
+    ready = _prepare(setup, task, files)
     prepared = ready.prepared
     prepared.warnings += [setup.advice] if setup.advice else []
     measured = None
     if setup.options.probe:
         measured = probe(ready, _lengths(prepared.train), train_sft)
-    show_plan(ready, plan_sft(ready, len(records) + len(fallen)), measured)
+    show_plan(ready, plan_sft(ready, sum(each.read for each in files)), measured)
 
 
-def _train(
-    setup: Setup, task: SftTask, records: list[FeedbackRecord], fallen: list[Fallen], run: Run
-) -> Trained:
-    ready = _prepare(setup, task, records, fallen, run)
+def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run) -> Trained:
+    ready = _prepare(setup, task, files, run)
     setup, prepared, packing = ready.fit.setup, ready.prepared, ready.packing
     assert packing is not None
     prepared.record(run, run.out / DROPPED)
@@ -153,7 +179,9 @@ def _train(
     run.describe_models({task.model: setup.place.describe()})
     console.say(setup.place.sentence())
     prompts = prompts_to_sample(
-        [record.prompt for record in records], setup.options.eval_split, setup.options.samples
+        [record.prompt for each in files for record in each.kept],
+        setup.options.eval_split,
+        setup.options.samples,
     )
     sampler = Sampler(ready.chat, prompts)
     training = Training(setup, ready.chat, run, sampler, packing.on)
