@@ -70,7 +70,7 @@ def prompts_from(location: str, selection: Selection) -> PromptSource:
 
     Files are read again for the run itself; what comes through a pipe is held in memory.
     """
-    rows, files = _rows_at(location)
+    rows, files = rows_at(location)
     survey = _Survey()
     for position, (name, number, row) in enumerate(rows()):
         if survey.is_full(selection.limit):
@@ -125,7 +125,7 @@ def read_prompts(location: str) -> Iterator[Prompt]:
     yield from prompts_from(location, Selection()).read()
 
 
-def _rows_at(location: str) -> tuple[Callable[[], Iterable[NumberedRow]], list[Path]]:
+def rows_at(location: str) -> tuple[Callable[[], Iterable[NumberedRow]], list[Path]]:
     """What reads the rows from the beginning, and the files that they are in."""
     if location.startswith(HUB_PREFIX):
         from srt_cli.models.hub import open_hub_rows

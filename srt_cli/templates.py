@@ -87,6 +87,23 @@ def contrast_messages(prompt: Prompt, response: str) -> list[Message]:
     return [Message(role="user", content=content)]
 
 
+REFINE_REQUIREMENTS: Final = """\
+Improve the response by this feedback. Keep to the original instruction, introduce no new \
+requirements, and keep what the feedback does not mention. Reply with the whole improved response, \
+and nothing else, under the heading "### Improved Response"."""
+
+
+def refine_messages(prompt: Prompt, response: str, feedback: str) -> list[Message]:
+    """Ask for the improved response that a critique lacks, which somebody else wrote."""
+    content = (
+        f"### Instruction\n{fence(prompt.text)}\n"
+        f"### Response\n{fence(response)}\n"
+        f"### Feedback\n{fence(feedback)}\n"
+        f"### Requirements\n{REFINE_REQUIREMENTS}"
+    )
+    return [Message(role="user", content=content)]
+
+
 def reask_messages(
     asked: Sequence[Message], reply: str, problems: Sequence[str], *, expect_refinement: bool
 ) -> list[Message]:
@@ -114,13 +131,18 @@ def is_as_asked(text: str, *, expect_refinement: bool) -> bool:
 def render_feedback(feedback: Feedback, drop: Sequence[FeedbackField] = ()) -> str:
     """Feedback as the policy is trained to write it: weaknesses, suggestions, score.
 
-    `drop` leaves fields out (paper, Table 6).
+    A critique in one text, without suggestions of its own, stands under one heading. `drop` leaves
+    fields out (paper, Table 6).
     """
     lines: dict[FeedbackField, str] = {
         "weaknesses": f"Weaknesses: {feedback.weaknesses}",
         "suggestions": f"Suggestions: {feedback.suggestions}",
         "score": f"Overall Score: [[{feedback.score:g}]]",
     }
+    if not feedback.suggestions:
+        del lines["suggestions"]
+        if "suggestions" not in drop:
+            lines["weaknesses"] = f"Weaknesses and suggestions: {feedback.weaknesses}"
     return "\n".join(line for field, line in lines.items() if field not in drop)
 
 
@@ -162,6 +184,7 @@ _PART = re.compile(
     rf"^(?P<decoration>{_DECORATION})(?:"
     r"(?P<improved>(?:show an |the |an )?(?:improved|enhanced|revised|refined) "
     r"(?:response|answer|version))"
+    r"|(?P<both>weaknesses (?:and|&) suggestions)"
     r"|(?P<weaknesses>(?:identif(?:y|ied|ying) )?(?:key |main )?weakness(?:es)?(?: identified)?"
     r"|areas? for improvement)"
     r"|(?P<suggestions>(?:offer |provide )?(?:actionable |specific )?"
@@ -272,6 +295,14 @@ def parse_critique(text: str, *, expect_refinement: bool = True) -> ParsedCritiq
     )
 
 
+def parse_refinement(text: str) -> str | None:
+    """Read an improved response that was asked for alone; None where there is none."""
+    said = _own_words(text)
+    heading = _improved_heading(said, list(islice(_PART.finditer(_plain(said)), MOST_MARKS)))
+    refinement = _without_talk(said[heading.end() if heading else 0 :])
+    return None if not refinement or _says_none_needed(refinement) else refinement
+
+
 def score_digits_at(text: str, score: float) -> int | None:
     """Where the digits of the score that `parse_critique` read begin in a critic's reply."""
     own = _own_words(text)
@@ -304,7 +335,7 @@ def _read_text(said: str) -> _Found:
         # The improved response may stand first, when all of the feedback follows it.
         after = [mark for mark in marks if mark.start() > heading.start()]
         named = {mark.lastgroup for mark in after}
-        if len(after) == len(marks) and named >= {*_PARTS} and not scores:
+        if len(after) == len(marks) and (named >= {*_PARTS} or "both" in named) and not scores:
             own = Span(after[0].start(), len(said))
             refined = Span(heading.end(), own.start)
             scores = _scores_in(said, plain, own)
@@ -316,6 +347,8 @@ def _read_text(said: str) -> _Found:
         if mark.lastgroup not in parts and (content := _between(said, whole, spoken)):
             parts[mark.lastgroup] = content
     weaknesses, suggestions = (parts.get(name) for name in _PARTS)
+    if "both" in parts and weaknesses is None and suggestions is None:
+        weaknesses, suggestions = parts["both"], ""
     return _Found(weaknesses, suggestions, said[slice(*refined)].strip(), score)
 
 

@@ -106,11 +106,11 @@ def test_the_page_does_not_tell_which_answer_is_the_refinement(page, srt, tmp_pa
         for pair in [Preference.model_validate(row)]
     }
     sides = [
-        shown["left"]["text"] == pairs[shown["pair"]].chosen[0].content for shown in data["pairs"]
+        shown["left"]["text"] == pairs[shown["pair"]].chosen[0].content for shown in data["rows"]
     ]
     assert {*sides} == {True, False}
-    assert all(set(shown) == {"pair", "prompt", "left", "right"} for shown in data["pairs"])
-    assert all(set(shown["left"]) == {"text", "key"} for shown in data["pairs"])
+    assert all(set(shown) == {"pair", "prompt", "left", "right"} for shown in data["rows"])
+    assert all(set(shown["left"]) == {"text", "key"} for shown in data["rows"])
     before = page.read_bytes()
     assert srt("build-prefs", "--audit", 6, "--label-page", "label.html").code == 0
     assert page.read_bytes() == before

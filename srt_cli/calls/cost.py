@@ -24,7 +24,7 @@ from srt_cli.runs.journal import Journal
 
 # Lengths of replies before any has been seen, in tokens; the run's own limits cap them.
 EXPECTED_TOKENS: Final = {
-    "respond": 250, "critique": 450, "score": 180, "contrast": 250, "judge": 150,
+    "respond": 250, "critique": 450, "refine": 300, "score": 180, "contrast": 250, "judge": 150,
 }  # fmt: skip
 LOW_SHARE: Final = 0.5
 

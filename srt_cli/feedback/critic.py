@@ -11,13 +11,16 @@ from typing import Final, Literal
 from srt_cli.calls.conduct import Call
 from srt_cli.feedback.scores import SCORE_LOGPROBS, Scoring, expected_score
 from srt_cli.models import Model, Reply, Request, Task, Thinks, parse_spec
-from srt_cli.records import Message, Prompt, Status, Usage
+from srt_cli.records import Feedback, Message, Prompt, Status, Usage
 from srt_cli.templates import (
     IMPROVED_HEADING,
     ParsedCritique,
     critic_messages,
     parse_critique,
+    parse_refinement,
     reask_messages,
+    refine_messages,
+    render_feedback,
     self_critique_messages,
 )
 
@@ -181,6 +184,42 @@ def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Crit
     first = Scoring(critic.model, messages, reply, parsed.score, question.name, thinks)
     mean = yield from _mean_score(critic, question, first, replies)
     return Criticism(parsed, "ok", None, replies, mean)
+
+
+def improve(
+    critic: Critic, prompt: Prompt, text: str, feedback: Feedback, name: str
+) -> Generator[Call, Reply, Criticism]:
+    """Have a text improved by feedback that somebody else wrote; its score is not shown.
+
+    The refinement is that of `parsed`. A reply that was cut off gets more room once.
+    """
+    said = render_feedback(feedback, drop=("score",))
+    messages = refine_messages(prompt, text, said)
+    task = Task("refine", prompt, (text, said))
+    replies = Replies()
+    request = critic.sampling.request(messages, task)
+    reply = yield Call(critic.model, request, name)
+    if reply.at_limit and critic.longer_once:
+        replies.keep("cut off", reply)
+        longer = replace(critic.sampling, max_new_tokens=2 * critic.sampling.max_new_tokens)
+        reply = yield Call(critic.model, longer.request(messages, task), f"{name}, longer")
+    replies.keep("", reply)
+    refinement = parse_refinement(reply.text)
+    parsed = ParsedCritique(None, None, None, refinement, ())
+    if reply.status != "ok":
+        return Criticism(parsed, reply.status, reply.reason, replies)
+    if refinement is None:
+        return Criticism(parsed, "unparsed", "no improved response", replies)
+    return Criticism(parsed, "ok", None, replies)
+
+
+def read_critique(text: str) -> ParsedCritique:
+    """A critique that somebody wrote elsewhere, in whatever form; without headings, it is one text."""
+    parsed = parse_critique(text)
+    whole = parsed.weaknesses is not None and parsed.suggestions is not None
+    if whole or parsed.refinement is not None:
+        return parsed
+    return ParsedCritique(text.strip() or None, "", parsed.score, None, ())
 
 
 def _mean_score(

@@ -23,8 +23,9 @@ from srt_cli.calls.cost import (
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.feedback.critic import Question
-from srt_cli.feedback.story import Check, CheckedRow, Roles, tell_and_check
+from srt_cli.feedback.story import Check, CheckedRow, Roles, complete, tell_and_check
 from srt_cli.feedback.summary import CritiqueSummary
+from srt_cli.feedback.written import Joined
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
 from srt_cli.records import Prompt
@@ -34,6 +35,7 @@ from srt_cli.runs.run import Run
 
 NEXT_STEPS: Final = {
     "respond": ("critique", "score"), "critique": ("score",), "contrast": ("critique", "score"),
+    "refine": ("score",),
 }  # fmt: skip
 
 
@@ -48,17 +50,25 @@ class Job:
     budget: Budget
     check: Check | None = None
     samples: int = 1
+    written: Joined | None = None
+    """Critiques that are written already, with their prompts; each makes one row."""
 
     @property
     def models(self) -> list[Model]:
         """Every model that may be asked, each once."""
         roles = self.roles
-        asked = (roles.critic, roles.policy, roles.scorer, roles.contrast, self.check)
+        asked = (
+            roles.critic, roles.policy, roles.scorer, roles.refiner, roles.contrast, self.check
+        )  # fmt: skip
         named = [each.model for each in asked if each is not None]
         return list({id(model): model for model in named}.values())
 
     def scripts(self) -> Iterator[Script[CheckedRow]]:
         """One script a row, in the order of the input."""
+        if self.written is not None:
+            for row in self.written.rows:
+                yield complete(self.roles, row, self.written.file.spec)
+            return
         for prompt in self.prompts():
             for sample in range(self.samples):
                 yield tell_and_check(self.roles, self.check, prompt, sample)
@@ -87,7 +97,7 @@ def show_critique_plan(run: Run, job: Job, options: CallOptions) -> None:
     """`--dry-run`: what the run would come to; sends and writes nothing."""
     prices = prices_of(job.models, options)
     estimates = {identity: Owed() for identity in prices}
-    critic = job.roles.critic
+    roles = job.roles
     rows = owed = 0
     with open_replies(run.journal_path) as look_up:
         for row in replay(job.scripts(), look_up):
@@ -100,12 +110,16 @@ def show_critique_plan(run: Run, job: Job, options: CallOptions) -> None:
             read = likely_prompt_tokens(row.owed.request)
             estimates[row.owed.model.identity].add(task.kind, read, row.owed.request.max_tokens)
             if task.kind == "respond":
+                critic = roles.critic
+                assert critic is not None
                 # The critique that follows reads the draft, which is not written yet.
                 question = Question("critique", task.prompt, "")
                 request = critic.call(question, critic.messages(question)).request
                 read = likely_prompt_tokens(request) + EXPECTED_TOKENS["respond"]
             for kind in NEXT_STEPS.get(task.kind, ()):
-                estimates[critic.model.identity].add(kind, read, critic.sampling.max_new_tokens)
+                asked = roles.critic or roles.scorer
+                assert asked is not None
+                estimates[asked.model.identity].add(kind, read, asked.sampling.max_new_tokens)
     console.result(f"rows: {rows}, of which {rows - owed} are answered in the journal")
     show_estimates(estimates, prices, options)
 
@@ -193,7 +207,8 @@ def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -
     for warning in summary.warnings():
         run.warn(warning)
     scorer = job.roles.scorer or job.roles.critic
-    if scorer.expects and summary.draft_scores and not summary.expected_scores:
+    untold = bool(summary.draft_scores) and not summary.expected_scores
+    if scorer is not None and scorer.expects and untold:
         console.say(
             f"{scorer.model.spec} gives no log-probabilities: scores are integers, without their "
             "expectation."

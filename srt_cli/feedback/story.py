@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from srt_cli.calls.conduct import Call
-from srt_cli.feedback.critic import Critic, Criticism, Question, Sampling, blind_score, criticise
+from srt_cli.feedback.critic import (
+    Critic,
+    Criticism,
+    Question,
+    Sampling,
+    blind_score,
+    criticise,
+    improve,
+)
+from srt_cli.feedback.written import Critique, WrittenRow
 from srt_cli.models import Model, Reply, Request, Task
 from srt_cli.records import (
     PLANTED,
@@ -21,10 +30,11 @@ from srt_cli.records import (
 )
 from srt_cli.templates import contrast_messages, parse_preference
 
-Asked = Literal["critique", "draft score", "score"]
+Asked = Literal["critique", "draft score", "refinement", "score"]
 """What is asked of a critic in a row's story; also the name under which its reply is kept."""
 CALL_NAMES: Final[dict[Asked, str]] = {
-    "critique": "critique", "draft score": "blind score of the draft", "score": "blind score",
+    "critique": "critique", "draft score": "blind score of the draft",
+    "refinement": "improved response", "score": "blind score",
 }  # fmt: skip
 
 
@@ -60,11 +70,14 @@ class Contrast:
 class Roles:
     """Who drafts, criticises, refines and scores, and how often."""
 
-    critic: Critic
+    critic: Critic | None
+    """None where the critiques are written already."""
     policy: Policy | None = None
     """None where every prompt brings its response."""
     scorer: Critic | None = None
-    """Who gives every score, where it is not the critic."""
+    """Who gives every score, where it is not the critic; of written critiques, those that they lack."""
+    refiner: Critic | None = None
+    """Who writes the improved responses that written critiques lack."""
     scores: bool = True
     """Whether refinements are scored blind; without, the critic's first score is all there is."""
     rounds: int = 1
@@ -136,6 +149,7 @@ def refine(roles: Roles, draft: Draft) -> Generator[Call, Reply, list[FeedbackRe
 
     A round that does not end `ok` ends the row: there is nothing to refine further.
     """
+    assert roles.critic is not None
     critic = (roles.scorer or roles.critic).model.spec
     row = _Round(draft.prompt.id, draft.prompt.prompt, draft.policy, critic, draft.sample)
     if draft.reply is not None:
@@ -202,6 +216,10 @@ class _Round:
             self.status, self.reason = said.status, f"{step}: {said.reason}"
         return said.status == "ok"
 
+    def lacks(self, step: Asked, what: str) -> None:
+        """Note what a written critique lacks, which ends the row."""
+        self.status, self.reason = "unparsed", f"{step}: {what}"
+
     def record(self) -> FeedbackRecord:
         """The line this round becomes."""
         return FeedbackRecord(**vars(self))
@@ -210,6 +228,7 @@ class _Round:
 def _tell_round(row: _Round, roles: Roles, prompt: Prompt) -> Generator[Call, Reply, None]:
     """Criticise and refine the row's response, and score the refinement."""
     assert row.response is not None
+    assert roles.critic is not None
     question = Question("critique", prompt, row.response, row.name("critique"))
     said = yield from criticise(roles.critic, question)
     row.feedback = said.parsed.feedback
@@ -224,9 +243,13 @@ def _tell_round(row: _Round, roles: Roles, prompt: Prompt) -> Generator[Call, Re
         if not row.hear("draft score", said):
             return
     row.feedback = row.feedback.model_copy(update={"score": said.score, "score_mean": said.mean})
-    if not roles.scores:
-        return
-    # The paper's precaution: a critic that has seen its own feedback scores the refinement higher.
+    if roles.scores:
+        yield from _score_refinement(row, scorer, prompt)
+
+
+def _score_refinement(row: _Round, scorer: Critic, prompt: Prompt) -> Generator[Call, Reply, None]:
+    """The paper's precaution: a critic that has seen its own feedback scores the refinement higher."""
+    assert row.refinement is not None
     said = yield from blind_score(scorer, prompt, row.refinement, row.name("score"))
     if not row.hear("score", said):
         return
@@ -287,3 +310,57 @@ def tell_and_check(
                 said = CheckedAnswer(refined, score >= check.good_score, truth == 1)
                 checked.append(said)
     return CheckedRow(records, checked)
+
+
+# --- Critiques that are written already --------------------------------------------------------
+
+
+def complete(roles: Roles, written: WrittenRow, by: str) -> Generator[Call, Reply, CheckedRow]:
+    """One written critique as a record; what it lacks is asked of `refiner` and `scorer`.
+
+    `by` stands for the critic where the critique does not name its own.
+    """
+    prompt, critique, sample = written
+    row = _Round(prompt.id, prompt.prompt, critique.policy, critique.critic or by, sample)
+    row.response = prompt.response
+    yield from _complete_round(row, roles, prompt, critique)
+    return CheckedRow([row.record()], [])
+
+
+def _complete_round(
+    row: _Round, roles: Roles, prompt: Prompt, critique: Critique
+) -> Generator[Call, Reply, None]:
+    assert row.response is not None
+    words = {"weaknesses": critique.weaknesses, "suggestions": critique.suggestions}
+    missing = [f"no {name}" for name, text in words.items() if text is None]
+    if missing or not any(text and text.strip() for text in words.values()):
+        row.lacks("critique", ", ".join(missing or ["no words"]))
+        return
+    score, mean = critique.score, critique.score_mean
+    if score is None and roles.scorer is not None:
+        said = yield from blind_score(roles.scorer, prompt, row.response, row.name("draft score"))
+        if not row.hear("draft score", said):
+            return
+        score, mean = said.score, said.mean
+    if score is None:
+        asked = "no overall score (--critic-for score=SPEC asks for one)"
+        row.lacks("critique", critique.problem or asked)
+        return
+    row.feedback = Feedback.model_validate({**words, "score": score, "score_mean": mean})
+    row.refinement = critique.refinement
+    if row.refinement is None and roles.refiner is not None:
+        name = row.name("refinement")
+        said = yield from improve(roles.refiner, prompt, row.response, row.feedback, name)
+        if not row.hear("refinement", said):
+            return
+        row.refinement = said.parsed.refinement
+    if row.refinement is None:
+        row.lacks("critique", "no improved response (--critic-for refinement=SPEC asks for one)")
+        return
+    row.refinement_score = critique.refinement_score
+    row.refinement_score_mean = critique.refinement_score_mean
+    row.refinement_feedback = critique.refinement_feedback
+    if row.refinement_score is None and roles.scorer is not None:
+        yield from _score_refinement(row, roles.scorer, prompt)
+    elif row.refinement_score is None:
+        row.lacks("score", "nobody scored the improved response (--critic-for score=SPEC)")

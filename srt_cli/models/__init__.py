@@ -29,7 +29,7 @@ EVERYTHING: Final = sys.maxsize
 Engine = Literal["auto", "static", "continuous"]
 Thinking = Literal["off", "on", "auto"]
 """Whether a model is told to think before it answers; `auto` leaves it to its template."""
-TaskKind = Literal["respond", "critique", "score", "contrast", "judge", "check"]
+TaskKind = Literal["respond", "critique", "refine", "score", "contrast", "judge", "check"]
 _HALVES: Final = re.compile("[\ud800-\udfff]")
 _KEPT: Final = (
     "text", "finish_reason", "usage", "logprobs", "error", "thoughts", "cost", "estimated",

@@ -25,8 +25,9 @@ class ProgramModel:
 
     It is called as `critique(prompt, response) -> (Feedback, refinement)`,
     `judge(prompt, a, b) -> float` (1 prefers a), `check(prompt, response) -> float` (1 passes),
-    `respond(prompt) -> str`, or `contrast(prompt, response) -> str` (the response with one fault);
-    `prompt` is the input row as a `records.Prompt`. What it raises fails that row only.
+    `respond(prompt) -> str`, `refine(prompt, response, feedback) -> str`, or `contrast(prompt, response)
+    -> str` (the response with one fault); `prompt` is the input row as a `records.Prompt`. What it
+    raises fails that row only.
     """
 
     batched = False
@@ -77,7 +78,7 @@ class ProgramModel:
 
 def _render(task: Task, value: Any) -> str:
     """What the program returned, as the text a model would have written."""
-    if task.kind in ("respond", "contrast"):
+    if task.kind in ("respond", "refine", "contrast"):
         if not isinstance(value, str):
             raise TypeError(f"expected a text, got {type(value).__name__}")
         return value

@@ -18,7 +18,7 @@ def write_label_page(path: Path, pairs: Sequence[Preference], seed: int) -> None
         # Another sample is another page: its answers are kept apart.
         "page": hashlib.blake2b(whole.encode(), digest_size=8).hexdigest(),
         "file": f"{path.stem}.labels.jsonl",
-        "pairs": shown,
+        "rows": shown,
     }
     write_page(path, "label.html", {"title": "srt: judge pairs", "data": data})
 

@@ -1,31 +1,12 @@
-"use strict";
-const find = (id) => document.getElementById(id);
 const place = `srt-labels-${DATA.page}`;
 const SIDES = { 1: "left", 2: "right", 0: "neither" };
 
 // One entry a judged pair, in order: "left", "right" or "neither".
-function load() {
-  try {
-    const kept = JSON.parse(localStorage.getItem(place) ?? "[]");
-    return Array.isArray(kept) ? kept.slice(0, DATA.pairs.length) : [];
-  } catch {
-    return [];
-  }
-}
-
-const answers = load();
-
-function keep() {
-  try {
-    localStorage.setItem(place, JSON.stringify(answers));
-  } catch {
-    find("progress").textContent += " This browser keeps nothing: save before you close the page.";
-  }
-}
+const answers = load(place);
 
 function show() {
   const done = answers.length;
-  const total = DATA.pairs.length;
+  const total = DATA.rows.length;
   const over = done >= total;
   find("pair").hidden = over;
   for (const key of [0, 1, 2]) find(`choose-${key}`).hidden = over;
@@ -35,7 +16,7 @@ function show() {
   find("progress").textContent = `${done} of ${total} judged`;
   find("headline").textContent = over ? "All judged. Save your answers." : "Which answer is better?";
   if (over) return;
-  const pair = DATA.pairs[done];
+  const pair = DATA.rows[done];
   find("prompt").textContent = pair.prompt;
   find("left").textContent = pair.left.text;
   find("right").textContent = pair.right.text;
@@ -43,42 +24,28 @@ function show() {
 }
 
 function choose(side) {
-  if (answers.length >= DATA.pairs.length) return;
+  if (answers.length >= DATA.rows.length) return;
   answers.push(side);
   show();
-  keep();
+  keep(place, answers);
 }
 
 function undo() {
   answers.pop();
   show();
-  keep();
+  keep(place, answers);
 }
 
-function lines() {
-  return answers
-    .map((side, n) => {
-      const pair = DATA.pairs[n];
-      const better = side === "neither" ? null : pair[side].key;
-      return JSON.stringify({ pair: pair.pair, better }) + "\n";
-    })
-    .join("");
-}
-
-function save() {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([lines()], { type: "application/jsonl" }));
-  link.download = DATA.file;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+function label(side, n) {
+  const pair = DATA.rows[n];
+  return { pair: pair.pair, better: side === "neither" ? null : pair[side].key };
 }
 
 for (const [key, side] of Object.entries(SIDES)) {
   find(`choose-${key}`).addEventListener("click", () => choose(side));
 }
 find("undo").addEventListener("click", undo);
-find("save").addEventListener("click", save);
-find("file").textContent = DATA.file;
+find("save").addEventListener("click", () => save(answers.map(label)));
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
   if (event.key in SIDES) choose(SIDES[event.key]);
