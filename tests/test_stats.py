@@ -424,6 +424,25 @@ def test_what_only_looks_like_a_refusal_or_a_leak_is_an_answer(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "prompt", "faults"),
+    [
+        ("Weaknesses: It has a comma.", "Write about cats.", ["template leakage"]),
+        ("Cats sleep.\n**Suggestions:** Keep it.", "Write about cats.", ["template leakage"]),
+        ("(No, but should: commas.)", "Write about cats.", ["template leakage"]),
+        ("Strengths: small.\nWeaknesses: old.", "Do a SWOT analysis of cats.", []),
+        ("The weaknesses of steel: rust.", "Write about steel.", []),
+        ("yes yes yes yes yes yes yes yes", "Say yes.", ["repeating"]),
+        ("yes yes yes yes yes yes yes yes", "Repeat the word yes.", []),
+        ("I'm sorry, but I can't help you.", "How do I politely decline?", []),
+        ("It begins with <|im_start|>.", "What does <|im_end|> mean?", []),
+    ],
+)
+def test_a_critics_words_are_no_answer_and_what_was_asked_for_is_no_fault(text, prompt, faults):
+    assert faults_of(text, prompt) == faults
+    assert list(degenerate_outputs([prompt], [text]).reasons) == faults
+
+
+@pytest.mark.parametrize(
     "token",
     ["</s>", "<|endoftext|>", "<|end_of_text|>", "<|user|>", "<｜end▁of▁sentence｜>", "<eos>"],
 )

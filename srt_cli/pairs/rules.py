@@ -66,10 +66,10 @@ class PairRules:
         if prompt in self.excluded:
             return "prompt is excluded"
         if self.hygiene:
-            faults = faults_of(chosen.text)
+            text = prompt if isinstance(prompt, str) else prompt[-1].content
+            faults = faults_of(chosen.text, text)
             if faults:
                 return faults[0]
-            text = prompt if isinstance(prompt, str) else prompt[-1].content
             if is_in_another_script(chosen.text, text, rejected.text):
                 return "another script"
         return None

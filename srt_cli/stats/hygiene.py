@@ -23,6 +23,43 @@ LEAKED: Final = (
     "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>", "<turn|>", "<channel|>", "</think>",
     "[/think]", "[/inst]",
 )  # fmt: skip
+# The words with which a model is taught to criticise, where an answer or one of its lines begins; and
+# how the quickstart's critic goes on.
+_OWN_WORDS: Final = re.compile(
+    r"^[^\w\n]{0,20}(?:weaknesses|suggestions|overall score|improved response)[ \t*_]{0,4}:"
+    r"|\bbut should:",
+    re.MULTILINE,
+)
+_OWN_WORDS_BEGIN: Final = (
+    "weaknesses",
+    "suggestions",
+    "overall score",
+    "improved resp",
+    "but should:",
+)
+_ASKS_FOR_CRITIQUE: Final = re.compile(
+    r"weakness|suggest|feedback|review|criti|evaluat|assess|improve|swot|strength|advice|advise"
+)
+# What would be a fault is none where the prompt asks for it.
+_ASKED_FOR: Final = {
+    "empty": re.compile(r"\bempty|\bnothing|\bblank\b|\bsilen"),
+    "constant": re.compile(
+        r"\b(?:one|a single|single) (?:word|letter|number|digit)|\bone-word|\byes or no|\btrue or false"
+        r"|\b(?:only|just) (?:the|with|a|one)\b|\blabel|\bclassif|\bchoose|\bwhich of|\bhow many"
+        r"|\bsay (?:exactly )?[\"“]"
+    ),
+    "copy of the prompt": re.compile(
+        r"\bcopy|\brepeat|\bquot|\bcorrect|\bproofread|\brewrite|\bedit|\bfix\b|\bformat|\bextract"
+        r"|\bverbatim|\bcapital|\bupper|\blower|\bpunctuat|\brephras|\bparaphras|\btranscri"
+    ),
+    "repeating": re.compile(
+        r"\brepeat|\brepetit|\d times\b|\b(?:many|several|ten|hundred) times\b|\bchorus|\brefrain\b"
+        r"|\bchant|\blyrics|\bover and over"
+    ),
+    "refusal": re.compile(
+        r"\brefus|\bdeclin|\bapolog|\bturn(?:s|ed|ing)? down|\breject|\bsay(?:ing)? no\b"
+    ),
+}
 # <|user|>, <|end_of_text|> and their like; DeepSeek writes them with a bar and a blank of its own.
 _SPECIAL_TOKEN: Final = re.compile(r"<\|[a-z_]{2,40}\|>|<｜[a-z▁]{2,40}｜>")
 
@@ -104,7 +141,8 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
     Constant: the same normalised text in more than 1 % of the outputs (and at least twice, of 20 or
     more). Copied: over 80 % of the output's 4-grams stand in the prompt. Repeating: fewer than half
     of its 4-grams are different ones. Leaking: marks of a critique, a verdict or a chat template.
-    Refusing: it begins by saying that it cannot help.
+    Refusing: it begins by saying that it cannot help. None of these is a fault where the prompt asks
+    for it.
     """
     from srt_cli.stats.rates import pass_rate  # here, so that the faults of one text need no numpy
 
@@ -113,7 +151,7 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
     limit = max(1.0, CONSTANT_SHARE * len(outputs))
     reasons: Counter[str] = Counter()
     bad: list[bool] = []
-    for prompt, text in zip(prompts, normalised, strict=True):
+    for prompt, output, text in zip(prompts, outputs, normalised, strict=True):
         found = []
         if not text:
             found.append("empty")
@@ -121,30 +159,50 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
             found.append("constant")
         words = words_of(text[:READ])
         grams = _ngrams_of(words, NGRAM)
-        found += _faults(text, words)
-        asked = set(ngrams(prompt.lower(), NGRAM))
+        wish = prompt[:READ].lower()
+        # Lines are lost in the normalised text.
+        found += _faults(output.lower(), words, wish)
+        asked = set(ngrams(wish, NGRAM))
         if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
             found.append("copy of the prompt")
+        found = [reason for reason in found if not _is_asked_for(reason, wish)]
         reasons.update(found)
         bad.append(bool(found))
     return Degenerate(pass_rate(bad), dict(reasons))
 
 
-def faults_of(text: str) -> list[str]:
-    """What makes one text no answer by itself: repeating, leaking a template, refusing."""
+def faults_of(text: str, prompt: str = "") -> list[str]:
+    """What makes one text no answer by itself: repeating, leaking a template, refusing.
+
+    What the prompt asks for is no fault.
+    """
     lower = text.lower()
-    return _faults(lower, words_of(lower[:READ]))
+    found = _faults(lower, words_of(lower[:READ]), prompt[:READ].lower() if prompt else "")
+    return [reason for reason in found if not _is_asked_for(reason, prompt[:READ].lower())]
 
 
-def _faults(lower: str, words: Sequence[str]) -> list[str]:
+def _is_asked_for(reason: str, wish: str) -> bool:
+    """Whether a prompt, in lower case, asks for what would else be a fault."""
+    asks = _ASKED_FOR.get(reason)
+    return asks is not None and asks.search(wish) is not None
+
+
+def _faults(lower: str, words: Sequence[str], wish: str) -> list[str]:
     found = []
     if _repeats(words):
         found.append("repeating")
-    if _leaks(lower):
+    if _speaks_as_critic(lower, wish) or (_leaks(lower) and not _leaks(wish)):
         found.append("template leakage")
     if _refuses(lower):
         found.append("refusal")
     return found
+
+
+def _speaks_as_critic(lower: str, wish: str) -> bool:
+    """Whether an answer holds the words of a critique, and nobody asked for one."""
+    if not any(words in lower for words in _OWN_WORDS_BEGIN):
+        return False
+    return _OWN_WORDS.search(lower) is not None and _ASKS_FOR_CRITIQUE.search(wish) is None
 
 
 def _leaks(lower: str) -> bool:
