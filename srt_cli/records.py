@@ -22,6 +22,10 @@ def _is_empty(value: object) -> bool:
     return not value
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class Record(BaseModel):
     """One line of a JSONL artifact."""
 
@@ -148,6 +152,11 @@ class FeedbackRecord(Record):
     raw: dict[str, str]
     thoughts: dict[str, str] = Field(default={}, exclude_if=_is_empty)
     """What the models thought, under the names of `raw`; left out where none did."""
+    response_cut: bool = Field(default=False, exclude_if=_is_empty)
+    """Whether the token limit cut the draft off; left out where not."""
+    response_passes: float | None = Field(default=None, ge=0, le=1, exclude_if=_is_none)
+    """What a check said of the draft, 1 for a pass; left out where none was asked."""
+    refinement_passes: float | None = Field(default=None, ge=0, le=1, exclude_if=_is_none)
     policy: str
     critic: str
     sample: int
@@ -266,7 +275,10 @@ class Output(Record):
     """What its model thought before it wrote this text."""
     parsed: bool | None = None
     status: Status = "ok"
-    passed: bool | None = None
+    passed: bool | float | None = None
+    """What the check said; a share where it said one."""
+    parts: dict[str, float] = Field(default={}, exclude_if=_is_empty)
+    """What it said of named parts, and what further checks said: 0 to 1 each."""
 
     @property
     def entrant(self) -> Entrant:

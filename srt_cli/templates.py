@@ -722,6 +722,24 @@ def render_preference(preference: float) -> str:
     return f"Preference: {preference!r}"
 
 
+def render_parts(parts: Mapping[str, float]) -> str:
+    """A check's word on named parts, 0 to 1 each; the first stands for all."""
+    if not parts:
+        raise ValueError("a check that names parts names at least one")
+    lines = [render_preference(float(next(iter(parts.values()))))]
+    for name, value in parts.items():
+        if not 0 <= float(value) <= 1:
+            raise ValueError(f"part {name!r} lies between 0 and 1, not {value}")
+        lines.append(f"Part {' '.join(str(name).split())}: {float(value)!r}")
+    return "\n".join(lines)
+
+
+def parse_parts(text: str) -> dict[str, float]:
+    """Read the named parts that `render_parts` wrote; empty without any."""
+    found = re.findall(r"^Part (.+): (\d(?:\.\d+)?(?:e-\d+)?)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
 def parse_preference(text: str) -> float | None:
     """Read what `render_preference` wrote; None if it is missing or out of range."""
     found = re.findall(r"^Preference: (\d(?:\.\d+)?(?:e-\d+)?)$", text, re.MULTILINE)

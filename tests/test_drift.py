@@ -31,10 +31,14 @@ def test_improvement_that_others_see_too_is_green():
 
 def test_longer_answers_without_more_wins_at_equal_length_are_amber():
     same = scores(6), scores(6), scores(5), scores(5)
-    longer = Signs(length_growth=1.3, equal_length_gain=-0.01)
-    assert echo_alarm(*same, longer).colour == "amber"
-    assert echo_alarm(*same, Signs(length_growth=1.3, equal_length_gain=0.05)).colour == "green"
-    assert echo_alarm(*same, Signs(diversity_change=0.8)).colour == "amber"
+    assert echo_alarm(*same, Signs(length_growth=1.3, gain=-0.01)).colour == "amber"
+    assert echo_alarm(*same, Signs(length_growth=1.3, gain=0.05)).colour == "green"
+    assert echo_alarm(*same, Signs(diversity_change=0.8, gain=0.0)).colour == "amber"
+
+
+def test_without_judge_or_check_nothing_is_amber():
+    same = scores(6), scores(6), scores(5), scores(5)
+    assert echo_alarm(*same, Signs(length_growth=1.3, diversity_change=0.8)).colour == "green"
 
 
 def test_too_few_scores_tell_nothing():

@@ -62,7 +62,7 @@ def test_a_better_model_wins_and_the_paired_interval_excludes_0(srt, folder):
     assert better["judged"][0]["position"]["consistency"]["value"] == 1
     assert better["judged"][0]["position"]["first_slot_rate"]["value"] == 0.5
     assert "100% [86, 100]" in finished.stdout
-    assert "+100 [+100, +100]" in finished.stdout
+    assert "+100 [+72, +100]" in finished.stdout
     assert finished.stdout.rstrip().endswith("report: report.html   next: open report.html")
 
 

@@ -15,6 +15,7 @@ from srt_cli.stats.rates import (
     mean_with_error,
     paired_difference,
     pass_rate,
+    rate_of,
     ratio_of_means,
 )
 from srt_cli.tables import short_names
@@ -30,6 +31,8 @@ class Standing:
     use: str
     prompts: int
     pass_rate: Estimate | None
+    parts: dict[str, Estimate]
+    """Passes by named part of a check, over the prompts that have it, and by further checks."""
     difference: PairedDifference | None
     judged: tuple[Ruling, ...]
     """One a judge, in the order in which they were named; empty for the reference."""
@@ -40,12 +43,19 @@ class Standing:
     """To the reference, in characters."""
     parsed: Estimate | None
     degenerate: Degenerate
+    cut: Estimate | None
+    """Share of answers that the token limit cut off."""
     statuses: dict[str, int]
 
     @property
     def entrant(self) -> Entrant:
         """Whose figures these are."""
         return Entrant(self.contestant, self.use)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether these are its first answers."""
+        return self.use == "response"
 
     @property
     def label(self) -> str:
@@ -138,12 +148,13 @@ def _standing(
     mine = [answers[prompt.id] for prompt in prompts]
     base = evidence.answers[evidence.base] if entrant != evidence.base else {}
     theirs = [base[prompt.id] for prompt in prompts] if base else []
-    passed = [output.passed for output in mine if output.passed is not None]
+    passed = [float(output.passed) for output in mine if output.passed is not None]
+    names = dict.fromkeys(name for output in mine for name in output.parts)
     difference = None
     if theirs and len(passed) == len(mine):
         difference = paired_difference(
-            [float(bool(output.passed)) for output in mine],
-            [float(bool(output.passed)) for output in theirs],
+            [float(output.passed or 0) for output in mine],
+            [float(output.passed or 0) for output in theirs],
         )
     characters = [float(len(output.response)) for output in mine]
     reference_characters = [float(len(output.response)) for output in theirs]
@@ -153,7 +164,12 @@ def _standing(
         name=name,
         use=entrant.use,
         prompts=len(mine),
-        pass_rate=pass_rate(passed),
+        pass_rate=rate_of(passed),
+        parts={
+            name: rate
+            for name in names
+            if (rate := rate_of([o.parts[name] for o in mine if name in o.parts])) is not None
+        },
         difference=difference,
         judged=rulings,
         characters=mean_with_error(characters, any_length),
@@ -163,5 +179,6 @@ def _standing(
         degenerate=degenerate_outputs(
             [prompt.text for prompt in prompts], [output.response for output in mine]
         ),
+        cut=pass_rate([output.status == "truncated" for output in mine]),
         statuses=dict(Counter(output.status for output in mine)),
     )

@@ -19,13 +19,15 @@ from srt_cli.prompts import format_of, read_file
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
 from srt_cli.runs.jsonl import open_bytes
 from srt_cli.stats.hygiene import is_same_text, plain_form
-from srt_cli.templates import parse_preference
+from srt_cli.templates import parse_parts, parse_preference
 
 Use = Literal["response", "refinement"]
 ANSWERS: Final = ("response", "output")
 """The fields that may hold a saved answer."""
-FEEDBACK_FIELDS: Final = frozenset(FeedbackRecord.model_fields) - {"thoughts"}
-"""What every line of a feedback file has; thoughts stand only where there were some."""
+FEEDBACK_FIELDS: Final = frozenset(
+    name for name, field in FeedbackRecord.model_fields.items() if field.exclude_if is None
+)
+"""What every line of a feedback file has; thoughts, say, stand only where there were some."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,11 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
     """
     by_id: dict[str, Mapping[str, Any]] = {}
     by_text: dict[str, Mapping[str, Any]] = {}
+    several: set[str] = set()
     for row in _rows_of(path, {prompt.id for prompt in prompts}):
         if "id" in row:
+            if str(row["id"]) in by_id:
+                several.add(str(row["id"]))
             by_id.setdefault(str(row["id"]), row)
         for text in _texts_asked(row):
             by_text.setdefault(plain_form(text), row)
@@ -116,6 +121,11 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
         raise SrtError(
             f"{path}: has no output for prompt {missing[0]!r}, nor for {len(missing) - 1} more of "
             f"{len(prompts)}. Outputs are joined by id, or by the text of prompt or instruction."
+        )
+    if several := several & rows.keys():
+        console.warn(
+            f"{path}: has several rows (samples, rounds) for {len(several)} of {len(prompts)} prompts; "
+            "the first of each counts."
         )
     differing = sum(_differs_in_form(path, prompt, rows[prompt.id] or {}) for prompt in prompts)
     if differing:
@@ -207,12 +217,23 @@ def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) 
     return Output(id=prompt.id, contestant=str(path), use=use, parsed=parsed, response=text)
 
 
-def check_output(model: Model, prompt: Prompt, output: Output) -> Generator[Call, Reply, Output]:
-    """Let a program say whether an output passes; raises `SrtError` when it fails to."""
+def check_output(
+    model: Model, prompt: Prompt, output: Output, name: str = ""
+) -> Generator[Call, Reply, Output]:
+    """Let a program say whether an output passes; raises `SrtError` when it fails to.
+
+    `name` is that of a further check, whose word stands among the parts.
+    """
     reply = yield check_call(model, prompt, output.response)
     if reply.status == "failed":
         raise SrtError(f"{reply.error} (prompt {prompt.id}). A check must decide every answer.")
-    return output.model_copy(update={"passed": parse_preference(reply.text) == 1})
+    passes, parts = parse_preference(reply.text), parse_parts(reply.text)
+    assert passes is not None
+    if name:
+        named = {f"{name} {part}": value for part, value in parts.items()}
+        return output.model_copy(update={"parts": output.parts | {name: passes} | named})
+    whole = passes == 1 if passes in (0, 1) else passes
+    return output.model_copy(update={"passed": whole, "parts": parts})
 
 
 def score_output(critic: Critic, prompt: Prompt, output: Output) -> Generator[Call, Reply, Scored]:

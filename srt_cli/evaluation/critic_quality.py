@@ -1,7 +1,7 @@
 """How good a critic is: its critiques as texts, and its scores against others' and people's."""
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,9 +12,11 @@ from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.models import Reply
 from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Prompt, Scored
 from srt_cli.stats.agreement import ScoreAgreement, score_agreement
+from srt_cli.stats.counting import Confusion, confusion
 from srt_cli.stats.critiques import generic_share, is_grounded, same_language
 from srt_cli.stats.diversity import distinct_pairs
 from srt_cli.stats.echo import APART, SelfBias, self_bias
+from srt_cli.stats.hygiene import is_same_text
 from srt_cli.stats.rates import Estimate, bootstrap_mean, mean_with_error, pass_rate
 
 ACCEPTED_GAIN: Final = 1.0
@@ -69,6 +71,51 @@ class CriticQuality:
     words: Estimate | None
     """Mean words of a critique."""
     outside: AgainstOutside | None
+
+
+@dataclass(frozen=True)
+class OwnCritic:
+    """A contestant as the critic of its own direct answers, against the check."""
+
+    contestant: str
+    name: str
+    confusion: Confusion
+    good_kept: Estimate | None
+    """Answers that pass and that it called good."""
+    bad_found: Estimate | None
+    """Answers that fail and that it called bad."""
+    balanced: Estimate | None
+    copies: Estimate | None
+    """Refinements that repeat the answer."""
+
+
+def own_critic(
+    contestant: tuple[str, str],
+    records: Sequence[FeedbackRecord],
+    passed: Mapping[str, float],
+    good_score: float,
+) -> OwnCritic:
+    """Count a contestant's (spec, name) critiques; `passed` is the check's word on each answer."""
+    read = [
+        (record.feedback.score >= good_score, passed[record.id] == 1)
+        for record in records
+        if record.feedback is not None and record.id in passed
+    ]
+    table = confusion([says for says, _ in read], [is_good for _, is_good in read])
+    value, interval = table.balanced_accuracy, table.balanced_interval
+    copied = [
+        is_same_text(record.refinement, record.response)
+        for record in records
+        if record.refinement is not None and record.response is not None
+    ]
+    return OwnCritic(
+        *contestant,
+        table,
+        pass_rate([says for says, is_good in read if is_good]),
+        pass_rate([not says for says, is_good in read if not is_good]),
+        None if value is None or interval is None else Estimate(value, *interval, table.n),
+        pass_rate(copied),
+    )
 
 
 @dataclass(frozen=True)

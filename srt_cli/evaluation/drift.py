@@ -224,7 +224,7 @@ def _echo(
     ]
     signs = Signs(
         length_growth=growth.value if growth else None,
-        equal_length_gain=_equal_length(mine.standing) - _equal_length(before.standing),
+        gain=_gain(mine.standing, before.standing),
         diversity_change=change,
         pair_accuracy=pairs,
     )
@@ -235,6 +235,15 @@ def _echo(
         [mine.outside[name] for name in items],
         signs,
     )
+
+
+def _gain(row: Standing, before: Standing) -> float | None:
+    """In wins at equal length, else in passes of the check; None where there is neither."""
+    if row.judged or before.judged:
+        return _equal_length(row) - _equal_length(before)
+    if row.pass_rate is not None and before.pass_rate is not None:
+        return row.pass_rate.value - before.pass_rate.value
+    return None
 
 
 def _equal_length(row: Standing) -> float:

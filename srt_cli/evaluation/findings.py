@@ -5,6 +5,7 @@ from itertools import combinations
 from typing import Any, Final
 
 from srt_cli.evaluation.contest import Contest, count_contest
+from srt_cli.evaluation.critic_quality import OwnCritic, own_critic
 from srt_cli.evaluation.drift import StageFigures, drift_of
 from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.judge_quality import (
@@ -36,6 +37,8 @@ class Findings:
     """The same questions asked twice, when that was asked for."""
     people: list[AgreesWithPeople]
     """How far judges and cheap rules agree with human labels, when there are labels."""
+    own_critics: list[OwnCritic]
+    """Contestants that refined their answers, as critics of them, against the check."""
     stages: list[StageFigures]
     """The drift table, when scores, labelled pairs or objective results were given."""
 
@@ -58,8 +61,22 @@ def find(evidence: Evidence) -> Findings:
         self_preferences(evidence, contest.labels) if several else [],
         [repeats_itself(judge, asked) for judge, asked in evidence.repeats.items()],
         agree_with_people(evidence) if evidence.labels else [],
+        _own_critics(evidence, contest),
         drift_of(evidence, contest) if evidence.has_stages else [],
     )
+
+
+def _own_critics(evidence: Evidence, contest: Contest) -> list[OwnCritic]:
+    """In the order of the contestants; those whose critiques were seen."""
+    found = []
+    for row in contest.rows:
+        records = evidence.critiques.get(row.contestant)
+        if row.use != "response" or not records:
+            continue
+        answers = evidence.answers[row.entrant]
+        passed = {o.id: float(o.passed) for o in answers.values() if o.passed is not None}
+        found.append(own_critic((row.contestant, row.name), records, passed, evidence.good_score))
+    return found
 
 
 def footnotes_of(findings: Findings) -> list[str]:
@@ -85,6 +102,18 @@ def footnotes_of(findings: Findings) -> list[str]:
             "p is McNemar's and counts only who wins, the interval also by how much: one may see what "
             "the other does not."
         )
+    for text, counts in (
+        ("Cut at the token limit", [row.statuses.get("truncated", 0) for row in contest.rows]),
+        ("Hold words of a critique or a template, which are no answer",
+         [row.degenerate.reasons.get("template leakage", 0) for row in contest.rows]),
+    ):  # fmt: skip
+        named = [
+            f"{contest.labels[row.entrant]} {count} of {row.prompts}"
+            for row, count in zip(contest.rows, counts, strict=True)
+            if count
+        ]
+        if named:
+            notes.append(f"{text}: {', '.join(named)}.")
     if any(row.parsed and row.parsed.value < 1 for row in contest.rows):
         notes.append("Where a critique does not parse, the draft stands for the refinement.")
     return notes
@@ -129,7 +158,7 @@ def warnings_of(findings: Findings) -> list[str]:
 def _gaps(contest: Contest) -> list[str]:
     """What could not be compared, and why."""
     found = []
-    if len(contest.rows) == 1:
+    if len(contest.rows) == 1 and contest.judges:
         found.append("The only contestant is the reference itself: nothing was compared.")
     for row in contest.rows[1:]:
         if row.prompts < contest.prompts:

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Generic, TypeVar
 
 from srt_cli.evaluation.contest import Contest, Standing
-from srt_cli.evaluation.critic_quality import AgainstOutside, CriticQuality, PairAccuracy
+from srt_cli.evaluation.critic_quality import AgainstOutside, CriticQuality, OwnCritic, PairAccuracy
 from srt_cli.evaluation.drift import StageFigures
 from srt_cli.evaluation.findings import Findings
 from srt_cli.evaluation.judge_quality import RepeatsItself, SelfPreference
@@ -90,6 +90,14 @@ CHECK: tuple[Column[Standing], ...] = (
     _figure("chars", lambda row: row.characters, _whole),
     _figure("parses", lambda row: row.parsed, share),
 )
+CUT: Column[Standing] = _figure("cut", lambda row: row.cut, share)
+OWN_CRITIC: tuple[Column[OwnCritic], ...] = (
+    _figure("knows good from bad [95 %]", lambda it: it.balanced, share_with_interval),
+    _figure("good kept", lambda it: it.good_kept, share),
+    _figure("bad found", lambda it: it.bad_found, share),
+    _figure("copies", lambda it: it.copies, share),
+    Column("n", lambda it: str(it.confusion.n)),
+)
 WINS: tuple[Column[Ruling], ...] = (
     _figure("wins, %", lambda it: it.win_rate),
     _figure("equal length", lambda it: it.length_controlled.rate if it.length_controlled else None),
@@ -110,6 +118,7 @@ ANSWERS: tuple[Column[Standing], ...] = (
     _figure("mean words", lambda row: row.words, _whole),
     _figure("length, reference = 1", lambda row: row.length_ratio, score_with_error),
     _figure("degenerate", lambda row: row.degenerate.rate, share),
+    _figure("cut at the token limit", lambda row: row.cut, share),
 )
 COMPARISON: tuple[Column[Comparison], ...] = (
     Column("difference [95 %]", lambda each: _difference(each.paired)),
@@ -246,12 +255,29 @@ def tables_of(findings: Findings, *, brief: bool = False, drift: bool = True) ->
     found: list[Table] = []
     if contest.check:
         rows = contest.rows
-        found += _rows("passes the check", _names(contest, rows), rows, CHECK, brief=brief)
+        any_cut = any(row.cut and row.cut.value for row in rows)
+        found += _rows(
+            "passes the check", _names(contest, rows), rows, (*CHECK, CUT) if any_cut else CHECK,
+            brief=brief,
+        )  # fmt: skip
+        if parts := list(dict.fromkeys(part for row in rows for part in row.parts)):
+            names = [row.label if row.use != "response" else row.name for row in rows]
+            figures = [_figure(part, _of_part(part), share_with_interval) for part in parts]
+            found.append(_columns("passes, part by part", names, rows, figures))
     judged = [row for row in contest.rows if row.judged]
     for place, judge in enumerate(contest.judges):
         title = f"wins against the reference, says {shorten(name(judge), 40)}"
         rulings = [row.judged[place] for row in judged]
         found += _rows(title, _names(contest, judged), rulings, WINS, brief=brief)
+    refined = _refined_minus_direct(contest)
+    found += _rows(
+        "refined minus direct, paired", [[_direct(each.b), name(each.by)] for each in refined],
+        refined, COMPARISON, brief=brief,
+    )  # fmt: skip
+    critics = findings.own_critics
+    found += _rows(
+        "critics of their own answers", [[each.name] for each in critics], critics, OWN_CRITIC
+    )
     if len(contest.rows) > 2 and contest.comparisons:
         shown = [each for each in contest.comparisons if not brief or _is_brief(contest, each)]
         for by in dict.fromkeys(each.by for each in shown):
@@ -293,6 +319,21 @@ def _names(contest: Contest, rows: Sequence[Standing]) -> list[list[str]]:
 def _direct(label: str) -> str:
     """An entrant's label; that an answer is direct goes without saying."""
     return label.removesuffix(", direct")
+
+
+def _of_part(part: str) -> Callable[[Standing], Estimate | None]:
+    return lambda row: row.parts.get(part)
+
+
+def _refined_minus_direct(contest: Contest) -> list[Comparison]:
+    """Of one contestant, its first refinements against its direct answers, by check and judges."""
+    direct = {row.contestant: contest.labels[row.entrant] for row in contest.rows if row.is_direct}
+    refined = {
+        (contest.labels[row.entrant], direct.get(row.contestant))
+        for row in contest.rows
+        if row.use == "refinement"
+    }
+    return [each for each in contest.comparisons if (each.a, each.b) in refined]
 
 
 def _is_brief(contest: Contest, comparison: Comparison) -> bool:

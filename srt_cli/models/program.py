@@ -8,7 +8,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -17,17 +17,18 @@ from typing import Any
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.models import Reply, Request, Task, part_reply
 from srt_cli.records import Feedback
-from srt_cli.templates import render_feedback, render_preference, render_refinement
+from srt_cli.templates import render_feedback, render_parts, render_preference, render_refinement
 
 
 class ProgramModel:
     """A callable behind the door.
 
     It is called as `critique(prompt, response) -> (Feedback, refinement)`,
-    `judge(prompt, a, b) -> float` (1 prefers a), `check(prompt, response) -> float` (1 passes),
-    `respond(prompt) -> str`, `refine(prompt, response, feedback) -> str`, or `contrast(prompt, response)
-    -> str` (the response with one fault); `prompt` is the input row as a `records.Prompt`. What it
-    raises fails that row only.
+    `judge(prompt, a, b) -> float` (1 prefers a), `check(prompt, response) -> float` (1 passes, less
+    is a share; or a dict of named parts, whose first stands for all), `respond(prompt) -> str`,
+    `refine(prompt, response, feedback) -> str`, or `contrast(prompt, response) -> str` (the response
+    with one fault); `prompt` is the input row as a `records.Prompt`. What it raises fails that row
+    only.
     """
 
     batched = False
@@ -82,6 +83,8 @@ def _render(task: Task, value: Any) -> str:
         if not isinstance(value, str):
             raise TypeError(f"expected a text, got {type(value).__name__}")
         return value
+    if task.kind == "check" and isinstance(value, Mapping):
+        return render_parts(value)
     if task.kind in ("judge", "check"):
         return render_preference(float(value))
     feedback, refinement = value

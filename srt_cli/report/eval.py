@@ -251,7 +251,7 @@ class _Told:
         return _Card(prompt.text, answers, self._differs(mine))
 
     def _answer(self, output: Output, draft: str | None) -> _Answer:
-        state = {None: "", True: "good", False: "bad"}[output.passed]
+        state = "" if output.passed is None else "good" if output.passed == 1 else "bad"
         refined = output.use == "refinement"
         critique = self._critiques.get((output.contestant, output.id)) if refined else None
         pieces = [piece for piece in marked(output.response, draft) if piece[0]]
@@ -273,7 +273,13 @@ class _Told:
         """Check, verdicts and scores in a few words each; the verdict first."""
         marks = []
         if output.passed is not None:
-            marks.append("passes" if output.passed else "fails")
+            share = "fails" if not output.passed else f"passes {output.passed:.0%}"
+            marks.append("passes" if output.passed == 1 else share)
+        failed = [name for name, value in output.parts.items() if value < 1]
+        if failed:
+            marks.append(f"not: {', '.join(failed)}")
+        if output.status == "truncated":
+            marks.append("cut at the token limit")
         key = output.id, output.entrant
         for verdict in self._verdicts.get(key, []):
             name = self._judges.get(verdict.judge, verdict.judge)

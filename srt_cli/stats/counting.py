@@ -3,6 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
+
+Z: Final = 1.959964
+"""The normal quantile of two-sided 95 %."""
 
 
 @dataclass
@@ -70,6 +74,31 @@ class Confusion:
         return (self.good_called_good / good + self.bad_called_bad / bad) / 2
 
     @property
+    def smaller_class(self) -> int:
+        """How many answers are good, or how many bad, whichever are fewer."""
+        good = self.good_called_good + self.good_called_bad
+        return min(good, self.n - good)
+
+    @property
+    def balanced_interval(self) -> tuple[float, float] | None:
+        """95 % of the balanced accuracy; None if a class is empty.
+
+        Two independent shares, each with Wilson's interval, put together by Newcombe's square-and-add
+        (1998, method 10).
+        """
+        middle = self.balanced_accuracy
+        if middle is None:
+            return None
+        good = self.good_called_good + self.good_called_bad
+        bad = self.bad_called_good + self.bad_called_bad
+        below = above = 0.0
+        for hits, n in ((self.good_called_good, good), (self.bad_called_bad, bad)):
+            low, high = wilson(hits, n)
+            below += (hits / n - low) ** 2
+            above += (high - hits / n) ** 2
+        return max(0.0, middle - math.sqrt(below) / 2), min(1.0, middle + math.sqrt(above) / 2)
+
+    @property
     def constant(self) -> bool:
         """Whether the critic said the same of every answer, which tells nothing."""
         called_good = self.good_called_good + self.bad_called_good
@@ -85,3 +114,12 @@ def confusion(says: Sequence[bool], is_: Sequence[bool]) -> Confusion:
         good_called_bad=pairs.count((False, True)),
         bad_called_bad=pairs.count((False, False)),
     )
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, half hits allowed (Wilson 1927)."""
+    share = hits / n
+    middle = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    reach = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    # At the edges the bound is exact, which rounding would miss.
+    return (middle - reach if hits else 0.0), (middle + reach if hits < n else 1.0)

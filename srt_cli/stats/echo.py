@@ -66,7 +66,8 @@ class Signs:
     """What a stage changed against the stage before, besides scores; None where it is not known."""
 
     length_growth: float | None = None
-    equal_length_gain: float | None = None
+    gain: float | None = None
+    """In wins at equal length by the judge, or in passes of the check; None where nobody looked."""
     diversity_change: float | None = None
     """Share of different word pairs, stage before = 1."""
     pair_accuracy: PairedDifference | None = None
@@ -95,8 +96,8 @@ def echo_alarm(
 
     E = (own_after - own_before) - (outside_after - outside_before). Red: E's interval is above 0
     while the outside growth's is not. Amber: people's pairs are told apart less often (McNemar p
-    below 0.05), answers grew by more than 15 % without winning more at equal length, or diversity
-    fell by more than 10 %. Otherwise green; unknown where fewer than 10 items have all four scores.
+    below 0.05), or judge or check see no gain while answers grew by more than 15 %, or became more
+    than 10 % less diverse. Otherwise green; unknown where fewer than 10 items have all four scores.
     """
     n = len(own_before)
     worse = _worse(signs)
@@ -123,9 +124,11 @@ def _worse(signs: Signs) -> list[str]:
             f"it tells people's pairs apart {-100 * pairs.difference.value:.0f} points less often "
             f"(McNemar p {'< 0.001' if pairs.p_value < 0.001 else f'= {pairs.p_value:.3f}'})"
         )
+    if signs.gain is None or signs.gain > 0:
+        return found
     growth = signs.length_growth
-    if growth is not None and growth > LONGER and (signs.equal_length_gain or 0.0) <= 0:
-        found.append(f"answers grew by {growth - 1:.0%} without winning more at equal length")
+    if growth is not None and growth > LONGER:
+        found.append(f"answers grew by {growth - 1:.0%} without being better for it")
     if signs.diversity_change is not None and signs.diversity_change < LESS_DIVERSE:
         found.append(f"answers became {1 - signs.diversity_change:.0%} less diverse")
     return found

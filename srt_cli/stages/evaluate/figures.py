@@ -46,7 +46,8 @@ def _with_files(options: Evaluate, evidence: Evidence) -> Evidence:
     contestants = [evidence.reference, *options.model]
     return replace(
         evidence,
-        check=options.check,
+        check=", ".join(options.check) or None,
+        good_score=options.good_score,
         scorer=options.scorer,
         labels=read_labels(options.labels, entrants) if options.labels is not None else {},
         objective=read_objective(options.objective, contestants),

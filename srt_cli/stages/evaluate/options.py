@@ -56,10 +56,13 @@ class Evaluate(ApiOptions, PromptOptions):
         None, "Your own prompt for the judge, with {instruction}, {answer_M} and {answer_m}.",
         group="Judge", metavar="FILE",
     )  # fmt: skip
-    check: str | None = setting(
-        None, "A program that says whether an answer passes: python:FILE:CALLABLE.",
+    check: tuple[str, ...] = setting(
+        (), "A program that says whether an answer passes: python:FILE:CALLABLE. Repeatable.",
         group="Judge", common=True, metavar="SPEC",
     )  # fmt: skip
+    good_score: float = setting(
+        8.0, "Take a model to call an answer of its own good from this score up.", group="Critic"
+    )
     scorer: str | None = setting(
         None, "Also score every direct answer blind with this model, or python:FILE:critique, to "
         "show how far a model's own scores drift.", group="Judge", metavar="SPEC",
@@ -119,6 +122,9 @@ class Evaluate(ApiOptions, PromptOptions):
     seed: int = setting(42, "Seed of sampled answers.", group="Sampling", common=True)
     markdown: Path | None = runtime(
         None, "Also write the tables as Markdown.", group="Output", common=True, metavar="FILE"
+    )
+    dry_run: bool = runtime(
+        False, "Count answers, verdicts, tokens and cost. Send and write nothing.", group="Run"
     )
     offline: bool = runtime(False, "Only replay the journal. Send nothing.", group="Run")
     examples: int = runtime(100, "Prompts to show one by one in the report.", group="Output")

@@ -1,10 +1,13 @@
 """Are the stages better than the base? Outputs, checks, verdicts, and a report."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from srt_cli import console
 from srt_cli.calls.asking import Asking
+from srt_cli.calls.conduct import replay
+from srt_cli.calls.cost import EXPECTED_TOKENS, Owed, open_replies, prices_of, show_estimates
 from srt_cli.errors import UsageError
 from srt_cli.evaluation.contestants import (
     Attempt,
@@ -21,9 +24,10 @@ from srt_cli.evaluation.judging import Judge, Shown, Twice, ask_again, judge_pai
 from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pairs, read_pairs
 from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.feedback.story import Policy
-from srt_cli.models import names_program
+from srt_cli.models import Model, names_program, open_model, parse_spec
+from srt_cli.models.budget import likely_prompt_tokens
 from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, Scored
-from srt_cli.runs.run import inherited, open_run, read_manifest, template_input
+from srt_cli.runs.run import Run, inherited, open_run, read_manifest, template_input
 from srt_cli.stages.evaluate.options import Evaluate
 from srt_cli.templates import read_judge_template
 
@@ -39,21 +43,17 @@ def run(options: Evaluate) -> None:
         return
     # Counting needs numpy, for which `srt eval --help` does not wait.
     from srt_cli.evaluation.evidence import Evidence
-    from srt_cli.evaluation.files import read_objective, write_evidence
+    from srt_cli.evaluation.files import write_evidence
     from srt_cli.stages.evaluate.figures import close_contest, write_figures
 
-    reference = options.reference or base_of(options.model[0])
-    if options.reference is None:
-        console.say(f"reference: {reference}, by the manifests of {options.model[0]}")
+    reference = _reference(options)
     judges = tuple(dict.fromkeys(options.judge)) or critic_as_judge()
     _refuse_contradictions(options, judges)
     pairs = list(read_pairs(options.pairs, options.limit)) if options.pairs else []
-    if options.objective:
-        # A wrong file or name is said before any work is done.
-        read_objective(options.objective, [reference, *options.model])
     prompts = options.open_prompts()
     prompts.tell()
     rows = list(prompts.read())
+    saved = _look_before(options, [reference, *options.model], judges, rows)
     inputs = {**prompts.inputs, **template_input(options.judge_template, "judge_template")}
     if options.pairs is not None:
         inputs["pairs"] = options.pairs
@@ -63,11 +63,15 @@ def run(options: Evaluate) -> None:
         inputs=inputs,
         resolved={"reference": reference, "judge": list(judges)},
     )
+    if options.dry_run:
+        _show_plan(options, run, reference, judges, rows)
+        return
     with run:
         with Asking.begin(run, options, offline=options.offline) as asking:
-            outputs, critiques = _answers(options, reference, rows, asking)
-            if options.check is not None:
-                outputs = _checked(options.check, rows, outputs, asking)
+            outputs, critiques = _answers(options, reference, rows, saved, asking)
+            for place, check in enumerate(options.check):
+                name = _name_of(check, options.check) if place else ""
+                outputs = _checked(check, name, rows, outputs, asking)
             shown = _shown(options, reference, rows, outputs)
             judged = [_judged(judge, options, shown, asking) for judge in judges]
             scores = _scores(options, rows, outputs, asking)
@@ -84,13 +88,121 @@ def run(options: Evaluate) -> None:
     close_contest(options, findings)
 
 
+def _reference(options: Evaluate) -> str:
+    """What is compared with; a model that a check measures alone is its own reference."""
+    if options.reference is not None:
+        return options.reference
+    first = options.model[0]
+    alone = len(set(options.model)) == 1 and options.check and not options.judge
+    if alone and (is_outputs_file(first) or read_manifest(Path(first)) is None):
+        console.say(f"{first} is measured alone, by the check; --reference compares it")
+        return first
+    reference = base_of(first)
+    console.say(f"reference: {reference}, by the manifests of {first}")
+    return reference
+
+
+Saved = dict[str, list[Output]]
+"""By file of outputs: its answers."""
+
+
+def _look_before(
+    options: Evaluate, contestants: Sequence[str], judges: Sequence[str], rows: Sequence[Prompt]
+) -> Saved:
+    """Look at all that can fail before the first answer is asked for; returns saved outputs."""
+    from srt_cli.evaluation.files import read_labels, read_objective
+
+    if options.judge_template is not None:
+        read_judge_template(options.judge_template)
+    reference = contestants[0]
+    if options.objective:
+        read_objective(options.objective, contestants)
+    wanted = {reference: list(dict.fromkeys(["response", *_uses(options, reference)]))}
+    wanted |= {spec: list(_uses(options, spec)) for spec in contestants if spec != reference}
+    if options.labels is not None:
+        entrants = [Entrant(spec, use) for spec, uses in wanted.items() for use in uses]
+        read_labels(options.labels, [e for e in entrants if e != Entrant(reference, "response")])
+    door = replace(options.door(), offline=options.offline or options.dry_run)
+    for spec in dict.fromkeys([*contestants, *options.check, *judges, options.scorer or ""]):
+        if not spec or is_outputs_file(spec):
+            continue
+        held = Path(parse_spec(spec).name)
+        if not parse_spec(spec).in_process or (held.is_dir() and not _is_loadable(held)):
+            open_model(spec, door).close()
+    return {
+        spec: read_outputs(Path(spec), rows, uses)
+        for spec, uses in wanted.items()
+        if is_outputs_file(spec)
+    }
+
+
+def _uses(options: Evaluate, spec: str) -> Sequence[Use]:
+    """Which answers of a contestant are wanted, beside the reference's direct ones."""
+    return options.use if spec in options.model else ()
+
+
+def _is_loadable(directory: Path) -> bool:
+    return (directory / "config.json").is_file()
+
+
+def _name_of(check: str, checks: Sequence[str]) -> str:
+    """A further check's name among the parts: its callable's, if no other check has it."""
+    short = [each.rpartition(":")[2] for each in checks]
+    return check if short.count(check.rpartition(":")[2]) > 1 else check.rpartition(":")[2]
+
+
+def _show_plan(
+    options: Evaluate, run: Run, reference: str, judges: Sequence[str], rows: Sequence[Prompt]
+) -> None:
+    """`--dry-run`: what would be asked, and what it may cost; sends and writes nothing."""
+    door = replace(options.door(), offline=True)
+    wanted: dict[str, set[Use]] = {spec: set(_uses(options, spec)) for spec in options.model}
+    wanted.setdefault(reference, set()).add("response")
+    models: list[Model] = []
+    owed: dict[str, Owed] = {}
+    with open_replies(run.journal_path) as look_up:
+        for spec, uses in wanted.items():
+            if is_outputs_file(spec):
+                continue
+            model = open_model(spec, door)
+            models.append(model)
+            estimate = owed.setdefault(model.identity, Owed())
+            contestant = _contestant(model, sorted(uses), options)
+            for row in replay((answer(contestant, prompt) for prompt in rows), look_up):
+                if row.owed is None:
+                    continue
+                read = likely_prompt_tokens(row.owed.request)
+                estimate.add("respond", read, options.max_new_tokens)
+                for _ in range(options.rounds if "refinement" in uses else 0):
+                    longer = read + EXPECTED_TOKENS["respond"]
+                    estimate.add("critique", longer, options.critic_max_tokens)
+    answers = len(rows) * sum(map(len, wanted.values()))
+    compared = answers - len(rows)
+    orders = 2 if options.orders == "both" else 1
+    for spec in [*judges, *filter(None, [options.scorer])]:
+        model = open_model(spec, options.for_critics(door))
+        models.append(model)
+        kind = "judge" if spec in judges else "score"
+        calls = compared * orders + options.repeat if kind == "judge" else answers
+        for _ in range(calls):
+            read = 2 * EXPECTED_TOKENS["respond"]
+            owed.setdefault(model.identity, Owed()).add(kind, read, options.judge_max_tokens)
+    console.result(
+        f"prompts: {len(rows)}; answers: {answers} of {len(wanted)} contestants; checks: "
+        f"{answers * len(options.check)}; verdicts: {compared * orders * len(judges)}"
+    )
+    show_estimates(owed, prices_of(models, options), options)
+    for model in models:
+        model.close()
+
+
 def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
     """Options that would be without effect together are an error, not a silence."""
     if options.rounds < 1:
         raise UsageError("--rounds starts at 1.")
     if options.rounds > 1 and "refinement" not in options.use:
         raise UsageError("--rounds refines answers several times. Pass --use refinement too.")
-    if not judges and options.check is None and options.scorer is None:
+    if not judges and not options.check and options.scorer is None:
         raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
     if options.repeat and not judges:
         raise UsageError("--repeat asks a judge twice. Pass --judge SPEC.")
@@ -107,7 +219,7 @@ def _is_model(spec: str) -> bool:
 
 def _count_saved(options: Evaluate) -> bool:
     """The ways of `eval` that need no contestants; true when one of them was asked for."""
-    compares = bool(options.judge) or options.check is not None or options.scorer is not None
+    compares = bool(options.judge) or bool(options.check) or options.scorer is not None
     pairs_alone = options.pairs is not None and (not compares or bool(options.feedback))
     chosen = [bool(options.annotations), pairs_alone, bool(options.feedback)]
     if sum(chosen) > 1:
@@ -136,7 +248,9 @@ def base_of(model: str) -> str:
         seen.add(earlier)
         current = earlier
     if current == model:
-        raise UsageError(f"{model}: no manifest tells its base. Pass --reference.")
+        raise UsageError(
+            f"{model}: no manifest tells its base. Pass --reference, or --check to measure it alone."
+        )
     return current
 
 
@@ -150,7 +264,7 @@ def critic_as_judge() -> tuple[str, ...]:
 
 
 def _answers(
-    options: Evaluate, reference: str, prompts: Sequence[Prompt], asking: Asking
+    options: Evaluate, reference: str, prompts: Sequence[Prompt], saved: Saved, asking: Asking
 ) -> tuple[list[Output], dict[str, list[FeedbackRecord]]]:
     """Everyone's outputs, the reference's direct answers first, and their critiques of their own.
 
@@ -165,8 +279,8 @@ def _answers(
         uses = [use for use in uses if Entrant(spec, use) not in known]
         if not uses:
             continue
-        if is_outputs_file(spec):
-            outputs += read_outputs(Path(spec), prompts, uses)
+        if spec in saved:
+            outputs += [output for output in saved[spec] if output.use in uses]
             own = read_critiques(Path(spec), prompts)
         else:
             answered = _asked(spec, uses, options, prompts, asking)
@@ -180,15 +294,19 @@ def _answers(
 def _asked(
     spec: str, uses: Sequence[Use], options: Evaluate, prompts: Sequence[Prompt], asking: Asking
 ) -> list[Attempt]:
+    with asking.open(spec) as model:
+        contestant = _contestant(model, uses, options)
+        scripts = (answer(contestant, prompt) for prompt in prompts)
+        return asking.ask(f"answers of {spec}", scripts, len(prompts))
+
+
+def _contestant(model: Model, uses: Sequence[Use], options: Evaluate) -> Contestant:
     drafts = Sampling(
         options.max_new_tokens, options.temperature, seed=options.seed,
         thinks=options.policy_thinks,
     )  # fmt: skip
-    with asking.open(spec) as model:
-        own_critic = Critic(model, _critic_sampling(options, itself=True), in_conversation=True)
-        contestant = Contestant(Policy(model, drafts), own_critic, uses, options.rounds)
-        scripts = (answer(contestant, prompt) for prompt in prompts)
-        return asking.ask(f"answers of {spec}", scripts, len(prompts))
+    own_critic = Critic(model, _critic_sampling(options, itself=True), in_conversation=True)
+    return Contestant(Policy(model, drafts), own_critic, uses, options.rounds)
 
 
 def _critic_sampling(options: Evaluate, *, itself: bool) -> Sampling:
@@ -197,12 +315,12 @@ def _critic_sampling(options: Evaluate, *, itself: bool) -> Sampling:
 
 
 def _checked(
-    check: str, prompts: Sequence[Prompt], outputs: list[Output], asking: Asking
+    check: str, name: str, prompts: Sequence[Prompt], outputs: list[Output], asking: Asking
 ) -> list[Output]:
     by_id = {prompt.id: prompt for prompt in prompts}
     with asking.open(check) as model:
-        scripts = (check_output(model, by_id[output.id], output) for output in outputs)
-        return asking.ask("checking", scripts, len(outputs))
+        scripts = (check_output(model, by_id[output.id], output, name) for output in outputs)
+        return asking.ask(f"checking {name}".rstrip(), scripts, len(outputs))
 
 
 def _shown(
