@@ -23,6 +23,7 @@ from srt_cli.calls.cost import (
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.feedback.critic import Question
+from srt_cli.feedback.critic_check import CriticFigures, checked_before, doubts_of
 from srt_cli.feedback.story import Check, CheckedRow, Roles, complete, tell_and_check
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.feedback.written import Joined
@@ -31,7 +32,7 @@ from srt_cli.models.budget import Budget, likely_prompt_tokens
 from srt_cli.records import Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import OrderedWriter
-from srt_cli.runs.run import Run
+from srt_cli.runs.run import Run, read_manifest
 
 NEXT_STEPS: Final = {
     "respond": ("critique", "score"), "critique": ("score",), "contrast": ("critique", "score"),
@@ -52,6 +53,14 @@ class Job:
     samples: int = 1
     written: Joined | None = None
     """Critiques that are written already, with their prompts; each makes one row."""
+
+    @property
+    def own_critic(self) -> str | None:
+        """The model that criticises and scores its own drafts; None where another one does."""
+        critic, roles = self.roles.critic, self.roles
+        if critic is None or not critic.in_conversation or roles.scorer or roles.policy is None:
+            return None
+        return critic.model.spec
 
     @property
     def models(self) -> list[Model]:
@@ -139,7 +148,8 @@ def run_critiques(
     interrupted = False
     with Asking.begin(run, options, budget=job.budget) as asking:
         asking.employ(job.models)
-        summary = CritiqueSummary(asking.tally)
+        itself = job.own_critic
+        summary = CritiqueSummary(asking.tally, itself=itself is not None)
         _prepare_journal(asking.journal, job, options)
         if beforehand is not None:
             interrupted = not beforehand(asking)
@@ -170,8 +180,25 @@ def run_critiques(
             run.tally(summary.tallies())
             asking.usage = summary.usage
     _close(run, summary, job, options)
+    if itself is not None and not summary.owed:
+        for doubt in _doubts(summary, itself):
+            run.warn(doubt)
     console.say(asking.cost_sentence())
     return summary
+
+
+def _doubts(summary: CritiqueSummary, model: str) -> list[str]:
+    """What makes a model doubtful as its own critic, by a check, or as stage 1 checked it."""
+    checked, who = summary.confusion(), "the model as its own critic"
+    manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
+    figures = CriticFigures(
+        who,
+        checked if checked.n else checked_before(manifest.tallies) if manifest else None,
+        summary.draft_scores + summary.blind_scores,
+        summary.better + summary.equal + summary.worse,
+        summary.copies,
+    )
+    return doubts_of(figures, model)
 
 
 def _prepare_journal(journal: Journal, job: Job, options: CallOptions) -> None:

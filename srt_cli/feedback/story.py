@@ -154,6 +154,7 @@ def refine(roles: Roles, draft: Draft) -> Generator[Call, Reply, list[FeedbackRe
     row = _Round(draft.prompt.id, draft.prompt.prompt, draft.policy, critic, draft.sample)
     if draft.reply is not None:
         row.raw, row.usage = {"response": draft.reply.text}, draft.reply.usage
+        row.response_cut = draft.reply.at_limit
         if draft.reply.thoughts:
             row.thoughts = {"response": draft.reply.thoughts}
         if not draft.is_usable:
@@ -201,6 +202,7 @@ class _Round:
     reason: str | None = None
     raw: dict[str, str] = field(default_factory=dict)
     thoughts: dict[str, str] = field(default_factory=dict)
+    response_cut: bool = False
     usage: Usage = field(default_factory=Usage)
 
     def name(self, step: Asked) -> str:
@@ -298,7 +300,7 @@ def tell_and_check(
     checked: list[CheckedAnswer] = []
     if check is None:
         return CheckedRow(records, checked)
-    for record in records:
+    for place, record in enumerate(records):
         scored = [(record.response, record.feedback.score if record.feedback else None, False)]
         scored.append((record.refinement, record.refinement_score, True))
         for text, score, refined in scored:
@@ -309,6 +311,8 @@ def tell_and_check(
             if truth is not None:
                 said = CheckedAnswer(refined, score >= check.good_score, truth == 1)
                 checked.append(said)
+                passes = {"refinement_passes" if refined else "response_passes": truth}
+                records[place] = records[place].model_copy(update=passes)
     return CheckedRow(records, checked)
 
 

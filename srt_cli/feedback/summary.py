@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from srt_cli import console
 from srt_cli.calls.conduct import Tally
@@ -14,6 +14,10 @@ from srt_cli.records import PLANTED, Feedback, FeedbackRecord, Usage
 from srt_cli.stats.counting import Confusion, Moments, confusion
 from srt_cli.stats.hygiene import is_same_text
 from srt_cli.templates import is_as_asked
+
+FEWEST_COMPARED: Final = 10
+SHORTER, LONGER = 0.5, 2.0
+"""Length of the refinements, draft = 1, beyond which length is what is learnt."""
 
 
 def form_of(record: FeedbackRecord, kind: str) -> str:
@@ -113,6 +117,12 @@ class CritiqueSummary:
     beliefs: Beliefs = field(default_factory=Beliefs)
     weaknesses: Counter[int] = field(default_factory=Counter)
     """Digests of what was criticised, to find a critic that always says the same."""
+    drafts: int = 0
+    drafts_cut: int = 0
+    """Drafts that the token limit cut off."""
+    critiques_cut: int = 0
+    itself: bool = False
+    """Whether the critic is the model that wrote the drafts."""
 
     planted: int = 0
     planted_found: int = 0
@@ -133,6 +143,9 @@ class CritiqueSummary:
             if record.policy == PLANTED:
                 self._add_planted(record, before)
                 continue
+            self.drafts += record.round == 1 and "response" in record.raw
+            self.drafts_cut += record.response_cut
+            self.critiques_cut += record.status == "truncated" and record.response is not None
             if record.feedback is not None:
                 self._add_feedback(record, record.feedback)
             for kind in ("critique", "score"):
@@ -216,6 +229,8 @@ class CritiqueSummary:
             ("refinements that copy the draft", _share(self.copies, compared)),
             ("length, draft = 1", _shown(self.length_ratio, ".2f")),
             ("weaknesses said of several answers", _shown(self.repeated_weaknesses, ".0%")),
+            ("drafts cut at the token limit", _share(self.drafts_cut, self.drafts)),
+            ("critiques cut at the token limit", _share(self.critiques_cut, self.rows)),
         ]
         named = ("as asked", "mended", "longer", "asked again", "unread")
         return figures + [
@@ -240,16 +255,25 @@ class CritiqueSummary:
         """What should make a user look before they train on this."""
         found = []
         scored = self.draft_scores.total()
-        if scored >= 10 and len(self.draft_scores) == 1:
+        if scored >= 10 and len(self.draft_scores) == 1 and not self.itself:
             (score,) = self.draft_scores
             found.append(
                 f"the critic gave every one of {scored} drafts the score {score:g}: it tells nothing. "
                 "Use another critic, or feedback with a balanced share of good and bad drafts."
             )
         checked = self.confusion()
-        if checked.n >= 10 and checked.constant:
+        if checked.n >= 10 and checked.constant and not self.itself:
             found.append(
                 f"the critic said the same of all {checked.n} checked answers: it is constant."
+            )
+        ratio = self.length_ratio
+        compared = self.better + self.equal + self.worse
+        if ratio is not None and compared >= FEWEST_COMPARED and not SHORTER < ratio < LONGER:
+            way = "longer" if ratio > 1 else "shorter"
+            found.append(
+                f"refinements are {ratio:.2f} times as long as their drafts: a model that learns from "
+                f"them learns to write {way} before all else, and a critic to tell drafts by their "
+                f"length. Let drafts come out as long as good answers are (--max-new-tokens, --system)."
             )
         for of_draft, flag in ((True, "--max-new-tokens"), (False, "--critic-max-tokens")):
             if self.only_thoughts[of_draft]:
@@ -282,6 +306,8 @@ class CritiqueSummary:
             "score_entropy_bits": self.score_entropy_bits,
             "score_length_correlation": self.length_and_score.correlation,
             "repeated_weaknesses": self.repeated_weaknesses,
+            "drafts": self.drafts,
+            "drafts_cut": self.drafts_cut,
             "replies": dict(sorted(self.forms.items())),
         }
         if self.planted:
@@ -313,6 +339,11 @@ class CritiqueSummary:
                 f"planted faults: {self.planted}, of which the critic scores "
                 f"{_share(self.planted_found, self.planted)} lower than the same answer without"
             )
+        cut = {"drafts": (self.drafts_cut, self.drafts)}
+        cut["critiques"] = self.critiques_cut, self.rows
+        named = ", ".join(f"{_share(*counts)} {what}" for what, counts in cut.items() if counts[0])
+        if named:
+            console.say(f"cut at the token limit: {named}")
         if self.draft_scores:
             histogram = "  ".join(f"{s:g}: {n}" for s, n in sorted(self.draft_scores.items()))
             entropy = _shown(self.score_entropy_bits, ".2f")

@@ -26,6 +26,8 @@ class Candidate(NamedTuple):
     text: str
     score: float
     record: FeedbackRow
+    passes: float | None = None
+    """What a check said of it; None where none was asked."""
 
     @property
     def order(self) -> tuple[float, int, str]:
@@ -74,7 +76,10 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
     draft, refined = response.strip(), refinement.strip()
     if not draft or not refined:
         return "empty"
-    return Refined(Candidate(draft, before_score, row), Candidate(refined, after_score, row))
+    return Refined(
+        Candidate(draft, before_score, row, row.response_passes),
+        Candidate(refined, after_score, row, row.refinement_passes),
+    )
 
 
 def candidates_of(rows: Sequence[Refined]) -> list[Candidate]:

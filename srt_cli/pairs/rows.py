@@ -4,6 +4,7 @@ Rows are grouped on disk, so memory does not grow with them. Groups, and the row
 in an order that does not depend on the order of the input.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from srt_cli import console
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.records import FeedbackRecord, Message, Status
 from srt_cli.runs.jsonl import read_records
+from srt_cli.stats.hygiene import is_same_text
 
 POSITION_BYTES: Final = 8
 PROGRESS_EVERY: Final = 2000
@@ -37,6 +39,9 @@ class FeedbackRow(NamedTuple):
     critic: str
     sample: int
     round: int
+    response_cut: bool
+    response_passes: float | None
+    refinement_passes: float | None
 
     @classmethod
     def of_line(cls, line: bytes) -> Self:
@@ -58,6 +63,9 @@ class FeedbackRow(NamedTuple):
             row["critic"],
             int(row["sample"]),
             int(row["round"]),
+            bool(row.get("response_cut")),
+            _number(row.get("response_passes")),
+            _number(row.get("refinement_passes")),
         )
 
 
@@ -87,6 +95,11 @@ class GroupedRows:
         self._sort = ExternalSort(folder)
         self._key_of = key_of
         self.count = 0
+        self.scores: Counter[float] = Counter()
+        """How often the critic gave each score, to drafts and refinements."""
+        self.refined = 0
+        self.copies = 0
+        """Refinements that repeat their draft."""
 
     def __enter__(self) -> "GroupedRows":
         return self
@@ -103,9 +116,18 @@ class GroupedRows:
                     position = self.count.to_bytes(POSITION_BYTES)
                     self._sort.add(self._key_of(record), line + position)
                     self.count += 1
+                    self._look_at(record)
                     if self.count % PROGRESS_EVERY == 0:
                         progress.advance(PROGRESS_EVERY)
             progress.advance(self.count % PROGRESS_EVERY)
+
+    def _look_at(self, record: FeedbackRecord) -> None:
+        if record.feedback is None or record.refinement_score is None:
+            return
+        self.scores[record.feedback.score] += 1
+        self.scores[record.refinement_score] += 1
+        self.refined += 1
+        self.copies += is_same_text(record.refinement or "", record.response or "")
 
     def groups(self, label: str) -> Iterator[RowGroup]:
         """The groups, in the order of their keys; `label` names the work on the progress bar."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 from srt_cli.pairs.building import Decision
 from srt_cli.pairs.length_balance import LengthCut
 from srt_cli.pairs.pairing import Sample
+from srt_cli.pairs.worth import CheckedPairs
 from srt_cli.records import Preference
 from srt_cli.stats.counting import Moments
 from srt_cli.tables import Table
@@ -113,6 +114,10 @@ class PairSummary:
     after: LengthFigures = field(default_factory=LengthFigures)
     length_cut: LengthCut | None = None
     min_gain: float = 0.0
+    checked: CheckedPairs = field(default_factory=CheckedPairs)
+    """Kept pairs whose answers a check has looked at."""
+    cut: int = 0
+    """Kept pairs with a draft that the token limit cut off."""
 
     def __post_init__(self) -> None:
         self._examples = Sample(EXAMPLES, self.seed)
@@ -135,6 +140,11 @@ class PairSummary:
         self.rejected_scores[round(rejected.score)] += 1
         self.gains[math.floor(shape.gain)] += 1
         self._examples.offer(shape.fingerprint, decision.pairing)
+        self.checked.add(decision.pairing)
+        self.cut += any(
+            each.record.response_cut and each.text == (each.record.response or "").strip()
+            for each in decision.pairing
+        )
 
     @property
     def examples(self) -> list[Preference]:
@@ -156,6 +166,7 @@ class PairSummary:
             "rejected_scores": _plain(self.rejected_scores),
             "lengths_before": self.before.describe(),
             "lengths": self.after.describe(),
+            "drafts_cut": self.cut,
         }
         if self.length_cut is not None:
             figures["length_balance"] = {
@@ -188,6 +199,11 @@ class PairSummary:
         cost = self.cost_of_balance()
         if cost is not None:
             lines.append(cost)
+        if self.cut:
+            lines.append(
+                f"cut at the token limit: a draft in {self.cut} of {self.kept} pairs "
+                f"({self.cut / self.kept:.0%})"
+            )
         for pair in self.examples[:1]:
             lines.append(f"for example {pair.id}: {_short(pair.prompt[-1].content)}")
             lines.append(f"  chosen {pair.chosen_score:g}: {_short(pair.chosen[0].content)}")

@@ -148,6 +148,18 @@ def read_manifest(artifact: Path) -> Manifest | None:
         ) from None
 
 
+def why_not_whole(artifact: Path) -> str | None:
+    """A warning when the run that wrote a file did not get to its end; None when it did."""
+    manifest = read_manifest(artifact)
+    if manifest is None or manifest.status != "interrupted":
+        return None
+    reached = f" at {manifest.progress}" if manifest.progress else ""
+    return (
+        f"{artifact}: is of a run that was interrupted{reached}; what it lacks is not in here. Run "
+        f"the same srt {manifest.command} line again to finish it."
+    )
+
+
 def inherited(artifact: Path, name: str) -> str | None:
     """A setting of the run that made an artifact, such as the model that wrote its drafts."""
     manifest = read_manifest(artifact)

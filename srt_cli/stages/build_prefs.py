@@ -11,6 +11,7 @@ import orjson
 from srt_cli import console
 from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.feedback.critic_check import CriticFigures, checked_before, doubts_of
 from srt_cli.options import Former, Group, runtime, setting
 from srt_cli.pairs.building import PairPlan, decide
 from srt_cli.pairs.exports import EXPORTS, Format, export_path
@@ -20,9 +21,10 @@ from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, group_key
 from srt_cli.pairs.rows import GroupedRows
 from srt_cli.pairs.rules import ExcludedPrompts, NearDuplicates, PairRules, advice_for
 from srt_cli.pairs.summary import PairSummary
+from srt_cli.pairs.worth import Labels, Worth, labels_of_audit, labels_of_stage_1
 from srt_cli.records import Preference
 from srt_cli.runs.jsonl import DroppedRows, OrderedWriter, dropped_path
-from srt_cli.runs.run import Run, open_run
+from srt_cli.runs.run import Run, inherited, open_run, read_manifest, why_not_whole
 
 if TYPE_CHECKING:
     from srt_cli.pairs.audit import Audit, Auditor
@@ -156,14 +158,43 @@ def run(options: BuildPrefs) -> None:
         summary = write_pairs(rows, plan, options, picked)
         run.reached(f"{summary.rows} of {summary.rows}")
         run.tally(summary.describe())
+        known = tell_of_critic(run, options, rows)
         if not summary.kept:
             raise SrtError(all_dropped(summary, options.data))
         show(summary, options)
         for warning in summary.warnings():
             run.warn(warning)
         audit = None if auditor is None else report_audit(auditor.audit(picked.pairs()), run)
+        worth = Worth(summary.kept, labels_of_audit(audit) or summary.checked.labels or known)
+        run.tally({"labels": worth.labels.describe() if worth.labels else None})
+        for line in worth.lines():
+            console.say(line)
+        for warning in worth.warnings():
+            run.warn(warning)
         write_pages(summary, audit, picked.pairs(), options)
     console.finish(f"{options.out}: {summary.kept} pairs", f"srt dpo --prefs {options.out}")
+
+
+def tell_of_critic(run: Run, options: BuildPrefs, rows: GroupedRows) -> Labels | None:
+    """Warn of rows that are missing and of a critic that is doubtful.
+
+    Returns what stage 1 found of its labels, where it looked.
+    """
+    for path in options.data:
+        if not_whole := why_not_whole(path):
+            run.warn(not_whole)
+    data = options.data[0]
+    manifest, model = read_manifest(data), inherited(data, "model") or "models/sft"
+    stage_1 = read_manifest(Path(model)) if Path(model).is_dir() else None
+    table = checked_before(manifest.tallies) if manifest is not None else None
+    if table is None and stage_1 is not None:
+        table = checked_before(stage_1.tallies)
+    who = f"the critic of {', '.join(map(str, options.data))}"
+    for doubt in doubts_of(
+        CriticFigures(who, table, rows.scores, rows.refined, rows.copies), model
+    ):
+        run.warn(doubt)
+    return labels_of_stage_1(stage_1.tallies) if stage_1 is not None else None
 
 
 def check_options(options: BuildPrefs) -> None:

@@ -77,7 +77,8 @@ class Sft(TrainingOptions):
     )  # fmt: skip
     good_score: float = setting(8.0, "Count an answer as good from this score up.", group="Loss")
     critic_check: int = runtime(
-        16, "Let the tuned model score N of the answers, to show whether it knows good from bad.",
+        32, "Let the tuned model score N of the answers (those of --eval-split, if there are some), to "
+        "show whether it knows good from bad.",
         group="Output",
     )  # fmt: skip
 

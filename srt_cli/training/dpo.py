@@ -19,6 +19,7 @@ from trl.trainer.utils import disable_dropout_in_model
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.models.weights import base_of, fingerprint_of
+from srt_cli.pairs.worth import FEWEST_PAIRS
 from srt_cli.records import Preference
 from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run, read_manifest
@@ -71,8 +72,10 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
             trained = _train(setup, task, pairs, objective, run)
             if not options.keep_checkpoints:
                 clear_checkpoints(run.out)
+        seen = run.manifest.tallies.get("pairs", FEWEST_PAIRS)
+        on_few = f" on {seen} pairs, which is no sign of progress" if seen < FEWEST_PAIRS else ""
         console.say(
-            f"{trained.sentence()}; loss {trained.first_loss:.4f} to {trained.final_loss:.4f}; "
+            f"{trained.sentence()}; loss {trained.first_loss:.4f} to {trained.final_loss:.4f}{on_few}; "
             f"reference: {task.model}"
         )
     finish_training(options, f"srt eval --model {options.out}")

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import ChatFormat, UnfitChat
+from srt_cli.pairs.worth import why_too_few
 from srt_cli.records import PLANTED, FeedbackRecord, Preference, Record
 from srt_cli.training.rows import (
     PARTS,
@@ -336,6 +337,8 @@ def prepare_dpo(
             f"{len(same)}."
         )
     _describe_pairs(prepared, setup.values.loss_type)
+    if few := why_too_few(len(prepared.train)):
+        prepared.warnings.append(few)
     fitting.tell(prepared)
     _warn_of_chat(chat, prepared)
     return prepared

@@ -18,8 +18,10 @@ from trl import SFTConfig, SFTTrainer
 
 from srt_cli import console
 from srt_cli.errors import SrtError
-from srt_cli.feedback.critic_check import check_critic
-from srt_cli.runs.run import Run, read_manifest
+from srt_cli.feedback.critic_check import FEWEST_SCORES, MOSTLY, check_critic
+from srt_cli.records import FeedbackRecord
+from srt_cli.runs.run import Run, read_manifest, why_not_whole
+from srt_cli.stats.hygiene import is_same_text
 from srt_cli.training.batches import (
     Columns,
     LengthGroupedOrder,
@@ -47,6 +49,7 @@ from srt_cli.training.rows import (
     data_inputs,
     prompts_to_sample,
     read_feedback,
+    split_rows,
     write_dropped,
 )
 from srt_cli.training.samples import Sampler
@@ -82,12 +85,17 @@ def fine_tune(options: TrainingOptions, task: SftTask) -> None:
             if setup.advice is not None:
                 run.warn(setup.advice)
             _tell_of_rows(run, files)
+            kept = [record for each in files for record in each.kept]
+            _tell_of_feedback(run, task, kept)
             trained = _trained_before(run) or _train(setup, task, files, run)
             if task.critic_check and not task.targets.scores:
                 console.say("no critic check: this model is not trained to score")
             elif task.critic_check:
-                kept = [record for each in files for record in each.kept]
-                check_critic(run, kept, task.critic_check, task.good_score, options.seed)
+                unseen = split_rows(kept, lambda record: record.prompt, options.eval_split)[1]
+                check_critic(
+                    run, unseen or kept, task.critic_check, task.good_score,
+                    held_out=bool(unseen),
+                )  # fmt: skip
             if not options.keep_checkpoints:
                 clear_checkpoints(run.out)
         console.say(
@@ -124,6 +132,24 @@ def _tell_of_rows(run: Run, files: Sequence[FeedbackFile]) -> None:
 
 def _all_fallen(files: Sequence[FeedbackFile]) -> list[Fallen]:
     return [row for each in files for row in each.fallen]
+
+
+def _tell_of_feedback(run: Run, task: SftTask, kept: list[FeedbackRecord]) -> None:
+    """Warn of feedback that is not whole, or teaches to copy; say how many drafts were cut."""
+    for each in task.data:
+        if not_whole := why_not_whole(each.path):
+            run.warn(not_whole)
+    copies = sum(is_same_text(row.refinement or "", row.response or "") for row in kept)
+    cut = sum(row.response_cut for row in kept)
+    run.tally({"copies": copies, "drafts_cut": cut})
+    if cut:
+        console.say(f"cut at the token limit: {cut} of {len(kept)} drafts ({cut / len(kept):.0%})")
+    if len(kept) >= FEWEST_SCORES and copies > MOSTLY * len(kept):
+        run.warn(
+            f"{copies} of {len(kept)} refinements copy their draft, and a model trained on them learns "
+            "to copy. Likely cause: the critic found little to mend. Take harder prompts, or let drafts "
+            "differ more: srt collect-feedback --temperature 1."
+        )
 
 
 def _trained_before(run: Run) -> Trained | None:
