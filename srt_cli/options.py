@@ -202,7 +202,7 @@ def under_todays_names(config: Any, values: Mapping[str, Any]) -> dict[str, Any]
 def as_declared(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of an earlier run as `config` (a class, or one of it) declares them today.
 
-    One value of an option that takes several today is a list of it.
+    One value of an option that takes several today is a list of it, and None is an empty one.
     """
     several = {
         field.name
@@ -210,7 +210,11 @@ def as_declared(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
         if typing.get_origin(without_none(field.type)) is tuple
     }
     return {
-        name: [value] if name in several and isinstance(value, str) else value
+        name: [value]
+        if name in several and isinstance(value, str)
+        else []
+        if name in several and value is None
+        else value
         for name, value in values.items()
     }
 
@@ -327,7 +331,8 @@ def _read_preset(
         raise SrtError(f"{path}: cannot be read as a configuration ({error}).") from error
     known = every_name(config_class)
     if path.suffix == ".json":
-        return _renamed(config_class, _options_of_manifest(path, text, known), notes)
+        options = as_declared(config_class, _options_of_manifest(path, text, known))
+        return _renamed(config_class, options, notes)
     try:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -8,6 +8,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from srt_cli.stats.counting import Z
+
 if TYPE_CHECKING:
     from srt_cli.stats.rates import Estimate
 
@@ -165,14 +167,31 @@ def share_with_interval(estimate: "Estimate | None") -> str:
     """A share in whole per cent with its 95 % interval: 71% [59, 80]."""
     if estimate is None:
         return "-"
-    return f"{share(estimate)} [{100 * estimate.low:.0f}, {100 * estimate.high:.0f}]"
+    low, high = interval_of(estimate)
+    return f"{share(estimate)} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def interval_of(
+    estimate: "Estimate", possible: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """Its 95 % interval; where all items are alike, what that many leave possible.
+
+    No spread is no certainty: of n items all alike, Wilson's interval leaves the share z² / (n + z²) of
+    others, which may lie anywhere.
+    """
+    if estimate.low < estimate.high or estimate.n < 2:
+        return estimate.low, estimate.high
+    others = Z**2 / (estimate.n + Z**2)
+    low, high = (estimate.value + others * (end - estimate.value) for end in possible)
+    return low, high
 
 
 def share_with_error(estimate: "Estimate | None", sign: str = "") -> str:
     """A share in per cent with its standard error, where it has one: 62.1 ± 3.4."""
     if estimate is None:
         return "-"
-    error = "" if estimate.standard_error is None else f" ± {100 * estimate.standard_error:.1f}"
+    # Of items all alike the error is not known to be 0.
+    error = f" ± {100 * estimate.standard_error:.1f}" if estimate.standard_error else ""
     return f"{100 * estimate.value:{sign}.1f}{error}"
 
 
@@ -180,7 +199,7 @@ def score_with_error(estimate: "Estimate | None", sign: str = "") -> str:
     """A score, or a difference of scores, with its standard error: 7.21 ± 0.12."""
     if estimate is None:
         return "-"
-    error = "" if estimate.standard_error is None else f" ± {estimate.standard_error:.2f}"
+    error = f" ± {estimate.standard_error:.2f}" if estimate.standard_error else ""
     return f"{estimate.value:{sign}.2f}{error}"
 
 

@@ -20,6 +20,7 @@ from srt_cli.stats.agreement import Agreement
 from srt_cli.stats.rates import Estimate, PairedDifference
 from srt_cli.tables import (
     Table,
+    interval_of,
     p_value,
     score_with_error,
     share,
@@ -77,7 +78,13 @@ def _difference(paired: PairedDifference | None) -> str:
     if paired is None:
         return "-"
     found = paired.difference
-    return f"{100 * found.value:+.0f} [{100 * found.low:+.0f}, {100 * found.high:+.0f}]"
+    low, high = interval_of(found, (-1.0, 1.0))
+    return f"{100 * found.value:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
+
+
+def _detectable(paired: PairedDifference) -> str:
+    """A dash where all items are alike, and so nothing tells how far they spread."""
+    return f"{100 * paired.smallest_detectable:.0f}" if paired.smallest_detectable else "-"
 
 
 def _outside(stage: StageFigures) -> AgainstOutside | None:
@@ -123,7 +130,7 @@ ANSWERS: tuple[Column[Standing], ...] = (
 COMPARISON: tuple[Column[Comparison], ...] = (
     Column("difference [95 %]", lambda each: _difference(each.paired)),
     Column("p (Holm)", lambda each: p_value(each.p_adjusted)),
-    Column("detectable", lambda each: f"{100 * each.paired.smallest_detectable:.0f}"),
+    Column("detectable", lambda each: _detectable(each.paired)),
 )
 AGREEMENT: tuple[Column[Agreement], ...] = (
     _figure("agrees [95 %]", lambda found: found.accuracy, share_with_interval),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from srt_cli.stats.counting import Z, wilson
+from srt_cli.stats.counting import wilson
 
 CONFIDENCE: Final = 0.95
 DETECTABLE: Final = 2.8
@@ -63,8 +63,6 @@ def mean_with_error(
     """Mean, standard error sd / sqrt(n) with n - 1 in the variance, and the t interval.
 
     None without items; with a single one nothing is known, and the interval is all that is possible.
-    Items that are all alike are no certainty: the share z² / (n + z²) of others that Wilson's interval
-    leaves possible may lie anywhere, where `possible` has an end.
     """
     array: Values = np.asarray(values, dtype=np.float64)  # (n,)
     n = len(array)
@@ -74,10 +72,6 @@ def mean_with_error(
     if n == 1:
         return Estimate(mean, *possible, 1)
     error = float(array.std(ddof=1) / np.sqrt(n))
-    if error == 0 and np.isfinite(possible).all():
-        others = Z**2 / (n + Z**2)
-        low, high = (mean + others * (end - mean) for end in possible)
-        return Estimate(mean, low, high, n, error)
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return Estimate(mean, mean - reach, mean + reach, n, error)
 
@@ -164,10 +158,16 @@ def clustered_error(values: Sequence[float], clusters: Sequence[str]) -> float |
 def win_rate(preferences: Sequence[float]) -> Estimate | None:
     """Mean preference for the model over items, each item the mean of its orders (0 to 1).
 
-    The t interval; where every item is won, or every item lost, that comes to Wilson's.
+    The t interval, or Wilson's where every item is won or every item lost.
     """
     estimate = mean_with_error(preferences)
-    return None if estimate is None else within(estimate)
+    if estimate is None:
+        return None
+    if estimate.standard_error == 0 and estimate.value in (0.0, 1.0):
+        # No spread, yet not certain: what Wilson's interval leaves possible.
+        sure = _wilson(estimate.value * estimate.n, estimate.n)
+        return replace(estimate, low=sure.low, high=sure.high)
+    return within(estimate)
 
 
 def discrete_win_rate(preferences: Sequence[float]) -> Estimate | None:
@@ -211,8 +211,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     only_b = sum(y > 0.5 >= x for x, y in zip(a, b, strict=True))
     discordant = only_a + only_b
     p_value = float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0
-    spread = (estimate.high - estimate.low) / (2 * Z)
-    smallest = DETECTABLE * (estimate.standard_error or spread)
+    smallest = DETECTABLE * (estimate.standard_error or 0.0)
     return PairedDifference(estimate, only_a, only_b, p_value, smallest)
 
 
