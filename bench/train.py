@@ -19,9 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from srt_cli.models.chat import ChatFormat
 from srt_cli.models.weights import load_tokenizer, resolve_source
 from srt_cli.records import FeedbackRecord, Preference
-from srt_cli.training.sequences import PARTS, feedback_sequence, preference_ids
+from srt_cli.training.rows import FEEDBACK_PARTS
+from srt_cli.training.sequences import feedback_sequences, preference_ids
 
 ROWS: Final = 16
 PAIRS: Final = 8
@@ -61,9 +63,13 @@ def pair_row(number: int) -> dict[str, Any]:
 
 def write_rows(folder: Path, model: str, rows: int, sentences: Callable[[int], int]) -> int:
     """`feedback.jsonl` for srt and the very same token ids and masks for TRL; returns the tokens."""
-    tokenizer = load_tokenizer(model)
+    chat = ChatFormat(load_tokenizer(model))
     records = [feedback_row(number, sentences(number)) for number in range(rows)]
-    sequences = [feedback_sequence(tokenizer, FeedbackRecord(**row), PARTS) for row in records]
+    sequences = [
+        sequence
+        for row in records
+        for sequence in feedback_sequences(chat, FeedbackRecord(**row), FEEDBACK_PARTS)
+    ]
     ids = [{"input_ids": s.input_ids, "labels": s.labels} for s in sequences]
     for name, lines in (("feedback.jsonl", records), ("trl/rows.jsonl", ids)):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -73,10 +79,10 @@ def write_rows(folder: Path, model: str, rows: int, sentences: Callable[[int], i
 
 def write_pairs(folder: Path, model: str) -> int:
     """`prefs.jsonl`; returns the tokens of both sides."""
-    tokenizer = load_tokenizer(model)
+    chat = ChatFormat(load_tokenizer(model))
     rows = [pair_row(number) for number in range(PAIRS)]
     (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = [preference_ids(tokenizer, Preference.model_validate(row)) for row in rows]
+    pairs = [preference_ids(chat, Preference.model_validate(row)) for row in rows]
     return sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
 
 

@@ -245,8 +245,9 @@ def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model, mo
     from srt_cli.training.setup import count_parameters, decide_training_place
 
     # An estimate needs no bitsandbytes.
-    monkeypatch.setattr(setup, "decide_training_place", lambda _: decide_training_place("full"))
     parameters = count_parameters(str(tiny_model))
+    place = decide_training_place(Dpo(), parameters)
+    monkeypatch.setattr(setup, "decide_training_place", lambda *_: place)
 
     def estimate(**options):
         made = setup.set_up(Dpo(**options), "dpo", str(tiny_model))

@@ -32,8 +32,9 @@ PRIVATE_PARTS = [
     ("transformers", "Trainer._prepare_inputs"),
     ("trl", "DPOTrainer._precompute_ref_logps"),
     ("trl", "DPOTrainer._prepare_dataset"),
-    # Not exported by TRL: memory.py, dpo.py, loop.py (which does without).
+    # Not exported by TRL: memory.py, head.py, dpo.py, loop.py (which does without).
     ("trl.trainer.utils", "add_fused_lm_head"),
+    ("trl.trainer.utils", "FusedCausalLMOutput"),
     ("trl.trainer.utils", "disable_dropout_in_model"),
     ("trl.trainer.utils", "get_peak_flops"),
     # Of torch, for memory.py: what a step needs is then not known beforehand.

@@ -61,7 +61,7 @@ DPO = SHARED | {
 ELSEWHERE = {
     "--data", "--prefs", "--model", "--max-length", "--truncation", "--eval-every",
     "--early-stopping", "--deterministic", "--merge", "--merge-base", "--adapter", "--packing",
-    "--unfit", "--thoughts",
+    "--unfit", "--thoughts", "--precision",
 }  # fmt: skip
 TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -57,7 +58,53 @@ def decide_placement() -> Placement:
         return Placement("cuda", torch.float32, f"{name} has no bfloat16")
     if torch.backends.mps.is_available():
         return Placement("mps", torch.float32, "float32 is the safe choice on Apple GPUs")
-    return Placement("cpu", torch.float32, "on CPUs float32 is faster than bfloat16")
+    return Placement(
+        "cpu", torch.float32, "on CPUs in float32, so that a reply is the same in any batch"
+    )
+
+
+BF16_FLAGS: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""As Linux names a CPU's instructions that multiply bfloat16; the last is ARM's."""
+CPUINFO: Final = Path("/proc/cpuinfo")
+BF16_GAIN: Final = 1.3
+"""How much faster products must be to be worth their rounding."""
+TRIED_SHAPE: Final = (256, 768, 1536)
+"""Tokens, and the two widths of a layer of some 100M parameters: 0.6e9 multiply-adds."""
+
+
+def bf16_on_cpu() -> tuple[bool, str]:
+    """Whether this CPU multiplies bfloat16 clearly faster than float32, with the reason.
+
+    Decided by the CPU's instructions, and confirmed by timing a few products (about 0.1 s).
+    """
+    try:
+        words = set(CPUINFO.read_text().split())
+    except OSError:
+        words = set()
+    found = sorted(words & BF16_FLAGS)
+    if not found:
+        return False, "this CPU has no instructions for bfloat16"
+    gain = _gain_of_bf16()
+    said = (
+        f"this CPU has {found[0]}, and products of bfloat16 take {1 / gain:.0%} of float32's time"
+    )
+    return gain >= BF16_GAIN, said
+
+
+def _gain_of_bf16() -> float:
+    """How many times faster products are in bfloat16, their casts included: the best of three each."""
+    tokens, one, other = TRIED_SHAPE
+    states, weights = torch.full((tokens, one), 0.5), torch.full((other, one), 0.5)
+    best = {}
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            seconds = []
+            for _ in range(4):  # the first warms up
+                started = time.perf_counter()
+                torch.nn.functional.linear(states.to(dtype), weights.to(dtype))
+                seconds.append(time.perf_counter() - started)
+            best[dtype] = min(seconds[1:])
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 @dataclass(frozen=True)

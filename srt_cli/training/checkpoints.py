@@ -48,6 +48,8 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
     )
     if options.overwrite:
         clear_directory(options.out)
+    if run.earlier is not None:  # how it computes is kept, whenever this run is killed
+        run.describe_models(run.earlier.models)
     _refuse_changed_inputs(run)
     if run.complete:
         console.say("trained already under these settings; nothing to do")

@@ -26,6 +26,7 @@ from srt_cli.runs.run import Run, read_manifest
 from srt_cli.training.batches import Columns, LengthGroupedOrder, keep_rows
 from srt_cli.training.checkpoints import clear_checkpoints, open_training
 from srt_cli.training.examples import longest_side, prepare_dpo
+from srt_cli.training.head import score_on_cpu
 from srt_cli.training.health import DpoStart
 from srt_cli.training.loop import Trained, Tuned, WatchedTrainer, train, trainer_arguments
 from srt_cli.training.memory import LargestPass, fit
@@ -138,6 +139,7 @@ def _train(
             "reference": {"spec": task.model, "weights": weights, "is": reference},
         }
     )
+    run.save()
     console.say(setup.place.sentence())
     prompts = prompts_to_sample(
         [pair.prompt for pair in pairs], setup.options.eval_split, setup.options.samples
@@ -282,7 +284,17 @@ class _TokenisedDPOTrainer(WatchedTrainer, DPOTrainer):
     reference_seconds: float = 0.0
     """How long the reference's log-probs took, before the first step."""
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._score_on_cpu()
+
+    def _score_on_cpu(self) -> None:
+        if not self.use_weighting:  # WPO wants figures that only TRL's own head gives
+            for model in filter(None, (self.model, self.ref_model)):
+                score_on_cpu(model, bf16=self.args.bf16, pairs=True)
+
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Dataset:
+        self._score_on_cpu()  # TRL calls this while it is being made
         started = time.monotonic()
         found: Dataset = super()._precompute_ref_logps(*args, **kwargs)
         self.reference_seconds += time.monotonic() - started

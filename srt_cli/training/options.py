@@ -17,6 +17,7 @@ LossType = Literal[
 ]  # fmt: skip
 """The preference losses as TRL's `DPOConfig.loss_type` names them."""
 PackingChoice = Literal["auto", "bfd", "off"]
+Precision = Literal["auto", "fp32", "bf16"]
 RecipeName = Literal["srt", "tulu2", "tulu3", "zephyr", "smol", "apo"]
 
 
@@ -62,6 +63,10 @@ class TrainingOptions:
     max_grad_norm: float | None = setting(
         None, "Clip gradients at this norm.", otherwise="the recipe's (paper: not stated, 1)",
         group="Training",
+    )  # fmt: skip
+    precision: Precision = setting(
+        "auto", "Multiply in bfloat16 (weights stay float32), or in float32. auto: as is faster on this "
+        "machine; a run goes on as it began.", group="Training",
     )  # fmt: skip
     max_length: int | None = setting(
         None, "Maximum tokens in a row.", otherwise="the recipe's (paper: 8192)", group="Data"

@@ -158,8 +158,8 @@ def merge(model: PeftModel, setup: Setup, out: Path) -> PreTrainedModel:
     if not setup.four_bit:
         merged: Any = model.merge_and_unload()
     else:
-        dtype = torch.bfloat16 if setup.place.bf16 else torch.float32
-        placement = Placement(setup.place.placement.device, dtype, "merged un-quantised")
+        held = setup.place.placement
+        placement = Placement(held.device, held.dtype, "merged un-quantised")
         whole = load_weights(
             setup.base,
             placement=placement,

@@ -38,13 +38,14 @@ from srt_cli.models.weights import (
     Loading,
     Placement,
     base_of,
+    bf16_on_cpu,
     decide_placement,
     load_tokenizer,
     load_weights,
     resolve_source,
 )
-from srt_cli.runs.run import Run
-from srt_cli.training.options import Method, TrainingOptions
+from srt_cli.runs.run import Run, read_manifest
+from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import team
 from srt_cli.training.recipes import (
     Hyperparameters,
@@ -55,6 +56,8 @@ from srt_cli.training.recipes import (
 from srt_cli.training.samples import Sampler
 
 CHECKPOINTS: Final = "checkpoints"
+BF16_PARAMETERS: Final = 30_000_000
+"""Smaller models spend their time elsewhere than in products."""
 TEMPLATE_DAY: Final = "template_day"
 """The tally of the date that a chat template writes."""
 EVENTS: Final = "tensorboard"
@@ -83,7 +86,7 @@ DECIDED: Final[Mapping[str, str]] = {
     "padding_free": "--packing", "eval_strategy": "--eval-split", "eval_steps": "--eval-every",
     "eval_on_start": "--eval-split",
     "save_strategy": "--save-every", "save_steps": "--save-every",
-    "trust_remote_code": "--trust-remote-code",
+    "trust_remote_code": "--trust-remote-code", "bf16": "--precision",
 }  # fmt: skip
 
 
@@ -115,35 +118,62 @@ class TrainingPlace:
     def sentence(self) -> str:
         """For the terminal."""
         dtype = str(self.placement.dtype).removeprefix("torch.")
+        products = ", products in bfloat16" if self.bf16 and dtype == "float32" else ""
         twice = "activations computed twice" if self.checkpointing else "activations kept"
         return (
-            f"training on {self.placement.device}, {dtype} weights: {self.placement.reason}; "
+            f"training on {self.placement.device}, {dtype} weights{products}: {self.placement.reason}; "
             f"{twice}: {self.checkpointing_reason}"
         )
 
 
-def decide_training_place(method: Method) -> TrainingPlace:
+def decide_training_place(options: TrainingOptions, parameters: int | None) -> TrainingPlace:
     """Choose device and formats for this machine; `memory.fit` decides about checkpointing later.
 
-    Weights that are trained stay float32, with bfloat16 products where the device computes them;
-    weights that only carry adapters are bfloat16 there. Raises `SrtError` for qlora without
-    bitsandbytes.
+    Weights that are trained stay float32, with bfloat16 products where the device is faster at them;
+    weights that only carry adapters are bfloat16 on a GPU that computes it. A run that has begun
+    goes on as it began, on whatever machine. Raises `SrtError` for qlora without bitsandbytes.
     """
-    found = decide_placement()
-    bf16 = found.dtype == torch.bfloat16
+    method = options.method
     if method == "qlora" and find_spec("bitsandbytes") is None:
         raise SrtError(
             "--method qlora needs the package bitsandbytes: pip install 'srt-cli[quant]'."
         )
-    if method == "full" or not bf16:
-        reason = f"{found.reason}; weights stay float32 while they are trained"
+    found = decide_placement()
+    bf16, reason = _decide_precision(options, found, parameters)
+    if method == "full" or not bf16 or found.device == "cpu":
+        reason = f"{reason}; weights stay float32 while they are trained"
         placement = Placement(found.device, torch.float32, reason)
     else:
-        reason = f"{found.reason}; only the adapters are trained, in float32"
-        placement = Placement(found.device, found.dtype, reason)
+        reason = f"{reason}; only the adapters are trained, in float32"
+        placement = Placement(found.device, torch.bfloat16, reason)
     on_gpu = found.device == "cuda"
     attention = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
     return TrainingPlace(placement, bf16, attention, checkpointing=False)
+
+
+def _decide_precision(
+    options: TrainingOptions, found: Placement, parameters: int | None
+) -> tuple[bool, str]:
+    """Whether products are computed in bfloat16, and why."""
+    if options.precision == "bf16" and found.device == "cuda" and found.dtype != torch.bfloat16:
+        raise UsageError(f"--precision bf16: {found.reason}. Leave it away.")
+    if options.precision != "auto":
+        return options.precision == "bf16", f"--precision {options.precision}"
+    if (began := _precision_of_run(options)) is not None:
+        return began, f"this training began in {'bfloat16' if began else 'float32'}"
+    if found.device != "cpu":
+        return found.dtype == torch.bfloat16, found.reason
+    if parameters is not None and parameters < BF16_PARAMETERS:
+        return False, "a small model gains nothing by bfloat16 on a CPU"
+    return bf16_on_cpu()
+
+
+def _precision_of_run(options: TrainingOptions) -> bool | None:
+    """Whether the training that stands in `--out` computes in bfloat16; None where none has begun."""
+    earlier = None if options.overwrite else read_manifest(options.out)
+    models = earlier.models.values() if earlier is not None else ()
+    said = [model["bf16_autocast"] for model in models if "bf16_autocast" in model]
+    return bool(said[0]) if said else None
 
 
 def sharding() -> Literal["fsdp", "zero"] | None:
@@ -281,7 +311,7 @@ def set_up(
     values = choose_hyperparameters(options, stage, parameters)
     check_trackers(options.report_to)
     check_early_stopping(options)
-    place = decide_training_place(options.method)
+    place = decide_training_place(options, parameters)
     micro = options.micro_batch or (8 if place.placement.device == "cuda" else 2)
     processes = team().size
     return Setup(

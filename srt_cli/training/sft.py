@@ -34,6 +34,7 @@ from srt_cli.training.batches import (
 )
 from srt_cli.training.checkpoints import clear_checkpoints, open_training
 from srt_cli.training.examples import prepare_sft
+from srt_cli.training.head import score_on_cpu
 from srt_cli.training.loop import Trained, Tuned, WatchedTrainer, train, trainer_arguments
 from srt_cli.training.memory import fit
 from srt_cli.training.options import TrainingOptions
@@ -203,6 +204,7 @@ def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run)
     run.tally({"packing": vars(packing)})
     console.say(packing.sentence())
     run.describe_models({task.model: setup.place.describe()})
+    run.save()
     console.say(setup.place.sentence())
     prompts = prompts_to_sample(
         [record.prompt for each in files for record in each.kept],
@@ -304,6 +306,7 @@ class _PartwiseTrainer(WatchedTrainer, SFTTrainer):
     def __init__(self, *, held_out: list[TokenSequence], **arguments: Any) -> None:
         self._held_out = held_out
         super().__init__(**arguments)
+        score_on_cpu(self.model, bf16=self.args.bf16, pairs=False)
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], *_: Any, metric_key_prefix: str = "eval", **__: Any
