@@ -26,7 +26,7 @@ from srt_cli.runs.run import Run, read_manifest
 from srt_cli.training.batches import Columns, LengthGroupedOrder, keep_rows
 from srt_cli.training.checkpoints import clear_checkpoints, open_training
 from srt_cli.training.examples import longest_side, prepare_dpo
-from srt_cli.training.head import score_on_cpu
+from srt_cli.training.head import reads_pairs_once, score_on_cpu
 from srt_cli.training.health import DpoStart
 from srt_cli.training.loop import Trained, Tuned, WatchedTrainer, train, trainer_arguments
 from srt_cli.training.memory import LargestPass, fit
@@ -42,6 +42,7 @@ from srt_cli.training.setup import (
     Setup,
     Training,
     chat_of,
+    config_of,
     load_policy,
     lora_config,
     set_up,
@@ -105,6 +106,13 @@ def _prepare(
     prepared = prepare_dpo(setup, chat, task.prefs, pairs)
     longest = max(map(longest_side, prepared.train))
     largest = LargestPass(2 * setup.micro_batch, longest, setup.accumulation)
+    config = config_of(setup.model) if setup.place.placement.device == "cpu" else None
+    if config is not None and reads_pairs_once(config):
+        longest = max(
+            len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+            for pair in prepared.train
+        )
+        largest = LargestPass(setup.micro_batch, longest, setup.accumulation)
     return Ready(chat, prepared, fit(setup, largest))
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from trl.trainer.utils import FusedCausalLMOutput
 
 MOST_LOGITS: Final = 4096 * 32_768
@@ -39,7 +40,7 @@ def score_on_cpu(model: Any, *, bf16: bool, pairs: bool) -> bool:
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(getattr(model, "srt_head", None), _Head):
         return True
-    head = _Head(model, model.forward, bf16, pairs and _attends_to_all(model))
+    head = _Head(model, model.forward, bf16, pairs and reads_pairs_once(model.config))
     if not head.is_plain() or not head.agrees():
         return False
 
@@ -52,12 +53,12 @@ def score_on_cpu(model: Any, *, bf16: bool, pairs: bool) -> bool:
     return True
 
 
-def _attends_to_all(model: Any) -> bool:
-    """Whether attention takes a mask of any form, in every layer."""
-    config = model.config.get_text_config()
-    layers = set(getattr(config, "layer_types", None) or ()) | {"full_attention"}
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return bool(model.config._attn_implementation == "sdpa" and len(layers) == 1 and not window)
+def reads_pairs_once(config: PretrainedConfig) -> bool:
+    """Whether attention is told to see all that is before a token, in every layer."""
+    text: Any = config.get_text_config()
+    layers = set(getattr(text, "layer_types", None) or ()) | {"full_attention"}
+    window = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    return len(layers) == 1 and not window
 
 
 @dataclass
@@ -104,7 +105,9 @@ class _Head:
     def _states(self, ids: Tensor, labels: Tensor, mask: Tensor, rest: dict[str, Any]) -> Tensor:
         """The last layer's states from which the labelled tokens follow, (labelled, hidden)."""
         backbone: Any = self.model.base_model
-        joint = _joined(ids, labels, rest.get("attention_mask")) if self.pairs else None
+        joint = None
+        if self.pairs and self.model.config._attn_implementation == "sdpa":  # takes any mask
+            joint = _joined(ids, labels, rest.get("attention_mask"))
         if joint is None:
             states: Tensor = backbone(**rest | {"use_cache": False}).last_hidden_state
             return states[:, :-1][mask]
@@ -167,14 +170,15 @@ class _LogProbs(torch.autograd.Function):
     def forward(ctx: Any, states: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else states.dtype
         states, narrow = states.to(dtype), weight.to(dtype)
-        logits = (states @ narrow.T).float()
-        means = logits.mean(-1)
-        highest, likeliest = logits.max(-1, keepdim=True)
-        logits -= highest
-        own = logits.gather(1, labels[:, None])[:, 0]
-        shares = logits.exp()
-        sums = shares.sum(-1)
-        entropy = sums.log() - torch.linalg.vecdot(shares, logits) / sums
+        with torch.autocast("cpu", enabled=False):  # all but the product in float32
+            logits = (states @ narrow.T).float()
+            means = logits.mean(-1)
+            highest, likeliest = logits.max(-1, keepdim=True)
+            logits -= highest
+            own = logits.gather(1, labels[:, None])[:, 0]
+            shares = logits.exp()
+            sums = shares.sum(-1)
+            entropy = sums.log() - torch.linalg.vecdot(shares, logits) / sums
         ctx.shares, ctx.sums, ctx.labels = shares, sums, labels
         ctx.save_for_backward(states, narrow)
         tops = likeliest[:, 0] == labels
