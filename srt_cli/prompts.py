@@ -18,6 +18,7 @@ from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import FieldNames, RowAsRead, read_row
 from srt_cli.records import Message, Prompt
 from srt_cli.runs.jsonl import describe_invalid, is_stream, open_bytes, read_rows, refuse_deep
+from srt_cli.tables import many
 
 HUB_PREFIX: Final = "hf:"
 FORMATS: Final = {
@@ -205,13 +206,15 @@ class _Survey:
             f"{form} ({count:,})" if len(self._forms) > 1 else form
             for form, count in self._forms.most_common()
         )
-        said = f"{location}: {self.count:,} prompts{where}, read as {forms}"
+        said = f"{location}: {many(self.count, 'prompt')}{where}, read as {forms}"
         if self._left_out:
-            left_out = ", ".join(f"{name} ({n:,} rows)" for name, n in self._left_out.most_common())
+            left_out = ", ".join(
+                f"{name} ({many(n, 'row')})" for name, n in self._left_out.most_common()
+            )
             said += f"; left out of the chats: {left_out}"
         if self.repeated:
-            done = "and are left out" if unique else "(--unique leaves them out)"
-            said += f"; {self.repeated:,} rows repeat an earlier prompt {done}"
+            done = ", left out" if unique else " (--unique leaves them out)"
+            said += f"; {many(self.repeated, 'row')} with an earlier prompt{done}"
         return said + "."
 
 

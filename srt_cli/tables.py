@@ -18,6 +18,12 @@ GAP: Final = 3
 SHORTEST_NAME: Final = 8
 
 
+def many(count: float, noun: str, plural: str = "s") -> str:
+    """A number of things in words: 1 row, 2 rows; `plural` is what the noun takes."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}{'' if count == 1 else plural}"
+
+
 @dataclass(frozen=True)
 class Table:
     """A table for the terminal and the report; columns without a heading hold names.

@@ -172,7 +172,7 @@ def test_a_row_whose_critic_fails_is_data_with_a_status(srt, folder):
 def test_more_failures_than_allowed_exit_3(srt):
     finished = collect(srt, "--max-failures", "0", critic="broken")
     assert finished.code == 3
-    assert "1 rows failed, more than --max-failures 0" in finished.stderr
+    assert "1 row failed, more than --max-failures 0" in finished.stderr
 
 
 def test_prompts_come_from_stdin_too(srt, folder, monkeypatch):

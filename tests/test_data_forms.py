@@ -70,8 +70,8 @@ EXPECTED = {
     "messages in parts": ([turns("One?"), turns("Two?")], [WRITTEN, WRITTEN], "read as messages."),
     "OpenAI fine-tuning messages": (
         [turns("Be brief.", "One?"), turns("Two?")], [WRITTEN, GIVEN],
-        "read as OpenAI fine-tuning messages; left out of the chats: name (1 rows), weight (1 rows), "
-        "tools (1 rows).",
+        "read as OpenAI fine-tuning messages; left out of the chats: name (1 row), weight (1 row), "
+        "tools (1 row).",
     ),
     "ShareGPT conversations": (
         [turns("One?"), turns("Be brief.", "Two?")], [WRITTEN, GIVEN],
@@ -198,9 +198,9 @@ def test_repeated_prompts_are_counted_and_left_out_on_request(srt, folder):
     rows = [{"id": n, "prompt": text} for n, text in enumerate(["a", "b", "a", "c"])]
     write_jsonl(folder / "prompts.jsonl", rows)
     counted = collect(srt)
-    assert "4 prompts, read as prompt; 1 rows repeat an earlier prompt (--unique" in counted.stderr
+    assert "4 prompts, read as prompt; 1 row with an earlier prompt (--unique" in counted.stderr
     unique = collect(srt, "--unique", "--limit", 3, "--out", "unique.jsonl")
-    assert "3 prompts, read as prompt; 1 rows repeat an earlier prompt and are" in unique.stderr
+    assert "3 prompts, read as prompt; 1 row with an earlier prompt, left out." in unique.stderr
     assert [record["id"] for record in read_jsonl(folder / "unique.jsonl")] == ["0", "1", "3"]
 
 
@@ -265,7 +265,7 @@ def test_a_chat_that_opens_with_tools_keeps_its_words_alone(srt, folder):
     ]
     write_jsonl(folder / "prompts.jsonl", [{"messages": messages}])
     finished = collect(srt)
-    assert "left out of the chats: turns of tools (1 rows)." in finished.stderr
+    assert "left out of the chats: turns of tools (1 row)." in finished.stderr
     [record] = read_jsonl(folder / "feedback.jsonl")
     assert [turn["content"] for turn in record["prompt"]] == [
         "How warm?", "21 degrees.", "And there?",

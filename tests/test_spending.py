@@ -280,7 +280,7 @@ def test_retry_failed_owes_those_rows_alone(srt, serve, prompts, tmp_path):
     assert collect(srt, server, "--max-reasks", 0).code == 0
     assert len(server.requests) == made
     again = collect(srt, server, "--max-reasks", 0, "--retry-failed", "unparsed")
-    assert "1 rows that ended unparsed are owed again" in again.stderr
+    assert "owed again: 1 row that ended unparsed" in again.stderr
     assert len(server.requests) == made + 2
     assert {row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")} == {"ok"}
     assert collect(srt, server, "--max-reasks", 0).code == 0

@@ -33,6 +33,7 @@ from srt_cli.records import Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import OrderedWriter
 from srt_cli.runs.run import Run, read_manifest
+from srt_cli.tables import many
 
 NEXT_STEPS: Final = {
     "respond": ("critique", "score"), "critique": ("score",), "contrast": ("critique", "score"),
@@ -96,8 +97,8 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
     if statuses.get("failed") or models != {model.spec: model.identity for model in job.models}:
         return False
     console.result(
-        f"{run.out}: {sum(statuses.values())} rows, complete since {run.earlier.finished}; nothing "
-        "to do. --reparse reads the replies in the journal again."
+        f"{run.out}: {many(sum(statuses.values()), 'row')}, complete since {run.earlier.finished}; "
+        "nothing to do. --reparse reads the replies in the journal again."
     )
     return True
 
@@ -209,7 +210,8 @@ def _prepare_journal(journal: Journal, job: Job, options: CallOptions) -> None:
     statuses = options.statuses_to_retry()
     if statuses:
         forgotten = forget_rows(job.scripts(), journal, statuses)
-        console.say(f"{forgotten} rows that ended {', '.join(sorted(statuses))} are owed again")
+        ended = ", ".join(sorted(statuses))
+        console.say(f"owed again: {many(forgotten, 'row')} that ended {ended}")
 
 
 def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -> None:
@@ -249,7 +251,7 @@ def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -
     failed = summary.statuses["failed"]
     if options.max_failures is not None and failed > options.max_failures:
         raise TooManyFailures(
-            f"{failed} rows failed, more than --max-failures {options.max_failures} "
+            f"{many(failed, 'row')} failed, more than --max-failures {options.max_failures} "
             f"({summary.first_failure}). Run the same line again: only those rows are owed."
         )
 

@@ -18,6 +18,7 @@ from srt_cli.forms import NEAREST, FieldNames, read_row, text_of
 from srt_cli.prompts import rows_at
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Feedback, Prompt
 from srt_cli.stats.hygiene import plain_form
+from srt_cli.tables import many
 
 FILE_PREFIX: Final = "file:"
 TEXTS: Final = ("critique", "feedback")
@@ -155,7 +156,7 @@ def read_critiques(location: str, scale: Scale = OURS) -> CritiqueFile:
         found.forms[reader.form] += len(said)
         found.critiques += said
     if not found.critiques:
-        raise SrtError(f"{location}: none of {_many(found.empty, 'row')} holds a critique.")
+        raise SrtError(f"{location}: none of {many(found.empty, 'row')} holds a critique.")
     return found
 
 
@@ -342,15 +343,15 @@ class Joined:
         named = " and ".join(
             f"{f} ({n:,})" if len(forms) > 1 else f for f, n in forms.most_common()
         )
-        yield f"{file.location}: {_many(len(file.critiques), 'critique')}, read as {named}."
+        yield f"{file.location}: {many(len(file.critiques), 'critique')}, read as {named}."
         if file.mapped:
             scales = ", ".join(f"{n:,} from {scale}" for scale, n in file.mapped.most_common())
             yield f"scores mapped linearly to 1 to 10: {scales}."
         if file.empty:
-            yield f"{_many(file.empty, 'row')} of it without a critique."
+            yield f"{many(file.empty, 'row')} of it without a critique."
         if file.contradicting:
             yield (
-                f"{_many(file.contradicting, 'score')} of 10 beside ratings of {LOW_RATING:g} or less, "
+                f"{many(file.contradicting, 'score')} of 10 beside ratings of {LOW_RATING:g} or less, "
                 "a slip of UltraFeedback's first release: left out."
             )
         if self.left_out:
@@ -363,7 +364,7 @@ class Joined:
         if self.prompts_without:
             without = f"; prompts without a critique, which make no row: {self.prompts_without:,}"
         joined = self.prompts - self.prompts_without
-        yield f"{_many(len(self.rows), 'critique')} of {_many(joined, 'prompt')} joined{without}."
+        yield f"{many(len(self.rows), 'critique')} of {many(joined, 'prompt')} joined{without}."
 
     def describe(self) -> dict[str, Any]:
         """For the manifest."""
@@ -375,10 +376,6 @@ class Joined:
             "forms": dict(+self.file.forms),
             "mapped_scores": dict(self.file.mapped),
         }
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def own_prompts(file: CritiqueFile) -> Iterator[Prompt]:
@@ -430,7 +427,7 @@ def join(file: CritiqueFile, prompts: Callable[[], Iterable[Prompt]]) -> Joined:
         reasons = ", ".join(joined.left_out)
         first = next(iter(joined.first.values()))
         raise SrtError(
-            f"{file.location}: none of {_many(len(file.critiques), 'critique')} joins a prompt "
+            f"{file.location}: none of {many(len(file.critiques), 'critique')} joins a prompt "
             f"({reasons}; first: {first}). They are joined by id, or by the text of prompt and response."
         )
     return joined

@@ -30,6 +30,7 @@ from srt_cli.records import Prompt
 from srt_cli.report.critic import write_critic_report
 from srt_cli.report.critique import PageRow, write_critique_page
 from srt_cli.runs.run import open_run
+from srt_cli.tables import many
 
 COMMAND = "collect-feedback"
 PARTS: Final = ("refinement", "score")
@@ -146,7 +147,7 @@ def run(options: CollectFeedback) -> None:
         summary = run_critiques(run, job, options)
     if options.report is not None:
         write_critic_report(options.report, f"{options.critic} as a critic", summary)
-    summary.close(f"{options.out}: {summary.rows} rows", f"srt sft --data {options.out}")
+    summary.close(f"{options.out}: {many(summary.rows, 'row')}", f"srt sft --data {options.out}")
 
 
 def _with_responses(options: CollectFeedback) -> PromptSource:
@@ -222,7 +223,7 @@ def _take_written(options: CollectFeedback, location: str) -> None:
         summary = run_critiques(run, job, options)
     if options.report is not None:
         write_critic_report(options.report, f"{options.critic} as a critic", summary)
-    summary.close(f"{options.out}: {summary.rows} rows", f"srt sft --data {options.out}")
+    summary.close(f"{options.out}: {many(summary.rows, 'row')}", f"srt sft --data {options.out}")
 
 
 def _prompts_beside(options: CollectFeedback, file: CritiqueFile) -> PromptSource | None:
@@ -279,7 +280,7 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
     prompts = _with_responses(options)
     if options.dry_run:
         prompts.tell()
-        console.result(f"{page}: {prompts.count} rows to criticise by hand")
+        console.result(f"{page}: {many(prompts.count, 'row')} to criticise by hand")
         return
     run = open_run(COMMAND, options, inputs=prompts.inputs)
     with run, Asking.begin(run, options) as asking:
@@ -303,7 +304,7 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
     if len(rows) < prompts.count:
         console.warn(f"{prompts.count - len(rows)} prompts have no usable draft, and are left out.")
     console.finish(
-        f"{page}: {len(rows)} rows to criticise by hand",
+        f"{page}: {many(len(rows), 'row')} to criticise by hand",
         f"open {page}, then srt collect-feedback --critic file:{file}",
     )
 

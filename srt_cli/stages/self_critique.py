@@ -18,6 +18,7 @@ from srt_cli.options import runtime, setting
 from srt_cli.prompts import PromptSource, with_system
 from srt_cli.report.critic import write_critic_report
 from srt_cli.runs.run import open_run, read_manifest
+from srt_cli.tables import many
 
 COMMAND = "self-critique"
 
@@ -117,7 +118,9 @@ def run(options: SelfCritique) -> None:
     if options.report is not None:
         critic = f"with {options.other_critic} as its" if options.other_critic else "as its own"
         write_critic_report(options.report, f"{options.model} {critic} critic", summary)
-    summary.close(f"{options.out}: {summary.rows} rows", f"srt build-prefs --data {options.out}")
+    summary.close(
+        f"{options.out}: {many(summary.rows, 'row')}", f"srt build-prefs --data {options.out}"
+    )
 
 
 def refuse_partial_critic(model: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srt_cli import console
 from srt_cli.models.chat import ChatFormat
+from srt_cli.tables import many
 from srt_cli.training.batches import Packing, largest_pass, pack_length
 from srt_cli.training.examples import longest_side
 from srt_cli.training.memory import GIB, Fit
@@ -284,14 +285,10 @@ def describe_steps(steps: Steps, setup: Setup) -> str:
         rows = str(min(steps.rows, most))
     passes = min(steps.accumulation, steps.passes_an_epoch)
     return (
-        f"{_many(steps.total, 'step')}: {_many(steps.epochs, 'epoch')} of {steps.an_epoch}, "
-        f"each of {rows} rows in {_many(passes, 'forward pass', 'es')}"
+        f"{many(steps.total, 'step')}: {many(steps.epochs, 'epoch')} of {steps.an_epoch}, "
+        f"each of {rows} rows in {many(passes, 'forward pass', 'es')}"
         + (f" of each of {setup.processes} processes" if setup.processes > 1 else "")
     )
-
-
-def _many(count: float, noun: str, plural: str = "s") -> str:
-    return f"{count:g} {noun}{'' if count == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

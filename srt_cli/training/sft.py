@@ -22,6 +22,7 @@ from srt_cli.feedback.critic_check import FEWEST_SCORES, MOSTLY, check_critic
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.run import Run, read_manifest, why_not_whole
 from srt_cli.stats.hygiene import is_same_text
+from srt_cli.tables import many
 from srt_cli.training.batches import (
     Columns,
     LengthGroupedOrder,
@@ -119,12 +120,12 @@ def _say_where_it_starts(model: str) -> None:
 def _tell_of_rows(run: Run, files: Sequence[FeedbackFile]) -> None:
     for each in files if len(files) > 1 else ():
         weight = f", weight {each.file.weight:g}" if each.file.weight != 1 else ""
-        console.say(f"{each.file.path}: {each.read} rows: {len(each.kept)} kept{weight}")
+        console.say(f"{each.file.path}: {many(each.read, 'row')}: {len(each.kept)} kept{weight}")
     fallen = _all_fallen(files)
     counts = Counter(row.reason for row in fallen)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
     rows, kept = sum(each.read for each in files), sum(len(each.kept) for each in files)
-    console.say(f"{rows} rows: {kept} kept" + (f"; dropped: {reasons}" if reasons else ""))
+    console.say(f"{many(rows, 'row')}: {kept} kept" + (f"; dropped: {reasons}" if reasons else ""))
     run.tally({"rows": rows, "kept": kept})
     if not kept:
         dropped = write_dropped(run.out / DROPPED, fallen)
