@@ -4,7 +4,9 @@ import json
 
 import pytest
 from conftest import read_jsonl, write_jsonl
-from test_data_forms import samples
+from test_data_forms import CRITIC, GIVEN, samples
+from test_data_forms import EXPECTED as PROMPTS_EXPECTED
+from test_data_forms import FORMS as PROMPT_FORMS
 
 PROGRAM = """\
 from srt_cli.records import Feedback
@@ -292,3 +294,32 @@ def test_a_refinement_is_read_from_what_a_model_wrote(srt, folder):
     assert first["raw"]["refinement"].startswith("Sure.")
     assert second["status"] == "truncated"
     assert second["reason"].startswith("refinement: ")
+
+
+def test_every_form_of_prompts_and_critiques_leads_to_a_trained_model(srt, folder, tiny_model):
+    """From the document's samples to weights, with the two-layer model as the policy."""
+    (folder / "critic.py").write_text(CRITIC)
+    for number, (form, lines) in enumerate(PROMPT_FORMS.items()):
+        (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+        out = folder / f"prompts-{number}.feedback.jsonl"
+        finished = srt("collect-feedback", "--model", tiny_model, "--max-new-tokens", 4,
+                       "--critic", "python:critic.py:critique", "--out", out.name)  # fmt: skip
+        assert finished.code == 0, finished.stderr
+        records, (prompts, responses, _) = read_jsonl(out), PROMPTS_EXPECTED[form]
+        assert [record["prompt"] for record in records] == prompts
+        given = [response for response in responses if response == GIVEN]
+        assert [r["response"] for r in records if r["policy"] == "given"] == given
+        assert all(r["refinement"] == f"{r['response']} Better." for r in records)
+    write_jsonl(folder / "prompts.jsonl", PROMPTS)
+    for number, lines in enumerate(FORMS.values()):
+        (folder / "critiques.jsonl").write_text("\n".join(lines) + "\n")
+        assert take(srt, *ASKED, "--out", f"critiques-{number}.feedback.jsonl").code == 0
+    trained = srt("sft", "--data", "*.feedback.jsonl", "--model", tiny_model, "--epochs", 1,
+                  "--global-batch", 30, "--samples", 0, "--critic-check", 0)  # fmt: skip
+    assert trained.code == 0, trained.stderr
+    manifest = json.loads((folder / "models/sft/run.json").read_text())
+    files = manifest["tallies"]["files"]
+    assert [each["rows"] for each in files] == [2] * (len(PROMPT_FORMS) + len(FORMS))
+    # One draft that was called perfect is scored higher than its edit, which the paper leaves out.
+    assert sum(each["trained"] for each in files) == 2 * len(files) - 1
+    assert manifest["tallies"]["training"]["trained_tokens"] > 0
