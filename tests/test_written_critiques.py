@@ -247,6 +247,12 @@ def test_options_that_mean_nothing_are_refused(srt, folder, extra, message):
     assert message in finished.stderr
 
 
+def test_written_critiques_are_no_model_elsewhere(srt, folder):
+    finished = srt("self-critique", "--model", "file:critiques.jsonl")
+    assert finished.code == 2
+    assert "critiques in a file are no model. srt collect-feedback takes them" in finished.stderr
+
+
 def test_a_found_file_names_no_program_for_a_part(srt, folder):
     write_jsonl(folder / "critiques.jsonl", [{"id": "a", "critique": "x", "score": 5}])
     (folder / "srt.toml").write_text('critic_for_parts = ["score=python:program.py:score"]\n')

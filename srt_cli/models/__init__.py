@@ -333,6 +333,10 @@ def parse_spec(spec: str) -> Spec:
     """
     if names_program(spec):
         return Spec("program", spec.removeprefix(RUNS_CODE_PREFIX))
+    if spec.startswith("file:"):
+        raise UsageError(
+            f"{spec}: critiques in a file are no model. srt collect-feedback takes them, as --critic."
+        )
     if spec.startswith("hf:"):
         return Spec("local", spec.removeprefix("hf:"))
     if spec.startswith(("http://", "https://")):
