@@ -1,9 +1,11 @@
 """Bad input gets one sentence: where, what, and what to do next."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import pytest
 from conftest import write_jsonl
@@ -66,6 +68,32 @@ def test_a_bad_prompts_file_is_named_with_its_line(srt, folder, content, message
     assert finished.stderr.startswith(f"error: {message}") or message in finished.stderr
     assert finished.stdout == ""
     assert not (folder / "feedback.run.json").exists()
+
+
+def test_a_small_file_that_unpacks_to_an_endless_line_fills_no_memory(srt, folder, monkeypatch):
+    monkeypatch.setattr("srt_cli.runs.jsonl.MOST_BYTES", 2**20)
+    packed = gzip.compress(rows({"prompt": "p"}).encode() + b'{"prompt": "' + b"x" * 2**26)
+    (folder / "bomb.jsonl.gz").write_bytes(packed)
+    tracemalloc.start()
+    finished = collect(srt, "--prompts", "bomb.jsonl.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert finished.code == 1
+    assert "bomb.jsonl.gz:2: is longer than 1 MiB. Split it, or leave it out." in finished.stderr
+    assert peak < 2**25
+
+
+def test_a_prompt_of_twenty_megabytes_comes_through_whole(srt, folder):
+    text = "word " * 4_000_000
+    (folder / "prompts.jsonl").write_text(rows({"prompt": text, "response": "r"}))
+    (folder / "critic.py").write_text(
+        "def critique(prompt, response):\n"
+        "    return {'weaknesses': 'w', 'suggestions': 's', 'score': 3}, 'better'\n"
+    )
+    finished = collect(srt)
+    assert finished.code == 0, finished.stderr[-500:]
+    (row,) = (folder / "feedback.jsonl").read_bytes().splitlines()
+    assert json.loads(row)["prompt"] == text
 
 
 def test_text_that_is_not_utf_8_is_named_with_its_line(srt, folder):

@@ -14,6 +14,7 @@ from conftest import read_jsonl, write_jsonl
 
 from srt_cli.errors import SrtError
 from srt_cli.runs.jsonl import OrderedWriter, write_atomically
+from srt_cli.runs.run import Run
 
 PROGRAM = """\
 def respond(prompt):
@@ -54,6 +55,113 @@ def test_changes_by_hand_are_noticed_before_the_same_line_replaces_them(srt, fol
     out.write_bytes(edited)
     assert srt(*LINE, "--overwrite").code == 0
     assert out.read_bytes() == written
+
+
+JUDGE = """
+
+def judge(prompt, a, b):
+    return 1.0
+"""
+PREFS = ("build-prefs", "--data", "f.jsonl", "--report", "prefs.html", "--export", "kto")
+EVAL = ("eval", "--model", "python:p.py:respond", "--reference", "python:p.py:worse",
+        "--judge", "python:p.py:judge", "--markdown", "eval.md")  # fmt: skip
+
+
+@pytest.fixture
+def every_file(srt, folder):
+    """A folder in which build-prefs and eval have written every kind of file that they write."""
+    (folder / "p.py").write_text(PROGRAM + JUDGE + "\n\ndef worse(prompt):\n    return 'Short.'\n")
+    row = json.loads(FEEDBACK)
+    write_jsonl(folder / "f.jsonl", [row, row | {"id": "2", "prompt": "q", "status": "failed"}])
+    for line in (PREFS, EVAL):
+        finished = srt(*line)
+        assert finished.code == 0, finished.stderr
+    return folder
+
+
+def test_changes_by_hand_to_any_file_are_noticed_before_it_is_replaced(srt, every_file):
+    files = {
+        PREFS: ("prefs.dropped.jsonl", "prefs.kto.jsonl", "prefs.html"),
+        EVAL: ("judgments.jsonl", "eval.outputs.jsonl", "report.html", "eval.md"),
+    }
+    for line, names in files.items():
+        for name in names:
+            path = every_file / name
+            written = path.read_bytes()
+            path.write_bytes(written + b"\n")
+            refused = srt(*line)
+            assert refused.code == 1, name
+            assert refused.stderr.endswith(
+                f"error: {name}: was changed after srt wrote it. Rename it to keep the changes, or "
+                "replace it with --overwrite.\n"
+            )
+            assert path.read_bytes() == written + b"\n"
+            path.write_bytes(written)
+        path.rename(every_file / "mine")
+        assert srt(*line).code == 0
+        assert path.read_bytes() == written
+        path.write_bytes(written + b"\n")
+        assert srt(*line, "--overwrite").code == 0
+        assert path.read_bytes() == written
+
+
+def test_a_file_of_that_name_which_no_run_wrote_is_not_replaced(srt, folder):
+    (folder / "prefs.html").write_text("mine")
+    write_jsonl(folder / "f.jsonl", [json.loads(FEEDBACK)])
+    refused = srt(*PREFS)
+    assert refused.code == 1
+    assert refused.stderr.endswith(
+        "error: prefs.html: exists, and no run of prefs.jsonl wrote it. Rename it to keep it, or "
+        "replace it with --overwrite.\n"
+    )
+    assert (folder / "prefs.html").read_text() == "mine"
+    assert srt(*PREFS, "--overwrite").code == 0
+    assert srt(*PREFS).code == 0
+
+
+@pytest.mark.parametrize("when", ["before the output is in place", "after it"])
+def test_changes_between_a_kill_and_the_next_run_are_noticed(srt, folder, monkeypatch, when):
+    """Whatever of its files a killed run has replaced, all of them are known to be its own."""
+    assert srt(*LINE).code == 0
+    write_jsonl(folder / "prompts.jsonl", [{"id": "new", "prompt": "another"}])
+    replace = os.replace
+
+    def killed(source, target):
+        if str(target).endswith("feedback.jsonl"):
+            if when == "after it":
+                replace(source, target)
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", killed)
+        patched.setattr(Run, "__exit__", lambda run, *error: run._keeping.close())
+        with pytest.raises(Killed):
+            srt(*LINE)
+    manifest = json.loads((folder / "feedback.run.json").read_text())
+    assert manifest["status"] == "started"
+    out = folder / "feedback.jsonl"
+    written = out.read_bytes()
+    out.write_bytes(written.replace(b"thin", b"fat"))
+    refused = srt(*LINE)
+    assert "feedback.jsonl: was changed after srt wrote it." in refused.stderr
+    out.write_bytes(written)
+    assert srt(*LINE).code == 0
+    assert [row["id"] for row in read_jsonl(out)] == ["new"]
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def test_a_gz_that_version_0_1_0_wrote_uncompressed_is_still_read(srt, folder):
+    write_jsonl(folder / "old.jsonl.gz", [json.loads(FEEDBACK)])
+    finished = srt("build-prefs", "--data", "old.jsonl.gz")
+    assert finished.code == 0, finished.stderr
+    assert len(read_jsonl(folder / "prefs.jsonl")) == 1
+    (folder / "broken.jsonl.gz").write_bytes(b"\x1f\x8bno")
+    broken = srt("build-prefs", "--data", "broken.jsonl.gz", "--out", "other.jsonl")
+    assert "broken.jsonl.gz: not a readable gzip file" in broken.stderr
 
 
 @pytest.mark.parametrize(
@@ -258,3 +366,41 @@ def test_a_found_srt_toml_uploads_nothing_and_its_addresses_are_said(srt, folder
     (folder / "srt.toml").write_text('critic = "http://127.0.0.1:9/v1#m"\n')
     said = srt("collect-feedback", "--dry-run").stderr
     assert "srt.toml: critic is http://127.0.0.1:9/v1#m\n" in said
+
+
+def by_manifest(path, inputs=None, **settings):
+    """A manifest as somebody may hand it over with their files."""
+    path.parent.mkdir(exist_ok=True)
+    manifest = {"command": "sft", "settings": settings, "runtime": {}, "inputs": inputs or {}}
+    path.write_text(json.dumps(manifest))
+
+
+def test_what_a_manifest_names_and_nobody_typed_is_said(srt, folder):
+    write_jsonl(folder / "feedback.jsonl", [json.loads(FEEDBACK)])
+    by_manifest(
+        folder / "feedback.run.json", model="their/policy", critic="http://127.0.0.1:9/v1#m"
+    )
+    by_manifest(folder / "tuned/run.json", model="their/base")
+    said = srt("eval", "--model", "tuned", "--prompts", "none.jsonl").stderr
+    assert "reference: their/base, by the manifests of tuned\n" in said
+    assert (
+        "judge: http://127.0.0.1:9/v1#m, the critic of feedback.jsonl; --judge takes another\n"
+        in said
+    )
+    typed = (
+        "eval",
+        "--model",
+        "tuned",
+        "--reference",
+        "gpt-4",
+        "--judge",
+        "gpt-4",
+        "--prompts",
+        "no",
+    )
+    assert not re.search("^(reference|judge): ", srt(*typed).stderr, re.MULTILINE)
+    assert "model: their/policy, by the manifest of feedback.jsonl\n" in srt("sft").stderr
+    (folder / "prefs.jsonl").write_text("{}\n")
+    by_manifest(folder / "prefs.run.json", inputs={"data": {"path": "feedback.jsonl"}})
+    assert "model: their/policy, by the manifests of prefs.jsonl\n" in srt("dpo").stderr
+    assert "model: " not in srt("sft", "--model", "no/such").stderr.partition("error")[0]

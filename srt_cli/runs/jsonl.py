@@ -12,8 +12,9 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final, TypeVar, cast
+from typing import IO, Any, BinaryIO, Final, Protocol, TypeVar, cast
 
 import orjson
 from pydantic import ValidationError
@@ -25,6 +26,8 @@ Parsed = TypeVar("Parsed")
 
 MOST_LEVELS: Final = 100
 TOO_DEEP: Final = f"is nested more than {MOST_LEVELS} levels deep. Leave the deep field out."
+MOST_BYTES: Final = 2**28
+"""In one line: a compressed file of a few megabytes may hold one that fills any memory."""
 DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")
 
 
@@ -58,12 +61,26 @@ def open_bytes(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
         return cast(
             BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
         )
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
+    if path.suffix == ".gz" and not _is_plain(path):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    return open(path, "rb")
 
 
-def _parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _is_plain(path: Path) -> bool:
+    """Whether a file holds JSONL under a name in `.gz`, as version 0.1.0 wrote it."""
+    if is_stream(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(1) in (b"{", b"[")
+
+
+def _parse_lines(path: Path, lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
     empty = True
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(iter(partial(lines.readline, MOST_BYTES + 1), b""), start=1):
+        if len(line) > MOST_BYTES:
+            raise SrtError(
+                f"{path}:{number}: is longer than {MOST_BYTES >> 20} MiB. Split it, or leave it out."
+            )
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
@@ -164,15 +181,19 @@ class NewFile:
 
     A path that is a link is written through. `.X.srt.tmp` is a name of our own, which a killed run may
     leave behind; whatever stands there is deleted and never followed, unless a living run holds it.
+    Raises `SrtError` when a keeper (`kept_by`) objects to the file that stands there.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        for keeper in _keepers:
+            keeper.claim(path)
         with naming(path):
             self._place = Path(os.path.realpath(path))
             self._place.parent.mkdir(parents=True, exist_ok=True)
             self._temporary = self._place.with_name(f".{self._place.name}.srt.tmp")
             self._raw = _create_anew(self._temporary, path)
+        self._placed = False
         self._file: IO[bytes] | gzip.GzipFile = self._raw
         if path.suffix == ".gz":  # the same bytes whenever it is written
             self._file = gzip.GzipFile("", "wb", compresslevel=6, fileobj=self._raw, mtime=0)
@@ -186,17 +207,25 @@ class NewFile:
 
     def commit(self) -> None:
         """Sync, and rename the file into place."""
+        self.place().close()
+
+    def place(self) -> IO[bytes]:
+        """The same; the file stays open, and as long as it is, `is_held` says so everywhere."""
         with naming(self.path):
             if self._file is not self._raw:
                 self._file.close()
             self._raw.flush()
             os.fsync(self._raw.fileno())
+            for keeper in _keepers:
+                keeper.placing(self.path, self._temporary)
             os.replace(self._temporary, self._place)
-            self._raw.close()
+            self._placed = True
+            return self._raw
 
     def discard(self) -> None:
         """Delete what was written, unless it is in place."""
-        if not self._raw.closed:
+        if not self._placed:
+            self._placed = True
             self._temporary.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -206,20 +235,89 @@ class NewFile:
 
 def _create_anew(temporary: Path, path: Path) -> IO[bytes]:
     """Create a file for this process alone; raises `SrtError` while another process writes it."""
-    with contextlib.suppress(OSError):
-        left = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    while True:
         try:
-            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SrtError(
-                f"{path}: another srt run is writing it. Wait for it, or choose another path."
-            ) from None
-        finally:
-            os.close(left)
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return open(descriptor, "wb")
+            left = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            break
+        except OSError:  # a link, say
+            temporary.unlink(missing_ok=True)
+            break
+        with open(left, "rb"):
+            _hold(left, path)
+            if _is_at(left, temporary):
+                temporary.unlink()
+    try:
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    except FileExistsError:
+        raise _busy(path) from None
+    file = open(descriptor, "wb")  # noqa: SIM115  held by its caller
+    try:
+        _hold(descriptor, path)
+        if not _is_at(descriptor, temporary):
+            raise _busy(path)
+    except SrtError:
+        file.close()
+        raise
+    return file
+
+
+def _hold(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _busy(path) from None
+
+
+def _busy(path: Path) -> SrtError:
+    return SrtError(f"{path}: another srt run is writing it. Wait for it, or choose another path.")
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that stands at a path."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    return False
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process keeps a file open that it has placed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+class Keeper(Protocol):
+    """Who minds the files that are written."""
+
+    def claim(self, path: Path) -> None:
+        """Raises `SrtError` for a file that must not be replaced."""
+        ...
+
+    def placing(self, path: Path, content: Path) -> None:
+        """`content` is about to be renamed to `path`."""
+        ...
+
+
+_keepers: list[Keeper] = []
+
+
+@contextlib.contextmanager
+def kept_by(keeper: Keeper) -> Iterator[None]:
+    """Ask a keeper about every file that this process writes in the block."""
+    _keepers.append(keeper)
+    try:
+        yield
+    finally:
+        _keepers.remove(keeper)
 
 
 @contextlib.contextmanager
@@ -289,7 +387,12 @@ def to_line(record: Record) -> bytes:
 
 def write_json(path: Path, value: Any) -> None:
     """Write an indented JSON file atomically."""
-    write_atomically(path, orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n")
+    write_atomically(path, as_json(value))
+
+
+def as_json(value: Any) -> bytes:
+    """A value as an indented JSON file."""
+    return orjson.dumps(value, option=orjson.OPT_INDENT_2) + b"\n"
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, TypeVar
+from typing import IO, Any, Final, Literal, Protocol, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -27,7 +27,16 @@ from srt_cli.options import (
 )
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
-from srt_cli.runs.jsonl import dropped_path, is_data_file, is_stream, sha256_of, write_json
+from srt_cli.runs.jsonl import (
+    NewFile,
+    as_json,
+    dropped_path,
+    is_data_file,
+    is_held,
+    is_stream,
+    kept_by,
+    sha256_of,
+)
 from srt_cli.templates import template_digests
 
 RunStatus = Literal["started", "complete", "interrupted", "failed"]
@@ -94,6 +103,9 @@ class Manifest(BaseModel):
     """Paths, by what they are: `out`, `report`."""
     output_sha256: str | None = None
     """Of a data file, as the run left it; None for a model directory."""
+    written: dict[str, list[str]] | None = None
+    """SHA-256 of every file that this run and those before it wrote, by its path from here; behind that
+    of the one that it replaced, for a run may be killed between. None in a run of version 0.1.0."""
     models: dict[str, dict[str, Any]] = {}
     """By spec: each model's identity, device, dtype and why, as its `describe()` says."""
     templates: dict[str, str] = Field(default_factory=template_digests)
@@ -174,17 +186,30 @@ class Run:
     error, failed. What the run finds goes into the manifest as it is known.
     """
 
-    def __init__(self, manifest: Manifest, out: Path, earlier: Manifest | None) -> None:
+    def __init__(
+        self, manifest: Manifest, out: Path, earlier: Manifest | None, *, overwrite: bool = False
+    ) -> None:
         self.manifest = manifest
         self.out = out
-        self.earlier = earlier
+        self.earlier = None if overwrite else earlier
         """The manifest of the run that this one continues."""
+        self._found = earlier.id if earlier is not None else None
+        self._overwrite = overwrite
+        self._written: dict[str, list[str]] = {}
+        if self.earlier is not None:
+            self._written |= self.earlier.written or {}
+            if self.earlier.output_sha256 is not None:
+                self._written.setdefault(self._name(out), [self.earlier.output_sha256])
         self._whole = True
+        self._lock: IO[bytes] | None = None
+        """The manifest as it stands on disk: who has it open runs."""
         self._cleanup = contextlib.ExitStack()
+        self._keeping = contextlib.ExitStack()
         self._at_end: list[Callable[[], None]] = []
 
     def __enter__(self) -> "Run":
         self.save()
+        self._keeping.enter_context(kept_by(self))
         return self
 
     def __exit__(
@@ -206,7 +231,8 @@ class Run:
             self.manifest.status = "failed"
             self.manifest.error = f"{kind.__name__ if kind else ''}: {error}"
         self.manifest.finished = _now()
-        with contextlib.suppress(OSError) if error is not None else contextlib.nullcontext():
+        known = (OSError, SrtError) if error is not None else ()
+        with self._keeping, contextlib.suppress(*known):
             self.save()
             for act in self._at_end:
                 act()
@@ -281,7 +307,72 @@ class Run:
 
     def save(self) -> None:
         """Write the manifest."""
-        write_json(manifest_path(self.out), self.manifest.model_dump(mode="json"))
+        self.manifest.written = self._written
+        file = NewFile(manifest_path(self.out))
+        try:
+            if self._lock is None:
+                self.refuse_another()
+                self._keeping.callback(self._unlock)
+            file.write(as_json(self.manifest.model_dump(mode="json")))
+            placed = file.place()
+        finally:
+            file.discard()
+        self._unlock()
+        self._lock = placed
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def refuse_another(self) -> None:
+        """Raise `SrtError` when another run writes this output, or did since this one was begun."""
+        if is_held(manifest_path(self.out)):
+            raise SrtError(
+                f"{self.out}: another srt run is writing here. Wait for it, or choose another --out."
+            )
+        now = read_manifest(self.out)
+        if now is not None and now.id != self._found and not self._overwrite:
+            raise SrtError(
+                f"{self.out}: another srt run has just written here. Run the same line again."
+            )
+
+    def claim(self, path: Path) -> None:
+        """Raise `SrtError` for a file that is there, and not as a run of this output left it."""
+        if self._is_private(path) or not path.is_file():
+            return
+        name, digest = self._name(path), sha256_of(path)
+        known = self._written.get(name)
+        if known is None and not self._overwrite:
+            if self.earlier is None or self.earlier.written is not None:
+                raise SrtError(
+                    f"{path}: exists, and no run of {self.out} wrote it. Rename it to keep it, or "
+                    "replace it with --overwrite."
+                )
+        elif known is not None and digest not in known and not self._overwrite:
+            raise SrtError(
+                f"{path}: was changed after srt wrote it. Rename it to keep the changes, or replace it "
+                "with --overwrite."
+            )
+        self._written[name] = [digest]
+
+    def placing(self, path: Path, content: Path) -> None:
+        """Note what is about to stand at a path, beside what stands there: either is ours, whenever
+        the run is killed."""
+        if not self._is_private(path):
+            name = self._name(path)
+            self._written[name] = [*self._written.get(name, []), sha256_of(content)]
+            self.save()
+
+    def _is_private(self, path: Path) -> bool:
+        """Whether a file is the manifest, or lies deep in a model's directory."""
+        return path == manifest_path(self.out) or (
+            path.parent != self.out and self.out in path.parents
+        )
+
+    def _name(self, path: Path) -> str:
+        """A path as the manifest names it: from its own folder."""
+        here = manifest_path(self.out).resolve().parent
+        return os.path.relpath(path.resolve(), here)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a read-only run, for the other processes of this one."""
@@ -342,7 +433,6 @@ def open_run(
         earlier = earlier.model_copy(update={"settings": then})
     if not options.overwrite:
         _refuse_other_run(command, options, settings, earlier)
-        _refuse_edited(out, earlier)
     manifest = Manifest(
         command=command,
         settings=settings,
@@ -353,7 +443,10 @@ def open_run(
         git=_git_state(),
         hardware=Hardware.here(),
     )
-    return Run(manifest, out, None if options.overwrite else earlier)
+    run = Run(manifest, out, earlier, overwrite=options.overwrite)
+    if earlier is not None:
+        run.claim(out)
+    return run
 
 
 def _refuse_reading_output(out: Path, name: str, path: Path) -> None:
@@ -366,16 +459,6 @@ def _refuse_reading_output(out: Path, name: str, path: Path) -> None:
         flag = flag_named(name.rstrip(" 0123456789").replace(" ", "_"))
         raise UsageError(
             f"--out {out}: would replace {path}, the input of {flag}. Choose another --out."
-        )
-
-
-def _refuse_edited(out: Path, earlier: Manifest | None) -> None:
-    """Raise `SrtError` when an output is no longer what its run wrote."""
-    written = earlier.output_sha256 if earlier is not None else None
-    if written is not None and out.is_file() and sha256_of(out) != written:
-        raise SrtError(
-            f"{out}: was changed after srt wrote it. Rename it to keep the changes, or replace it with "
-            "--overwrite."
         )
 
 
@@ -425,7 +508,9 @@ def clear_directory(path: Path) -> None:
         raise SrtError(
             f"{path}: not a directory that srt made; it is left alone. Choose another --out."
         )
-    for content in path.iterdir():  # the directory itself may be a link to where there is room
+    # The manifest last, so that a run that is killed here still knows the directory for its own; which
+    # may itself be a link to where there is room.
+    for content in sorted(path.iterdir(), key=lambda content: content.name == "run.json"):
         if content.is_dir() and not content.is_symlink():
             shutil.rmtree(content)
         else:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from srt_cli import console
 from srt_cli.errors import UsageError
 from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
@@ -77,6 +78,8 @@ def _prefer(options: Dpo) -> None:
         raise UsageError(
             f"{options.prefs} does not tell which model wrote its drafts. Pass --model."
         )
+    if options.model is None:
+        console.say(f"model: {model}, by the manifests of {options.prefs}")
     from srt_cli.training.dpo import prefer
 
     task = DpoTask(

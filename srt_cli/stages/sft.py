@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from srt_cli import console
 from srt_cli.errors import UsageError
 from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
@@ -98,6 +99,8 @@ def _fine_tune(options: Sft) -> None:
     model = options.model or policy_behind([file.path for file in data])
     if names_program(model):
         raise UsageError(f"--model {model}: a program has no weights to train. Name a model.")
+    if options.model is None:
+        console.say(f"model: {model}, by the manifest of {data[0].path}")
     from srt_cli.training.sft import fine_tune
 
     task = SftTask(

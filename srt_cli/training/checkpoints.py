@@ -47,6 +47,7 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
         resolved={"model": setup.model} | setup.values.settings(setup.stage) | dict(resolved),
     )
     if options.overwrite:
+        run.refuse_another()
         clear_directory(options.out)
     if run.earlier is not None:  # how it computes is kept, whenever this run is killed
         run.describe_models(run.earlier.models)

@@ -156,11 +156,15 @@ def _tell_of_feedback(run: Run, task: SftTask, kept: list[FeedbackRecord]) -> No
 
 def _trained_before(run: Run) -> Trained | None:
     """The figures of a training whose model is saved, but whose critic check was interrupted."""
-    earlier = run.earlier.tally("training", Trained) if run.earlier else None
+    if run.earlier is None:
+        return None
+    earlier = run.earlier.tally("training", Trained)
     saved = any((run.out / name).is_file() for name in ("config.json", "adapter_config.json"))
     if earlier is None or not saved:
         return None
-    run.tally({"training": vars(earlier)})
+    run.tally(run.earlier.tallies)
+    run.describe_models(run.earlier.models)
+    run.manifest.warnings += run.earlier.warnings
     console.say("trained and saved already; only the critic check is left")
     return earlier
 
