@@ -130,6 +130,40 @@ def test_ctrl_c_while_calls_are_handed_over_loses_none(tmp_path):
     assert len(again.asked) == 12 - 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_so_does_a_signal_that_ends_the_run(tmp_path, number):
+    class Ended(Echo):
+        def submit(self, requests, answered=()):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+            return super().submit(requests, answered)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, Ended())
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    again = Echo()
+    run(tmp_path, again)
+    assert len(again.asked) == 12 - 2
+
+
+@pytest.mark.parametrize("in_flight", [1, 8])
+def test_rows_that_ask_the_same_at_once_get_one_reply_that_is_paid_for_once(tmp_path, in_flight):
+    model, tally = Echo(in_flight=in_flight, reverse=True), Tally()
+    with Journal(tmp_path / "x.journal.jsonl") as journal:
+        scripts = (row(model, "same") for _ in range(5))
+        results = dict(conduct(scripts, journal, [model], tally))
+    assert results == {n: ["SAME-0", "SAME-1"] for n in range(5)}
+    assert model.asked == ["same-0", "same-1"]
+    assert (tally.paid, tally.from_journal) == (2, 8)
+
+
 def test_a_failed_call_is_owed_again(tmp_path):
     class Flaky(Echo):
         def submit(self, requests, answered=()):

@@ -32,6 +32,7 @@ from srt_cli.runs.journal import Journal, request_key
 
 QUICK_FINISH_S: Final = 1.0
 LONG_FINISH_S: Final = 60.0
+_STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Result = TypeVar("Result")
 
@@ -146,6 +147,8 @@ class _Conductor(Generic[Result]):
     under_way: dict[int, tuple[_Pending[Result], Future[Reply]]] = field(default_factory=dict)
     """Calls whose replies are not kept yet."""
     finished: "queue.SimpleQueue[int]" = field(default_factory=queue.SimpleQueue)
+    asked: dict[bytes, list[_Row[Result]]] = field(default_factory=dict)
+    """By key, each call that has no reply yet: further rows that wait for the same one."""
 
     def advance(self, row: _Row[Result], reply: Reply | None) -> list[tuple[int, Result]]:
         """Advance a row until it must wait for a model; returns its result once it has one."""
@@ -168,7 +171,10 @@ class _Conductor(Generic[Result]):
             pending = _Pending(row, call, key, known)
             if call.model.batched:
                 self.waiting[id(call.model)].append(pending)
+            elif key in self.asked:  # paid for once, as if they had come one after the other
+                self.asked[key].append(row)
             else:
+                self.asked[key] = []
                 heapq.heappush(self.waiting[id(call.model)], pending)
             return []
 
@@ -195,7 +201,7 @@ class _Conductor(Generic[Result]):
     def _submit(self, model: Model, ready: list[_Pending[Result]]) -> None:
         if not ready:
             return
-        with _ctrl_c_waits():
+        with _signals_wait():
             futures = model.submit(
                 [pending.call.request for pending in ready],
                 [pending.known is not None for pending in ready],
@@ -215,18 +221,23 @@ class _Conductor(Generic[Result]):
         self.finished.put(name)
 
     def receive(self) -> list[tuple[int, Result]]:
-        """Wait for the next reply, keep it and advance its row; a model's fatal error is raised here.
+        """Wait for the next reply, keep it and advance its rows; a model's fatal error is raised here.
 
-        A call that its model cancels is not made in this run: its row stays owed.
+        A call that its model cancels is not made in this run: its rows stay owed.
         """
         name = self.finished.get()
         pending, future = self.under_way[name]
+        rows = [pending.row, *self.asked.pop(pending.key, [])]
         if not future.cancelled():
-            return self.advance(pending.row, self._keep(name))
-        pending.row.script.close()
+            reply = self._keep(name)
+            if reply.status != "failed":
+                self.tally.from_journal += len(rows) - 1
+            return [ended for row in rows for ended in self.advance(row, reply)]
         self._forget(name)
-        self.active -= 1
-        self.tally.owed += 1
+        for row in rows:
+            row.script.close()
+            self.active -= 1
+            self.tally.owed += 1
         return []
 
     def finish(self) -> None:
@@ -267,18 +278,22 @@ class _Conductor(Generic[Result]):
 
 
 @contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Put Ctrl-C off to the end of the block, so that every call handed over is noted."""
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+def _signals_wait() -> Iterator[None]:
+    """Put Ctrl-C, SIGTERM and a closed terminal off to the end of the block, so that every call that is
+    handed over is noted."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = []
-    signal.signal(signal.SIGINT, lambda *_: heard.append(True))
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    for number, handler in before.items():
+        if callable(handler):
+            signal.signal(number, lambda number, _: heard.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if heard:
         raise KeyboardInterrupt
 
