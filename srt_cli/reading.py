@@ -29,6 +29,8 @@ _THOUGHT_TAGS: Final = {
     "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
     "<|begin_of_thought|>": "<|end_of_thought|>",
 }
+_SIGNS_OF_THOUGHTS: Final = ("hink", "hought", "HINK", "channel")
+"""What no tag is without."""
 _OPENED_BY: Final = {closing: opening for opening, closing in _THOUGHT_TAGS.items()}
 _OPENING_TAG: Final = "|".join(map(re.escape, _THOUGHT_TAGS))
 _FIRST: Final = re.compile(rf"\s*+({_OPENING_TAG})")
@@ -76,7 +78,7 @@ def part_thoughts(text: str) -> tuple[str, str]:
     if bare := _BARE_ANALYSIS.match(text):
         analysis, _, answer = text[bare.end() :].partition(_BARE_FINAL)
         return analysis.strip(), answer.lstrip()
-    if not any(tag in text for tags in _THOUGHT_TAGS.items() for tag in tags):
+    if not any(map(text.__contains__, _SIGNS_OF_THOUGHTS)):
         return "", text
     first, rest = _take_first(text)
     later, answer = _take_later(rest)
@@ -163,6 +165,8 @@ def fenced_blocks(text: str) -> list[Span]:
     ten thousand fences all of the text from the first one on is one block.
     """
     fences = _fences_of(text)
+    if not fences:
+        return []
     if len(fences) > MOST_FENCES:
         return [Span(fences[0].line.start, len(text))]
     # The longest fence behind each one that could end its block.
@@ -204,6 +208,8 @@ def is_within(blocks: Sequence[Span], place: int) -> bool:
 
 def without_blocks(text: str, blocks: Sequence[Span]) -> str:
     """The text with these blocks blanked: every other character keeps its place."""
+    if not blocks:
+        return text
     ends = [0, *(block.end for block in blocks)]
     starts = [*(block.start for block in blocks), len(text)]
     spaces = [" " * (block.end - block.start) for block in blocks]

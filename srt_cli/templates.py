@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -242,8 +242,7 @@ _FULL_WIDTH: Final = str.maketrans("　【】", " []") | {
 _ANY_FULL_WIDTH = re.compile("[　【】！-～]")
 
 
-@dataclass(frozen=True)
-class _Score:
+class _Score(NamedTuple):
     """A score in a critic's words; without a value, `problem` says what is wrong with it."""
 
     rank: int
@@ -354,9 +353,12 @@ def _read_text(said: str) -> _Found:
 
 def _plain(said: str) -> str:
     """A text as it is searched: lower case, plain signs, no fenced blocks; all in their old places."""
-    lower = said.replace("İ", "I").lower()  # the one letter that lower case makes two
-    if _ANY_FULL_WIDTH.search(lower):
-        lower = lower.translate(_FULL_WIDTH)
+    if said.isascii():
+        lower = said.lower()
+    else:
+        lower = said.replace("İ", "I").lower()  # the one letter that lower case makes two
+        if _ANY_FULL_WIDTH.search(lower):
+            lower = lower.translate(_FULL_WIDTH)
     return without_blocks(lower, fenced_blocks(lower))
 
 
@@ -395,7 +397,10 @@ def _scores_in(said: str, plain: str, own: Span) -> list[_Score]:
         elif below := _SCORE_BELOW.match(plain, line.end(), own.end):
             said_at = Span(line.start(), below.end())
             scores.append(_score_from(below, said_at, line["overall"], at_best=1))
+    known = {score.digits_at for score in scores if score is not None}
     for number in islice(_IN_BRACKETS.finditer(plain, *own), MOST_MARKS):
+        if number.start() + len("[[") in known:
+            continue
         begins = max(own.start, number.start() - LONGEST_LEAD)
         lead = _SCORE_LEAD.search(plain, begins, number.start())
         if lead and not is_within(quoted, lead.start()) and not _is_quoted(plain, lead.start()):
@@ -448,14 +453,17 @@ def _number(value: re.Match[str]) -> float:
 
 def _problem_of(value: re.Match[str]) -> str | None:
     """What keeps a number that was said from being a score of 1 to 10."""
-    shown = re.sub(r"[*_\[\]]", "", value[0]).strip()
+
+    def shown() -> str:
+        return re.sub(r"[*_\[\]]", "", value[0]).strip()
+
     # Behind closed brackets a dash and a number begin a sentence; another bracket is a second score.
     if value["other"] and (not value["close"] or "[" in value["other"]):
-        return f"score {shown!r} is not one number"
+        return f"score {shown()!r} is not one number"
     if value["percent"]:
-        return f"score {shown} is a percentage, not on a scale from {MIN_SCORE} to {MAX_SCORE}"
+        return f"score {shown()} is a percentage, not on a scale from {MIN_SCORE} to {MAX_SCORE}"
     if value["digits"]:
-        return f"score {shown}... is outside {MIN_SCORE} to {MAX_SCORE}"
+        return f"score {shown()}... is outside {MIN_SCORE} to {MAX_SCORE}"
     score = _number(value)
     if value["top"] and int(value["top"]) != MAX_SCORE:
         return f"score {score:g} is on a scale to {value['top']}, not to {MAX_SCORE}"
@@ -474,7 +482,7 @@ def _verdict_of(scores: Sequence[_Score]) -> tuple[_Score | None, list[Span]]:
     values = sorted({score.value for score in best if score.value is not None})
     if len(values) > 1:
         shown = " and ".join(f"{value:g}" for value in values[:2])
-        verdict = replace(verdict, value=None, problem=f"two different scores ({shown})")
+        verdict = verdict._replace(value=None, problem=f"two different scores ({shown})")
     elif faulty := [score for score in best if score.problem]:
         verdict = faulty[-1]
     return verdict, sorted(score.said_at for score in best)
@@ -482,10 +490,13 @@ def _verdict_of(scores: Sequence[_Score]) -> tuple[_Score | None, list[Span]]:
 
 def _between(said: str, whole: Span, holes: Sequence[Span]) -> str:
     """A stretch of text without some lines of it."""
+    inside = [hole for hole in holes if whole.start < hole.end <= whole.end]
+    if not inside:
+        return said[whole.start : whole.end].strip()
     pieces = []
     at = whole.start
-    for hole in holes:
-        if at < hole.end <= whole.end:
+    for hole in inside:
+        if at < hole.end:
             pieces.append(said[at : max(at, hole.start)].rstrip())
             at = hole.end
     pieces.append(said[at : whole.end])
@@ -514,7 +525,7 @@ def _read_json(said: str) -> _Found | None:
     verdict = _score_from(line, Span(0, 0), "overall") if line else None
     if verdict is not None:
         digits = _JSON_DIGITS.search(said)
-        verdict = replace(verdict, digits_at=digits.end() if digits else None)
+        verdict = verdict._replace(digits_at=digits.end() if digits else None)
     return _Found(weaknesses, suggestions, refinement or "", verdict)
 
 
