@@ -9,6 +9,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
@@ -290,15 +291,27 @@ def _words_to_complete() -> list[str]:
     return " ".join(lines).split() if "_SRT_COMPLETE" in os.environ else []
 
 
+@contextmanager
+def _quiet_end() -> Iterator[None]:
+    """Behind the block everything is written: what signal comes then ends the process without a word."""
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> None:
     """Run the command line; every expected error leaves as one message and an exit code."""
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
         signal.signal(signal.SIGHUP, _stop)
     try:
-        words = [*sys.argv[1:], *_words_to_complete()]
-        named = [word for word in words if word in STAGES]
-        build_app(only=named[0] if named else "")(standalone_mode=True, prog_name="srt")
+        with _quiet_end():
+            words = [*sys.argv[1:], *_words_to_complete()]
+            named = [word for word in words if word in STAGES]
+            build_app(only=named[0] if named else "")(standalone_mode=True, prog_name="srt")
     except KeyboardInterrupt:
         _exit(Interrupted(STOPPED))
     except SrtError as error:
