@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,17 @@ ROOT = Path(__file__).parents[1]
 
 # A shell lets its background jobs ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def signals_kept() -> Iterator[None]:
+    """Ending, a command lets signals kill its process: this one is to live on."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 LONGEST = "test_learning.py"
@@ -65,20 +77,15 @@ def srt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
 
-    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = {number: signal.getsignal(number) for number in stopping}
-
     def run(*arguments: object) -> Finished:
         monkeypatch.setattr(sys, "argv", ["srt", *map(str, arguments)])
         capsys.readouterr()
         try:
-            cli.main()
+            with signals_kept():
+                cli.main()
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return Finished(code, *capsys.readouterr())
 
     return run

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import signals_kept
 
 from srt_cli.cli import main
 
@@ -28,7 +29,8 @@ def run(folder: Path, *arguments: object, code: int = 0) -> None:
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["srt", *map(str, arguments)])
         try:
-            main()
+            with signals_kept():
+                main()
             ended = 0
         except SystemExit as stop:
             ended = int(stop.code or 0)

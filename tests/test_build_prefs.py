@@ -1,5 +1,6 @@
 """srt build-prefs: only pairs that teach, everything else with its reason."""
 
+import io
 import json
 import random
 import sys
@@ -291,13 +292,13 @@ def test_several_files_gzip_and_stdin_are_read(srt, tmp_path, monkeypatch):
     piped = write_jsonl(tmp_path / "c.jsonl", third).read_bytes()
 
     class Stdin:
-        buffer = (piped,)
+        buffer = io.BytesIO(piped)
 
     monkeypatch.setattr("sys.stdin", Stdin())
     finished = srt("build-prefs", "--data", "a.jsonl", "--data", "b.jsonl.gz", "--data", "-")
     assert finished.code == 0, finished.stderr
     assert [row["id"] for row in read_jsonl(tmp_path / "prefs.jsonl")] == ["0", "1", "2"]
-    (tmp_path / "b.jsonl.gz").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines)[:-20])
     broken = srt("build-prefs", "--data", "b.jsonl.gz", "--out", "other.jsonl")
     assert broken.code == 1
     assert "b.jsonl.gz: not a readable gzip file" in broken.stderr

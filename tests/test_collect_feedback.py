@@ -1,5 +1,6 @@
 """srt collect-feedback through the front door, with programs as policy and critic."""
 
+import io
 import json
 
 import pytest
@@ -177,7 +178,7 @@ def test_more_failures_than_allowed_exit_3(srt):
 
 def test_prompts_come_from_stdin_too(srt, folder, monkeypatch):
     class Stdin:
-        buffer = (b'{"prompt": "from a pipe"}\n',)
+        buffer = io.BytesIO(b'{"prompt": "from a pipe"}\n')
 
     monkeypatch.setattr("sys.stdin", Stdin())
     assert collect(srt, "--prompts", "-").code == 0
