@@ -1,13 +1,18 @@
 """Models in this process: company changes nothing, stop texts stop, and nothing is forged."""
 
+import json
+import pickle
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_dpo import pair_rows
+from test_sft import feedback_rows
 
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions, Request, is_loop, open_model
@@ -316,6 +321,50 @@ def test_damaged_weights_are_said_in_one_sentence(tiny_model, tmp_path, damage, 
         load_weights(str(tmp_path / "model"))
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+class Planted:
+    """A pickle that leaves a trace when it is read."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return open, (self.trace, "w")
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_pickled_weights_are_refused_by_every_command_and_never_read(
+    srt, tiny_model, tmp_path, adapter
+):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_model, pickled)
+    (pickled / "model.safetensors").unlink()
+    if adapter:
+        config = {"base_model_name_or_path": str(tiny_model), "peft_type": "LORA"}
+        (pickled / "adapter_config.json").write_text(json.dumps(config))
+    names = ("pytorch_model.bin", "model.pt", "adapter_model.bin", "consolidated.00.pth")
+    for name in names:
+        with open(pickled / name, "wb") as file:
+            pickle.dump(Planted(tmp_path / "trace"), file)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p"}])
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
+    write_jsonl(tmp_path / "prefs.jsonl", pair_rows(4))
+    train = ("--model", "pickled", "--learning-rate", 1e-3)
+    lines = [
+        ("collect-feedback", "--model", "./pickled", "--critic", "./pickled"),
+        ("sft", "--data", "feedback.jsonl", *train),
+        ("self-critique", "--model", "./pickled"),
+        ("build-prefs", "--data", "feedback.jsonl", "--audit", 1, "--audit-judge", "./pickled"),
+        ("dpo", "--prefs", "prefs.jsonl", *train),
+        ("eval", "--model", "./pickled", "--reference", tiny_model, "--judge", "./pickled"),
+    ]
+    for number, line in enumerate(lines):
+        out = f"out{number}" + {1: "", 4: "", 5: ".json"}.get(number, ".jsonl")
+        refused = srt(*line, "--out", out)
+        assert refused.code == 1, refused.stderr
+        assert "no weights as safetensors, and no others are read: a pickle" in refused.stderr, line
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_directory_without_a_model_is_said(tmp_path):

@@ -238,6 +238,8 @@ def _load_adapter(
 ) -> PreTrainedModel:
     from peft import PeftModel
 
+    if not list(directory.glob("*.safetensors")):
+        raise SrtError(f"{name}: {NO_SAFETENSORS}")
     base = base_of(str(directory))
     try:
         weights = load_weights(base, placement=placement, trust_remote_code=trust_remote_code)
@@ -263,6 +265,12 @@ def base_of(name: str) -> str:
     return str(base)
 
 
+NO_SAFETENSORS: Final = (
+    "the directory has no weights as safetensors, and no others are read: a pickle (.bin, .pt) can run "
+    "code. Convert them: load the model in transformers where you trust it, and save_pretrained() it."
+)
+
+
 def _load(loader: Any, name: str, source: str, **arguments: Any) -> Any:
     """Call a `from_pretrained`, turning its many ways to fail into one sentence."""
     with _progress_bars_off():
@@ -279,7 +287,7 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
             held = ", ".join(sorted(path.name for path in Path(source).iterdir())[:8]) or "nothing"
             return f"{name}: not a model directory (no config.json; it holds {held})."
         if not list(Path(source).glob("*.safetensors")):
-            return f"{name}: the directory has no weights as safetensors."
+            return f"{name}: {NO_SAFETENSORS}"
         return f"{name}: cannot be loaded ({first_line})."
     return (
         f"{name}: not in the local cache, and the model hub cannot be reached. Check the name and "
