@@ -14,7 +14,7 @@ QUICK ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo study test lint bench bench-generate bench-prefs bench-train clean
+.PHONY: demo study test lint storm bench bench-generate bench-prefs bench-train clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -44,6 +44,15 @@ lint: $(INSTALLED)
 
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Kills at random moments, over all six commands, in about half an hour (docs/reliability.md).
+# `make storm ONLY='sft dpo' KILLS=50 SEED=7` is a part of it.
+KILLS ?= 550
+SEED ?= 1
+
+storm: $(INSTALLED)
+	PYTHONPATH=. HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/storm.py $(ONLY) \
+		--kills $(KILLS) --seed $(SEED)
 
 # Times on a busy machine mean little; ratios in one run do. `make bench ONLY='kill quota'` runs a part.
 bench: $(INSTALLED)

@@ -1,0 +1,803 @@
+"""A storm of kills over all six commands: each is stopped at random moments, over and over, and the
+same line then has to come to what an uninterrupted run comes to.
+
+    make storm                                  550 kills
+    make storm ONLY='sft eval' KILLS=40 SEED=7  40 kills of these two
+
+A chain is up to five kills of one line in one folder, and the run that ends it. Most runs are forked
+from a process that has their libraries loaded (`_Nursery`), so that a kill costs a second; every kill
+of the first 300 ms, and one in 25 of the others, hits a process that was started from nothing.
+"""
+
+import argparse
+import ctypes
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final
+
+from conftest import read_jsonl, write_jsonl
+from killing import command, environment, lines_in, sha256, wait_until_gone
+from loopback_server import CRITIQUE, Answer, LoopbackServer, as_policy_and_critic
+
+from srt_cli.templates import CRITIQUE_REQUEST
+
+IN_FLIGHT: Final = 4
+"""What a kill may cost of each model: the calls that are under way, under `--concurrency 4`."""
+LONGEST_S: Final = 240
+FIRST_S: Final = 0.3
+LAST_S: Final = 0.3
+STOPPED: Final = (130, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
+"""How a run ends that was asked to; by the signal itself only while Python is starting."""
+HELD: Final = "another srt run"
+NO_ROOM: Final = ("disk is full", "no space left", "file too large", "no larger file")
+NO_USABLE_ROW: Final = 3
+TORCH: Final = ("self-critique", "self-critique-2", "sft", "dpo")
+
+
+# --- What is paid ------------------------------------------------------------------------------
+
+
+class Till:
+    """A server that answers a request always alike, and knows which answers were paid for."""
+
+    def __init__(self) -> None:
+        self._server = LoopbackServer(self._answer, models=("policy", "critic", "judge"))
+        self.paid: list[str] = []
+
+    def spec(self, model: str) -> str:
+        return f"{self._server.url}#{model}"
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _answer(self, body: dict[str, Any], number: int) -> Answer:
+        asked = json.dumps([body["model"], body["messages"], body.get("stop")])
+        mark = "z" + hashlib.sha256(asked.encode()).hexdigest()[:12]
+        self.paid.append(mark)
+        content = body["messages"][-1]["content"]
+        if "### Answer M" in content:
+            answer = Answer(text=f"For {mark}.\nVerdict: [[{'M' if mark < 'z8' else 'm'}]]")
+        else:
+            answer = as_policy_and_critic(body, number)
+            answer.text = answer.text.replace("It is dull.", f"It is dull: {mark}.", 1)
+            if content == CRITIQUE_REQUEST:
+                score = 9 if "grand" in str(body["messages"]) else 4
+                answer.text = CRITIQUE.format(score=score).replace("It is dull.", f"Dull: {mark}.")
+            elif "### Requirements" not in content:
+                answer.text = f"An answer, {mark}."
+        answer.delay_s = 0.005 + int(mark[1:3], 16) / 10_000
+        return answer
+
+
+def marks_in(journal: Path) -> set[str]:
+    """Which answers a journal holds."""
+    if not journal.exists():
+        return set()
+    marks = set()
+    for line in journal.read_text().splitlines():
+        with suppress(ValueError):
+            text = json.loads(line)["text"]
+            marks.add("z" + text.partition(" z")[2][:12] if " z" in text else text)
+    return marks
+
+
+# --- The six commands --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Act:
+    """A command on its inputs."""
+
+    name: str
+    line: tuple[object, ...]
+    inputs: dict[str, list[dict[str, Any]]]
+    journal: str | None
+    weight: int
+    """Its share of the kills."""
+    code: int = 0
+    trains: str | None = None
+    """Its model directory."""
+    processes: int = 1
+    models: int = 1
+    """How many are asked at the same time."""
+    other: tuple[object, ...] = ()
+    """Options with which another run starts at the same time."""
+
+
+def acts(till: Till, model: Path) -> dict[str, Act]:
+    from test_dpo import pair_rows
+    from test_sft import feedback_rows
+
+    prompts = [{"id": f"q{n}", "prompt": f"Say {n} in words."} for n in range(12)]
+    asks = ("--concurrency", IN_FLIGHT)
+    itself = ("self-critique", "--model", model, "--batch-size", 2, "--max-new-tokens", 8,
+              "--critic-max-tokens", 8)  # fmt: skip
+    train = ("--model", model, "--global-batch", 4, "--save-every", 2, "--samples", 1)
+    every = [
+        Act(
+            "collect-feedback",
+            ("collect-feedback", "--model", till.spec("policy"), "--critic", till.spec("critic"), *asks),
+            {"prompts.jsonl": prompts},
+            "feedback.journal.jsonl",
+            weight=26,
+            models=2,
+        ),
+        Act(
+            "build-prefs",
+            ("build-prefs", "--audit", 8, "--audit-judge", till.spec("judge"), "--export", "kto",
+             "--report", "prefs.html", "--max-length-ratio", 99, *asks),
+            {"self-feedback.jsonl": feedback_rows(30) + feedback_rows(2, status="failed", sample=1)},
+            "prefs.journal.jsonl",
+            weight=21,
+            other=("--min-gain", 2, "--audit", 12),
+        ),
+        Act(
+            "eval",
+            ("eval", "--model", till.spec("policy"), "--reference", till.spec("critic"),
+             "--judge", till.spec("judge"), "--verdicts", "reasoned", "--use", "response", "--use",
+             "refinement", "--markdown", "eval.md", "--export", "alpaca_eval", "--repeat", 3, *asks),
+            {"prompts.jsonl": prompts[:4]},
+            "eval.journal.jsonl",
+            weight=21,
+        ),
+        Act(
+            "self-critique", itself, {"prompts.jsonl": prompts[:8]}, "self-feedback.journal.jsonl",
+            weight=12, code=NO_USABLE_ROW,
+        ),
+        Act(
+            "self-critique-2", (*itself, "--num-processes", 2), {"prompts.jsonl": prompts[:8]},
+            "self-feedback.journal.jsonl", weight=2, code=NO_USABLE_ROW, processes=2,
+        ),
+        Act(
+            "sft", ("sft", *train, "--epochs", 4, "--critic-check", 0),
+            {"feedback.jsonl": feedback_rows(8)}, None,
+            weight=11, trains="models/sft",
+        ),
+        Act(
+            "dpo", ("dpo", *train, "--epochs", 3), {"prefs.jsonl": pair_rows(8)}, None,
+            weight=9, trains="models/dpo",
+        ),
+    ]  # fmt: skip
+    return {act.name: act for act in every}
+
+
+# --- Processes ---------------------------------------------------------------------------------
+
+
+class _Nursery:
+    """A process that has loaded what training needs, and forks commands from there.
+
+    They become our own children: this process adopts what its descendants leave behind.
+    """
+
+    def __init__(self, kind: str) -> None:
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--nursery", kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+
+    def fork(self, line: list[str], talk: Path, room: int | None) -> tuple[int, int]:
+        """The process's id and its session's; it talks into a file beside its folder."""
+        assert self._process.stdin
+        assert self._process.stdout
+        print(json.dumps([line, str(talk), room]), file=self._process.stdin, flush=True)
+        pid, session = map(int, self._process.stdout.readline().split())
+        return pid, session
+
+    def close(self) -> None:
+        self._process.communicate("")
+
+
+LIBRARIES: Final = {
+    "calls": ("srt_cli.stages.collect_feedback", "srt_cli.stages.build_prefs", "srt_cli.pairs.audit",
+              "srt_cli.stages.evaluate.figures", "srt_cli.models.api.client", "jinja2", "aiohttp"),
+    "torch": ("torch", "transformers", "trl", "srt_cli.stages.self_critique", "srt_cli.training.sft",
+              "srt_cli.training.dpo"),
+}  # fmt: skip
+
+
+def nurse(kind: str) -> None:
+    """The nursery's own life: forks one command for each line that it reads."""
+    import srt_cli.cli
+
+    for library in LIBRARIES[kind]:
+        import_module(library)
+    for asked in sys.stdin:
+        line, talk, room = json.loads(asked)
+        told, tell = os.pipe()
+        between = os.fork()
+        if between:
+            os.close(tell)
+            os.waitpid(between, 0)  # from here on its child is the storm's
+            print(os.read(told, 20).decode(), between, flush=True)
+            os.close(told)
+            continue
+        os.setsid()
+        born = os.fork()
+        if born:
+            os.write(tell, str(born).encode())
+            os._exit(0)
+        os.close(told)
+        os.close(tell)
+        _take_place(Path(talk), room)
+        sys.argv = ["srt", *line]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        srt_cli.cli.main()
+        sys.exit(0)
+
+
+def _take_place(talk: Path, room: int | None) -> None:
+    """Stand where a started process would stand."""
+    os.chdir(talk.with_suffix(""))
+    said = os.open(talk, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for place, what in enumerate((nothing, nothing, said)):
+        os.dup2(what, place)
+    sys.stdin = open(0)  # noqa: SIM115  it stands for the old one
+    if room is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+
+
+@dataclass
+class Running:
+    """A command under way, in a session of its own."""
+
+    pid: int
+    session: int
+    started: float
+    talk: Path
+    code: int | None = None
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code
+
+    def wait(self) -> int:
+        """Its exit code; it is killed when it hangs."""
+        while self.poll() is None:
+            if time.monotonic() - self.started > LONGEST_S:
+                os.killpg(self.session, signal.SIGKILL)
+                raise Broken("it hangs")
+            time.sleep(0.002)
+        assert self.code is not None
+        return self.code
+
+    def send(self, number: int, *, everybody: bool = True) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.session, number) if everybody else os.kill(self.pid, number)
+
+
+class Broken(Exception):
+    """A promise that was not kept."""
+
+
+# --- Moments and ways --------------------------------------------------------------------------
+
+
+def _first(chance: random.Random, storm: "Chain") -> Callable[[Running], bool]:
+    return _after(chance.uniform(0, FIRST_S))
+
+
+def _uniform(chance: random.Random, storm: "Chain") -> Callable[[Running], bool]:
+    return _after(chance.uniform(0, storm.straight.seconds[storm.fresh]))
+
+
+def _last(chance: random.Random, storm: "Chain") -> Callable[[Running], bool]:
+    took = storm.straight.seconds[storm.fresh]
+    return _after(chance.uniform(max(0.0, took - LAST_S), took))
+
+
+def _after(seconds: float) -> Callable[[Running], bool]:
+    return lambda running: time.monotonic() - running.started >= seconds
+
+
+def _at_line(chance: random.Random, storm: "Chain") -> Callable[[Running], bool]:
+    """When the journal has so many lines, those of the processes included."""
+    assert storm.act.journal
+    journal = storm.folder / storm.act.journal
+    parts = journal.name.removesuffix(".jsonl") + ".part-*.jsonl"
+    wanted = chance.randint(lines_in(journal) + 1, max(storm.straight.calls, lines_in(journal) + 1))
+    return lambda running: (
+        lines_in(journal) + sum(map(lines_in, storm.folder.glob(parts))) >= wanted
+    )
+
+
+def _writing(chance: random.Random, storm: "Chain") -> Callable[[Running], bool]:
+    """While an output is written: the one that chance picks."""
+    names = [name for name in storm.straight.files if "journal" not in name]
+    place = storm.folder / chance.choice(sorted(names))
+    half = place.with_name(f".{place.name}.srt.tmp")
+    return lambda running: half.exists()
+
+
+def _checkpoint(chance: random.Random, storm: "Chain") -> Callable[[Running], bool]:
+    """While a checkpoint is written, a moment after it was begun."""
+    checkpoints = storm.folder / str(storm.act.trains) / "checkpoints"
+    known = {path.name for path in checkpoints.glob("checkpoint-*")}
+    late = chance.uniform(0, 0.03)
+
+    def begun(running: Running) -> bool:
+        for path in checkpoints.glob("checkpoint-*"):
+            if path.name not in known and not (path / "whole").exists():
+                time.sleep(late)
+                return True
+        return False
+
+    return begun
+
+
+def _saving(chance: random.Random, storm: "Chain") -> Callable[[Running], bool]:
+    """While the model is saved, a moment after that was begun."""
+    half = storm.folder / str(storm.act.trains) / "half-saved"
+    late = chance.uniform(0, 0.03)
+
+    def begun(running: Running) -> bool:
+        if half.exists():
+            time.sleep(late)
+            return True
+        return False
+
+    return begun
+
+
+MOMENTS: Final = {
+    "first 300 ms": _first,
+    "any time": _uniform,
+    "journal line": _at_line,
+    "writing": _writing,
+    "checkpoint": _checkpoint,
+    "final save": _saving,
+    "last 300 ms": _last,
+}
+
+
+def moments_of(act: Act) -> list[str]:
+    left_out = {"checkpoint", "final save"} if act.trains is None else {"writing"}
+    left_out |= {"journal line"} if act.journal is None else set()
+    return [name for name in MOMENTS if name not in left_out]
+
+
+def _kill(running: Running, chance: random.Random) -> None:
+    running.send(signal.SIGKILL)
+
+
+def _kill_parent(running: Running, chance: random.Random) -> None:
+    running.send(signal.SIGKILL, everybody=False)
+
+
+def _term(running: Running, chance: random.Random) -> None:
+    running.send(signal.SIGTERM, everybody=False)
+
+
+def _hang_up(running: Running, chance: random.Random) -> None:
+    running.send(signal.SIGHUP)
+
+
+def _interrupt_twice(running: Running, chance: random.Random) -> None:
+    running.send(signal.SIGINT)
+    time.sleep(chance.uniform(0, 0.3))
+    if running.poll() is None:
+        running.send(signal.SIGINT)
+
+
+WAYS: Final = {
+    "kill -9": _kill,
+    "kill -9 of the parent": _kill_parent,
+    "TERM": _term,
+    "INT twice": _interrupt_twice,
+    "HUP": _hang_up,
+}
+
+
+# --- An uninterrupted run ----------------------------------------------------------------------
+
+
+@dataclass
+class Straight:
+    """What an uninterrupted run came to."""
+
+    files: dict[str, str]
+    calls: int
+    keys: set[str]
+    tallies: dict[str, Any]
+    seconds: dict[bool, float] = field(default_factory=dict)
+    """How long it takes: started from nothing (True), or forked."""
+
+
+def files_of(folder: Path, act: Act) -> dict[str, str]:
+    """Every file with what has to be equal in it."""
+    return {
+        str(path.relative_to(folder)): _content(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in act.inputs
+    }
+
+
+def _content(path: Path) -> str:
+    if path.name.endswith(("run.json", ".journal.jsonl", "training.html")):
+        return "there"  # these tell times, or are compared otherwise
+    if path.name == "metrics.jsonl":
+        steps = [(row.get("step"), row.get("loss")) for row in read_jsonl(path)]
+        return str(steps)
+    return sha256(path)
+
+
+def manifest_of(folder: Path, act: Act) -> dict[str, Any]:
+    (path,) = [each for each in folder.rglob("*run.json") if "checkpoint" not in str(each)]
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    return manifest
+
+
+TIMED: Final = ("seconds", "speed", "per_second", "window", "generation", "training", "calls_")
+
+
+def steady(tallies: dict[str, Any]) -> dict[str, Any]:
+    """Tallies that do not depend on the clock."""
+    return {
+        name: value for name, value in tallies.items() if not any(word in name for word in TIMED)
+    }
+
+
+# --- A chain of kills --------------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """One line in one folder: killed, killed again, and run to its end."""
+
+    act: Act
+    folder: Path
+    straight: Straight
+    storm: "Storm"
+    fresh: bool = True
+    lost: int = 0
+    kept: set[str] = field(default_factory=set)
+    told: list[str] = field(default_factory=list)
+    """What happened to it, for whoever looks for a fault."""
+
+    @property
+    def journal(self) -> Path | None:
+        return self.folder / self.act.journal if self.act.journal else None
+
+    def start(self, *more: object, fresh: bool = False, room: int | None = None) -> Running:
+        self.fresh = fresh
+        return self.storm.start([*self.act.line, *more], self.folder, fresh=self.fresh, room=room)
+
+    def kill(self, chance: random.Random, moment: str, way: str) -> bool:
+        """Kill a run at a moment; whether it was still there."""
+        paid = len(self.storm.till.paid)
+        fresh = moment == "first 300 ms" or chance.random() < 0.04
+        self.fresh = fresh
+        is_time = MOMENTS[moment](chance, self)
+        running = self.start(fresh=fresh)
+        while running.poll() is None and not is_time(running):
+            if time.monotonic() - running.started > LONGEST_S:
+                break
+            time.sleep(0.0005)
+        hit = running.poll() is None
+        if hit:
+            WAYS[way](running, chance)
+        code = running.wait()
+        self.told.append(f"{way}, {moment}{', forked' * (not self.fresh)}: exit {code}")
+        wait_until_gone(running.session)
+        talk = running.talk.read_text(errors="replace")
+        killed = hit and way.startswith("kill")
+        allowed = {self.act.code, *((-signal.SIGKILL,) if killed else STOPPED if hit else ())}
+        # Ctrl-C while Python itself is starting.
+        early = way == "INT twice" and moment == "first 300 ms" and "KeyboardInterrupt" in talk
+        if (code not in allowed or "Traceback" in talk) and not early:
+            raise Broken(f"it ended with {code}: {talk[-1500:]}")
+        self.check_payment(paid)
+        return hit
+
+    def check_payment(self, paid: int) -> None:
+        """No answer that the journal holds is paid for again; a kill loses what is in flight."""
+        if self.journal is None or self.act.name in TORCH:
+            return
+        new = self.storm.till.paid[paid:]
+        if again := self.kept & set(new):
+            raise Broken(f"paid twice: {sorted(again)}")
+        now = marks_in(self.journal)
+        if missing := self.kept - now:
+            raise Broken(f"the journal lost {sorted(missing)}")
+        self.kept |= now
+        lost = set(new) - now
+        if len(lost) > IN_FLIGHT * self.act.models:
+            raise Broken(f"{len(lost)} answers were lost by one kill")
+        self.lost += len(lost)
+
+    def finish(self) -> None:
+        """The same line again, to its end: all that an uninterrupted run leaves, and nothing else."""
+        paid = len(self.storm.till.paid)
+        running = self.start()
+        code = running.wait()
+        talk = running.talk.read_text(errors="replace")
+        if code != self.act.code or "Traceback" in talk:
+            raise Broken(f"the same line ended with {code}: {talk[-1500:]}")
+        wait_until_gone(running.session)
+        self.check_payment(paid)
+        self.compare(self.straight)
+
+    def compare(self, straight: Straight) -> None:
+        """Equal to an uninterrupted run."""
+        files = files_of(self.folder, self.act)
+        if files != straight.files:
+            raise Broken(f"other files: {sorted(set(files.items()) ^ set(straight.files.items()))}")
+        manifest = manifest_of(self.folder, self.act)
+        if manifest["status"] != ("failed" if self.act.code else "complete"):
+            raise Broken(f"the manifest says {manifest['status']}")
+        tallies = steady(manifest["tallies"])
+        if tallies != straight.tallies:
+            raise Broken(f"other tallies: {tallies} for {straight.tallies}")
+        if self.journal is not None:
+            keys = _keys(self.journal)
+            if len(keys) != len(set(keys)) or set(keys) != straight.keys:
+                raise Broken(f"{len(keys)} journal lines, {len(straight.keys)} calls")
+
+    def together(self, chance: random.Random, other: tuple[object, ...]) -> None:
+        """Two runs on one output at once, one of them killed now and then; one may be refused."""
+        first = self.start()
+        time.sleep(chance.choice([0.0, chance.uniform(0, 0.4)]))
+        second = self.storm.start(
+            [*self.act.line, *other], self.folder, fresh=False, suffix=".second"
+        )
+        killed = chance.choice([None, None, first, second])
+        if killed is not None:
+            time.sleep(chance.uniform(0, self.straight.seconds[False]))
+            killed.send(signal.SIGKILL)
+        for running in (first, second):
+            code = running.wait()
+            wait_until_gone(running.session)
+            talk = running.talk.read_text(errors="replace")
+            self.told.append(f"together: exit {code}")
+            refused = code == 1 and (HELD in talk or (other and "other settings" in talk))
+            if code != self.act.code and not refused and running is not killed:
+                raise Broken(f"of two runs one ended with {code}: {talk[-800:]}")
+        if self.journal is not None:
+            self.kept = marks_in(self.journal)
+
+    def fill_disk(self, chance: random.Random, largest: int) -> None:
+        """A run without room for its files."""
+        running = self.start(room=chance.randint(0, largest))
+        code = running.wait()
+        wait_until_gone(running.session)
+        talk = running.talk.read_text(errors="replace")
+        self.told.append(f"no room: exit {code}")
+        said = any(words in talk.lower() for words in NO_ROOM)
+        if "Traceback" in talk or (code != self.act.code and not (code == 1 and said)):
+            raise Broken(f"without room it ended with {code}: {talk[-1500:]}")
+        if self.journal is not None:
+            self.kept = marks_in(self.journal)
+
+
+def _keys(journal: Path) -> list[str]:
+    return [
+        entry["key"]
+        for line in journal.read_bytes().splitlines()
+        if line.strip()
+        for entry in [_parsed(line)]
+        if entry is not None
+    ]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A journal's line; None for one that a kill has torn."""
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        return entry
+    except ValueError:
+        return None
+
+
+# --- The storm ---------------------------------------------------------------------------------
+
+
+class Storm:
+    """All of it: the server, the processes, what was done and what broke."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.till = Till()
+        self.acts = acts(self.till, model)
+        self.done: Counter[tuple[str, str]] = Counter()
+        self.ways: Counter[str] = Counter()
+        self.missed = self.chains = self.lost = 0
+        self.broken: list[str] = []
+        self._nurseries: dict[str, _Nursery] = {}
+        self._straight: dict[str, Straight] = {}
+
+    def close(self) -> None:
+        self.till.close()
+        for nursery in self._nurseries.values():
+            nursery.close()
+
+    def start(
+        self,
+        line: list[object],
+        folder: Path,
+        *,
+        fresh: bool,
+        room: int | None = None,
+        suffix: str = ".talk",
+    ) -> Running:
+        """Start a command in a session of its own: from nothing, or forked where torch is loaded."""
+        talk = folder.with_suffix(suffix)
+        if not fresh:
+            kind = "torch" if line[0] in TORCH else "calls"
+            if kind not in self._nurseries:
+                self._nurseries[kind] = _Nursery(kind)
+            pid, session = self._nurseries[kind].fork(list(map(str, line)), talk, room)
+            return Running(pid, session, time.monotonic(), talk)
+        limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)) if room else None
+        with open(talk, "w") as stderr:
+            process = subprocess.Popen(
+                command(*line), cwd=folder, env=environment(), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, preexec_fn=limit,
+            )  # fmt: skip
+        process.returncode = 0  # it is waited for by its id
+        return Running(process.pid, process.pid, time.monotonic(), talk)
+
+    def prepare(self, act: Act, name: str) -> Path:
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        for file, rows in act.inputs.items():
+            write_jsonl(folder / file, rows)
+        return folder
+
+    def straight(self, act: Act, *more: object) -> Straight:
+        """An uninterrupted run of a command."""
+        name = " ".join(map(str, (act.name, *more)))
+        if name in self._straight:
+            return self._straight[name]
+        found = None
+        took = {}
+        for fresh in (False, True):
+            folder = self.prepare(act, f"{name.replace(' ', '_')}-straight-{fresh}")
+            running = self.start([*act.line, *more], folder, fresh=fresh)
+            code = running.wait()
+            took[fresh] = time.monotonic() - running.started
+            assert code == act.code, running.talk.read_text()
+            keys = set(_keys(folder / act.journal)) if act.journal else set()
+            made = Straight(
+                files_of(folder, act), len(keys), keys, steady(manifest_of(folder, act)["tallies"])
+            )
+            assert found is None or (found.files, found.tallies) == (made.files, made.tallies)
+            found = made
+        assert found is not None
+        found.seconds = took
+        self._straight[name] = found
+        return found
+
+    def blow(self, act: Act, kills: int, seed: object) -> None:
+        """Chains of one command until so many kills have hit."""
+        chance = random.Random(f"{seed} {act.name}")
+        straight = self.straight(act)
+        hits = number = 0
+        while hits < kills and len(self.broken) < 20:
+            number += 1
+            chain = Chain(act, self.prepare(act, f"{act.name}-{number}"), straight, self)
+            with self._noting(chain, f"{act.name} {number}"):
+                for _ in range(chance.randint(1, 5)):
+                    moment = chance.choice(moments_of(act))
+                    way = chance.choice(list(WAYS))
+                    if chain.kill(chance, moment, way):
+                        hits += 1
+                        self.done[act.name, moment] += 1
+                        self.ways[way] += 1
+                    else:
+                        self.missed += 1
+                chain.finish()
+        for extra in range(max(1, kills // 20)):
+            chain = Chain(act, self.prepare(act, f"{act.name}-full-{extra}"), straight, self)
+            with self._noting(chain, f"{act.name} full disk {extra}"):
+                sizes = [
+                    path.stat().st_size for path in self.folder.glob(f"{act.name}-straight-*/**/*")
+                ]
+                chain.fill_disk(chance, max(sizes))
+                chain.finish()
+                self.done[act.name, "full disk"] += 1
+            if act.processes > 1:
+                continue
+            chain = Chain(act, self.prepare(act, f"{act.name}-two-{extra}"), straight, self)
+            with self._noting(chain, f"{act.name} two at once {extra}"):
+                other = act.other if extra % 2 else ()
+                chain.together(chance, other)
+                if other and manifest_of(chain.folder, act)["settings"]["min_gain"] == other[1]:
+                    chain.act = Act(**(vars(act) | {"line": (*act.line, *other)}))
+                    chain.straight = self.straight(act, *other)
+                chain.finish()
+                self.done[act.name, "two at once"] += 1
+
+    @contextmanager
+    def _noting(self, chain: Chain, name: str) -> Iterator[None]:
+        """Count a chain; keep the folder of one that breaks."""
+        self.chains += 1
+        try:
+            yield
+        except (Broken, AssertionError, OSError, ValueError) as broken:
+            self.broken.append(f"{name} ({'; '.join(chain.told)}): {broken}")
+            print("BROKEN", self.broken[-1], flush=True)
+            return
+        self.lost += chain.lost
+        shutil.rmtree(chain.folder)
+
+    def report(self) -> str:
+        """What was done, as a table."""
+        names = list(dict.fromkeys(name for name, _ in self.done))
+        columns = [*MOMENTS, "two at once", "full disk"]
+        columns = [column for column in columns if any(self.done[name, column] for name in names)]
+        rows = [["command", *columns]]
+        rows += [[name, *(str(self.done[name, column]) for column in columns)] for name in names]
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "| --- " * len(rows[0]) + "|")
+        kills = sum(self.ways.values())
+        ways = ", ".join(f"{count} by {way}" for way, count in self.ways.most_common())
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"{kills} kills in {self.chains} chains ({ways}); {self.missed} came too late.",
+                f"{self.lost} answers in flight were paid for again; {len(self.broken)} broken.",
+            ]
+        )
+
+
+def main() -> int:
+    """`make storm`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("only", nargs="*", help="these commands alone")
+    parser.add_argument("--kills", type=int, default=550)
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--folder", type=Path, help="where broken chains stay to be looked at")
+    parser.add_argument("--nursery", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.nursery:
+        nurse(asked.nursery)
+        return 0
+    from conftest import _make_tiny_model
+
+    folder = asked.folder or Path(tempfile.mkdtemp(prefix="srt-storm-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder.resolve()
+    storm = Storm(folder, folder / "tiny-model")
+    began = time.monotonic()
+    try:
+        chosen = [act for act in storm.acts.values() if not asked.only or act.name in asked.only]
+        needs_model = any(act.name in TORCH for act in chosen)
+        if needs_model and not (folder / "tiny-model").exists():
+            _make_tiny_model(folder / "tiny-model")
+        whole = sum(act.weight for act in chosen)
+        for act in chosen:
+            storm.blow(act, max(1, round(asked.kills * act.weight / whole)), asked.seed)
+    finally:
+        storm.close()
+    print(storm.report())
+    print(f"seed {asked.seed}, {(time.monotonic() - began) / 60:.0f} minutes")
+    print(*storm.broken, sep="\n")
+    if not storm.broken and asked.folder is None:
+        shutil.rmtree(folder)
+    return int(bool(storm.broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
