@@ -136,3 +136,31 @@ def test_every_option_in_run_sh_is_one_of_ours(srt):
                 )
             options = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", line))
             assert options <= known, (command, options - known)
+
+
+def test_the_oceans_critic_looks_at_the_figure_and_at_what_it_is_a_share_of(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "ocean"))
+    monkeypatch.delitem(sys.modules, "critic", raising=False)
+    import critic
+
+    sys.modules.pop("critic")
+    prompt = Prompt(id="p", prompt="What is the largest ocean, and how much of the water is it?")
+    draft = "The Pacific Ocean covers approximately 141% of the Earth's water surface."
+    feedback, refinement = critic.critique(prompt, draft)
+    assert feedback.weaknesses == (
+        "It names the Pacific Ocean: yes. It says 141% of the Earth's water surface: no."
+    )
+    assert refinement == "The Pacific Ocean covers 46.6% of the Earth's water surface."
+    assert critic.critique(prompt, refinement)[0].score == 10
+    of_all = "The Pacific Ocean is 46.6% of the Earth's total surface area."
+    assert critic.critique(prompt, of_all) == (
+        critic.Feedback(
+            weaknesses="It names the Pacific Ocean: yes. It says 46.6% of the Earth's total surface "
+            "area: no.",
+            suggestions="The Pacific covers 46.6% of the Earth's water surface.", score=5,
+        ),
+        critic.ANSWER,
+    )  # fmt: skip
+    assert not critic.check(prompt, "The Atlantic Ocean covers 46.6% of the Earth's water surface.")
+    for name in ("prompts.jsonl", "heldout.jsonl"):
+        assert len(read_jsonl(ROOT / "examples" / "ocean" / name)) >= 6
