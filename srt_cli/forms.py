@@ -89,7 +89,7 @@ def _take_prompt(rest: dict[str, Any], prompt_field: str | None) -> tuple[str, s
     """The name of the row's form, the field that holds the prompt, and what it holds."""
     if prompt_field is not None:
         value = _take(rest, prompt_field, required=True, option="--prompt-field")
-        chat = _chat_in(value) if isinstance(value, str) else None
+        chat = chat_in(value) if isinstance(value, str) else None
         return f'field "{prompt_field}"', prompt_field, value if chat is None else chat
     present = [name for name in NEAREST if rest.get(name) is not None]
     named = present or [name for name in NEAREST if name in rest]
@@ -106,7 +106,7 @@ def _take_prompt(rest: dict[str, Any], prompt_field: str | None) -> tuple[str, s
         return "instruction and input", field, f"{value}\n\n{context}"
     form = "messages" if field == "messages" else SHAREGPT
     if isinstance(value, str):
-        chat = _chat_in(value)
+        chat = chat_in(value)
         if chat is None:
             raise ValueError(
                 f"{field} is a text, and not the JSON of a list of turns (pandas writes lists so). "
@@ -146,7 +146,7 @@ def _paths_of(rest: Mapping[str, Any], name: str) -> Iterator[str]:
             yield field
 
 
-def _chat_in(text: str) -> list[Any] | None:
+def chat_in(text: str) -> list[Any] | None:
     """The turns that a text holds as JSON; None where it holds anything else."""
     if not text.lstrip().startswith("["):
         return None

@@ -5,7 +5,7 @@ import glob
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -195,13 +195,14 @@ class _Survey:
 
     def sentence(self, location: str, files: list[Path], *, unique: bool) -> str | None:
         """What was recognised, in one line."""
-        formats = sorted({format_of(file) or "JSONL" for file in files})
-        plain = len(files) <= 1 and formats in ([], ["JSONL"])
-        if plain and self._forms.keys() <= {"prompt"} and not self._left_out and not self.repeated:
+        where = files_in_words(files)
+        if (
+            not where
+            and self._forms.keys() <= {"prompt"}
+            and not self._left_out
+            and not self.repeated
+        ):
             return None
-        where = "" if plain else f" in {len(files)} {' and '.join(formats)} files"
-        if len(files) == 1:
-            where = where.removesuffix("s").replace(" 1 ", " a ")
         forms = " and ".join(
             f"{form} ({count:,})" if len(self._forms) > 1 else form
             for form, count in self._forms.most_common()
@@ -273,6 +274,15 @@ def find_files(location: str) -> list[Path]:
     if not matched:
         raise SrtError(f"{location}: no file has such a name. Check the path.")
     return [file for file in matched if not file.is_dir()]
+
+
+def files_in_words(files: Sequence[Path]) -> str:
+    """How many files of which format, e.g. " in 3 parquet files"; nothing for one of JSONL."""
+    formats = sorted({format_of(file) or "JSONL" for file in files})
+    if len(files) <= 1 and formats in ([], ["JSONL"]):
+        return ""
+    named = " and ".join(formats)
+    return f" in a {named} file" if len(files) == 1 else f" in {len(files)} {named} files"
 
 
 def _is_shard(file: Path, folder: Path) -> bool:

@@ -173,15 +173,25 @@ class FeedbackRecord(Record):
 
 
 class Preference(Record):
-    """A pair in TRL's conversational form: `chosen` and `rejected` answer `prompt`."""
+    """A pair in TRL's conversational form: `chosen` and `rejected` answer `prompt`.
+
+    Scores and source are those of the critic that made the pair; None where others made it.
+    """
 
     id: str
     prompt: list[Message] = Field(min_length=1)
     chosen: list[Message] = Field(min_length=1)
     rejected: list[Message] = Field(min_length=1)
-    chosen_score: float
-    rejected_score: float
-    source: str
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    source: str | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How much higher the chosen answer scores; None where a score is not known."""
+        if self.chosen_score is None or self.rejected_score is None:
+            return None
+        return self.chosen_score - self.rejected_score
 
 
 class HandLabel(Record):

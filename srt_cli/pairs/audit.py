@@ -221,7 +221,7 @@ def count_audit(
         elif first + second == 1:
             ties += 1
         else:
-            decided.append((pair.chosen_score - pair.rejected_score, first + second > 1))
+            decided.append((pair.gain or 0.0, first + second > 1))
     precision = pass_rate([right for _, right in decided])
     bands = []
     starts = sorted({math.floor(gain / BAND_WIDTH) * BAND_WIDTH for gain, _ in decided})

@@ -25,10 +25,13 @@ class Dpo(TrainingOptions):
       srt dpo --prefs prefs.jsonl
 
       srt dpo --prefs prefs.jsonl --model models/sft --beta 0.1 --method lora
+
+      srt dpo --prefs 'shards/*.parquet' --prefs hf:ORG/NAME:train --model models/sft
     """
 
-    prefs: Path = setting(
-        Path("prefs.jsonl"), "Preferences to learn from.",
+    prefs: tuple[str, ...] = setting(
+        ("prefs.jsonl",), "Preferences to learn from, in the form of srt, TRL, UltraFeedback, HH-RLHF "
+        "and others: a file, folder, glob or hf:NAME:SPLIT. Repeatable.",
         group="Data", common=True, metavar="FILE",
     )  # fmt: skip
     model: str | None = setting(
@@ -76,7 +79,7 @@ def _prefer(options: Dpo) -> None:
     model = options.model or model_that_wrote(options.prefs)
     if model is None or names_program(model):
         raise UsageError(
-            f"{options.prefs} does not tell which model wrote its drafts. Pass --model."
+            f"{', '.join(options.prefs)} does not tell which model wrote its drafts. Pass --model."
         )
     if options.model is None:
         console.say(f"model: {model}, by the manifests of {options.prefs}")

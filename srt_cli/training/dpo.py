@@ -20,8 +20,8 @@ from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.models.weights import base_of, fingerprint_of
 from srt_cli.pairs.worth import FEWEST_PAIRS
+from srt_cli.preferences import read_preferences
 from srt_cli.records import Preference
-from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run, read_manifest
 from srt_cli.training.batches import Columns, LengthGroupedOrder, keep_rows
 from srt_cli.training.checkpoints import clear_checkpoints, open_training
@@ -34,7 +34,7 @@ from srt_cli.training.options import LossType, TrainingOptions
 from srt_cli.training.plan import Ready, plan_dpo, show_plan
 from srt_cli.training.probe import probe
 from srt_cli.training.processes import in_every_process
-from srt_cli.training.rows import DpoTask, model_that_wrote, prompts_to_sample
+from srt_cli.training.rows import DpoTask, prompts_to_sample, writers_of
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
 from srt_cli.training.sequences import PairIds
@@ -60,13 +60,16 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
     """Read preferences, prepare, fit, train against the starting model, save."""
     setup = set_up(options, "dpo", task.model, continues=task.adapter == "continue")
     objective = objective_of(task, setup)
-    pairs = list(read_records(task.prefs, Preference.model_validate, limit=options.limit))
+    source = read_preferences(task.prefs, options.limit)
+    pairs = source.pairs
+    for said in source.recognised:
+        console.say(said)
     if options.dry_run:
         _show_plan(setup, task, pairs, objective)
         return
     smoothing = objective.label_smoothing
     resolved = {"label_smoothing": repr(smoothing)} if smoothing else {}
-    run = open_training(setup, {"prefs": task.prefs}, resolved)
+    run = open_training(setup, source.inputs, resolved)
     if not run.complete:
         with run:
             if setup.advice is not None:
@@ -85,17 +88,19 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
 
 def why_not_of_this_model(task: DpoTask) -> str | None:
     """A warning when the preferences hold another model's answers; None when they do not."""
-    writer = model_that_wrote(task.prefs)
-    if writer is None or not task.model_given:
+    if not task.model_given:
         return None
-    one, other = Path(writer).expanduser(), Path(task.model).expanduser()
-    if one == other or (one.exists() and other.exists() and one.samefile(other)):
-        return None
-    return (
-        f"{task.prefs} holds answers of {writer}, and {task.model} is trained on them: it learns "
-        "to tell apart what it would not have written. Leave --model away to train their writer, or go "
-        "on if that is meant."
-    )
+    trained = Path(task.model).expanduser()
+    for prefs, writer in writers_of(task.prefs).items():
+        wrote = Path(writer).expanduser()
+        if wrote == trained or (wrote.exists() and trained.exists() and wrote.samefile(trained)):
+            continue
+        return (
+            f"{prefs} holds answers of {writer}, and {task.model} is trained on them: it learns to tell "
+            "apart what it would not have written. Leave --model away to train their writer, or go on "
+            "if that is meant."
+        )
+    return None
 
 
 def _prepare(
@@ -103,7 +108,7 @@ def _prepare(
 ) -> Ready[PairIds]:
     """Everything that a training needs to know before its weights are loaded."""
     chat = chat_of(setup, run)
-    prepared = prepare_dpo(setup, chat, task.prefs, pairs)
+    prepared = prepare_dpo(setup, chat, ", ".join(task.prefs), pairs)
     longest = max(map(longest_side, prepared.train))
     largest = LargestPass(2 * setup.micro_batch, longest, setup.accumulation)
     config = config_of(setup.model) if setup.place.placement.device == "cpu" else None
@@ -262,11 +267,14 @@ def label_smoothing_of(task: DpoTask) -> float:
     if given is None:
         return 0.0
     if given == "auto":
-        manifest = read_manifest(task.prefs)
+        if len(task.prefs) > 1:
+            raise UsageError("--label-smoothing auto reads the audit of one --prefs. Give a share.")
+        prefs = task.prefs[0]
+        manifest = read_manifest(Path(prefs))
         audit = manifest.tally("audit", dict[str, Any]) if manifest is not None else None
         if not audit or audit.get("noise") is None:
             raise SrtError(
-                f"{task.prefs}: was never audited, so --label-smoothing auto knows nothing. Run srt "
+                f"{prefs}: was never audited, so --label-smoothing auto knows nothing. Run srt "
                 "build-prefs with --audit N --audit-judge SPEC, or give a share."
             )
         share = float(audit["noise"])

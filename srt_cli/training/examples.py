@@ -304,7 +304,7 @@ def _warn_of_chat(chat: ChatFormat, prepared: Prepared[Ids]) -> None:
 
 
 def prepare_dpo(
-    setup: Setup, chat: ChatFormat, prefs: Path, pairs: Sequence[Preference]
+    setup: Setup, chat: ChatFormat, prefs: str, pairs: Sequence[Preference]
 ) -> Prepared[PairIds]:
     """Token ids of preference pairs; pairs of two equal answers are dropped.
 

@@ -371,7 +371,7 @@ class SftTask:
 class DpoTask:
     """Stage 2 as its own options describe it."""
 
-    prefs: Path
+    prefs: Sequence[str]
     model: str
     model_given: bool
     """Whether --model named the model, and not the manifest of the preferences."""
@@ -381,12 +381,25 @@ class DpoTask:
     adapter: Literal["merge", "continue"]
 
 
-def model_that_wrote(prefs: Path) -> str | None:
-    """The policy behind a preference file, by the manifests of the file and of its input."""
-    manifest = read_manifest(prefs)
-    if manifest is None or "data" not in manifest.inputs:
-        return None
-    data = Path(manifest.inputs["data"].path)
-    if not data.exists():
-        data = prefs.parent / data.name
-    return inherited(data, "model")
+def model_that_wrote(prefs: Sequence[str]) -> str | None:
+    """The policy behind preference files; raises `UsageError` where several wrote them."""
+    writers = writers_of(prefs)
+    if len(set(writers.values())) > 1:
+        each = ", ".join(f"{name} of {model}" for name, model in writers.items())
+        raise UsageError(f"Several models wrote the preferences ({each}). Pass --model.")
+    return next(iter(writers.values()), None)
+
+
+def writers_of(prefs: Sequence[str]) -> dict[str, str]:
+    """The policy behind each file, where the manifests of the file and of its input tell it."""
+    found = {}
+    for name in prefs:
+        manifest = read_manifest(Path(name))
+        if manifest is None or "data" not in manifest.inputs:
+            continue
+        data = Path(manifest.inputs["data"].path)
+        if not data.exists():
+            data = Path(name).parent / data.name
+        if (model := inherited(data, "model")) is not None:
+            found[name] = model
+    return found
