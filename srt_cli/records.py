@@ -150,7 +150,7 @@ class FeedbackRecord(Record):
     status: Status
     reason: str | None
     raw: dict[str, str]
-    thoughts: dict[str, str] = Field(default={}, exclude_if=_is_empty)
+    thoughts: dict[str, str] = Field(default_factory=dict, exclude_if=_is_empty)
     """What the models thought, under the names of `raw`; left out where none did."""
     response_cut: bool = Field(default=False, exclude_if=_is_empty)
     """Whether the token limit cut the draft off; left out where not."""

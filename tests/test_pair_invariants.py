@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_build_prefs import record
 
-from srt_cli.pairs.building import PairPlan, decide
+from srt_cli.pairs.building import PairPlan, decide, shape_of
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.length_balance import Shape, balance_lengths
 from srt_cli.pairs.pairing import group_key, line_of, preference_of
@@ -73,7 +73,7 @@ def decisions_of(files, plan):
 
 
 def kept_lines(decisions):
-    return sorted(line_of(decision.kept[0]) for decision in decisions if decision.kept is not None)
+    return sorted(line_of(decision.kept) for decision in decisions if decision.kept is not None)
 
 
 @settings(max_examples=200)
@@ -83,10 +83,11 @@ def test_every_row_is_used_or_dropped_and_every_pair_keeps_the_rules(held, plan)
     positions = []
     for decision in decisions_of([held], plan):
         summary.add(decision)
-        positions += [position for position, *_ in decision.dropped]
+        positions += [place for place, *_ in decision.dropped]
         if decision.kept is None:
             continue
-        (chosen, rejected), shape = decision.kept
+        chosen, rejected = decision.kept
+        shape = shape_of(decision.kept)
         assert chosen.text != rejected.text
         assert chosen.text == chosen.text.strip() != ""
         assert rejected.text
@@ -94,8 +95,8 @@ def test_every_row_is_used_or_dropped_and_every_pair_keeps_the_rules(held, plan)
         assert shape.gain >= plan.rules.min_gain
         assert shape.gap == len(chosen.text) - len(rejected.text)
         assert len(chosen.text) <= plan.rules.max_length_ratio * len(rejected.text)
-        positions.append(decision.position)
-        assert line_of(decision.kept[0]) == to_line(preference_of(decision.kept[0]))
+        positions.append(decision.place)
+        assert line_of(decision.kept) == to_line(preference_of(decision.kept))
     figures = summary.describe()
     assert figures["rows"] == len(held)
     assert figures["rows_used"] + sum(figures["dropped"].values()) == len(held)
@@ -188,3 +189,30 @@ def test_which_pairs_stay_does_not_depend_on_their_order(method, tmp_path):
     first = balance_lengths(method, pairs, tmp_path)
     chance.shuffle(pairs)
     assert balance_lengths(method, pairs, tmp_path).cuts == first.cuts
+
+
+def test_two_processes_and_one_make_the_same_files(srt, tmp_path, monkeypatch):
+    chance = random.Random(1)
+    held = [
+        record(id=str(n), prompt=f"p{n % 90}", response=f"{n % 110} " * 9, sample=n // 90,
+               refinement=f"{n % 110} {n % 90} and" * 5, score=chance.randint(1, 9)).model_dump()
+        for n in range(270)
+    ]  # fmt: skip
+    chance.shuffle(held)
+    write_jsonl(tmp_path / "a.jsonl", held)
+    monkeypatch.setattr("srt_cli.pairs.rows.STRETCH_BYTES", 20_000)
+    made = []
+    for size, strategy in ((2**40, "refine"), (0, "refine"), (2**40, "tiers"), (0, "tiers")):
+        monkeypatch.setattr("srt_cli.pairs.rows.BYTES_FOR_PROCESSES", size)
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1}, raising=False)
+        line = ("build-prefs", "--data", "a.jsonl", "--strategy", strategy, "--no-hygiene")
+        finished = srt(*line, "--out", "prefs.jsonl", "--overwrite")
+        assert finished.code == 0, finished.stderr
+        names = ("prefs.jsonl", "prefs.dropped.jsonl")
+        made.append([(tmp_path / name).read_bytes() for name in names])
+    assert made[0] == made[1] != made[2] == made[3]
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"id": 7}\n')
+    finished = srt(*line, "--out", "other.jsonl")
+    assert finished.code == 1
+    assert "a.jsonl:271: id: input should be a valid string" in finished.stderr

@@ -53,7 +53,9 @@ def test_a_form_is_read_as_the_document_says(tmp_path, form):
 
 
 def test_scores_ids_and_sources_are_kept_where_they_are_known():
-    read = [read_pair(json.loads(line), "p.jsonl:7").pair for line in FORMS["UltraFeedback, binarised"]]
+    read = [
+        read_pair(json.loads(line), "p.jsonl:7").pair for line in FORMS["UltraFeedback, binarised"]
+    ]
     assert [(p.id, p.chosen_score, p.rejected_score, p.source) for p in read] == [
         ("a", 8.0, 5.5, None), ("b", 8.0, 5.5, None),
     ]  # fmt: skip
@@ -74,7 +76,9 @@ def test_all_forms_together_train_a_model(srt, tmp_path, tiny_model):
     finished = srt(*line)
     assert finished.code == 0, finished.stderr
     assert "ultra.parquet: 2 pairs in a parquet file, read as UltraFeedback, bin" in finished.stderr
-    assert "plain.csv: 1 pairs in a CSV file, read as TRL's standard preferences." in finished.stderr
+    assert (
+        "plain.csv: 1 pairs in a CSV file, read as TRL's standard preferences." in finished.stderr
+    )
     assert "21 pairs; chosen" in finished.stderr
     manifest = json.loads((tmp_path / "models/dpo/run.json").read_text())
     assert len(manifest["inputs"]) == 11
@@ -108,7 +112,7 @@ GOOD = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({"prompt": "q", "good": "a", "bad": "b"},
          'no "chosen" and "rejected" (found: prompt, good, bad). The nearest known form is {"prompt": '
          'TEXT, "chosen": TEXT, "rejected": TEXT}.'),
-        ({"prompt": ONE, "better": ONE}, 'is {"prompt": [{"role": "user", "content": TEXT}], "chosen": ['),
+        ({"prompt": ONE, "better": ONE}, '{"prompt": [{"role": "user", "content": TEXT}], "chosen": ['),
         ({"prompt": "q", "feedback": {}, "refinement": "r"}, "This is feedback. Make pairs of it first"),
         ({"prompt": "q", "completion": "a", "label": True}, "These are KTO's unpaired rows"),
         ({"instruction": "q", "completions": []}, "--strategy best-worst."),

@@ -32,42 +32,43 @@ class Decision:
 
     pairing: Pairing | None = None
     """The group's pair, if it has one that passed every rule of its own."""
-    shape: Shape | None = None
     fault: str | None = None
     """Why the pair is dropped all the same; None if it is kept."""
-    position: int = FAR
-    """The position of the pair in the output."""
+    place: int = FAR
+    """The place of the pair in the output: that of its first row."""
     used: int = 0
     """Number of rows in the kept pair."""
     dropped: list[tuple[int, str, bytes]] = field(default_factory=list)
-    """Position, reason and line of each other row."""
+    """Place, reason and line of each other row."""
 
     @property
-    def kept(self) -> tuple[Pairing, Shape] | None:
+    def kept(self) -> Pairing | None:
         """The pair, if it is kept."""
-        if self.pairing is None or self.shape is None or self.fault is not None:
-            return None
-        return self.pairing, self.shape
+        return self.pairing if self.fault is None else None
 
-    def drop(self, row: InputRow, reason: str, position: int | None = None) -> None:
+    def drop(self, row: InputRow, reason: str, place: int | None = None) -> None:
         """Drop a row."""
         line = b'{"id":%b,"reason":%b,"row":%b}\n' % (
-            orjson.dumps(row.record.id), orjson.dumps(reason), row.line,
+            orjson.dumps(row.record.id), orjson.dumps(reason), row.line(),
         )  # fmt: skip
-        self.dropped.append((row.position if position is None else position, reason, line))
+        self.dropped.append((row.place if place is None else place, reason, line))
 
 
 def decide(rows: GroupedRows, plan: PairPlan, label: str) -> Iterator[Decision]:
-    """Decide on every group, in an order that does not depend on the order of the input."""
+    """Decide on every group, one by one.
+
+    Near duplicates are looked for in an order that does not depend on the order of the input.
+    """
     near = near_duplicates_of(plan.near_duplicates, plan.rules.excluded)
-    for group in rows.groups(label):
-        yield _decide_on(group, plan, near)
+    for group in rows.groups(label, in_order_of_keys=near is not None):
+        yield decide_on(group, plan, near)
 
 
-def _decide_on(group: RowGroup, plan: PairPlan, near: NearDuplicates | None) -> Decision:
+def decide_on(group: RowGroup, plan: PairPlan, near: NearDuplicates | None = None) -> Decision:
+    """Decide on one group."""
     decision = Decision()
-    for row, position in group.repeated:
-        decision.drop(row, "duplicate", position)
+    for row, place in group.repeated:
+        decision.drop(row, "duplicate", place)
     usable: list[InputRow] = []
     answers: list[Refined] = []
     for row in group.rows:
@@ -98,10 +99,8 @@ def _judge(
     """Check a pair against every rule; the rows that are not in it are dropped in any case."""
     fault = plan.rules.fault_of(pairing)
     if fault is None:
-        gap = len(pairing.chosen.text) - len(pairing.rejected.text)
         decision.pairing = pairing
-        decision.shape = Shape(gap, pairing.gain, pairing.fingerprint)
-        fault = decision.fault = _late_fault(pairing, decision.shape, plan, near)
+        fault = decision.fault = _late_fault(pairing, plan, near)
     for row in usable:
         if row.record is not pairing.chosen.record and row.record is not pairing.rejected.record:
             same = plan.strategy == "refine"
@@ -110,18 +109,22 @@ def _judge(
             decision.drop(row, fault)
         else:
             decision.used += 1
-            decision.position = min(row.position, decision.position)
+            decision.place = min(row.place, decision.place)
 
 
-def _late_fault(
-    pairing: Pairing, shape: Shape, plan: PairPlan, near: NearDuplicates | None
-) -> str | None:
+def _late_fault(pairing: Pairing, plan: PairPlan, near: NearDuplicates | None) -> str | None:
     """The filters on a pair that passed every rule of its own: length, and others like it."""
     too_long = plan.rules.is_too_long(pairing)
     if too_long is not None:
         return too_long
     if near is not None and not near.add(text_of(pairing[0].record.prompt)):
         return "near duplicate of another prompt"
-    if plan.length_cut is not None and not plan.length_cut.keeps(shape):
+    if plan.length_cut is not None and not plan.length_cut.keeps(shape_of(pairing)):
         return "length balance"
     return None
+
+
+def shape_of(pairing: Pairing) -> Shape:
+    """The figures of a pair that balancing lengths looks at."""
+    gap = len(pairing.chosen.text) - len(pairing.rejected.text)
+    return Shape(gap, pairing.gain, pairing.fingerprint)

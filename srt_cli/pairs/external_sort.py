@@ -8,19 +8,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
-KeyValue = tuple[bytes, bytes]
-"""Key and value; entries are ordered by both."""
-
 MEMORY_BYTES: Final = 80 << 20
-BYTES_BESIDES: Final = 160
+BYTES_BESIDES: Final = 48
 """Memory that an entry takes beyond its bytes."""
 MOST_RUNS: Final = 64
 BUFFER_BYTES: Final = 1 << 18
-_LENGTHS: Final = struct.Struct("<II")
+_LENGTH: Final = struct.Struct("<I")
 
 
 class ExternalSort:
-    """Takes entries in any order; iterates over them sorted by key and value, as often as needed.
+    """Takes entries in any order; iterates over them sorted by their bytes, as often as needed.
 
     What exceeds `memory_bytes` goes to files in `folder` that have no name, so not even kill -9
     leaves one behind; they take as much space as the entries.
@@ -29,7 +26,7 @@ class ExternalSort:
     def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
         self._folder = folder
         self._memory_bytes = memory_bytes
-        self._entries: list[KeyValue] = []
+        self._entries: list[bytes] = []
         self._bytes = 0
         self._runs: list[_Run] = []
 
@@ -40,14 +37,14 @@ class ExternalSort:
         for run in self._runs:
             run.close()
 
-    def add(self, key: bytes, value: bytes) -> None:
-        """Add an entry."""
-        self._entries.append((key, value))
-        self._bytes += len(key) + len(value) + BYTES_BESIDES
+    def add(self, *entries: bytes) -> None:
+        """Add entries."""
+        self._entries += entries
+        self._bytes += sum(map(len, entries)) + BYTES_BESIDES * len(entries)
         if self._bytes >= self._memory_bytes:
             self._spill()
 
-    def __iter__(self) -> Iterator[KeyValue]:
+    def __iter__(self) -> Iterator[bytes]:
         """All entries in order; none may be added meanwhile."""
         if self._runs and self._entries:
             self._spill()
@@ -64,7 +61,7 @@ class ExternalSort:
             for run in runs:
                 run.close()
 
-    def _write(self, entries: Iterable[KeyValue]) -> None:
+    def _write(self, entries: Iterable[bytes]) -> None:
         try:
             self._runs.append(_Run(self._folder, entries))
         except OSError as error:
@@ -75,25 +72,23 @@ class ExternalSort:
 class _Run:
     """Sorted entries in a file."""
 
-    def __init__(self, folder: Path, entries: Iterable[KeyValue]) -> None:
+    def __init__(self, folder: Path, entries: Iterable[bytes]) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(  # noqa: SIM115  held until close()
             dir=folder, buffering=BUFFER_BYTES
         )
         try:
-            for key, value in entries:
-                self._file.write(_LENGTHS.pack(len(key), len(value)) + key + value)
+            for entry in entries:
+                self._file.write(_LENGTH.pack(len(entry)) + entry)
             self._file.flush()
         except OSError:
             self.close()
             raise
 
-    def __iter__(self) -> Iterator[KeyValue]:
+    def __iter__(self) -> Iterator[bytes]:
         self._file.seek(0)
         read = self._file.read
-        while head := read(_LENGTHS.size):
-            key_length, value_length = _LENGTHS.unpack(head)
-            entry = read(key_length + value_length)
-            yield entry[:key_length], entry[key_length:]
+        while head := read(_LENGTH.size):
+            yield read(_LENGTH.unpack(head)[0])
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what it still holds is of no use

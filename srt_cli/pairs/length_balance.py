@@ -67,7 +67,7 @@ def balance_lengths(method: Balance, shapes: Iterable[Shape], folder: Path) -> L
                 total += shape.gap
                 group, key = _place(method, shape)
                 sizes[group] += 1
-                placed.add(group + key, _FIGURES.pack(shape.gap, shape.gain))
+                placed.add(group + key + _FIGURES.pack(shape.gap, shape.gain))
         if method == "matched":
             cuts = _match(placed, sizes)
             left_out = sum(max(0, sizes[g] - sizes[_other_side(g)]) for g in sizes)
@@ -82,16 +82,16 @@ def _thin_out(placed: ExternalSort, total: int) -> tuple[dict[bytes, bytes], int
     side = _side(total)
     cuts: dict[bytes, bytes] = {}
     left_out, margin = 0, None
-    for key, value in placed:
-        group, rest = key[:GROUP_BYTES], key[GROUP_BYTES:]
+    for entry in placed:
+        group = entry[:GROUP_BYTES]
         if group[:1] != side:
             continue
-        gap, gain = _FIGURES.unpack(value)
+        gap, gain = _FIGURES.unpack(entry[-_FIGURES.size :])
         if abs(total - gap) >= abs(total):
             break
         total -= gap
         left_out += 1
-        cuts[group] = rest
+        cuts[group] = entry[GROUP_BYTES : -_FIGURES.size]
         margin = 100 * gain / abs(gap)
     return cuts, left_out, margin
 
@@ -100,10 +100,10 @@ def _match(placed: ExternalSort, sizes: Mapping[bytes, int]) -> dict[bytes, byte
     """Cut each group down to the size of the group of the same gap on the other side."""
     cuts: dict[bytes, bytes] = {}
     seen: Counter[bytes] = Counter()
-    for key, _ in placed:
-        group = key[:GROUP_BYTES]
+    for entry in placed:
+        group = entry[:GROUP_BYTES]
         if seen[group] < sizes[group] - sizes.get(_other_side(group), 0):
-            cuts[group] = key[GROUP_BYTES:]
+            cuts[group] = entry[GROUP_BYTES : -_FIGURES.size]
         seen[group] += 1
     return cuts
 

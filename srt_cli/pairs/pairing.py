@@ -9,7 +9,7 @@ import hashlib
 import heapq
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import orjson
 
@@ -101,6 +101,8 @@ def _at_mean_score(same: Sequence[Candidate]) -> Candidate:
 
 def refine(rows: Sequence[Refined], rho: float) -> Pairing | None:
     """The refinement against its draft (paper, section 3.2); the rows hold the same two texts."""
+    if len(rows) == 1:
+        return Pairing(rows[0].refinement, rows[0].draft)
     return Pairing(
         _at_mean_score([row.refinement for row in rows]),
         _at_mean_score([row.draft for row in rows]),
@@ -220,8 +222,12 @@ def _transcript(prompt: str | Sequence[Message]) -> str:
 class Picker(Protocol):
     """Picks some of the pairs that it is offered."""
 
-    def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
-        """Consider a pair, given with its fingerprint."""
+    def offer(self, pairing: Pairing) -> None:
+        """Consider a pair."""
+        ...
+
+    def merge(self, other: Any) -> None:
+        """Take what another picker of the same kind has picked among other pairs."""
         ...
 
     def pairs(self) -> list[Preference]:
@@ -237,17 +243,25 @@ class Sample:
         self._salt = (seed % 2**64).to_bytes(8)
         self._heap: list[tuple[int, bytes, Pairing]] = []
 
-    def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
-        """Consider a pair, given with its fingerprint."""
+    def offer(self, pairing: Pairing) -> None:
+        """Consider a pair."""
         if not self._size:
             return
+        fingerprint = pairing.fingerprint
         mixed = hashlib.blake2b(fingerprint, digest_size=8, salt=self._salt).digest()
         # A heap keeps its smallest entry on top, and the smallest digests are wanted: so negate.
-        entry = (-int.from_bytes(mixed), fingerprint, pairing)
+        self._take((-int.from_bytes(mixed), fingerprint, pairing))
+
+    def _take(self, entry: tuple[int, bytes, Pairing]) -> None:
         if len(self._heap) < self._size:
             heapq.heappush(self._heap, entry)
         elif entry[:2] > self._heap[0][:2]:
             heapq.heapreplace(self._heap, entry)
+
+    def merge(self, other: "Sample") -> None:
+        """Take what another sample of the same size and seed has picked among other pairs."""
+        for entry in other._heap:
+            self._take(entry)
 
     def pairs(self) -> list[Preference]:
         """The sample, in an order that does not depend on the input's."""
@@ -262,10 +276,15 @@ class Wanted:
         self._fingerprints = fingerprints
         self._found: dict[bytes, Pairing] = {}
 
-    def offer(self, fingerprint: bytes, pairing: Pairing) -> None:
+    def offer(self, pairing: Pairing) -> None:
         """Take the pair if it is one of them."""
+        fingerprint = pairing.fingerprint
         if fingerprint in self._fingerprints:
             self._found[fingerprint] = pairing
+
+    def merge(self, other: "Wanted") -> None:
+        """Take what another one has found among other pairs."""
+        self._found |= other._found
 
     def pairs(self) -> list[Preference]:
         """Those that were offered, in the order of their fingerprints."""

@@ -1,27 +1,49 @@
 """Feedback rows from any number of files, in groups that a strategy must see together.
 
-Rows are grouped on disk, so memory does not grow with them. Groups, and the rows in a group, come
-in an order that does not depend on the order of the input.
+Lines stay where they are. What is sorted is a digest of each row and its place, so memory does not
+grow with the rows; then the groups of several rows are read at their places, and all other rows in
+one more pass. Both passes are cut into shares, which may be split over processes.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Self
+from typing import IO, Any, Final, NamedTuple, Self, TypeVar
 
 import orjson
+from pydantic import ValidationError
 
 from srt_cli import console
+from srt_cli.errors import SrtError
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.records import FeedbackRecord, Message, Status
-from srt_cli.runs.jsonl import read_records
-from srt_cli.stats.hygiene import is_same_text
+from srt_cli.runs.jsonl import describe_invalid, lines_of, parse_lines, read_lines
 
-POSITION_BYTES: Final = 8
-PROGRESS_EVERY: Final = 2000
+PLACE_BYTES: Final = 8
+STRETCH_BYTES: Final = 4 << 20
+BUFFER_BYTES: Final = 1 << 18
+GROUPS_AT_ONCE: Final = 256
+"""Few enough for their places to fit into a pipe, which may not be read at once."""
+BYTES_FOR_PROCESSES: Final = 48 << 20
+"""Input from which a second process saves more than its start costs."""
+MOST_PROCESSES: Final = 2
+COLLECT_EVERY: Final = 200_000
+"""Objects between two looks of the garbage collector, which finds nothing among rows."""
+_MARK: Final = b"\xef\xbb\xbf"
+_read_record: Final = FeedbackRecord.__pydantic_validator__.validate_json
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class FeedbackRow(NamedTuple):
@@ -44,9 +66,8 @@ class FeedbackRow(NamedTuple):
     refinement_passes: float | None
 
     @classmethod
-    def of_line(cls, line: bytes) -> Self:
-        """Read the line of a record that is known to be valid: validating again would cost most."""
-        row: dict[str, Any] = orjson.loads(line)
+    def of_row(cls, row: dict[str, Any]) -> Self:
+        """Read a record that is known to be valid: validating again would cost most."""
         prompt, feedback = row["prompt"], row["feedback"] or {}
         if not isinstance(prompt, str):
             prompt = [Message.model_construct(**turn) for turn in prompt]
@@ -69,59 +90,26 @@ class FeedbackRow(NamedTuple):
         )
 
 
-@dataclass(frozen=True, slots=True)
-class InputRow:
-    """A row of the input, its line, and its position among all rows."""
-
-    record: FeedbackRow
-    line: bytes
-    position: int
+def _number(value: float | str | None) -> float | None:
+    """A number, read as the record's validation reads it: `7` and `"7"` are the same."""
+    return value if value is None or value.__class__ is float else float(value)
 
 
-@dataclass(frozen=True, slots=True)
-class RowGroup:
-    """The different rows of a group, and the positions of rows that repeat one of them."""
-
-    rows: list[InputRow]
-    repeated: list[tuple[InputRow, int]]
-    """A row, and the position of an equal one."""
+KeyOf = Callable[[FeedbackRecord], bytes]
 
 
-class GroupedRows:
-    """All rows of the input: read once, given out in groups as often as needed."""
+@dataclass
+class Seen:
+    """What the rows show of their critic."""
 
-    def __init__(self, folder: Path, key_of: Callable[[FeedbackRecord], bytes]) -> None:
-        """Records with the same `key_of` come in one group."""
-        self._sort = ExternalSort(folder)
-        self._key_of = key_of
-        self.count = 0
-        self.scores: Counter[float] = Counter()
-        """How often the critic gave each score, to drafts and refinements."""
-        self.refined = 0
-        self.copies = 0
-        """Refinements that repeat their draft."""
+    scores: Counter[float] = field(default_factory=Counter)
+    """How often it gave each score, to drafts and refinements."""
+    refined: int = 0
+    copies: int = 0
+    """Refinements that repeat their draft."""
 
-    def __enter__(self) -> "GroupedRows":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._sort.__exit__(*error)
-
-    def read(self, paths: Sequence[Path], limit: int | None, total: int | None) -> None:
-        """Read the first `limit` rows of the files together; `total` is for the progress bar."""
-        with console.progress("reading", total) as progress:
-            for path in paths:
-                left = None if limit is None else limit - self.count
-                for record, line in read_records(path, _with_line, limit=left):
-                    position = self.count.to_bytes(POSITION_BYTES)
-                    self._sort.add(self._key_of(record), line + position)
-                    self.count += 1
-                    self._look_at(record)
-                    if self.count % PROGRESS_EVERY == 0:
-                        progress.advance(PROGRESS_EVERY)
-            progress.advance(self.count % PROGRESS_EVERY)
-
-    def _look_at(self, record: FeedbackRecord) -> None:
+    def add(self, record: FeedbackRecord) -> None:
+        """Count one row."""
         if record.feedback is None or record.refinement_score is None:
             return
         self.scores[record.feedback.score] += 1
@@ -129,34 +117,390 @@ class GroupedRows:
         self.refined += 1
         self.copies += is_same_text(record.refinement or "", record.response or "")
 
-    def groups(self, label: str) -> Iterator[RowGroup]:
-        """The groups, in the order of their keys; `label` names the work on the progress bar."""
+    def merge(self, other: "Seen") -> None:
+        """Add what others show."""
+        self.scores.update(other.scores)
+        self.refined += other.refined
+        self.copies += other.copies
+
+
+class InputRow(NamedTuple):
+    """A row of the input as it was parsed, and its place among all rows."""
+
+    record: FeedbackRow
+    row: dict[str, Any]
+    place: int
+
+    def line(self) -> bytes:
+        """Its line, with fields in a fixed order and spacing."""
+        return orjson.dumps(self.row, option=orjson.OPT_SORT_KEYS)
+
+
+class RowGroup(NamedTuple):
+    """The different rows of a group, and the places of rows that repeat one of them."""
+
+    rows: list[InputRow]
+    repeated: list[tuple[InputRow, int]]
+    """A row, and the place of an equal one."""
+
+
+# --- Lines at their places ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of lines, and the place of its first byte among the bytes of all files."""
+
+    path: Path
+    start: int
+    size: int
+    held: IO[bytes] | None = None
+    """A copy without a name, of what can be read only once or is compressed."""
+
+    def open(self) -> contextlib.AbstractContextManager[IO[bytes]]:
+        """The lines, to be read from anywhere."""
+        if self.held is not None:
+            return contextlib.nullcontext(self.held)
+        return open(self.path, "rb", buffering=BUFFER_BYTES)
+
+    def refuse(self) -> None:
+        """Raise `SrtError` that names the first line which is no record."""
+        with self.open() as lines:
+            lines.seek(0)
+            for number, row in parse_lines(self.path, lines_of(lines)):
+                try:
+                    FeedbackRecord.model_validate(row)
+                except ValidationError as error:
+                    raise SrtError(f"{self.path}:{number}: {describe_invalid(error)}") from None
+        raise SrtError(f"{self.path}: was changed while srt read it. Run the same line again.")
+
+
+class Stretch(NamedTuple):
+    """The lines of a file that begin from one offset up to another."""
+
+    source: Source
+    begin: int
+    end: int
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Each line that is not blank, with its place."""
+        source, at = self.source, self.begin
+        with source.open() as file:
+            file.seek(max(0, at - 1))
+            if at:  # the line that began before belongs to the stretch before
+                at += len(file.readline()) - 1
+            for line in lines_of(file):
+                if at >= self.end:
+                    return
+                if not line.isspace():
+                    yield source.start + at, line if at else line.removeprefix(_MARK)
+                at += len(line)
+
+
+class Alone(NamedTuple):
+    """A share of the rows: those of a stretch that are alone in their group."""
+
+    stretch: Stretch
+    without: frozenset[int]
+    """Places of the rows that are not."""
+
+    def groups(self) -> Iterator[RowGroup]:
+        """The groups, in the order of the input."""
+        for place, line in self.stretch.lines():
+            if place not in self.without:
+                yield RowGroup([_row_at(self.stretch.source, place, line)], [])
+
+
+class Several(NamedTuple):
+    """A share of the rows: groups, by the places of their rows."""
+
+    sources: Sequence[Source]
+    places: Sequence[tuple[int, ...]]
+
+    def groups(self) -> Iterator[RowGroup]:
+        """The groups as they are listed; the rows of each in an order that is not the input's."""
+        with contextlib.ExitStack() as opened:
+            files = [(source, opened.enter_context(source.open())) for source in self.sources]
+            for places in self.places:
+                read = []
+                for place in places:
+                    source, file = next(each for each in reversed(files) if each[0].start <= place)
+                    file.seek(place - source.start)
+                    line = file.readline()
+                    read.append(_row_at(source, place, line.removeprefix(_MARK)))
+                yield _without_repetition(read)
+
+
+Share = Alone | Several
+
+
+def _row_at(source: Source, place: int, line: bytes) -> InputRow:
+    try:
+        row = orjson.loads(line)
+        return InputRow(FeedbackRow.of_row(row), row, place)
+    except (ValueError, KeyError, TypeError):
+        source.refuse()
+        raise
+
+
+def _without_repetition(read: list[InputRow]) -> RowGroup:
+    if len(read) == 1:
+        return RowGroup(read, [])
+    rows: list[InputRow] = []
+    repeated: list[tuple[InputRow, int]] = []
+    before = None
+    for line, _, row in sorted((row.line(), row.place, row) for row in read):
+        if line == before:
+            repeated.append((rows[-1], row.place))
+        else:
+            rows.append(row)
+            before = line
+    return RowGroup(rows, repeated)
+
+
+# --- All rows ----------------------------------------------------------------------------------
+
+
+class GroupedRows:
+    """All rows of the input: read once, given out in groups as often as needed."""
+
+    def __init__(self, folder: Path, key_of: KeyOf) -> None:
+        """Records with the same `key_of` come in one group."""
+        self._folder = folder
+        self._key_of = key_of
+        self._cleanup = contextlib.ExitStack()
+        self._keys = self._cleanup.enter_context(ExternalSort(folder))
+        self._groups: ExternalSort | None = None
+        """The groups of several rows: all places of each, the first one first."""
+        self._placed: ExternalSort | None = None
+        """The places of the rows in such groups."""
+        self._sources: list[Source] = []
+        self._end = 0
+        """The place behind the last row that counts."""
+        self.count = 0
+        self.seen = Seen()
+
+    def __enter__(self) -> "GroupedRows":
+        self._cleanup.enter_context(_few_collections())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._cleanup.close()
+
+    @property
+    def processes(self) -> int:
+        """How many processes may share the work: more than one where input and cores are many."""
+        held = any(source.held is not None for source in self._sources)
+        small = sum(source.size for source in self._sources) < BYTES_FOR_PROCESSES
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        return 1 if held or small else min(MOST_PROCESSES, cores)
+
+    def read(self, paths: Sequence[Path], limit: int | None, total: int | None) -> None:
+        """Read the first `limit` rows of the files together; `total` is for the progress bar."""
+        for path in paths:
+            self._sources.append(self._source(path, limit))
+        self._end = sum(source.size for source in self._sources)
+        work = partial(_keys_in, self._key_of)
+        rows_of = dict.fromkeys(range(len(self._sources)), 0)
+        stretches = [
+            (number, stretch)
+            for number, source in enumerate(self._sources)
+            for stretch in _stretches(source)
+        ]
+        processes = self.processes if limit is None else 1
+        found = over_processes(work, (stretch for _, stretch in stretches), processes)
+        with console.progress("reading", total) as progress, contextlib.closing(found):
+            for (number, stretch), read in zip(stretches, found, strict=False):
+                if read is None:
+                    self._sources[number].refuse()
+                    continue
+                keys, seen = read
+                self.seen.merge(seen)
+                left = len(keys) if limit is None else limit - self.count
+                if left < len(keys):
+                    self._end = int.from_bytes(keys[left][-PLACE_BYTES:])
+                    keys = keys[:left]
+                elif self.count + len(keys) == limit:
+                    self._end = stretch.source.start + stretch.end
+                self._keys.add(*keys)
+                self.count += len(keys)
+                rows_of[number] += len(keys)
+                progress.advance(len(keys))
+                if self.count == limit:
+                    return
+        for number, rows in rows_of.items():
+            if not rows:
+                self._sources[number].refuse()
+
+    def _source(self, path: Path, limit: int | None) -> Source:
+        start = sum(source.size for source in self._sources)
+        if path.is_file() and path.suffix == ".jsonl":
+            return Source(path, start, path.stat().st_size)
+        held: IO[bytes] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  held until exit
+        self._cleanup.callback(held.close)
+        lines = read_lines(path)
+        for line in lines if limit is None else islice(lines, limit):
+            held.write(line if line.endswith(b"\n") else line + b"\n")
+        return Source(path, start, held.tell(), held)
+
+    def shares(self, *, in_order_of_keys: bool = False) -> Iterator[Share]:
+        """All groups: first those of several rows, by their first places, then the others.
+
+        In the order of their keys, all of them are in shares of the first kind.
+        """
+        if in_order_of_keys:
+            yield from self._in_shares(self._places_by_key())
+            return
+        groups, placed = self._apart()
+        as_places = (_places_of(entry) for entry in groups)
+        yield from self._in_shares(as_places)
+        waiting = (int.from_bytes(entry) for entry in placed)
+        place = next(waiting, None)
+        for source in self._sources:
+            for stretch in _stretches(source):
+                end = min(self._end - source.start, stretch.end)
+                without = set()
+                while place is not None and place < source.start + end:
+                    without.add(place)
+                    place = next(waiting, None)
+                if stretch.begin < end:
+                    yield Alone(stretch._replace(end=end), frozenset(without))
+
+    def _in_shares(self, groups: Iterable[tuple[int, ...]]) -> Iterator[Several]:
+        left = iter(groups)
+        while some := list(islice(left, GROUPS_AT_ONCE)):
+            yield Several(self._sources, some)
+
+    def _places_by_key(self) -> Iterator[tuple[int, ...]]:
+        """The places of each group, in the order of the keys."""
+        before: bytes | None = None
+        places: list[int] = []
+        for entry in self._keys:
+            key, place = entry[:-PLACE_BYTES], int.from_bytes(entry[-PLACE_BYTES:])
+            if key == before:
+                places.append(place)
+                continue
+            if places:
+                yield tuple(places)
+            before, places = key, [place]
+        if places:
+            yield tuple(places)
+
+    def _apart(self) -> tuple[ExternalSort, ExternalSort]:
+        """The groups of several rows by their first places, and the places of their rows."""
+        if self._groups is None or self._placed is None:
+            self._groups = self._cleanup.enter_context(ExternalSort(self._folder))
+            self._placed = self._cleanup.enter_context(ExternalSort(self._folder))
+            for places in self._places_by_key():
+                if len(places) > 1:
+                    entries = [place.to_bytes(PLACE_BYTES) for place in places]
+                    self._groups.add(b"".join(entries))
+                    self._placed.add(*entries)
+        return self._groups, self._placed
+
+    def groups(self, label: str, *, in_order_of_keys: bool = False) -> Iterator[RowGroup]:
+        """All groups, one by one in this process; `label` names the work on the progress bar."""
         with console.progress(label, self.count) as progress:
-            done = shown = 0
-            for _, entries in groupby(self._sort, key=itemgetter(0)):
-                rows: list[InputRow] = []
-                repeated: list[tuple[InputRow, int]] = []
-                for _, value in entries:
-                    line = value[:-POSITION_BYTES]
-                    position = int.from_bytes(value[-POSITION_BYTES:])
-                    if rows and rows[-1].line == line:
-                        repeated.append((rows[-1], position))
-                    else:
-                        rows.append(InputRow(FeedbackRow.of_line(line), line, position))
-                    done += 1
-                yield RowGroup(rows, repeated)
-                if done - shown >= PROGRESS_EVERY:
-                    progress.advance(done - shown)
-                    shown = done
-            progress.advance(done - shown)
+            for share in self.shares(in_order_of_keys=in_order_of_keys):
+                done = 0
+                for group in share.groups():
+                    done += len(group.rows) + len(group.repeated)
+                    yield group
+                progress.advance(done)
 
 
-def _with_line(row: Any) -> tuple[FeedbackRecord, bytes]:
-    """A record, and its line with fields in a fixed order and spacing."""
-    record = FeedbackRecord.model_validate(row)
-    return record, orjson.dumps(row, option=orjson.OPT_SORT_KEYS)
+def _places_of(entry: bytes) -> tuple[int, ...]:
+    starts = range(0, len(entry), PLACE_BYTES)
+    return tuple(int.from_bytes(entry[at : at + PLACE_BYTES]) for at in starts)
 
 
-def _number(value: float | str | None) -> float | None:
-    """A number, read as the record's validation reads it: `7` and `"7"` are the same."""
-    return None if value is None else float(value)
+def _stretches(source: Source) -> Iterator[Stretch]:
+    for begin in range(0, source.size, STRETCH_BYTES):
+        yield Stretch(source, begin, min(source.size, begin + STRETCH_BYTES))
+
+
+def _keys_in(key_of: KeyOf, stretch: Stretch) -> tuple[list[bytes], Seen] | None:
+    """Key and place of each row of a stretch, and their scores; None where one is no record."""
+    keys, seen = [], Seen()
+    try:
+        for place, line in stretch.lines():
+            record = _read_record(line)
+            keys.append(key_of(record) + place.to_bytes(PLACE_BYTES))
+            seen.add(record)
+    except ValueError:
+        return None
+    return keys, seen
+
+
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_EVERY, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+# --- Over processes ----------------------------------------------------------------------------
+
+
+def over_processes(
+    work: Callable[[Item], Result], items: Iterable[Item], processes: int
+) -> Generator[Result, None, None]:
+    """The results of `work`, in the order of the items; by other processes where `processes` > 1.
+
+    Raises what `work` raises, and `SrtError` for a process that is gone.
+    """
+    if processes == 1:
+        yield from map(work, items)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    helpers = []
+    try:
+        for _ in range(processes):
+            here, there = spawn.Pipe()
+            pipes.append(here)
+            helpers.append(spawn.Process(target=_serve, args=(there, work), daemon=True))
+            helpers[-1].start()
+            there.close()
+        asked: deque[Connection] = deque()
+        for number, item in enumerate(items):
+            if len(asked) == 2 * processes:
+                yield _answer_of(asked.popleft())
+            pipe = pipes[number % processes]
+            pipe.send(item)
+            asked.append(pipe)
+        while asked:
+            yield _answer_of(asked.popleft())
+    finally:
+        for pipe in pipes:  # a process whose pipe is closed ends
+            pipe.close()
+        for helper in helpers:
+            helper.join()
+
+
+def _answer_of(pipe: Connection) -> Any:
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        raise SrtError(
+            "a process of this run is gone, perhaps for want of memory. Run the same line again."
+        ) from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
+    """Work on what comes through a pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    with _few_collections(), contextlib.suppress(EOFError, OSError):
+        while True:
+            item = pipe.recv()
+            try:
+                answer = work(item)
+            except Exception as error:  # it is raised where it was asked for
+                answer = error
+            pipe.send(answer)

@@ -1,6 +1,7 @@
 """Figures of the pairs, counted as they are built: for the terminal, the manifest and the page."""
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any, Final
 
 from srt_cli.pairs.building import Decision
 from srt_cli.pairs.length_balance import LengthCut
-from srt_cli.pairs.pairing import Sample
+from srt_cli.pairs.pairing import Pairing, preference_of
 from srt_cli.pairs.worth import CheckedPairs
 from srt_cli.records import Preference
 from srt_cli.stats.counting import Moments
@@ -36,6 +37,14 @@ class LengthFigures:
         self.rejected += rejected
         self.chosen_longer += chosen > rejected
         self._gain_and_gap.add(gain, chosen - rejected)
+
+    def merge(self, other: "LengthFigures") -> None:
+        """Add the pairs of another."""
+        self.pairs += other.pairs
+        self.chosen += other.chosen
+        self.rejected += other.rejected
+        self.chosen_longer += other.chosen_longer
+        self._gain_and_gap.merge(other._gain_and_gap)
 
     @property
     def mean_gain(self) -> float | None:
@@ -109,9 +118,10 @@ class PairSummary:
     rejected_scores: Counter[int] = field(default_factory=Counter)
     gains: Counter[int] = field(default_factory=Counter)
     """Whole points of gain, rounded down."""
-    before: LengthFigures = field(default_factory=LengthFigures)
-    """The kept pairs, and those that only a rule of length or a near duplicate keeps out."""
+    left_out: LengthFigures = field(default_factory=LengthFigures)
+    """Of pairs that only a rule of length or a near duplicate keeps out."""
     after: LengthFigures = field(default_factory=LengthFigures)
+    """Of the kept pairs."""
     length_cut: LengthCut | None = None
     min_gain: float = 0.0
     checked: CheckedPairs = field(default_factory=CheckedPairs)
@@ -120,31 +130,54 @@ class PairSummary:
     """Kept pairs with a draft that the token limit cut off."""
 
     def __post_init__(self) -> None:
-        self._examples = Sample(EXAMPLES, self.seed)
+        self._examples = _Few(EXAMPLES, self.seed)
 
     def add(self, decision: Decision) -> None:
         """Count the decision on one group of rows."""
         self.rows += decision.used + len(decision.dropped)
         for _, reason, _ in decision.dropped:
             self.reasons[reason] += 1
-        if decision.pairing is None or decision.shape is None:
+        pairing = decision.pairing
+        if pairing is None:
             return
-        (chosen, rejected), shape = decision.pairing, decision.shape
-        self.before.add(len(chosen.text), len(rejected.text), shape.gain)
+        chosen, rejected = pairing
+        gain = pairing.gain
         if decision.fault is not None:
+            self.left_out.add(len(chosen.text), len(rejected.text), gain)
             return
-        self.after.add(len(chosen.text), len(rejected.text), shape.gain)
+        self.after.add(len(chosen.text), len(rejected.text), gain)
         self.kept += 1
         self.used += decision.used
         self.chosen_scores[round(chosen.score)] += 1
         self.rejected_scores[round(rejected.score)] += 1
-        self.gains[math.floor(shape.gain)] += 1
-        self._examples.offer(shape.fingerprint, decision.pairing)
-        self.checked.add(decision.pairing)
+        self.gains[math.floor(gain)] += 1
+        self._examples.offer(pairing)
+        self.checked.add(pairing)
         self.cut += any(
             each.record.response_cut and each.text == (each.record.response or "").strip()
-            for each in decision.pairing
+            for each in (chosen, rejected)
         )
+
+    def merge(self, other: "PairSummary") -> None:
+        """Add the decisions that another one has counted."""
+        self.rows += other.rows
+        self.kept += other.kept
+        self.used += other.used
+        for name in ("reasons", "chosen_scores", "rejected_scores", "gains"):
+            getattr(self, name).update(getattr(other, name))
+        self.left_out.merge(other.left_out)
+        self.after.merge(other.after)
+        self._examples.merge(other._examples)
+        self.checked.merge(other.checked)
+        self.cut += other.cut
+
+    @property
+    def before(self) -> LengthFigures:
+        """Of the pairs before the rules of length and near duplicates."""
+        both = LengthFigures()
+        both.merge(self.left_out)
+        both.merge(self.after)
+        return both
 
     @property
     def examples(self) -> list[Preference]:
@@ -251,6 +284,33 @@ class PairSummary:
             f"chosen answers are {ratio:.2f} times as long as rejected ones, and DPO learns length "
             "too: consider --length-balance margin, or srt dpo --loss-type sigmoid_norm."
         ]
+
+
+class _Few:
+    """A few pairs, picked by a checksum of their words: fast, and the same in any order."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._seed = size, seed % 2**32
+        self._picked: list[tuple[int, bytes, Pairing]] = []
+        self._worst = 2**32
+
+    def offer(self, pairing: Pairing) -> None:
+        words = pairing.chosen.text[:SHOWN_CHARACTERS].encode("utf-8", "surrogatepass")
+        mark = zlib.crc32(words, self._seed)
+        if mark <= self._worst:
+            self._keep([(mark, pairing.fingerprint, pairing)])
+
+    def merge(self, other: "_Few") -> None:
+        self._keep(other._picked)
+
+    def _keep(self, more: list[tuple[int, bytes, Pairing]]) -> None:
+        best = sorted(self._picked + more, key=lambda entry: entry[:2])
+        self._picked = best[: self._size]
+        if len(best) >= self._size:
+            self._worst = self._picked[-1][0]
+
+    def pairs(self) -> list[Preference]:
+        return [preference_of(pairing) for *_, pairing in self._picked]
 
 
 def _in_line(counts: Mapping[int, int]) -> str:

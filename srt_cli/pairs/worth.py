@@ -82,6 +82,12 @@ class CheckedPairs:
         self.wrong += chosen < rejected
         self.equal += chosen == rejected
 
+    def merge(self, other: "CheckedPairs") -> None:
+        """Add the pairs that another one has counted."""
+        self.right += other.right
+        self.wrong += other.wrong
+        self.equal += other.equal
+
     @property
     def labels(self) -> Labels | None:
         """What they come to; None where no pair was decided."""

@@ -36,11 +36,16 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Raises `SrtError`, naming file and line, for text that is not UTF-8, not JSON, or not an object.
     """
+    yield from parse_lines(path, read_lines(path))
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """The lines of such a file as they are; raises `SrtError` for one that cannot be read."""
     if path.is_dir():
         raise SrtError(f"{path}: is a directory, where a JSONL file is expected.")
     try:
-        with open_bytes(path) as lines:
-            yield from _parse_lines(path, lines)
+        with open_bytes(path) as file:
+            yield from lines_of(file)
     except FileNotFoundError:
         raise SrtError(f"{path}: no such file.{_hint_for_missing(path)}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -74,9 +79,15 @@ def _is_plain(path: Path) -> bool:
         return file.read(1) in (b"{", b"[")
 
 
-def _parse_lines(path: Path, lines: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
+def lines_of(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file; one that is too long for a record is cut, and refused when it is parsed."""
+    return iter(partial(file.readline, MOST_BYTES + 1), b"")
+
+
+def parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, object) from the lines of a file, as `read_rows` does."""
     empty = True
-    for number, line in enumerate(iter(partial(lines.readline, MOST_BYTES + 1), b""), start=1):
+    for number, line in enumerate(lines, start=1):
         if len(line) > MOST_BYTES:
             raise SrtError(
                 f"{path}:{number}: is longer than {MOST_BYTES >> 20} MiB. Split it, or leave it out."

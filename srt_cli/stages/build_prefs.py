@@ -1,10 +1,13 @@
 """Stage 2, middle: refinement chosen, draft rejected, where the blind score says it is better."""
 
-from collections.abc import Sequence
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple
 
 import orjson
 
@@ -13,13 +16,19 @@ from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic_check import CriticFigures, checked_before, doubts_of
 from srt_cli.options import Former, Group, runtime, setting
-from srt_cli.pairs.building import PairPlan, decide
+from srt_cli.pairs.building import PairPlan, decide, decide_on, shape_of
 from srt_cli.pairs.exports import EXPORTS, Format, export_path
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.length_balance import Balance, balance_lengths
 from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, group_key, line_of
-from srt_cli.pairs.rows import GroupedRows
-from srt_cli.pairs.rules import ExcludedPrompts, NearDuplicates, PairRules, advice_for
+from srt_cli.pairs.rows import PLACE_BYTES, GroupedRows, Several, Share, over_processes
+from srt_cli.pairs.rules import (
+    ExcludedPrompts,
+    NearDuplicates,
+    PairRules,
+    advice_for,
+    near_duplicates_of,
+)
 from srt_cli.pairs.summary import PairSummary
 from srt_cli.pairs.worth import Labels, Worth, labels_of_audit, labels_of_stage_1
 from srt_cli.records import Preference
@@ -191,7 +200,7 @@ def tell_of_critic(run: Run, options: BuildPrefs, rows: GroupedRows) -> Labels |
         table = checked_before(stage_1.tallies)
     who = f"the critic of {', '.join(map(str, options.data))}"
     for doubt in doubts_of(
-        CriticFigures(who, table, rows.scores, rows.refined, rows.copies), model
+        CriticFigures(who, table, rows.seen.scores, rows.seen.refined, rows.seen.copies), model
     ):
         run.warn(doubt)
     return labels_of_stage_1(stage_1.tallies) if stage_1 is not None else None
@@ -254,8 +263,7 @@ def with_audited_gain(
     picked = auditor.picker(options.audit, options.seed)
     for decision in decide(rows, plan, "pairing for the audit"):
         if decision.kept is not None:
-            pairing, shape = decision.kept
-            picked.offer(shape.fingerprint, pairing)
+            picked.offer(decision.kept)
     audit = auditor.audit(picked.pairs())
     gain = audit.gain_to_ask_for
     if gain is None:
@@ -276,7 +284,7 @@ def with_audited_gain(
 def with_length_balance(plan: PairPlan, rows: GroupedRows, options: BuildPrefs) -> PairPlan:
     """Decide which pairs to drop so that chosen answers are no longer than rejected ones."""
     shapes = (
-        decision.kept[1]
+        shape_of(decision.kept)
         for decision in decide(rows, plan, "balancing lengths")
         if decision.kept is not None
     )
@@ -289,35 +297,98 @@ def with_length_balance(plan: PairPlan, rows: GroupedRows, options: BuildPrefs) 
     return replace(plan, length_cut=cut)
 
 
+class Outcome(NamedTuple):
+    """What became of a share of the rows."""
+
+    summary: PairSummary
+    picked: Picker
+    lines: list[tuple[int, bytes]]
+    """Place and line of each pair and of each dropped row, its reason before it."""
+    is_late: bool
+    """Whether rows of other shares stand between these."""
+
+
+@dataclass(frozen=True)
+class Deciding:
+    """Decides on shares of the rows, in whatever process."""
+
+    plan: PairPlan
+    summary: PairSummary
+    """Of no pair."""
+    picker: Picker
+    """That has picked nothing."""
+    near: NearDuplicates | None = None
+    """What came before, which only one process knows."""
+
+    def __call__(self, share: Share) -> Outcome:
+        """Decide on the groups of a share."""
+        summary, picked = copy.deepcopy(self.summary), copy.deepcopy(self.picker)
+        lines: list[tuple[int, bytes]] = []
+        for group in share.groups():
+            decision = decide_on(group, self.plan, self.near)
+            summary.add(decision)
+            if (pairing := decision.kept) is not None:
+                lines.append((decision.place, line_of(pairing)))
+                picked.offer(pairing)
+            for place, reason, line in decision.dropped:
+                lines.append((place, reason.encode() + SEPARATOR + line))
+        return Outcome(summary, picked, lines, isinstance(share, Several))
+
+
 def write_pairs(
     rows: GroupedRows, plan: PairPlan, options: BuildPrefs, picked: Picker
 ) -> PairSummary:
     """Decide on all rows; write pairs and dropped rows in the order of the input."""
     summary = PairSummary(options.seed, min_gain=plan.rules.min_gain, length_cut=plan.length_cut)
-    with ExternalSort(options.out.parent) as lines:
-        for decision in decide(rows, plan, "pairing"):
-            summary.add(decision)
-            if decision.kept is not None:
-                pairing, shape = decision.kept
-                lines.add(_place(decision.position), line_of(pairing))
-                picked.offer(shape.fingerprint, pairing)
-            for position, reason, line in decision.dropped:
-                lines.add(_place(position), reason.encode() + SEPARATOR + line)
-        _write_lines(lines, options, any_kept=summary.kept > 0)
+    near = near_duplicates_of(plan.near_duplicates, plan.rules.excluded)
+    work = Deciding(plan, copy.deepcopy(summary), copy.deepcopy(picked), near)
+    shares = rows.shares(in_order_of_keys=near is not None)
+    processes = 1 if near is not None else rows.processes
+    with (
+        console.progress("pairing", rows.count) as progress,
+        ExternalSort(options.out.parent) as late,
+        contextlib.closing(over_processes(work, shares, processes)) as outcomes,
+    ):
+
+        def counted() -> Iterator[Outcome]:
+            for outcome in outcomes:
+                summary.merge(outcome.summary)
+                picked.merge(outcome.picked)
+                progress.advance(outcome.summary.rows)
+                yield outcome
+
+        _write_lines(_in_order(counted(), late), options, summary)
     return summary
 
 
-def _place(position: int) -> bytes:
-    return position.to_bytes(8)
+def _in_order(outcomes: Iterator[Outcome], late: ExternalSort) -> Iterator[bytes]:
+    """All lines by their places: those of the late shares, which come first, between the others."""
+    between: Iterator[bytes] | None = None
+    entry: bytes | None = None
+    for outcome in outcomes:
+        if outcome.is_late:
+            late.add(*(place.to_bytes(PLACE_BYTES) + line for place, line in outcome.lines))
+            continue
+        if between is None:
+            between = iter(late)
+            entry = next(between, None)
+        for place, line in outcome.lines:
+            while entry is not None and int.from_bytes(entry[:PLACE_BYTES]) < place:
+                yield entry[PLACE_BYTES:]
+                entry = next(between, None)
+            yield line
+    left = iter(late) if between is None else between
+    for behind in left if entry is None else chain([entry], left):
+        yield behind[PLACE_BYTES:]
 
 
-def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) -> None:
+def _write_lines(lines: Iterator[bytes], options: BuildPrefs, summary: PairSummary) -> None:
     """Write pairs to the output and the exports, dropped rows beside them: all files or none."""
     dropped = DroppedRows(options.out)
     pairs = OrderedWriter(options.out)
     exports = {name: OrderedWriter(export_path(options.out, name)) for name in options.export}
     try:
-        for _, value in lines:
+        for value in lines:
             reason, separator, row = value.partition(SEPARATOR)
             if separator:
                 dropped.add_line(reason.decode(), row)
@@ -327,7 +398,7 @@ def _write_lines(lines: ExternalSort, options: BuildPrefs, *, any_kept: bool) ->
             pairs.append(value)
         dropped.commit()
         for writer in (pairs, *exports.values()):
-            if any_kept:
+            if summary.kept:
                 writer.commit()
             else:  # an earlier run's pairs are not those of these settings
                 writer.path.unlink(missing_ok=True)

@@ -30,6 +30,20 @@ class Moments:
         self.yy += dy * (y - self.mean_y)
         self.xy += dx * (y - self.mean_y)
 
+    def merge(self, other: "Moments") -> None:
+        """Add the pairs of another (Chan, Golub and LeVeque's update)."""
+        n = self.n + other.n
+        if not other.n:
+            return
+        dx, dy = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        weight = self.n * other.n / n
+        self.xx += other.xx + dx * dx * weight
+        self.yy += other.yy + dy * dy * weight
+        self.xy += other.xy + dx * dy * weight
+        self.mean_x += dx * other.n / n
+        self.mean_y += dy * other.n / n
+        self.n = n
+
     @property
     def correlation(self) -> float | None:
         """Pearson's r; None where one figure never varies."""
