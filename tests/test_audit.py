@@ -259,8 +259,8 @@ def test_the_sample_does_not_depend_on_the_order_of_the_pairs():
         drawn = Sample(10, seed=3)
         for number in order:
             line = to_line(record(id=str(number), prompt=f"q{number}"))
-            row = refined_of(FeedbackRow.of_line(line), "integer")
-            drawn.offer(str(number).encode(), Pairing(row.refinement, row.draft))
+            row = refined_of(FeedbackRow.of_row(json.loads(line)), "integer")
+            drawn.offer(Pairing(row.refinement, row.draft))
         return [each.id for each in drawn.pairs()]
 
     numbers = list(range(100))
