@@ -25,8 +25,8 @@ TESTS = Path(__file__).parent
 
 ROOMS = (
     "errors", "forms", "records", "reading", "templates", "stats", "tables", "console", "options",
-    "runs", "models", "prompts", "calls", "feedback", "evaluation", "pairs", "report", "training",
-    "stages", "help", "cli", "__main__",
+    "runs", "models", "prompts", "preferences", "exports", "calls", "feedback", "evaluation", "pairs",
+    "report", "training", "stages", "help", "cli", "__main__",
 )  # fmt: skip
 """From the ground up: a file may import from its own room and from those before it."""
 ROOM_AT_51B2E33 = {

@@ -231,7 +231,7 @@ class Several(NamedTuple):
                 yield _without_repetition(read)
 
 
-Share = Alone | Several
+RowShare = Alone | Several
 
 
 def _row_at(source: Source, place: int, line: bytes) -> InputRow:
@@ -343,7 +343,7 @@ class GroupedRows:
             held.write(line if line.endswith(b"\n") else line + b"\n")
         return Source(path, start, held.tell(), held)
 
-    def shares(self, *, in_order_of_keys: bool = False) -> Iterator[Share]:
+    def shares(self, *, in_order_of_keys: bool = False) -> Iterator[RowShare]:
         """All groups: first those of several rows, by their first places, then the others.
 
         In the order of their keys, all of them are in shares of the first kind.

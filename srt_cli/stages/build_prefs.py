@@ -21,7 +21,7 @@ from srt_cli.pairs.exports import EXPORTS, Format, export_path
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.length_balance import Balance, balance_lengths
 from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, group_key, line_of
-from srt_cli.pairs.rows import PLACE_BYTES, GroupedRows, Several, Share, over_processes
+from srt_cli.pairs.rows import PLACE_BYTES, GroupedRows, RowShare, Several, over_processes
 from srt_cli.pairs.rules import (
     ExcludedPrompts,
     NearDuplicates,
@@ -130,7 +130,7 @@ class BuildPrefs(ApiOptions):
         None, "The answers a person gave on such a page.", group="Audit", metavar="FILE"
     )
     min_precision: float = runtime(
-        0.8, "Share of right labels that --min-gain auto looks for.", group="Audit"
+        0.8, "RowShare of right labels that --min-gain auto looks for.", group="Audit"
     )
     seed: int = setting(
         42, "Seed of the audit's sample. Building pairs draws nothing.", group="Run", common=True
@@ -320,7 +320,7 @@ class Deciding:
     near: NearDuplicates | None = None
     """What came before, which only one process knows."""
 
-    def __call__(self, share: Share) -> Outcome:
+    def __call__(self, share: RowShare) -> Outcome:
         """Decide on the groups of a share."""
         summary, picked = copy.deepcopy(self.summary), copy.deepcopy(self.picker)
         lines: list[tuple[int, bytes]] = []
