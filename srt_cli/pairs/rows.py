@@ -28,6 +28,7 @@ from srt_cli.errors import SrtError
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.records import FeedbackRecord, Message, Status
 from srt_cli.runs.jsonl import describe_invalid, lines_of, parse_lines, read_lines
+from srt_cli.stats.hygiene import is_same_text
 
 PLACE_BYTES: Final = 8
 STRETCH_BYTES: Final = 4 << 20
@@ -300,15 +301,13 @@ class GroupedRows:
         for path in paths:
             self._sources.append(self._source(path, limit))
         self._end = sum(source.size for source in self._sources)
-        work = partial(_keys_in, self._key_of)
         rows_of = dict.fromkeys(range(len(self._sources)), 0)
         stretches = [
             (number, stretch)
             for number, source in enumerate(self._sources)
             for stretch in _stretches(source)
         ]
-        processes = self.processes if limit is None else 1
-        found = over_processes(work, (stretch for _, stretch in stretches), processes)
+        found = self._keys_of_all([stretch for _, stretch in stretches], limit)
         with console.progress("reading", total) as progress, contextlib.closing(found):
             for (number, stretch), read in zip(stretches, found, strict=False):
                 if read is None:
@@ -331,6 +330,15 @@ class GroupedRows:
         for number, rows in rows_of.items():
             if not rows:
                 self._sources[number].refuse()
+
+    def _keys_of_all(
+        self, stretches: Sequence[Stretch], limit: int | None
+    ) -> Generator[tuple[list[bytes], Seen] | None, None, None]:
+        if limit is None:
+            yield from over_processes(partial(_keys_in, self._key_of), stretches, self.processes)
+            return
+        for stretch in stretches:
+            yield _keys_in(self._key_of, stretch, limit - self.count)
 
     def _source(self, path: Path, limit: int | None) -> Source:
         start = sum(source.size for source in self._sources)
@@ -419,13 +427,21 @@ def _stretches(source: Source) -> Iterator[Stretch]:
         yield Stretch(source, begin, min(source.size, begin + STRETCH_BYTES))
 
 
-def _keys_in(key_of: KeyOf, stretch: Stretch) -> tuple[list[bytes], Seen] | None:
-    """Key and place of each row of a stretch, and their scores; None where one is no record."""
-    keys, seen = [], Seen()
+def _keys_in(
+    key_of: KeyOf, stretch: Stretch, most: int | None = None
+) -> tuple[list[bytes], Seen] | None:
+    """Key and place of each row of a stretch, and their scores; None where one is no record.
+
+    Of more than `most` rows, the first one that is too many comes with its place and no more.
+    """
+    keys: list[bytes] = []
+    seen = Seen()
     try:
         for place, line in stretch.lines():
             record = _read_record(line)
             keys.append(key_of(record) + place.to_bytes(PLACE_BYTES))
+            if most is not None and len(keys) > most:
+                break
             seen.add(record)
     except ValueError:
         return None
