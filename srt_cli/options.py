@@ -33,6 +33,8 @@ GROUPS: Final[tuple[Group, ...]] = typing.get_args(Group)
 Config = TypeVar("Config")
 
 RUNS_CODE_PREFIX = "python:"
+SIDE_FILES: Final = (".run.json", ".journal.jsonl", ".dropped.jsonl")
+"""What stands beside the outputs of runs."""
 _BEFORE_SPEC: Final = re.compile(r"^[a-z]+=")
 """What a spec is for, where an option says that too: refinement=gpt-4."""
 _WEIGHTED: Final = re.compile(r":[0-9.]+$")
@@ -382,7 +384,7 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
     for name, value in values.items():
         if takes_files(fields[name]):
             given = value if isinstance(value, list | tuple) else [value]
-            value = [name for each in given for name in _expanded(each)]
+            value = _without_side_files([name for each in given for name in _expanded(each)])
         try:
             typed[name] = _read_as(fields[name].type, value)
         except ValidationError as error:
@@ -399,6 +401,16 @@ def _expanded(given: Any) -> list[Any]:
     pattern, colon, weight = text.rpartition(":") if _WEIGHTED.search(text) else (text, "", "")
     found = sorted(glob.glob(pattern, recursive=True))
     return [f"{name}{colon}{weight}" for name in found] or [given]
+
+
+def _without_side_files(files: list[Any]) -> list[Any]:
+    """Several files without those that srt keeps beside its own, which a glob finds too; says so."""
+    kept = [file for file in files if not str(file).endswith(SIDE_FILES)]
+    if not kept or len(kept) == len(files):
+        return files
+    left_out = ", ".join(str(file) for file in files if file not in kept)
+    console.say(f"left out, as what srt keeps beside its files: {left_out}")
+    return kept
 
 
 def _read_as(declared: Any, value: Any) -> Any:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import FieldNames, RowAsRead, read_row
+from srt_cli.options import SIDE_FILES
 from srt_cli.records import Message, Prompt
 from srt_cli.runs.jsonl import describe_invalid, is_stream, open_bytes, read_rows, refuse_deep
 from srt_cli.tables import many
@@ -30,7 +31,6 @@ NOTES: Final = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 )
 """What `datasets` keeps beside its shards."""
-OURS: Final = (".run.json", ".journal.jsonl", ".dropped.jsonl")
 ROWS_AT_ONCE: Final = 1000
 MAX_CELL: Final = 2**30
 
@@ -271,9 +271,10 @@ def find_files(location: str) -> list[Path]:
     if path.exists() or not glob.has_magic(location):
         return [path]
     matched = sorted(Path(name) for name in glob.glob(location, recursive=True))
-    if not matched:
+    files = [file for file in matched if not file.is_dir() and not file.name.endswith(SIDE_FILES)]
+    if not files:
         raise SrtError(f"{location}: no file has such a name. Check the path.")
-    return [file for file in matched if not file.is_dir()]
+    return files
 
 
 def files_in_words(files: Sequence[Path]) -> str:
@@ -288,7 +289,7 @@ def files_in_words(files: Sequence[Path]) -> str:
 def _is_shard(file: Path, folder: Path) -> bool:
     inside = file.relative_to(folder).parts
     hidden = any(part.startswith(".") for part in inside)
-    noted = file.name in NOTES or file.name.endswith(OURS)
+    noted = file.name in NOTES or file.name.endswith(SIDE_FILES)
     return file.is_file() and format_of(file) is not None and not hidden and not noted
 
 

@@ -226,6 +226,7 @@ def test_a_board_model_comes_out_as_published_through_the_front_door(srt, tmp_pa
     [
         ("--annotations", "a*.json"),
         ("--annotations", "a1.json", "a2.json"),
+        ("--annotations", "a1.json", "a2.json", "a3.run.json"),
         ("--annotations=a1.json", "a2.json", "--seed", "3"),
         ("--annotations", "a1.json", "--annotations", "a2.json"),
     ],
@@ -233,7 +234,10 @@ def test_a_board_model_comes_out_as_published_through_the_front_door(srt, tmp_pa
 def test_several_files_come_as_a_glob_or_as_a_shell_makes_them(srt, tmp_path, words):
     for number in (1, 2):
         native(tmp_path, f"a{number}")
+    (tmp_path / "a3.run.json").write_text("{}")
     finished = srt("eval", *words)
+    left_out = "left out, as what srt keeps beside its files: a3.run.json" in finished.stderr
+    assert left_out == ("a*.json" in words or "a3.run.json" in words)
     assert "unexpected extra argument" not in finished.stderr
     settings = json.loads((tmp_path / "eval.run.json").read_text())["settings"]
     assert settings["annotations"] == ["a1.json", "a2.json"]

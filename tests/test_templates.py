@@ -190,3 +190,20 @@ def test_a_preference_outside_0_and_1_is_refused(value):
 @given(st.text())
 def test_any_reply_is_parsed_without_a_crash(text):
     parse_critique(text)
+
+
+@pytest.mark.parametrize("heading", ["Weaknesses and suggestions", "**Weaknesses & Suggestions**"])
+def test_a_critique_in_one_text_is_read_as_it_is_trained(heading):
+    feedback = Feedback(weaknesses="Too short. Say more.", suggestions="", score=5)
+    written = render_feedback(feedback) + render_refinement("A longer answer.")
+    assert written.startswith(
+        "Weaknesses and suggestions: Too short. Say more.\nOverall Score: [[5]]"
+    )
+    parsed = parse_critique(written.replace("Weaknesses and suggestions", heading))
+    assert parsed.problems == ()
+    assert parsed.feedback == feedback
+    assert parsed.refinement == "A longer answer."
+    assert render_feedback(feedback, drop=("suggestions",)).startswith("Weaknesses: Too short.")
+    assert render_feedback(feedback, drop=("weaknesses",)) == "Overall Score: [[5]]"
+    empty = render_feedback(feedback.model_copy(update={"weaknesses": ""}))
+    assert "no weaknesses" in parse_critique(empty, expect_refinement=False).problems

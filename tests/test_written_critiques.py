@@ -206,6 +206,28 @@ def test_scores_of_another_scale_are_mapped_and_that_is_said(srt, folder):
     assert "write LOW-HIGH, e.g. 1-5." in take(srt, "--critique-scale", "5-1").stderr
 
 
+def test_what_a_table_holds_no_value_for_is_missing(srt, folder):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [
+        {"id": "a", "critique": "w", "overall_score": 7.0, "fine-grained_score": float("nan")},
+        {"id": "b", "critique": "w", "overall_score": float("nan"), "fine-grained_score": 3.0},
+    ]
+    (folder / "critiques").mkdir()
+    for row in rows:
+        table = pa.Table.from_pylist([row])
+        parquet.write_table(table, folder / "critiques" / f"{row['id']}.parquet")
+    line = ("collect-feedback", "--critic", "file:critiques", *ASKED)
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    records = read_jsonl(folder / "feedback.jsonl")
+    assert [record["feedback"]["score"] for record in records] == [7, 5.5]
+    manifest = json.loads((folder / "feedback.run.json").read_text())
+    assert {"critic 1", "critic 2", "prompts"} == manifest["inputs"].keys()
+    assert "nothing to do" in srt(*line).stdout
+
+
 def test_a_ten_that_ratings_contradict_is_no_score(srt, folder):
     completion = {"response": "A given answer.", "critique": "Bad.", "overall_score": 10,
                   "fine-grained_score": 1.25}  # fmt: skip
@@ -220,6 +242,10 @@ def test_a_ten_that_ratings_contradict_is_no_score(srt, folder):
     ("row", "message"),
     [
         ({"id": "a", "text": "x"}, 'critiques.jsonl:1: no "critique", "feedback", or "weaknesses"'),
+        (
+            {"instruction": "q", "completions": ["x"]},
+            "critiques.jsonl:1: completions.0 is no completion with its critique.",
+        ),
         ({"critique": "x"}, "critiques.jsonl:1: neither an id nor a prompt (found: critique)."),
         ({"id": "a", "critique": ""}, "critiques.jsonl: none of 1 row holds a critique."),
     ],

@@ -3,6 +3,7 @@
 `--critic file:critiques.jsonl`. What does not join is counted and left out; nothing is guessed.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -175,7 +176,9 @@ class _Reader:
         about = Critique(self.place, identifier, asked, None)
         if isinstance(row.get("completions"), list):
             self.form = "UltraFeedback"
-            for completion in row["completions"]:
+            for number, completion in enumerate(row["completions"]):
+                if not isinstance(completion, Mapping):
+                    raise ValueError(f"completions.{number} is no completion with its critique")
                 policy = completion.get("model")
                 yield self._of(completion, replace(about, policy=policy or about.policy))
         elif "feedback1" in row or "feedback2" in row:
@@ -253,8 +256,10 @@ class _Reader:
 
     def _judged(self, critique: Critique, said: Mapping[str, Any]) -> Critique:
         """The same with the score that stands in a field of its own; it beats one in the text."""
-        given = next((said[name] for name in SCORES if said.get(name) is not None), None)
-        ratings, scale = said.get(FINE_GRAINED), self.file.scale
+        # pandas and parquet have NaN where nothing is.
+        told = {name: value for name, value in said.items() if value == value}
+        given = next((told[name] for name in SCORES if told.get(name) is not None), None)
+        ratings, scale = told.get(FINE_GRAINED), self.file.scale
         low = _float(ratings)
         if given is None:
             given, scale = ratings, OF_FIVE
@@ -291,9 +296,10 @@ def _form_of(row: Mapping[str, Any]) -> str:
 
 def _float(value: Any) -> float | None:
     try:
-        return None if value is None or isinstance(value, bool) else float(value)
+        number = None if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         return None
+    return None if number is None or math.isnan(number) else number
 
 
 def _text(value: Any) -> str | None:

@@ -277,6 +277,8 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
             "--critique-page has a person write the critiques: leave out --critic. Then pass what the "
             "page saves, as --critic file:FILE."
         )
+    if options.reparse or options.retry_failed or options.export_batch or options.import_batch:
+        raise UsageError("--critique-page goes without --reparse, --retry-failed and batch files.")
     prompts = _with_responses(options)
     if options.dry_run:
         prompts.tell()
