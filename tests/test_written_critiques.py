@@ -167,6 +167,10 @@ def test_what_a_critique_lacks_is_a_status_or_is_asked_of_another_critic(srt, fo
     )
     finished = take(srt)
     assert finished.code == 3
+    assert (
+        "they lack 4 improved responses (--critic-for refinement=SPEC) and 7 scores (--critic-for "
+        "score=SPEC)." in finished.stderr
+    )
     assert [record["reason"] for record in read_jsonl(folder / "feedback.jsonl")] == [
         "critique: no overall score (--critic-for score=SPEC asks for one)",
         "critique: the score 11 is not on a scale of 1 to 10 (--critique-scale)",
@@ -298,6 +302,8 @@ def test_a_plan_counts_what_other_critics_would_be_asked(srt, folder):
     calls = {
         line.split()[0]: line.split()[1] for line in finished.stdout.splitlines() if "k" in line
     }
+    assert "rows: 2, of which 0 need no call" in finished.stdout
+    assert "they lack" not in finished.stderr
     assert calls["gpt-4-turbo"] == "1"
     assert calls["gpt-4"] == "2"  # the draft of b, and the improved response of a
     assert not (folder / "feedback.run.json").exists()

@@ -130,7 +130,8 @@ def show_critique_plan(run: Run, job: Job, options: CallOptions) -> None:
                 asked = roles.critic or roles.scorer
                 assert asked is not None
                 estimates[asked.model.identity].add(kind, read, asked.sampling.max_new_tokens)
-    console.result(f"rows: {rows}, of which {rows - owed} are answered in the journal")
+    known = "are answered in the journal" if job.written is None else "need no call"
+    console.result(f"rows: {rows}, of which {rows - owed} {known}")
     show_estimates(estimates, prices, options)
 
 

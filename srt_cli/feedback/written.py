@@ -5,7 +5,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,8 @@ def read_critiques(location: str, scale: Scale = OURS) -> CritiqueFile:
 
     Raises `SrtError`, naming the place, for a row that holds none by any known field.
     """
+    if not location:
+        raise UsageError("--critic file: which file? Write file:critiques.jsonl.")
     rows, files = rows_at(location)
     found = CritiqueFile(location, scale, inputs=files)
     for name, number, row in rows():
@@ -342,6 +344,18 @@ class Joined:
     def lacks(self, part: str) -> int:
         """How many joined critiques lack a part."""
         return sum(getattr(row.critique, part) is None for row in self.rows)
+
+    def lacking(self, asked: Container[str]) -> str | None:
+        """What the critiques lack that nobody is `asked` for, and how to ask; None where nothing."""
+        scores = self.lacks("score") + self.lacks("refinement_score")
+        lacks = {"refinement": (self.lacks("refinement"), "improved response"),
+                 "score": (scores, "score")}  # fmt: skip
+        told = [
+            f"{many(count, name)} (--critic-for {part}=SPEC)"
+            for part, (count, name) in lacks.items()
+            if count and part not in asked
+        ]
+        return f"they lack {' and '.join(told)}." if told else None
 
     def sentences(self) -> Iterator[str]:
         """What was read and joined, and what was not, for the terminal."""

@@ -241,10 +241,13 @@ def _tell(options: CollectFeedback, joined: Joined, source: PromptSource | None)
         source.tell()
     for sentence in joined.sentences():
         console.say(sentence)
+    lacking = joined.lacking(_asked_for(options))
+    if lacking is not None:
+        console.say(lacking)
 
 
-def _others(options: CollectFeedback, joined: Joined, door: ModelOptions) -> Roles:
-    """Who writes the improved responses, and who gives the scores, that the critiques lack."""
+def _asked_for(options: CollectFeedback) -> dict[str, str]:
+    """Who is asked for which part that critiques lack; raises `UsageError` for another part."""
     asked: dict[str, str] = {}
     for text in options.critic_for_parts:
         part, equals, spec = text.partition("=")
@@ -254,6 +257,12 @@ def _others(options: CollectFeedback, joined: Joined, door: ModelOptions) -> Rol
                 "refinement=gpt-4."
             )
         asked[part] = spec
+    return asked
+
+
+def _others(options: CollectFeedback, joined: Joined, door: ModelOptions) -> Roles:
+    """Who writes the improved responses, and who gives the scores, that the critiques lack."""
+    asked = _asked_for(options)
     if "refinement" in asked and "score" not in asked and joined.lacks("refinement"):
         raise UsageError(
             f"--critic-for refinement={asked['refinement']}: nobody would score those improved "
