@@ -14,7 +14,7 @@ QUICK ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo study test lint storm bench bench-generate bench-prefs bench-train clean
+.PHONY: demo study test test-servers lint storm bench bench-peers bench-generate bench-prefs bench-train clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -53,6 +53,18 @@ SEED ?= 1
 storm: $(INSTALLED)
 	PYTHONPATH=. HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/storm.py $(ONLY) \
 		--kills $(KILLS) --seed $(SEED)
+
+# LiteLLM's proxy in front of llama.cpp's server. In an environment of its own, for it pins other versions.
+test-servers: $(INSTALLED)
+	$(PYTHON) -m venv build/litellm
+	build/litellm/bin/python -m pip install --quiet --disable-pip-version-check 'litellm[proxy]==1.108.7'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LITELLM=$(abspath build/litellm/bin/litellm) \
+		$(BIN)/python -m pytest tests/test_litellm.py
+
+# What others would use in srt's place; make bench then measures it beside srt.
+bench-peers: $(INSTALLED)
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --quiet --disable-pip-version-check bespokelabs-curator
 
 # Times on a busy machine mean little; ratios in one run do. `make bench ONLY='kill quota'` runs a part.
 bench: $(INSTALLED)

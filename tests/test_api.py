@@ -61,6 +61,21 @@ def fail_first(times, **answer):
     return lambda body, number: Answer(**answer) if number <= times else Answer()
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "told"),
+    [
+        (400, "API key not valid. Please pass a valid API key.", "the key is refused"),
+        (400, "No connected db.", "the key is refused"),  # LiteLLM, of a key that it does not know
+        (403, "Your credit balance is too low", "no credit left"),
+        (400, "Insufficient account balance", "no credit left"),
+    ],
+)
+def test_a_wrong_key_is_told_from_an_empty_account(serve, status, said, told):
+    server = serve(lambda body, number: Answer(status=status, error={"message": said}))
+    with pytest.raises(QuotaError, match=told):
+        ask(server.spec, requests())
+
+
 def test_a_reply_carries_text_finish_reason_and_usage(serve):
     (reply,) = ask(serve(lambda body, number: Answer()).spec, requests())
     assert (reply.text, reply.finish_reason) == ("It is so.", "stop")

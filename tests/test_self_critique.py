@@ -95,7 +95,7 @@ def test_a_server_without_log_probabilities_leaves_integers_and_is_told_of_once(
     server = LoopbackServer(deaf)
     finished = criticise(srt, model=server.spec)
     server.close()
-    said = "gives no log-probabilities: scores are integers, without their expectation."
+    said = "gives no log-probabilities that tell a score's expectation: scores are integers."
     assert finished.stderr.count(said) == 1
     for row in read_jsonl(folder / "self-feedback.jsonl"):
         assert (row["status"], row["feedback"]["score_mean"]) == ("ok", None)

@@ -240,8 +240,8 @@ def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -
     untold = bool(summary.draft_scores) and not summary.expected_scores
     if scorer is not None and scorer.expects and untold:
         console.say(
-            f"{scorer.model.spec} gives no log-probabilities: scores are integers, without their "
-            "expectation."
+            f"{scorer.model.spec} gives no log-probabilities that tell a score's expectation: scores "
+            "are integers."
         )
     if not owed and summary.rows and not summary.statuses["ok"]:
         raise TooManyFailures(

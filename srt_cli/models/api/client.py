@@ -29,7 +29,7 @@ from srt_cli.models.api.limits import (
     RateLimit,
 )
 from srt_cli.models.api.patience import Patience, is_loading
-from srt_cli.models.api.refusals import about, same_words
+from srt_cli.models.api.refusals import about, is_of_key, same_words
 from srt_cli.models.api.transport import Endpoint, Place, Redirected, place_of
 from srt_cli.models.budget import Budget, Price, likely_prompt_tokens, most_tokens, price_of, priced
 from srt_cli.records import Usage
@@ -510,7 +510,7 @@ class ApiModel:
 
     async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
         message = refused.message
-        if refused.status in (401, 403, 407):
+        if is_of_key(refused):
             return QuotaError(
                 f"{endpoint.url}: the key is refused ({message}). {self._place.how_to_give_a_key()}"
             )

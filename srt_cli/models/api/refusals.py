@@ -60,7 +60,11 @@ _UNKNOWN_MODEL: Final = re.compile(
     r"is invalid|is not)|not a valid model|model[_ ]not[_ ]found",
     re.IGNORECASE,
 )
-_KEY: Final = re.compile(r"api[ _-]?key|unauthori[sz]ed|authenticat|credential|invalid token", re.I)
+_KEY: Final = re.compile(
+    r"api[ _-]?key|unauthori[sz]ed|authenticat|credential|invalid token|"
+    "no connected db",  # LiteLLM's proxy looks a key up that is not its own
+    re.IGNORECASE,
+)
 
 
 def about(refused: Refused) -> About:
@@ -81,11 +85,20 @@ def about(refused: Refused) -> About:
         return "too long"
     if status in (401, 403, 407) or (_NO_BALANCE.search(said) and status == 400):
         return "account"
-    if status == 400 and _KEY.search(said):
+    if is_of_key(refused):
         return "account"
     if status in (404, 405, 410) or _UNKNOWN_MODEL.search(said):
         return "endpoint"
     return "request" if status >= 400 else "endpoint"
+
+
+def is_of_key(refused: Refused) -> bool:
+    """Whether it is the key that a server does not take."""
+    if _NO_BALANCE.search(refused.said):
+        return False
+    return refused.status in (401, 403, 407) or (
+        refused.status == 400 and bool(_KEY.search(refused.said))
+    )
 
 
 def _passes(refused: Refused) -> bool:
