@@ -1,5 +1,6 @@
 """The study's critic keeps its word, its planted critics are as good as they say, its lines are ours."""
 
+import json
 import re
 import subprocess
 import sys
@@ -104,7 +105,15 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
         {"id": str(n), "contestant": arm, "use": "response", "passed": n in passed}
         for arm, passed in arms.items() for n in range(100)
     ])  # fmt: skip
+    write_jsonl(tmp_path / "best-of.jsonl", [
+        {"id": str(n), "sample": sample, "response_passes": sample == 1 - n % 2,
+         "feedback": {"score": 8, "score_mean": 8.0 + sample}}
+        for n in range(100) for sample in (0, 1)
+    ])  # fmt: skip
     document = tmp_path / "study.md"
+    counts = dict.fromkeys(("good_called_good", "good_called_bad", "bad_called_bad"), 40)
+    manifest = {"tallies": {"confusion_drafts": counts | {"bad_called_good": 0}}}
+    (tmp_path / "round-2-self.run.json").write_text(json.dumps(manifest))
     document.write_text(f"# S\n<!-- {tmp_path.name}: comparisons -->\nold\n<!-- end -->\nkept\n")
     page.main(tmp_path, document)
     assert document.read_text().splitlines() == [
@@ -117,7 +126,10 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
         "<!-- end -->",
         "kept",
     ]
-    assert "<td>70% [60%, 78%]</td>" in (tmp_path / "study.html").read_text()
+    shown = (tmp_path / "study.html").read_text()
+    assert "<td>75% [68%, 80%]</td><td>40 of 80</td><td>40 of 40</td>" in shown
+    assert "<td>best-of-4</td><td>50% [40%, 60%]</td>" in shown
+    assert "<td>70% [60%, 78%]</td>" in shown
 
 
 def test_every_option_in_run_sh_is_one_of_ours(srt):

@@ -1,7 +1,8 @@
 """The study's tables from its answers: `python page.py FOLDER [DOCUMENT]`.
 
-Reads `eval.outputs.jsonl` (id, contestant, use, passed), and writes `study.html` beside it. In DOCUMENT
-(docs/study.md), each table stands between `<!-- NAME -->` and `<!-- end -->`, and is written anew.
+Reads `eval.outputs.jsonl` (id, contestant, use, passed) and the manifests of `*-self.jsonl`, and writes
+`study.html` beside them. In DOCUMENT (docs/study.md), each table stands between `<!-- NAME -->` and
+`<!-- end -->`, and is written anew.
 """
 
 import html
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 DRAWS = 4000
 NORMAL = 1.96
@@ -35,6 +36,11 @@ COMPARISONS = (
     Comparison("without suggestions", "without-suggestions", "stage-1"),
     Comparison("without score", "without-score", "stage-1"),
     Comparison("a second round on its own drafts", "round-2", "stage-1"),
+    Comparison("refined once", "refinement", "round-2"),
+    Comparison("refined twice", "refinement-2", "round-2"),
+    Comparison("refined three times", "refinement-3", "round-2"),
+    Comparison("the best of four by its own score, for as many tokens", "best-of-4", "round-2"),
+    Comparison("refining against the best of four", "refinement", "best-of-4"),
     Comparison("stage 2 after one round", "stage-1-dpo", "stage-1"),
     Comparison("stage 2 after two rounds", "round-2-dpo", "round-2"),
     Comparison("its control: stage 1 continued", "round-2-continued", "round-2"),
@@ -55,15 +61,37 @@ Passes = dict[str, dict[str, bool]]
 """By arm, whether its answer to a prompt (by id) passes the check."""
 
 
-def read_passes(path: Path) -> Passes:
-    """The direct answers of every contestant; a model is named by its folder, the reference `base`."""
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_passes(folder: Path) -> Passes:
+    """The direct answers of every contestant; a model is named by its folder, the reference `base`.
+
+    `refining.outputs.jsonl`, if there is one, adds what round-2 refines its answers to, and
+    `best-of.jsonl` the one that it scores highest among several.
+    """
     passes: Passes = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in rows_of(folder / "eval.outputs.jsonl"):
         if row["use"] == "response" and row["passed"] is not None:
             name = row["contestant"]
             arm = Path(name).name if name.startswith("models/") else "base"
             passes.setdefault(arm, {})[row["id"]] = row["passed"] == 1
+    if (folder / "refining.outputs.jsonl").exists():
+        for row in rows_of(folder / "refining.outputs.jsonl"):
+            if row["contestant"].startswith("models/") and row["use"] != "response":
+                passes.setdefault(row["use"], {})[row["id"]] = row["passed"] == 1
+    if (folder / "best-of.jsonl").exists():
+        judged = [row for row in rows_of(folder / "best-of.jsonl") if row["feedback"] is not None]
+        for name in {row["id"] for row in judged}:
+            best = max(
+                (row for row in judged if row["id"] == name),
+                key=lambda row: (
+                    row["feedback"]["score_mean"] or row["feedback"]["score"],
+                    -row["sample"],
+                ),
+            )
+            passes.setdefault("best-of-4", {})[name] = best["response_passes"] == 1
     return passes
 
 
@@ -109,6 +137,30 @@ def comparisons_table(passes: Passes, comparisons: Sequence[Comparison]) -> list
     return rows
 
 
+def critics_table(folder: Path) -> list[list[str]]:
+    """A line a model that judged drafts of its own: what `self-critique --check` counted."""
+    rows = [["critic", "balanced accuracy [95 %]", "good kept", "bad found"]]
+    for manifest in sorted(folder.glob("*-self.run.json")):
+        counts = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]["confusion_drafts"]
+        kept, good = (
+            counts["good_called_good"],
+            counts["good_called_good"] + counts["good_called_bad"],
+        )
+        found, bad = counts["bad_called_bad"], counts["bad_called_bad"] + counts["bad_called_good"]
+        if good and bad:
+            balanced = (kept / good + found / bad) / 2
+            lows, highs = zip(wilson(kept, good), wilson(found, bad), strict=True)
+            below = sqrt((kept / good - lows[0]) ** 2 + (found / bad - lows[1]) ** 2) / 2
+            above = sqrt((highs[0] - kept / good) ** 2 + (highs[1] - found / bad) ** 2) / 2
+            rows.append([
+                manifest.name.removesuffix("-self.run.json"),
+                f"{balanced:.0%} [{balanced - below:.0%}, {balanced + above:.0%}]",
+                f"{kept} of {good}",
+                f"{found} of {bad}",
+            ])  # fmt: skip
+    return rows
+
+
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
@@ -135,11 +187,12 @@ def write_into(document: Path, tables: dict[str, list[list[str]]]) -> None:
 
 def main(folder: Path, document: Path | None) -> None:
     """Write the page, and the document's tables if one is named."""
-    passes = read_passes(folder / "eval.outputs.jsonl")
+    passes = read_passes(folder)
     name = folder.resolve().name
     tables = {
         f"{name}: arms": arms_table(passes),
         f"{name}: comparisons": comparisons_table(passes, COMPARISONS),
+        f"{name}: critics": critics_table(folder),
     }
     body = "\n".join(as_html(name, rows) for name, rows in tables.items())
     style = "body{font:16px system-ui;margin:2em}td,th{text-align:left;padding:.2em 1em .2em 0}"

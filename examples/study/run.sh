@@ -54,7 +54,11 @@ for accuracy in 50 60 75 90 100; do
   srt dpo --prefs "right-$accuracy-prefs.jsonl" --out "models/right-$accuracy" "${preferred[@]}"
 done
 
-# 5. All of them on prompts whose topics appear nowhere in training.
+# 5. Refining an answer, against choosing the best of four.
+srt self-critique --model models/round-2 "${own[@]}" --prompts heldout.jsonl --temperature 0.7 --out best-of.jsonl
+srt eval --prompts heldout.jsonl --reference "$base" --model models/round-2 --judge python:critic.py:judge --check python:critic.py:check "${short[@]}" --critic-max-tokens 120 --use response --use refinement --rounds 3 --out refining.json
+
+# 6. All of them on prompts whose topics appear nowhere in training.
 models=(models/*)
 srt eval --prompts heldout.jsonl --reference "$base" "${models[@]/#/--model=}" --judge python:critic.py:judge --check python:critic.py:check "${short[@]}"
 python "$here/page.py" .
