@@ -137,3 +137,11 @@ def test_the_page_about_a_critic(srt, tmp_path):
     assert finished.code == 0, finished.stderr
     assert_harmless(tmp_path / "critic.html", times=0)
     assert "&lt;img src=x onerror" in (tmp_path / "critic.html").read_text()
+
+
+def test_the_page_to_write_critiques_on(srt, tmp_path):
+    rows = [{"id": EVIL, "prompt": EVIL, "response": EVIL, EVIL: EVIL}]
+    write_jsonl(tmp_path / NAME, rows)
+    finished = srt("collect-feedback", "--prompts", NAME, "--critique-page", "page.html")
+    assert finished.code == 0, finished.stderr
+    assert_harmless(tmp_path / "page.html", times=2)

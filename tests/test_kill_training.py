@@ -156,6 +156,9 @@ def test_what_differs_from_a_checkpoint_is_named(tmp_path, kind, name, value, me
     checkpoint, step = newest_checkpoint(tmp_path)
     assert step == 3
     refuse_other_training(checkpoint, training())
+    several = training()
+    several["settings"]["seed"] = [42]  # an option that takes several values since
+    refuse_other_training(checkpoint, several)
     other = training()
     other[kind][name] = value
     with pytest.raises(SrtError, match="is of another training") as refused:

@@ -293,17 +293,19 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
         prompts.tell()
         console.result(f"{page}: {many(prompts.count, 'row')} to criticise by hand")
         return
+    door = options.door()
+    model = open_model(options.model, door) if options.model is not None else None
     run = open_run(COMMAND, options, inputs=prompts.inputs)
-    with run, Asking.begin(run, options) as asking:
+    with run, Asking.begin(run, options, budget=door.budget) as asking:
         prompts.tell()
         drafts: list[Draft] = []
-        if options.model is None:
+        if model is None:
             drafts = [Draft(each, "given", 0, each.response or "") for each in prompts.read()]
         else:
-            with asking.open(options.model) as model:
-                policy = Policy(model, _drafting(options))
-                scripts = (_draft(policy, prompt) for prompt in prompts.read())
-                drafts = asking.ask("answering", scripts, prompts.count)
+            asking.employ([model])
+            policy = Policy(model, _drafting(options))
+            scripts = (_draft(policy, prompt) for prompt in prompts.read())
+            drafts = asking.ask("answering", scripts, prompts.count)
         rows = [
             PageRow(draft.prompt, draft.text, draft.policy) for draft in drafts if draft.is_usable
         ]
