@@ -53,6 +53,7 @@ def test_claude_as_policy_and_critic_gives_whole_rows_with_thoughts_apart(srt, s
         "max_tokens": 512,
         "messages": [{"role": "user", "content": "q0"}],
         "temperature": 0.7,
+        "thinking": {"type": "disabled"},
     }
     # Read from the cache, written into it, and the rest, all are tokens that were read.
     assert "tokens: 1965 read (76% from the server's cache), 105 written" in finished.stderr

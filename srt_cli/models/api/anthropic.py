@@ -1,7 +1,7 @@
 """Anthropic's messages: `POST /v1/messages`, and the batches beside them."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
@@ -24,6 +24,7 @@ from srt_cli.models.api.dialect import (
     as_text,
     checked,
     listed_models,
+    warn_of_switch,
 )
 from srt_cli.models.api.refusals import refused_in_batch
 from srt_cli.models.hub import cache_folder
@@ -37,6 +38,8 @@ FINISHES: Final[Mapping[str, FinishReason]] = {
     "end_turn": "stop", "stop_sequence": "stop", "refusal": "refused",
 }  # fmt: skip
 """What else ends a reply leaves it incomplete: `max_tokens`, a full context, a pause, a tool."""
+LEAST_BUDGET: Final = 1024
+"""Tokens for thoughts; the API takes no fewer."""
 NO_CREDIT: Final = "credit balance is too low"
 
 
@@ -48,6 +51,7 @@ class Anthropic:
     def __init__(self, manner: Manner) -> None:
         self.manner = manner
         self.dropped = set(manner.refuses)
+        self.adaptive = False
         self.batches = AnthropicBatches(self.read)
 
     @property
@@ -72,6 +76,7 @@ class Anthropic:
             ],
             "temperature": request.temperature,
         }
+        body |= self._thinking(request)
         if system:
             # It is the same for row after row; what is shorter than a cache's least costs nothing.
             text = {"type": "text", "text": "\n\n".join(system)}
@@ -84,6 +89,18 @@ class Anthropic:
             body["output_config"] = {"effort": self.manner.effort}
         kept = {name: value for name, value in body.items() if name not in self.dropped}
         return kept | self.manner.extra
+
+    def _thinking(self, request: Request) -> dict[str, Any]:
+        """The switch; a model that thinks has its own temperature, and older ones a budget of tokens."""
+        fields = dict(self.manner.told(request))
+        if request.thinks.told == "on" and fields:
+            fields["temperature"] = 1.0
+            if self.adaptive:
+                return fields | {"thinking": {"type": "adaptive"}}
+            budget = max(LEAST_BUDGET, request.thinks.tokens)
+            fields["thinking"] = {**fields["thinking"], "budget_tokens": budget}
+            fields["max_tokens"] = request.max_tokens - request.thinks.tokens + budget
+        return fields
 
     def read(self, data: object) -> Heard:
         """A message: its text, its thoughts, and why it ended."""
@@ -111,12 +128,20 @@ class Anthropic:
             refused.code = "insufficient_quota"
         return refused
 
-    def adapt(self, refused: Refused, request: Request, sent: Collection[str]) -> Dialect | None:
+    def adapt(self, refused: Refused, request: Request, sent: Mapping[str, Any]) -> Dialect | None:
         """A field less."""
         if refused.status != 400:
             return None
         if set(sent) != set(self.body(request)):
             return self  # learnt already from a request that was under way beside this one
+        if "thinking" in sent and "thinking" in refused.said:
+            # Newer models take no budget; some think always, or never.
+            if sent["thinking"]["type"] == "enabled":
+                self.adaptive = True
+                return self
+            self.dropped.add("thinking")
+            warn_of_switch(self.manner.model)
+            return self
         for name in OPTIONAL_FIELDS:
             if name in sent and refused.names(name):
                 self.dropped.add(name)

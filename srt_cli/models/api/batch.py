@@ -118,7 +118,7 @@ class BatchModel:
 
     @property
     def can_be_told(self) -> bool:
-        return self._place.manner.switches_thinking
+        return bool(self._place.manner.thinking)
 
     def finish(self, seconds: float) -> bool:
         return True  # Batches go on without us, and the next run finds them.
@@ -332,7 +332,7 @@ class ExportModel:
 
     @property
     def can_be_told(self) -> bool:
-        return self._place.manner.switches_thinking
+        return bool(self._place.manner.thinking)
 
     def finish(self, seconds: float) -> bool:
         return True

@@ -148,7 +148,7 @@ class ApiModel:
 
     @property
     def can_be_told(self) -> bool:
-        return self._place.manner.switches_thinking
+        return bool(self._place.manner.thinking)
 
     @property
     def waiting(self) -> int:

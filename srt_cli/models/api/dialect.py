@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import orjson
 
+from srt_cli import console
 from srt_cli.errors import SrtError
 from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, part_reply
 from srt_cli.models.api.limits import parse_duration_s, until_date_s
@@ -53,12 +54,17 @@ class Manner:
     """Fields that are known to be refused."""
     renames: Mapping[str, str] = field(default_factory=dict)
     """Fields that go by another name there."""
-    switches_thinking: bool = False
-    """Whether the variables of a chat template may be sent."""
+    thinking: Mapping[Literal["on", "off"], Mapping[str, Any]] = field(default_factory=dict)
+    """The fields that tell the model to think (`on`), and not to (`off`); empty where none is known."""
     effort: str | None = None
     """How hard a reasoning model should think, in the provider's own word."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Fields of the user's own, which win over ours."""
+
+    def told(self, request: Request) -> Mapping[str, Any]:
+        """The fields that tell the model to think, or not to; none where nothing is to be told."""
+        told = request.thinks.told
+        return self.thinking.get(told, {}) if told in ("on", "off") else {}
 
     def key_headers(self, key: str | None) -> dict[str, str]:
         """The headers that carry a key, and those that every request carries."""
@@ -178,11 +184,22 @@ class Heard:
                 cache_written=0 if estimated else max(0, self.cache_written),
             )
         )
+        if request.thinks.told == "on" and reply.at_limit and not reply.thoughts:
+            # Thoughts come first. These were cut before the tag that would have told them apart.
+            reply = replace(reply, text="", thoughts=reply.text, logprobs=())
         stops = [place for stop in request.stop if (place := reply.text.find(stop)) >= 0]
         if stops and reply.finish_reason != "refused":
             # Some servers ignore stop texts, others keep them in the reply.
             reply = replace(reply, text=reply.text[: min(stops)], finish_reason="stop", error=None)
         return reply
+
+
+def warn_of_switch(model: str) -> None:
+    """Say that a server refused to be told whether its model thinks."""
+    console.warn(
+        f"the server of {model} does not let us tell it whether to think; what it thinks is kept apart "
+        "from its answers all the same."
+    )
 
 
 def _kept(places: tuple[TokenLogprobs, ...], request: Request) -> tuple[TokenLogprobs, ...]:

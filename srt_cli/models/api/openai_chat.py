@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Final
 
-from srt_cli import console
 from srt_cli.models import FinishReason, Request, TokenLogprobs
 from srt_cli.models.api.dialect import (
     Answer,
@@ -24,6 +23,7 @@ from srt_cli.models.api.dialect import (
     as_texts,
     listed_models,
     refused_as,
+    warn_of_switch,
 )
 from srt_cli.models.api.openai_responses import OpenAiResponses
 from srt_cli.records import Usage
@@ -33,11 +33,8 @@ MOST_LOGPROB: Final = 1e-3
 """A logarithm of a probability is not above 0, but for rounding."""
 TOKEN_FIELDS: Final = ("max_completion_tokens", "max_tokens")
 # What a server may refuse to be told; dropped once, remembered, and noted in the manifest.
-TEMPLATE_FIELD: Final = "chat_template_kwargs"
-"""The variables of the model's chat template, as vLLM, SGLang and llama.cpp take them."""
-THINKING_VARIABLES: Final = ("enable_thinking", "thinking")
 LOGPROB_FIELDS: Final = ("logprobs", "top_logprobs")
-OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", *LOGPROB_FIELDS, TEMPLATE_FIELD)
+OPTIONAL_FIELDS: Final = ("temperature", "top_p", "seed", "stop", *LOGPROB_FIELDS)
 MOST_LOGPROBS: Final = 20
 _TOO_MANY: Final = re.compile(
     r"less than|at most|between|greater than|larger than|more than|max|exceed|range|up to|<=|"
@@ -118,9 +115,7 @@ class OpenAiChat:
                 "logprobs": True,
                 "top_logprobs": min(request.top_logprobs, self.most_logprobs),
             }
-        if self.manner.switches_thinking and request.thinks.told in ("on", "off"):
-            on = request.thinks.told == "on"
-            body[TEMPLATE_FIELD] = dict.fromkeys(THINKING_VARIABLES, on)
+        body |= self.manner.told(request)
         if self.manner.effort is not None:
             body["reasoning_effort"] = self.manner.effort
         kept = {name: value for name, value in body.items() if name not in self.dropped}
@@ -174,16 +169,14 @@ class OpenAiChat:
                 return self
         if self._wants_fewer_logprobs(refused, sent.get("top_logprobs", 0)):
             return self
-        for name in OPTIONAL_FIELDS:
+        switches = set(self.manner.told(request))
+        for name in (*OPTIONAL_FIELDS, *switches):
             sent_as = self.manner.renames.get(name, name)
-            named = refused.names(sent_as) or (name == TEMPLATE_FIELD and name in refused.said)
+            named = refused.names(sent_as) or (name in switches and name in refused.said.lower())
             if sent_as in sent and named:
                 self.dropped |= set(LOGPROB_FIELDS) if name in LOGPROB_FIELDS else {name}
-                if name == TEMPLATE_FIELD:
-                    console.warn(
-                        f"the server of {self.manner.model} does not let us tell it whether to think; "
-                        "what it thinks is kept apart from its answers all the same."
-                    )
+                if name in switches:
+                    warn_of_switch(self.manner.model)
                 return self
         return None
 

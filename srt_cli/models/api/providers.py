@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal
 from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -41,6 +41,8 @@ class Provider(BaseModel):
     token_field: str = "max_tokens"
     refuses: tuple[str, ...] = ()
     renames: dict[str, str] = {}
+    thinking: dict[Literal["on", "off"], dict[str, Any]] = {}
+    """The fields that tell a model to think, and not to; empty where none is known."""
     prices: str | None = None
     """Its name in genai-prices."""
     free: bool = False
@@ -58,7 +60,13 @@ class Provider(BaseModel):
         return self.told_address or self.address
 
 
-PLAIN: Final = Provider(dialect="openai_chat")
+PLAIN: Final = Provider(
+    dialect="openai_chat",
+    thinking={
+        "on": {"chat_template_kwargs": {"enable_thinking": True, "thinking": True}},
+        "off": {"chat_template_kwargs": {"enable_thinking": False, "thinking": False}},
+    },
+)
 """A server of which nothing but its address is known."""
 
 

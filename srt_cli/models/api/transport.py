@@ -297,7 +297,7 @@ def place_of(spec: str, parsed: Spec, options: ModelOptions) -> Place:
         headers=told_headers,
         refuses=provider.refuses,
         renames=provider.renames,
-        switches_thinking=parsed.provider is None,
+        thinking=provider.thinking,
         effort=options.effort,
         extra=dict(options.extra_body),
     )
