@@ -16,6 +16,7 @@ from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draf
 from srt_cli.forms import text_of
 from srt_cli.models import Model, Reply
 from srt_cli.prompts import format_of, read_file
+from srt_cli.reading import part_thoughts
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
 from srt_cli.runs.jsonl import open_bytes
 from srt_cli.stats.hygiene import is_same_text, plain_form
@@ -214,7 +215,11 @@ def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) 
     except ValueError as error:
         raise SrtError(f"{path}: prompt {prompt.id!r}: {error}.") from None
     parsed = None if use == "response" else refined is not None
-    return Output(id=prompt.id, contestant=str(path), use=use, parsed=parsed, response=text)
+    thoughts, answer = part_thoughts(text)
+    return Output(
+        id=prompt.id, contestant=str(path), use=use, parsed=parsed, response=answer,
+        thoughts=thoughts,
+    )  # fmt: skip
 
 
 def check_output(

@@ -19,6 +19,7 @@ from srt_cli.feedback.critic import (
 )
 from srt_cli.feedback.written import Critique, WrittenRow
 from srt_cli.models import Model, Reply, Request, Task
+from srt_cli.reading import part_thoughts
 from srt_cli.records import (
     PLANTED,
     Feedback,
@@ -96,7 +97,7 @@ class Draft:
     sample: int
     text: str
     reply: Reply | None = None
-    """None for the prompt's own."""
+    """None for the prompt's own, unless it holds thoughts."""
 
     @property
     def is_usable(self) -> bool:
@@ -118,7 +119,9 @@ def tell(
     With a contrast, a good refinement is followed by a record of the same text with one fault.
     """
     if prompt.response is not None:
-        draft = Draft(prompt, "given", sample, prompt.response)
+        thoughts, answer = part_thoughts(prompt.response)
+        given = Reply(answer, "stop", thoughts=thoughts) if thoughts else None
+        draft = Draft(prompt, "given", sample, answer.strip() if given else prompt.response, given)
     else:
         assert roles.policy is not None
         draft = yield from write_draft(roles.policy, prompt, sample)

@@ -33,6 +33,7 @@ from srt_cli.training.sequences import (
     preference_ids,
     refinement_feedback_sequences,
     refinement_sequence,
+    without_thoughts,
 )
 from srt_cli.training.setup import Setup, positions_of
 
@@ -126,7 +127,7 @@ def prepare_sft(
     def encode_chats(some: Sequence[Chat]) -> list[tuple[TokenSequence, Record]]:
         return fitting.examples(
             some,
-            lambda row: chat_sequences(chat, row.id, row.messages),
+            lambda row: chat_sequences(chat, row.id, row.messages, task.thoughts),
             lambda row: f"--mix {row.id}",
         )
 
@@ -311,7 +312,10 @@ def prepare_dpo(
     Raises `SrtError` for a pair that does not fit (unless it may be dropped, or this is a plan).
     """
     share = setup.options.eval_split
-    telling, warnings, fallen = _telling_pairs(pairs)
+    answers = [_answers_alone(pair) for pair in pairs]
+    telling, warnings, fallen = _telling_pairs(answers)
+    if thinking := sum(alone != pair for alone, pair in zip(answers, pairs, strict=True)):
+        warnings.append(f"{thinking} pairs hold thoughts; their answers alone are trained.")
     train, held_out = split_rows(telling, lambda pair: pair.prompt, share)
     require_both_sides(train, held_out, share)
 
@@ -342,6 +346,11 @@ def prepare_dpo(
     fitting.tell(prepared)
     _warn_of_chat(chat, prepared)
     return prepared
+
+
+def _answers_alone(pair: Preference) -> Preference:
+    sides = {name: getattr(pair, name) for name in ("prompt", "chosen", "rejected")}
+    return pair.model_copy(update={name: without_thoughts(turns) for name, turns in sides.items()})
 
 
 def longest_side(pair: PairIds) -> int:

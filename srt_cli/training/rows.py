@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import read_row
+from srt_cli.reading import part_thoughts
 from srt_cli.records import FeedbackRecord, Message, Prompt, Record, as_messages, content_id
 from srt_cli.runs.jsonl import DroppedRows, read_records, read_rows
 from srt_cli.runs.run import Run, inherited, read_manifest
@@ -105,6 +106,8 @@ def why_not_trained(record: FeedbackRecord) -> str | None:
     for part, text in (("response", record.response), ("refinement", record.refinement)):
         if text is not None and not text.strip():
             return f"empty {part}"
+        if text is not None and part_thoughts(text)[0]:
+            return f"thoughts within the {part}"
     if record.gain is None:
         return "incomplete"
     if record.gain < 0:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from srt_cli.models.chat import ChatFormat, Turn, UnfitChat
+from srt_cli.reading import part_thoughts
 from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, as_messages
 from srt_cli.templates import CRITIQUE_REQUEST, FeedbackField, render_feedback, render_refinement
 from srt_cli.training.rows import PARTS, Part, Thoughts
@@ -97,21 +98,38 @@ def refinement_sequence(chat: ChatFormat, record: FeedbackRecord) -> list[TokenS
 
 
 def chat_sequences(
-    chat: ChatFormat, identifier: str, messages: Sequence[Message]
+    chat: ChatFormat, identifier: str, messages: Sequence[Message], thoughts: Thoughts = "drop"
 ) -> list[TokenSequence]:
     """Other chat data (`--mix`): every assistant turn that answers something carries loss.
 
     Raises `UnfitChat` when none does.
     """
+    answers = without_thoughts(messages)
     turns = [
-        chat.turn(messages[:place], turn.content)
-        for place, turn in enumerate(messages)
-        if turn.role == "assistant" and any(before.role == "user" for before in messages[:place])
+        chat.turn(
+            answers[:place],
+            turn.content,
+            part_thoughts(messages[place].content)[0] if thoughts == "keep" else "",
+        )
+        for place, turn in enumerate(answers)
+        if turn.role == "assistant"
+        and turn.content.strip()
+        and any(before.role == "user" for before in answers[:place])
     ]
     if not turns:
         raise UnfitChat("no assistant turn answers a user's")
     taught = [_Taught(turn, [("mix", turn.place)], [turn.place]) for turn in turns]
     return _sequences(identifier, taught)
+
+
+def without_thoughts(messages: Sequence[Message]) -> list[Message]:
+    """A chat whose assistant turns hold answers alone."""
+    return [
+        turn.model_copy(update={"content": part_thoughts(turn.content)[1]})
+        if turn.role == "assistant"
+        else turn
+        for turn in messages
+    ]
 
 
 def refinement_feedback_sequences(
