@@ -96,29 +96,45 @@ def prompts_from(location: str, selection: Selection) -> PromptSource:
     return PromptSource(survey.count, survey.without_response, inputs, again, said)
 
 
-def with_system(source: PromptSource, system: str | None) -> PromptSource:
-    """Put a system turn before every prompt that has none of its own: a text, or a file of one.
+@dataclass(frozen=True)
+class System:
+    """A system turn that stands before every prompt which has none of its own."""
 
-    Raises `SrtError` for an empty one.
-    """
+    turn: Message | None
+    file: Path | None
+
+    def before(self, prompt: Prompt) -> Prompt:
+        """The prompt as a model is asked it."""
+        turns = prompt.messages
+        if self.turn is None or any(each.role == "system" for each in turns):
+            return prompt
+        return prompt.model_copy(update={"prompt": [self.turn, *turns]})
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """The file that holds it, as an input of the run."""
+        return {} if self.file is None else {"system": self.file}
+
+
+def read_system(system: str | None) -> System:
+    """A `--system`: a text, or a file of one; raises `SrtError` for an empty one."""
     if system is None:
-        return source
+        return System(None, None)
     # A name has one line and at most 255 characters, so longer texts are no file's.
     file = Path(system) if len(system) < 256 and "\n" not in system else None
-    is_file = file is not None and file.is_file()
-    text = (file.read_text(encoding="utf-8-sig") if file and is_file else system).strip()
+    file = file if file is not None and file.is_file() else None
+    text = (file.read_text(encoding="utf-8-sig") if file is not None else system).strip()
     if not text:
         raise SrtError(f"--system {system}: is empty. Leave it out, or give a text or a file.")
-    turn = Message(role="system", content=text)
+    return System(Message(role="system", content=text), file)
 
-    def read() -> Iterator[Prompt]:
-        for prompt in source.read():
-            turns = prompt.messages
-            own = any(each.role == "system" for each in turns)
-            yield prompt if own else prompt.model_copy(update={"prompt": [turn, *turns]})
 
-    inputs = {**source.inputs, "system": file} if file and is_file else source.inputs
-    return replace(source, inputs=inputs, read=read)
+def with_system(source: PromptSource, system: str | None) -> PromptSource:
+    """Prompts behind the system turn of `--system`."""
+    told = read_system(system)
+    read = source.read
+    inputs = {**source.inputs, **told.inputs}
+    return replace(source, inputs=inputs, read=lambda: map(told.before, read()))
 
 
 def read_prompts(location: str) -> Iterator[Prompt]:

@@ -166,6 +166,7 @@ class ApiOptions:
             effort=self.critic_reasoning_effort,
             extra_body=extra,
             chat_template=self.critic_chat_template,
+            template_flag="--critic-chat-template",
         )
 
 
@@ -216,6 +217,10 @@ class PromptOptions:
     limit: int | None = setting(
         None, "Use only the first N prompts.", group="Data", common=True, extends=True
     )
+    system: str | None = setting(
+        None, "A system turn for drafts, which are trained with it. A prompt's own stays.",
+        group="Sampling", metavar="TEXT|FILE",
+    )  # fmt: skip
 
     def open_prompts(self) -> PromptSource:
         """The prompts, read once."""
@@ -234,10 +239,6 @@ class CallOptions(ApiOptions, PromptOptions):
     seed: int = setting(
         42, "Seed of the drafts. The same seed gives the same drafts.",
         group="Sampling", common=True,
-    )  # fmt: skip
-    system: str | None = setting(
-        None, "A system turn for the drafts, trained with them. A prompt's own stays.",
-        group="Sampling", metavar="TEXT|FILE",
     )  # fmt: skip
     critic_max_tokens: int = setting(
         2048, "Maximum tokens in a critic's reply (paper: 2048).", group="Critic"

@@ -24,8 +24,9 @@ from srt_cli.evaluation.judging import Judge, Shown, Twice, ask_again, judge_pai
 from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pairs, read_pairs
 from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
 from srt_cli.feedback.story import Policy
-from srt_cli.models import Model, names_program, open_model, parse_spec
+from srt_cli.models import Model, names_program, open_model, parse_spec, refuse_unfit
 from srt_cli.models.budget import likely_prompt_tokens
+from srt_cli.prompts import read_system
 from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, Scored
 from srt_cli.runs.run import Run, inherited, open_run, read_manifest, template_input
 from srt_cli.stages.evaluate.options import Evaluate
@@ -55,6 +56,7 @@ def run(options: Evaluate) -> None:
     rows = list(prompts.read())
     saved = _look_before(options, [reference, *options.model], judges, rows)
     inputs = {**prompts.inputs, **template_input(options.judge_template, "judge_template")}
+    inputs |= read_system(options.system).inputs
     if options.pairs is not None:
         inputs["pairs"] = options.pairs
     run = open_run(
@@ -63,6 +65,7 @@ def run(options: Evaluate) -> None:
         inputs=inputs,
         resolved={"reference": reference, "judge": list(judges)},
     )
+    _refuse_unfit(options, [reference, *options.model], judges)
     if options.dry_run:
         _show_plan(options, run, reference, judges, rows)
         return
@@ -156,6 +159,7 @@ def _show_plan(
 ) -> None:
     """`--dry-run`: what would be asked, and what it may cost; sends and writes nothing."""
     door = replace(options.door(), offline=True)
+    before = read_system(options.system).before
     wanted: dict[str, set[Use]] = {spec: set(_uses(options, spec)) for spec in options.model}
     wanted.setdefault(reference, set()).add("response")
     models: list[Model] = []
@@ -168,7 +172,7 @@ def _show_plan(
             models.append(model)
             estimate = owed.setdefault(model.identity, Owed())
             contestant = _contestant(model, sorted(uses), options)
-            for row in replay((answer(contestant, prompt) for prompt in rows), look_up):
+            for row in replay((answer(contestant, before(prompt)) for prompt in rows), look_up):
                 if row.owed is None:
                     continue
                 read = likely_prompt_tokens(row.owed.request)
@@ -210,6 +214,14 @@ def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
         raise UsageError("--scorer scores direct answers. Pass --use response too.")
     if options.pairs is not None and not any(map(_is_model, options.model)):
         raise UsageError("--pairs needs a model that scores; every --model is a file or a program.")
+
+
+def _refuse_unfit(options: Evaluate, contestants: Sequence[str], judges: Sequence[str]) -> None:
+    """A chat template that is of no use is said before there is a run."""
+    door = options.door()
+    refuse_unfit(filter(_is_model, contestants), door)
+    critics = [spec for spec in (*judges, options.scorer) if spec is not None]
+    refuse_unfit(critics, options.for_critics(door))
 
 
 def _is_model(spec: str) -> bool:
@@ -296,7 +308,8 @@ def _asked(
 ) -> list[Attempt]:
     with asking.open(spec) as model:
         contestant = _contestant(model, uses, options)
-        scripts = (answer(contestant, prompt) for prompt in prompts)
+        before = read_system(options.system).before
+        scripts = (answer(contestant, before(prompt)) for prompt in prompts)
         return asking.ask(f"answers of {spec}", scripts, len(prompts))
 
 
@@ -367,6 +380,8 @@ def _scores(
     if options.scorer is None:
         return []
     by_id = {prompt.id: prompt for prompt in prompts}
+    before = read_system(options.system).before
+    trained_on = {prompt.id: before(prompt) for prompt in prompts}
     scored = [
         output
         for output in outputs
@@ -378,7 +393,8 @@ def _scores(
         with asking.open(spec, as_critic=not in_conversation) as model:
             sampling = _critic_sampling(options, itself=in_conversation)
             critic = Critic(model, sampling, in_conversation)
-            scripts = (score_output(critic, by_id[o.id], o) for o in answers)
+            asked = trained_on if in_conversation else by_id
+            scripts = (score_output(critic, asked[o.id], o) for o in answers)
             return asking.ask(f"scores by {spec}", scripts, len(answers))
 
     for spec in dict.fromkeys(output.contestant for output in scored):

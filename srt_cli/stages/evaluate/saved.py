@@ -19,6 +19,7 @@ from srt_cli.evaluation.files import read_annotations
 from srt_cli.evaluation.labelled_pairs import ask_pairs, read_pairs
 from srt_cli.evaluation.tables import pairs_table, quality_tables
 from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
+from srt_cli.models import refuse_unfit
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.jsonl import read_records, write_json
 from srt_cli.runs.run import open_run
@@ -52,6 +53,7 @@ def count_annotations(options: Evaluate, command: str) -> None:
 def score_pairs(options: Evaluate, command: str, path: Path) -> None:
     """`--pairs`: each model scores both sides of labelled pairs."""
     pairs = list(read_pairs(path, options.limit))
+    refuse_unfit(options.model, options.door())
     run = open_run(command, options, inputs={"pairs": path})
     found = []
     with run:
