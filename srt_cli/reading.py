@@ -17,8 +17,7 @@ class Span(NamedTuple):
     end: int
 
 
-# What models put around their thoughts, by their own chat templates.
-_THOUGHT_TAGS: Final = {
+THOUGHT_TAGS: Final = {
     "<think>": "</think>",
     "<thinking>": "</thinking>",
     "<thought>": "</thought>",  # EXAONE
@@ -29,10 +28,13 @@ _THOUGHT_TAGS: Final = {
     "<|START_THINKING|>": "<|END_THINKING|>",  # Command A
     "<|begin_of_thought|>": "<|end_of_thought|>",
 }
+"""What models put around their thoughts, by their own chat templates; gpt-oss has channels instead."""
+ANALYSIS: Final = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant")
+"""What stands around the thoughts of gpt-oss."""
 _SIGNS_OF_THOUGHTS: Final = ("hink", "hought", "HINK", "channel")
 """What no tag is without."""
-_OPENED_BY: Final = {closing: opening for opening, closing in _THOUGHT_TAGS.items()}
-_OPENING_TAG: Final = "|".join(map(re.escape, _THOUGHT_TAGS))
+_OPENED_BY: Final = {closing: opening for opening, closing in THOUGHT_TAGS.items()}
+_OPENING_TAG: Final = "|".join(map(re.escape, THOUGHT_TAGS))
 _FIRST: Final = re.compile(rf"\s*+({_OPENING_TAG})")
 _LATER: Final = re.compile(rf"^[ \t]*+({_OPENING_TAG})", re.MULTILINE)
 # In quotes or backticks a tag is only spoken of.
@@ -56,13 +58,13 @@ _CHANNEL_MARKS: Final = (
 def opened_by(prompt: str) -> str:
     """The tag at the end of a prompt that opens a model's thoughts; "" where there is none."""
     end = prompt.rstrip()
-    return next((tag for tag in _THOUGHT_TAGS if end.endswith(tag)), "")
+    return next((tag for tag in THOUGHT_TAGS if end.endswith(tag)), "")
 
 
 def marks_of_thoughts(controls: Iterable[str]) -> set[str]:
     """Which of a model's control tokens tell its thoughts from its answers."""
     known = set(controls)
-    tags = {tag for pair in _THOUGHT_TAGS.items() for tag in pair} | {"<|channel>"}
+    tags = {tag for pair in THOUGHT_TAGS.items() for tag in pair} | {"<|channel>"}
     return known & (tags | set(_CHANNEL_MARKS if _CHANNEL_MARKS[0] in known else ()))
 
 
@@ -131,7 +133,7 @@ def _take_later(text: str) -> tuple[list[str], str]:
 
 def _thought_after(text: str, opening: re.Match[str]) -> tuple[str, int]:
     """The thought behind an opening tag, and where its closing tag ends, or the text."""
-    closing = _THOUGHT_TAGS[opening[1]]
+    closing = THOUGHT_TAGS[opening[1]]
     end = text.find(closing, opening.end())
     if end < 0:
         return text[opening.end() :], len(text)

@@ -24,6 +24,8 @@ PRIVATE_PARTS = [
     # Used by models/local/prefill.py: its cache is transformers' own with roomier layers.
     ("transformers.cache_utils", "DynamicLayer.lazy_initialization"),
     ("transformers.cache_utils", "DynamicLayer.batch_select_indices"),
+    # Used by models/chat.py, which renders as `apply_chat_template` does, but within bounds.
+    ("transformers.utils.chat_template_utils", "_compile_jinja_template"),
     # Used by models/local/static.py; without them weights stay as they lie.
     ("torch", "ops.mkldnn._reorder_linear_weight"),
     ("torch", "ops.mkldnn._linear_pointwise"),

@@ -423,9 +423,9 @@ def test_every_line_of_the_document_works(line, srt, serve, own, tmp_path, monke
     assert {key.removeprefix("Bearer ") for key in keys if key} == own_keys
     if "--extra-body" in line:
         draft, critique, score = chat.requests
-        assert draft["chat_template_kwargs"] == {"enable_thinking": False}
+        assert draft["min_p"] == 0.05
         assert critique["reasoning_effort"] == score["reasoning_effort"] == "high"
-        assert "chat_template_kwargs" not in critique
+        assert "min_p" not in critique
 
 
 def test_azure_is_asked_at_the_deployment_with_its_version_and_its_key(serve, monkeypatch):

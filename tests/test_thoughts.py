@@ -273,6 +273,120 @@ def test_a_server_that_refuses_the_switch_is_asked_without_and_that_is_said_once
     assert finished.stderr.count("does not let us tell it whether to think") == 1
 
 
+SWITCHES = {
+    "deepseek": ({"thinking": {"type": "enabled"}}, {"thinking": {"type": "disabled"}}),
+    "openrouter": ({"reasoning": {"enabled": True}}, {"reasoning": {"effort": "none"}}),
+    "vllm": ({"chat_template_kwargs": {"enable_thinking": True, "thinking": True}},
+             {"chat_template_kwargs": KWARGS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_a_named_provider_is_told_to_think_by_its_own_field(
+    srt, serve, tmp_path, monkeypatch, name
+):
+    server = serve(as_policy_and_critic)
+    folder = tmp_path / "configuration/srt"
+    folder.mkdir(parents=True)
+    (folder / "providers.toml").write_text(f'[{name}]\naddress = "{server.url}"\n')
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "configuration"))
+    monkeypatch.setenv(f"{name.upper()}_API_KEY", "secret")
+    spec = ("--model", f"{name}:tester")
+    for told, fields in zip(("on", "off"), SWITCHES[name], strict=True):
+        (sent,), _ = drafts_of(srt, tmp_path, server, *spec, "--thinking", told, "--overwrite")
+        assert {field: sent.get(field) for field in fields} == fields
+
+
+def test_claude_is_given_a_budget_to_think_and_newer_ones_their_own_way(serve):
+    from srt_cli.models import ModelOptions, Thinks, parse_spec
+    from srt_cli.models.api.anthropic import Anthropic
+    from srt_cli.models.api.dialect import Answer as Heard
+    from srt_cli.models.api.transport import place_of
+
+    place = place_of("anthropic:m", parse_spec("anthropic:m"), ModelOptions(offline=True))
+    dialect = Anthropic(place.manner)
+    turns = (Message(role="user", content="Hi"),)
+    request = Request(turns, 512 + 2048, thinks=Thinks("on", tokens=2048))
+    body = dialect.body(request)
+    assert body["thinking"] == {"type": "enabled", "budget_tokens": 2048}
+    assert (body["max_tokens"], body["temperature"]) == (2560, 1.0)
+    said = '"thinking.type.enabled" is not supported for this model. Use "thinking.type.adaptive".'
+    error = json.dumps({"error": {"type": "invalid_request_error", "message": said}}).encode()
+    assert dialect.adapt(dialect.refusal(Heard(400, {}, error)), request, body) is dialect
+    assert dialect.body(request)["thinking"] == {"type": "adaptive"}
+    off = dialect.body(Request(turns, 512, thinks=Thinks("off")))
+    assert off["thinking"] == {"type": "disabled"}
+
+
+def test_a_provider_without_a_known_field_is_said_to_have_none(srt, serve, tmp_path, monkeypatch):
+    server = serve(as_policy_and_critic)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    spec = ("--model", "openai:tester")
+    (sent,), finished = drafts_of(srt, tmp_path, server, *spec, "--thinking", "on")
+    assert "thinking" not in json.dumps(sent)
+    assert "cannot be told whether to think: srt knows no field" in " ".join(
+        finished.stderr.split()
+    )
+
+
+def test_thoughts_that_are_cut_off_before_their_tag_are_no_draft(srt, serve, tmp_path):
+    def cut(body, number):
+        usage = {"prompt_tokens": 9, "completion_tokens": 2560, "total_tokens": 2569}
+        message = {"role": "assistant", "content": SCRATCH}
+        choice = {"index": 0, "finish_reason": "length", "message": message}
+        return Answer(body=json.dumps({"choices": [choice], "usage": usage}).encode())
+
+    (tmp_path / "p.py").write_text(PROGRAM)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say a."}])
+    server = serve(cut)
+    finished = srt("collect-feedback", "--model", server.spec, "--critic", "python:p.py:critique",
+                   "--thinking", "on")  # fmt: skip
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert (row["status"], row["response"]) == ("truncated", None), finished.stderr
+    assert row["reason"] == "response: thought until the limit"
+
+
+def test_thoughts_in_given_responses_and_saved_outputs_are_kept_apart(srt, serve, tmp_path):
+    server = serve(as_policy_and_critic)
+    given = f"<think>\n{SCRATCH}\n</think>\n\nIt is so."
+    rows = [
+        {"id": "a", "prompt": "Say a.", "response": given},
+        {"id": "b", "prompt": "Say b.", "response": f"<think>\n{SCRATCH}"},
+    ]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    finished = srt("collect-feedback", "--critic", server.spec)
+    assert finished.code == 0, finished.stderr
+    whole, cut = read_jsonl(tmp_path / "feedback.jsonl")
+    assert (whole["status"], whole["response"]) == ("ok", "It is so.")
+    assert whole["thoughts"] == {"response": SCRATCH}
+    assert (cut["status"], cut["response"]) == ("truncated", None)
+    assert cut["reason"] == "response: ended within its thoughts"
+    write_jsonl(tmp_path / "saved.jsonl", [{"id": "a", "output": given}])
+    write_jsonl(tmp_path / "one.jsonl", [{"id": "a", "prompt": "Say a."}])
+    judged = srt("eval", "--prompts", "one.jsonl", "--model", "saved.jsonl", "--reference",
+                 server.spec, "--judge", server.spec, "--min-coverage", 0)  # fmt: skip
+    assert judged.code in (0, 3), judged.stderr
+    asked = [turn["content"] for body in server.requests for turn in body["messages"]]
+    assert "It is so." in asked[-1]
+    assert "scratch" not in "".join(asked).lower()
+
+
+def test_contestants_are_asked_under_the_system_turn_and_judges_are_not(srt, serve, tmp_path):
+    contestant, judge = serve(as_policy_and_critic), serve(as_policy_and_critic)
+    own = [{"role": "system", "content": "My own."}, {"role": "user", "content": "Say b."}]
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "Say a."}, {"messages": own}])
+    (tmp_path / "p.py").write_text("def respond(prompt):\n    return 'x'\n")
+    finished = srt("eval", "--model", contestant.spec, "--reference", "python:p.py:respond",
+                   "--judge", judge.spec, "--system", "Be brief.", "--concurrency", 1,
+                   "--min-coverage", 0)  # fmt: skip
+    assert finished.code in (0, 3), finished.stderr
+    system = {"role": "system", "content": "Be brief."}
+    sent = [body["messages"] for body in contestant.requests]
+    assert sent == [[system, {"role": "user", "content": "Say a."}], own]
+    assert "Be brief." not in json.dumps([body["messages"] for body in judge.requests])
+
+
 def test_what_an_older_srt_asked_is_not_asked_again(srt, serve, tmp_path):
     server = serve(as_policy_and_critic)
     drafts_of(srt, tmp_path, server)

@@ -17,7 +17,7 @@ from srt_cli.models.budget import Budget
 from srt_cli.models.local.meter import together
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
-from srt_cli.runs.run import Run
+from srt_cli.runs.run import TEMPLATE_DAY, Run, first_day
 
 Result = TypeVar("Result")
 COLLECT_AFTER: Final = 20_000
@@ -55,7 +55,7 @@ class Asking:
 
         Models that are open already share their `budget`.
         """
-        door = replace(options.door(), offline=offline)
+        door = replace(options.door(), offline=offline, day=first_day(run.out))
         door = door if budget is None else replace(door, budget=budget)
         journal = run.journal()
         cost = Cost(journal, options, door.budget)
@@ -87,6 +87,8 @@ class Asking:
             self.models.append(model)
             if self.cost is not None:
                 self.cost.watch(model)
+            if self.run is not None:
+                self.run.keep_day(model.spec, model.describe().get(TEMPLATE_DAY))
 
     @contextmanager
     def open(self, spec: str, *, as_critic: bool = False) -> Iterator[Model]:

@@ -4,9 +4,10 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -275,6 +276,10 @@ class ModelOptions:
     trust_remote_code: bool = False
     chat_template: str | None = None
     """For a model in process, instead of its own: a file, or the name of a template."""
+    template_flag: str = field(default="--chat-template", compare=False)
+    """The option that names it, for sentences."""
+    day: datetime | None = field(default=None, compare=False)
+    """The date that chat templates of models in process write; None for today's."""
     rpm: float | None = None
     tpm: float | None = None
     prices: "Mapping[str, Price]" = field(default_factory=dict)
@@ -406,6 +411,19 @@ def open_model(spec: str, options: ModelOptions | None = None) -> Model:
     return ApiModel(spec, parsed, options)
 
 
+def refuse_unfit(specs: Iterable[str], options: ModelOptions) -> None:
+    """Raise `SrtError` for a model in process whose chat template is of no use.
+
+    For commands that open their models one after another: it is said before anything is written.
+    """
+    for spec in dict.fromkeys(specs):
+        parsed = parse_spec(spec)
+        if parsed.in_process:
+            from srt_cli.models.local.local import chat_of
+
+            chat_of(parsed.name, options)
+
+
 def is_loop(written: Sequence[object]) -> bool:
     """Whether the last 128 tokens (or words) are one run of them, four times or more in a row."""
     if len(written) < LOOP_LENGTH:
@@ -464,7 +482,11 @@ def warn_if_deaf(model: Model, requests: Sequence[Request]) -> bool:
     if thinks is None or thinks.by_default or model.can_be_told:
         return False
     in_process = parse_spec(model.spec).in_process
-    why = "its chat template has no switch for it" if in_process else "its API has no such field"
+    why = (
+        "its chat template has no switch for it"
+        if in_process
+        else "srt knows no field of its API for it (--reasoning-effort and --extra-body send others)"
+    )
     console.warn(
         f"{model.spec} cannot be told whether to think: {why}. What it thinks is kept apart from its "
         "answers all the same."

@@ -8,6 +8,7 @@ import ctypes
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +19,11 @@ from typing import Any, Final
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from srt_cli.errors import SrtError
 from srt_cli.models import Thinking
+from srt_cli.reading import ANALYSIS, THOUGHT_TAGS
 from srt_cli.records import Message
 
 # Private-use characters stand in for control-token text while the template is rendered.
@@ -33,24 +36,20 @@ PROBE: Final = (
     Message(role="user", content="Why?"),
 )
 SECONDS: Final = 10.0
-"""A template that takes longer over one question will not come to an end."""
+"""A template that takes longer over one chat will not come to an end."""
+LOOK_EVERY: Final = 0.1
 LONGEST_FRAME: Final = 1_000_000
 """Characters that a template may write around the texts."""
 SWITCHES: Final = ("enable_thinking", "thinking")
 """The variables by which templates are told whether to think."""
+EFFORT: Final = "reasoning_effort"
+"""The variable by which templates are told how hard to think."""
+EFFORTS: Final[tuple[Mapping[str, str], ...]] = ({}, {EFFORT: "low"}, {EFFORT: "medium"})
 _SWITCH: Final = re.compile(rf"(?<![\w.'\"])({'|'.join(SWITCHES)})\b(?!['\"])")
 _DATE: Final = re.compile(r"\bstrftime_now\((['\"])(.*?)\1\)")
 _COMMENT: Final = re.compile(r"\{#.*?#\}", re.DOTALL)
 
-THOUGHTS: Final[tuple[tuple[str, str], ...]] = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<seed:think>", "</seed:think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<|channel>thought\n", "<channel|>"),
-    ("<|START_THINKING|>", "<|END_THINKING|>"),
-    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
-)
+THOUGHTS: Final = (*THOUGHT_TAGS.items(), ANALYSIS)
 """What thoughts stand between, by model family."""
 _MARKUP: Final = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)
 
@@ -110,6 +109,8 @@ class ChatFormat:
     thinking: Thinking = "off"
     day: datetime | None = None
     """The date that the template writes, if it writes one; None for today's."""
+    effort: str | None = None
+    """How hard the model is told to think, where the template has a variable for it."""
 
     def prompt_ids(self, history: Sequence[Message]) -> list[int]:
         """What the model is fed to answer `history`.
@@ -146,8 +147,9 @@ class ChatFormat:
         if tags is None:
             raise UnfitChat("the chat template has no place for thoughts")
         opening, closing = tags
-        if "channel|>" not in closing and "<|start|>" not in closing:
-            opening, closing = f"{opening}\n", f"\n{closing}\n\n"
+        if tags != ANALYSIS:
+            opening = f"{opening}\n"
+            closing = closing if "channel" in closing else f"\n{closing}\n\n"
         if self._prompt_text(history).rstrip().endswith(opening.strip()):
             opening = ""  # the prompt has opened them
         words = text.strip() if form.trims else text
@@ -163,7 +165,7 @@ class ChatFormat:
     def _thought_tags(self) -> tuple[str, str] | None:
         """What the template puts around thoughts; None where it knows none."""
         known = (pair for pair in THOUGHTS if pair[1].split("<|start|>")[0] in self.template)
-        return next((pair for pair in known if pair[0].strip() in self.template), None)
+        return next((pair for pair in known if pair[0] in self.template), None)
 
     @property
     def holds_thoughts(self) -> bool:
@@ -204,8 +206,19 @@ class ChatFormat:
         named = _SWITCH.search(_COMMENT.sub("", self.template))
         if named is None:
             return None
-        told = {self._render([QUESTION], True, switched={named[1]: on}) for on in (True, False)}
+        told = {self._try([QUESTION], True, switched={named[1]: on}) for on in (True, False)}
         return named[1] if len(told) == 2 else None
+
+    @cached_property
+    def takes_effort(self) -> bool:
+        """Whether the template has a variable for how hard to think, and writes what it holds."""
+        if EFFORT not in _COMMENT.sub("", self.template):
+            return False
+        try:
+            told = {self._try([QUESTION], True, switched=each) for each in EFFORTS}
+        except UnfitChat:
+            return True  # it knows other words
+        return len(told) > 1
 
     @property
     def writes_date(self) -> bool:
@@ -235,17 +248,17 @@ class ChatFormat:
         variables: dict[str, Any] = {}
         if self.thinking != "auto" and self.switch is not None:
             variables[self.switch] = self.thinking == "on"
+        if self.effort is not None and self.takes_effort:
+            variables[EFFORT] = self.effort
         return variables
 
     def _render(
         self,
         messages: Sequence[Message],
         ask: bool,
-        parts: bool | None = None,
-        switched: Mapping[str, Any] | None = None,
+        parts: bool,
+        variables: Mapping[str, Any],
     ) -> str:
-        parts = self._takes_parts if parts is None else parts
-        variables = self._variables if switched is None else switched
         plain: list[dict[str, Any]] = [
             {
                 "role": turn.role,
@@ -253,15 +266,19 @@ class ChatFormat:
             }
             for turn in messages
         ]
-        rendered = self.tokenizer.apply_chat_template(
-            plain,
-            chat_template=self._dated_template,
-            add_generation_prompt=ask,
-            tokenize=False,
-            **variables,
-        )
-        assert isinstance(rendered, str)
-        return rendered
+        # As `apply_chat_template` does it, piece by piece, so that an endless one is given up.
+        pieces = _compile_jinja_template(self._dated_template).generate(
+            messages=plain, tools=None, documents=None, add_generation_prompt=ask,
+            **self.tokenizer.special_tokens_map, **variables,
+        )  # fmt: skip
+        most = LONGEST_FRAME + 2 * sum(len(turn.content) for turn in messages)
+        written: list[str] = []
+        for piece in pieces:
+            written.append(piece)
+            most -= len(piece)
+            if most < 0:
+                raise UnfitChat(f"the chat template writes more than {LONGEST_FRAME} characters")
+        return "".join(written)
 
     def _try(
         self,
@@ -271,21 +288,25 @@ class ChatFormat:
         switched: Mapping[str, Any] | None = None,
     ) -> str:
         """Render; whatever a template may raise is an `UnfitChat` with its words."""
+        parts = self._takes_parts if parts is None else parts
+        variables = self._variables if switched is None else switched
         try:
-            rendered = self._render(messages, ask, parts, switched)
+            with _WATCH.over(SECONDS):
+                return self._render(messages, ask, parts, variables)
         except jinja2.TemplateSyntaxError as error:
             raise SrtError(
                 f"{self._name}: its chat template is broken, line {error.lineno}: "
                 f"{(error.message or '').rstrip('.')}. Pass another with --chat-template."
             ) from error
-        except (SrtError, _TooSlow):
+        except SrtError:
             raise
+        except _TooSlow:
+            raise UnfitChat(
+                f"the chat template does not come to an end in {SECONDS:g} seconds"
+            ) from None
         except Exception as error:  # a template is a program of somebody else's
             words = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UnfitChat(f"the chat template says: {words.rstrip('.')}") from error
-        if len(rendered) > LONGEST_FRAME + 2 * sum(len(turn.content) for turn in messages):
-            raise UnfitChat(f"the chat template writes {len(rendered)} characters")
-        return rendered
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -294,10 +315,9 @@ class ChatFormat:
         failures = []
         for parts in (False, True):
             try:
-                with _deadline(SECONDS):
-                    rendered = self._try([asked], True, parts, {})
-            except (UnfitChat, _TooSlow) as error:
-                failures.append(str(error) or f"it does not come to an end in {SECONDS:g} seconds")
+                rendered = self._try([asked], True, parts, {})
+            except UnfitChat as error:
+                failures.append(str(error))
                 continue
             if MARKER in rendered:
                 return parts
@@ -480,7 +500,7 @@ class ChatFormat:
     @cached_property
     def _hidden(self) -> tuple[str, ...]:
         """What the template must not see in a text: control tokens, and the tags of its thoughts."""
-        tags = {tag.strip() for pair in THOUGHTS for tag in pair if tag.strip() in self.template}
+        tags = {tag for pair in THOUGHTS for tag in pair if tag in self.template}
         return _longest_first(tags | set(self._tokens))
 
 
@@ -499,14 +519,14 @@ def _before_the_words(prompt: str, before: str, *, headless: bool) -> tuple[str,
         shared = shared[: shared.rfind("<")]  # a whole tag differs
     opened, rest = prompt[len(shared) :], before[len(shared) :]
     if headless:
-        return rest, "", ""
+        return (rest, "", "") if rest.strip() else ("", "", rest)
     for tag, end in THOUGHTS:
         if end in rest:
             head, _, tail = rest.rpartition(end)
             words = tail.lstrip()
             gap = tail[: len(tail) - len(words)] if words or "\n\n" in tail else ""
             return "", head + end + gap, tail[len(gap) :]
-        if tag.strip() in opened and end not in opened:
+        if tag in opened and end not in opened:
             return "", f"\n{end}\n\n", rest
     return "", "", rest
 
@@ -523,20 +543,53 @@ class _TooSlow(Exception):
     pass
 
 
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    """Raise `_TooSlow` in this thread when its Python code runs on for longer."""
-    thread = ctypes.c_ulong(threading.get_ident())
-    stop = ctypes.py_object(_TooSlow)
-    timer = threading.Timer(
-        seconds, ctypes.pythonapi.PyThreadState_SetAsyncExc, args=(thread, stop)
+class _Watch:
+    """Ends what takes too long, in whatever thread it runs, by raising `_TooSlow` there.
+
+    One thread looks at all of them, and ends when there is none: a render takes less time than it
+    takes to start one.
+    """
+
+    def __init__(self) -> None:
+        self._until: dict[int, float] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def over(self, seconds: float) -> Iterator[None]:
+        me = threading.get_ident()
+        with self._lock:
+            self._until[me] = time.monotonic() + seconds
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._look, daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._until.pop(me, None) is None:
+                    _raise_in(me, None)  # it has ended by itself meanwhile
+
+    def _look(self) -> None:
+        while True:
+            time.sleep(LOOK_EVERY)
+            with self._lock:
+                now = time.monotonic()
+                for thread in [each for each, until in self._until.items() if until < now]:
+                    del self._until[thread]
+                    _raise_in(thread, _TooSlow)
+                if not self._until:
+                    self._thread = None
+                    return
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(error) if error is not None else None
     )
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+
+
+_WATCH: Final = _Watch()
 
 
 def _stand_ins(hidden: Sequence[str], texts: Sequence[str]) -> dict[str, str]:

@@ -130,6 +130,10 @@ def own_memory_bytes() -> int:
     return memory * min(torch.get_num_threads(), cores) // cores
 
 
+class NotAtHand(SrtError):
+    """Weights or a tokenizer that cannot be loaded."""
+
+
 def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, hub name or GGUF file, with a pad token that ends nothing.
 
@@ -277,7 +281,7 @@ def _load(loader: Any, name: str, source: str, **arguments: Any) -> Any:
         try:
             return loader(source, **arguments)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise SrtError(_why_not_loaded(name, source, error)) from error
+            raise NotAtHand(_why_not_loaded(name, source, error)) from error
 
 
 def _why_not_loaded(name: str, source: str, error: Exception) -> str:

@@ -184,6 +184,8 @@ def describe_invalid(error: ValidationError) -> str:
     """Say what is wrong with a record, naming the field."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the record"
+    if first["type"] == "too_short":
+        return f"{where} is empty and needs at least one turn. Fill it in, or take the row out."
     return f"{where}: {first['msg'].lower()}. Was this file written by another version or tool?"
 
 

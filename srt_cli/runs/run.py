@@ -41,6 +41,8 @@ from srt_cli.templates import template_digests
 
 RunStatus = Literal["started", "complete", "interrupted", "failed"]
 Figure = TypeVar("Figure")
+TEMPLATE_DAY: Final = "template_day"
+"""The tally of a run whose chat template writes the date: when it was first asked, ISO 8601."""
 
 REPORTED_PACKAGES: Final = (
     "torch", "transformers", "trl", "accelerate", "peft", "datasets", "openai", "pydantic",
@@ -179,6 +181,13 @@ def inherited(artifact: Path, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def first_day(artifact: Path) -> datetime | None:
+    """When a run first asked a model whose chat template writes the date; None where none does."""
+    manifest = read_manifest(artifact)
+    day = manifest.tally(TEMPLATE_DAY, str) if manifest is not None else None
+    return datetime.fromisoformat(day) if day is not None else None
+
+
 class Run:
     """One command's run: opens the manifest, holds the journal, and closes both truthfully.
 
@@ -277,6 +286,18 @@ class Run:
         if message not in self.manifest.warnings:
             self.manifest.warnings.append(message)
             console.warn(message)
+
+    def keep_day(self, model: str, day: str | None) -> None:
+        """Keep the date that a model's chat template writes, if it does, for when the run goes on."""
+        if day is None:
+            return
+        if TEMPLATE_DAY not in self.manifest.tallies:
+            self.tally({TEMPLATE_DAY: day})
+            self.save()
+        self.warn(
+            f"{model}: its chat template writes the date, so what it says depends on the day. A run "
+            f"that is continued keeps its first day's, here {day[:10]}."
+        )
 
     def reached(self, progress: str, *, whole: bool = True) -> None:
         """Note how far the run got; one that is not `whole` still owes rows, though nothing failed."""
@@ -426,6 +447,8 @@ def open_run(
         _refuse_reading_output(out, name, path)
     settings = values_of(options, "setting") | dict(resolved or {})
     earlier = read_manifest(out)
+    # It goes with the journal, which stays whatever becomes of the output.
+    day = earlier.tally(TEMPLATE_DAY, str) if earlier is not None else None
     if earlier is not None:
         # An option that an older srt did not have stood at its default.
         defaults = values_of(type(options)(), "setting")
@@ -442,6 +465,7 @@ def open_run(
         versions=_versions(),
         git=_git_state(),
         hardware=Hardware.here(),
+        tallies={} if day is None else {TEMPLATE_DAY: day},
     )
     run = Run(manifest, out, earlier, overwrite=options.overwrite)
     if earlier is not None:

@@ -1,7 +1,7 @@
 """Stage 1, first half: the policy answers, a strong critic gives feedback and a refinement."""
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -29,7 +29,7 @@ from srt_cli.prompts import PromptSource, with_system
 from srt_cli.records import Prompt
 from srt_cli.report.critic import write_critic_report
 from srt_cli.report.critique import PageRow, write_critique_page
-from srt_cli.runs.run import open_run
+from srt_cli.runs.run import first_day, open_run
 from srt_cli.tables import many
 
 COMMAND = "collect-feedback"
@@ -114,7 +114,7 @@ def run(options: CollectFeedback) -> None:
     if options.critic_for_parts:
         raise UsageError("--critic-for completes critiques that others wrote: --critic file:FILE.")
     prompts = _with_responses(options)
-    door = options.door()
+    door = replace(options.door(), day=first_day(options.out))
     critics = options.for_critics(door)
     critic_model = open_model(options.critic, critics)
     policy_model = critic_model
@@ -199,7 +199,7 @@ def _take_written(options: CollectFeedback, location: str) -> None:
         (lambda: islice(own_prompts(file), options.limit)) if source is None else source.read
     )
     joined = join(file, read)
-    door = options.door()
+    door = replace(options.door(), day=first_day(options.out))
     roles = _others(options, joined, door)
     job = Job(read, len(joined.rows), roles, door.budget, written=joined)
     inputs = {"critic": file.inputs[0]} if len(file.inputs) == 1 else {}

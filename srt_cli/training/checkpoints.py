@@ -21,7 +21,7 @@ from srt_cli.runs.run import (
     open_run,
     template_input,
 )
-from srt_cli.training.setup import CHECKPOINTS, Setup, Training
+from srt_cli.training.setup import CHECKPOINTS, Setup, Training, chat_of
 
 WHOLE_MARKER: Final = "whole"
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,6 +46,8 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
         directory=True,
         resolved={"model": setup.model} | setup.values.settings(setup.stage) | dict(resolved),
     )
+    if not run.complete:
+        chat_of(setup, None).check()  # a refusal leaves nothing behind, and costs no model
     if options.overwrite:
         run.refuse_another()
         clear_directory(options.out)

@@ -44,7 +44,7 @@ from srt_cli.models.weights import (
     load_weights,
     resolve_source,
 )
-from srt_cli.runs.run import Run, read_manifest
+from srt_cli.runs.run import TEMPLATE_DAY, Run, read_manifest
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import team
 from srt_cli.training.recipes import (
@@ -58,8 +58,6 @@ from srt_cli.training.samples import Sampler
 CHECKPOINTS: Final = "checkpoints"
 BF16_PARAMETERS: Final = 30_000_000
 """Smaller models spend their time elsewhere than in products."""
-TEMPLATE_DAY: Final = "template_day"
-"""The tally of the date that a chat template writes."""
 EVENTS: Final = "tensorboard"
 CONFIG_CLASSES: Final[Mapping[StageName, type[TrainingArguments]]] = {
     "sft": SFTConfig,

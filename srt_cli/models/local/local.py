@@ -8,14 +8,20 @@ transformers' continuous batching, where a new request enters as an old one leav
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from srt_cli import console
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions, Reply, Request, warn_if_deaf
 from srt_cli.models.local.meter import Throughput
 from srt_cli.records import Message
+from srt_cli.runs.run import TEMPLATE_DAY
+
+if TYPE_CHECKING:
+    from srt_cli.models.chat import ChatFormat
 
 WAVE: Final = 256
 IN_FLIGHT_CONTINUOUS: Final = 1024
@@ -47,6 +53,7 @@ class LocalModel:
     _told: set[str] = field(default_factory=set)
     _deaf: bool = False
     """It was said that the model cannot be told whether to think."""
+    _chat: "ChatFormat | None" = field(init=False)
     _loaded: Any = None
     _engine: _Engine | None = None
 
@@ -58,6 +65,9 @@ class LocalModel:
         self.identity = f"local:{fingerprint_of(self.name)}"
         if self.options.chat_template is not None:
             self.identity += f"+{digest_of_template(self.options.chat_template)}"
+        self._chat = chat_of(self.name, self.options)
+        if self.options.effort is not None:
+            self._tell_effort()
         on_gpu = decide_placement().device == "cuda"
         self._continuous = self.options.engine == "continuous" or (
             self.options.engine == "auto" and on_gpu
@@ -83,17 +93,20 @@ class LocalModel:
             engine.add(rows)
         return futures
 
+    def _tell_effort(self) -> None:
+        """Journal keys of a model that is told how hard to think are its own."""
+        if self._chat is None or self._chat.takes_effort:
+            self.identity += f"?{self.options.effort}"
+        else:
+            console.warn(
+                f"{self.spec} cannot be told how hard to think: its chat template has no "
+                "reasoning_effort."
+            )
+
     @cached_property
     def can_be_told(self) -> bool:
         """Whether its chat template has a switch; false too while the template cannot be had."""
-        from srt_cli.models.chat import ChatFormat
-        from srt_cli.models.weights import load_tokenizer
-
-        try:
-            tokenizer = load_tokenizer(self.name, chat_template=self.options.chat_template)
-            return ChatFormat(tokenizer).can_be_told
-        except SrtError:
-            return False
+        return self._chat is not None and self._chat.can_be_told
 
     def finish(self, seconds: float) -> bool:
         return True  # What is computed here costs no money.
@@ -104,8 +117,15 @@ class LocalModel:
             "identity": self.identity,
             **self._placement,
             **({"thinking": sorted(self._told)} if self._told and self.can_be_told else {}),
+            **self._dated(),
             **self._meter.describe(),
         }
+
+    def _dated(self) -> dict[str, str]:
+        chat = self._chat
+        if chat is None or chat.day is None or not chat.writes_date:
+            return {}
+        return {TEMPLATE_DAY: chat.day.isoformat(timespec="seconds")}
 
     def close(self) -> None:
         if self._engine is not None:
@@ -127,7 +147,9 @@ class LocalModel:
     def _start(self) -> _Engine:
         if self._engine is None:
             # Loaded here and not in the engine's thread, so that a bad model is the caller's error.
-            self._loaded = _load(self.name, self.options)
+            self._chat = self._chat or chat_of(self.name, self.options, anyhow=True)
+            assert self._chat is not None
+            self._loaded = _load(self.name, self._chat, self.options)
             self._engine = _open_engine(self._loaded, self._meter, self.options, self._continuous)
             self._placement = self._loaded.placement
         return self._engine
@@ -183,13 +205,34 @@ def _open_engine(
     return ContinuousEngine(loaded, meter, options.batch_size, expected)
 
 
-def _load(name: str, options: ModelOptions) -> Any:
-    from srt_cli.models.chat import ChatFormat
-    from srt_cli.models.local.rows import Loaded
-    from srt_cli.models.weights import decide_placement, load_tokenizer, load_weights
+def chat_of(name: str, options: ModelOptions, *, anyhow: bool = False) -> "ChatFormat | None":
+    """How a model writes chats; None while its tokenizer cannot be had, unless it is owed `anyhow`.
 
-    chat = ChatFormat(load_tokenizer(name, chat_template=options.chat_template))
-    chat.check()
+    Raises `SrtError` for a chat template that is of no use, naming the option that gives another.
+    """
+    from srt_cli.models.chat import ChatFormat
+    from srt_cli.models.weights import NotAtHand, load_tokenizer
+
+    try:
+        chat = ChatFormat(
+            load_tokenizer(name, chat_template=options.chat_template),
+            day=options.day or datetime.now().astimezone(),
+            effort=options.effort,
+        )
+        chat.check()
+    except NotAtHand:
+        if anyhow:
+            raise
+        return None
+    except SrtError as error:
+        raise SrtError(str(error).replace("--chat-template", options.template_flag)) from None
+    return chat
+
+
+def _load(name: str, chat: "ChatFormat", options: ModelOptions) -> Any:
+    from srt_cli.models.local.rows import Loaded
+    from srt_cli.models.weights import decide_placement, load_weights
+
     placement = decide_placement()
     model = load_weights(name, placement=placement, trust_remote_code=options.trust_remote_code)
     configured = model.generation_config.eos_token_id if model.generation_config else None
