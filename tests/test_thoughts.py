@@ -387,6 +387,30 @@ def test_contestants_are_asked_under_the_system_turn_and_judges_are_not(srt, ser
     assert "Be brief." not in json.dumps([body["messages"] for body in judge.requests])
 
 
+def test_a_model_that_was_trained_under_a_system_turn_and_is_asked_without_is_warned_of(
+    srt, serve, tmp_path, tiny_model
+):
+    server = serve(as_policy_and_critic)
+    write_jsonl(
+        tmp_path / "prompts.jsonl", [{"id": str(n), "prompt": f"Say {n}."} for n in range(2)]
+    )
+    (tmp_path / "p.py").write_text(PROGRAM + "\ndef check(prompt, response):\n    return True\n")
+    collected = srt("collect-feedback", "--model", server.spec, "--critic", "python:p.py:critique",
+                    "--system", "Be brief.")  # fmt: skip
+    assert collected.code == 0, collected.stderr
+    tuned = srt("sft", "--model", tiny_model, "--epochs", 1, "--critic-check", 0, "--samples", 0)
+    assert tuned.code == 0, tuned.stderr
+    short = ("--max-new-tokens", 4, "--critic-max-tokens", 4)
+    line = ("eval", "--model", "models/sft", "--check", "python:p.py:check", "--use", "response")
+    for command in (("self-critique", *short), (*line, *short)):
+        asked = srt(*command)
+        said = " ".join(asked.stderr.split())
+        assert "models/sft was trained under a system turn, and is asked without it" in said
+        assert "Pass --system 'Be brief.'" in said
+        again = srt(*command, "--system", "Be brief.", "--overwrite")
+        assert "asked without it" not in " ".join(again.stderr.split())
+
+
 def test_what_an_older_srt_asked_is_not_asked_again(srt, serve, tmp_path):
     server = serve(as_policy_and_critic)
     drafts_of(srt, tmp_path, server)

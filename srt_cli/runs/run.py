@@ -181,6 +181,17 @@ def inherited(artifact: Path, name: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def system_of_training(artifact: Path) -> str | None:
+    """The `--system` under which the rows were made that a model was trained on; None without one."""
+    manifest = read_manifest(artifact)
+    for name, file in manifest.inputs.items() if manifest is not None else ():
+        if name.startswith(("data", "prefs")):
+            rows = Path(file.path)
+            if system := inherited(rows, "system") or system_of_training(rows):
+                return system
+    return None
+
+
 def first_day(artifact: Path) -> datetime | None:
     """When a run first asked a model whose chat template writes the date; None where none does."""
     manifest = read_manifest(artifact)
@@ -286,6 +297,15 @@ class Run:
         if message not in self.manifest.warnings:
             self.manifest.warnings.append(message)
             console.warn(message)
+
+    def tell_of_system(self, model: str, system: str | None) -> None:
+        """Warn when a model is asked without the system turn that it was trained under."""
+        trained = system_of_training(Path(model)) if Path(model).is_dir() else None
+        if trained is not None and system is None:
+            self.warn(
+                f"{model} was trained under a system turn, and is asked without it. Pass --system "
+                f"{trained[:60]!r} to ask it as it was trained."
+            )
 
     def keep_day(self, model: str, day: str | None) -> None:
         """Keep the date that a model's chat template writes, if it does, for when the run goes on."""

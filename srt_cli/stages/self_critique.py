@@ -114,6 +114,7 @@ def run(options: SelfCritique) -> None:
         )
     with run:
         prompts.tell()
+        run.tell_of_system(options.model, options.system)
         summary = run_critiques(run, job, options, beforehand)
     if options.report is not None:
         critic = f"with {options.other_critic} as its" if options.other_critic else "as its own"

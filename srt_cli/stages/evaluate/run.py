@@ -70,6 +70,8 @@ def run(options: Evaluate) -> None:
         _show_plan(options, run, reference, judges, rows)
         return
     with run:
+        for spec in options.model:
+            run.tell_of_system(spec, options.system)
         with Asking.begin(run, options, offline=options.offline) as asking:
             outputs, critiques = _answers(options, reference, rows, saved, asking)
             for place, check in enumerate(options.check):
