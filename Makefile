@@ -74,7 +74,7 @@ bench: $(INSTALLED)
 bench-prefs: $(INSTALLED)
 	$(BIN)/python bench/prefs.py $(ONLY)
 
-# `srt sft` and `srt dpo` beside `trl sft`, about 6 minutes; on a GPU also: bench/train.py --gpu
+# `srt sft` and `srt dpo` beside `trl sft` and `trl dpo`, some 8 minutes on an idle machine.
 bench-train: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/train.py
 

@@ -1,9 +1,9 @@
-"""How fast `srt sft` and `srt dpo` train, measured beside `trl sft` in one run: `make bench-train`.
+"""How fast `srt sft` and `srt dpo` train, beside `trl sft` and `trl dpo` in one run: `make bench-train`.
 
 Tokens per second of the training steps alone, without imports and loading, as each tool reports its
-own training time. Contestants take turns on the same rows, and medians are compared as ratios: on a
-busy machine the times themselves mean little. `--gpu` measures MFU of `srt sft` on a 1B-class Llama
-of random weights instead.
+own training time. Contestants take turns on the same token ids, and are compared as ratios of each
+turn: on a busy machine the times themselves mean little. Before that, two steps of both must end with
+the same losses and weights. `bench/gpu.py` is for a GPU.
 """
 
 import argparse
@@ -14,25 +14,30 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from safetensors.torch import load_file
+
 from srt_cli.models.chat import ChatFormat
 from srt_cli.models.weights import load_tokenizer, resolve_source
 from srt_cli.records import FeedbackRecord, Preference
-from srt_cli.training.rows import FEEDBACK_PARTS
+from srt_cli.training.rows import FEEDBACK_PARTS, Part
 from srt_cli.training.sequences import feedback_sequences, preference_ids
 
 ROWS: Final = 16
 PAIRS: Final = 8
+FEW: Final[tuple[Part, ...]] = ("feedback", "refinement")
 MICRO_BATCH: Final = 2
 GLOBAL_BATCH: Final = 4
 SENTENCE: Final = "The answer says what was asked, in words that a reader of ten years can follow. "
+RATE: Final = 1e-5
+BETA: Final = 0.1
+WEIGHTS: Final = "model.safetensors"
 TRL: Final = ("-c", "from trl.cli import main; main()")
-PEAK_FLOPS: Final = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-"""Dense bfloat16, from the vendor's data sheets."""
 
 
 # --- the same rows for everybody --------------------------------------------------------------
@@ -61,63 +66,117 @@ def pair_row(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_rows(folder: Path, model: str, rows: int, sentences: Callable[[int], int]) -> int:
+def write_rows(folder: Path, model: str, rows: int) -> int:
     """`feedback.jsonl` for srt and the very same token ids and masks for TRL; returns the tokens."""
     chat = ChatFormat(load_tokenizer(model))
-    records = [feedback_row(number, sentences(number)) for number in range(rows)]
-    sequences = [
-        sequence
-        for row in records
-        for sequence in feedback_sequences(chat, FeedbackRecord(**row), FEEDBACK_PARTS)
-    ]
-    ids = [{"input_ids": s.input_ids, "labels": s.labels} for s in sequences]
-    for name, lines in (("feedback.jsonl", records), ("trl/rows.jsonl", ids)):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return sum(len(sequence.input_ids) for sequence in sequences)
+    records = [feedback_row(number, number % 4) for number in range(rows)]
+    write(folder / "feedback.jsonl", records)
+    tokens = 0
+    trained: dict[str, tuple[Part, ...]] = {"paper": FEEDBACK_PARTS, "few": FEW}
+    for name, loss_on in trained.items():
+        sequences = [
+            sequence
+            for row in records
+            for sequence in feedback_sequences(chat, FeedbackRecord(**row), loss_on)
+        ]
+        ids = [{"input_ids": each.input_ids, "labels": each.labels} for each in sequences]
+        write(folder / f"trl/{name}.jsonl", ids)
+        tokens = sum(len(sequence.input_ids) for sequence in sequences)
+    return tokens
 
 
-def write_pairs(folder: Path, model: str) -> int:
-    """`prefs.jsonl`; returns the tokens of both sides."""
+def write_pairs(folder: Path, model: str, pairs: int) -> int:
+    """`prefs.jsonl`, and for TRL the texts of the very same token ids; returns those of both sides."""
     chat = ChatFormat(load_tokenizer(model))
-    rows = [pair_row(number) for number in range(PAIRS)]
-    (folder / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pairs = [preference_ids(chat, Preference.model_validate(row)) for row in rows]
-    return sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    rows = [pair_row(number) for number in range(pairs)]
+    write(folder / "prefs.jsonl", rows)
+    ids = [preference_ids(chat, Preference.model_validate(row)) for row in rows]
+    decode = chat.tokenizer.decode
+    # TRL ends a text that is not a chat by the end-of-turn token itself.
+    texts = [
+        {
+            "prompt": decode(each.prompt_ids),
+            "chosen": decode(each.chosen_ids[:-1]),
+            "rejected": decode(each.rejected_ids[:-1]),
+        }
+        for each in ids
+    ]
+    write(folder / "trl/pairs.jsonl", texts)
+    return sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in ids)
+
+
+def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # --- contestants ------------------------------------------------------------------------------
 
 
-def seconds_of_srt(folder: Path, command: str, *flags: object) -> float:
-    """Seconds of the training steps of one `srt` run."""
-    line = [command, "--out", folder / "out", "--overwrite", "--epochs", 1, "--samples", 0, *flags]
-    call(folder, "-m", "srt_cli", *line)
-    manifest = json.loads((folder / "out/run.json").read_text())
-    return float(manifest["tallies"]["training"]["seconds"])
+@dataclass(frozen=True)
+class Job:
+    """One training, as both tools are told of it."""
 
+    folder: Path
+    model: str
+    command: str
+    """sft or dpo."""
+    rows: str = "paper"
+    """Which of TRL's files of token ids."""
+    epochs: int = 1
+    batch: int = GLOBAL_BATCH
+    micro: int = MICRO_BATCH
+    reference: str = "beforehand"
+    """Of dpo: its log-probs computed beforehand, or live."""
 
-def seconds_of_trl(
-    folder: Path, model: str, settings: Mapping[str, Any], threads: int | None = None
-) -> float:
-    """Seconds of the training steps of one `trl sft` run, as it prints them.
+    def srt(self, *flags: object) -> float:
+        """Seconds of the training steps of one `srt` run into `out/`."""
+        line: list[object] = [
+            self.command, "--model", self.model, "--out", self.folder / "out", "--overwrite",
+            "--epochs", self.epochs, "--samples", 0, "--learning-rate", RATE, "--packing", "off",
+            "--global-batch", self.batch, "--micro-batch", self.micro, *flags,
+        ]  # fmt: skip
+        if self.command == "sft":
+            line += ["--critic-check", 0]
+            line += ["--loss-on", ",".join(FEW)] if self.rows == "few" else []
+        else:
+            del line[line.index("--packing") : line.index("--packing") + 2]
+            line += ["--beta", BETA]
+            if self.reference == "live":
+                line += ["--set", "precompute_ref_log_probs=false"]
+        call(self.folder, "-m", "srt_cli", *line)
+        manifest = json.loads((self.folder / "out/run.json").read_text())
+        return float(manifest["tallies"]["training"]["seconds"])
 
-    Its launcher gives a CPU run one thread unless `threads` says otherwise.
-    """
-    config = {
-        "model_name_or_path": model,
-        "datasets": [{"path": "json", "data_files": str(folder / "trl/rows.jsonl")}],
-        "output_dir": str(folder / "trl/out"),
-        "num_train_epochs": 1, "save_strategy": "no", "report_to": "none",
-        **settings,
-    }  # fmt: skip
-    (folder / "trl/config.yaml").write_text(json.dumps(config))  # JSON is YAML
-    line = (*TRL, "sft", "--config", folder / "trl/config.yaml")
-    printed = call(folder, *line, threads=threads)
-    found = re.search(r"'train_runtime': '?([\d.]+)", printed)
-    if found is None:
-        raise SystemExit(f"trl sft printed no train_runtime:\n{printed[-2000:]}")
-    return float(found[1])
+    def trl(self) -> float:
+        """Seconds of the training steps of one `trl` run into `trl/out/`, as it prints them.
+
+        Its launcher gives a CPU run one thread unless it is told otherwise.
+        """
+        file = self.folder / f"trl/{'pairs' if self.command == 'dpo' else self.rows}.jsonl"
+        config = {
+            "model_name_or_path": self.model, "dtype": "float32",
+            "datasets": [{"path": "json", "data_files": str(file)}],
+            "output_dir": str(self.folder / "trl/out"), "num_train_epochs": self.epochs,
+            "save_strategy": "no", "report_to": "none", "logging_steps": 1,
+            "use_cpu": True, "bf16": False, "activation_checkpointing": False,
+            "per_device_train_batch_size": self.micro,
+            "gradient_accumulation_steps": self.batch // self.micro,
+            "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
+        }  # fmt: skip
+        if self.command == "dpo":
+            live = self.reference == "live"
+            config |= {"beta": BETA, "precompute_ref_log_probs": not live, "max_length": None}
+        (self.folder / "trl/config.yaml").write_text(json.dumps(config))  # JSON is YAML
+        line = (*TRL, self.command, "--config", self.folder / "trl/config.yaml")
+        printed = call(self.folder, *line, threads=os.cpu_count())
+        found = re.search(r"'train_runtime': '?([\d.]+)", printed)
+        if found is None:
+            raise SystemExit(f"trl {self.command} printed no train_runtime:\n{printed[-2000:]}")
+        (self.folder / "trl/losses.json").write_text(
+            json.dumps([float(loss) for loss in re.findall(r"'loss': '?([-\d.e]+)", printed)])
+        )
+        return float(found[1])
 
 
 def call(folder: Path, *line: object, threads: int | None = None) -> str:
@@ -140,76 +199,64 @@ def call(folder: Path, *line: object, threads: int | None = None) -> str:
 # --- measurements -----------------------------------------------------------------------------
 
 
+def check_equal(job: Job) -> None:
+    """Two steps over all rows: prints how far losses and weights of both tools lie apart."""
+    job.srt("--precision", "fp32")
+    metrics = (job.folder / "out/metrics.jsonl").read_text().splitlines()
+    ours = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
+    job.trl()
+    theirs = json.loads((job.folder / "trl/losses.json").read_text())
+    weights, others = (load_file(job.folder / at / WEIGHTS) for at in ("out", "trl/out"))
+    loss = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+    weight = max(float((weights[name] - others[name]).abs().max()) for name in others)
+    print(
+        f"{job.command}: after {len(ours)} steps losses differ by {loss:.1e}, weights by {weight:.1e}"
+    )
+
+
 def race(
-    contestants: Mapping[str, Callable[[], float]], tokens: int, rounds: int
-) -> dict[str, float]:
-    """Median tokens per second of each, taking turns, the order turned round each time."""
+    title: str, contestants: Mapping[str, Callable[[], float]], tokens: int, rounds: int
+) -> None:
+    """Tokens per second of each, taking turns, and their ratio to the first one's, with its range."""
+    print(f"{title}, {tokens} tokens:")
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds):
         order = list(contestants) if turn % 2 == 0 else list(contestants)[::-1]
         for name in order:
             rates[name].append(tokens / contestants[name]())
-            print(f"  {name}: {rates[name][-1]:.0f} tokens/s", flush=True)
-    return {name: statistics.median(values) for name, values in rates.items()}
+    base, *others = contestants
+    print(f"  {base}: {statistics.median(rates[base]):.0f} tokens/s")
+    for name in others:
+        ratios = [a / b for a, b in zip(rates[name], rates[base], strict=True)]
+        print(
+            f"  {name}: {statistics.median(rates[name]):.0f} tokens/s, "
+            f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",
+            flush=True,
+        )
 
 
-def compare_sft(folder: Path, model: str, rounds: int) -> dict[str, float]:
-    tokens = write_rows(folder, model, ROWS, lambda number: number % 4)
-    accumulation = GLOBAL_BATCH // MICRO_BATCH
-    ours = ("--model", model, "--global-batch", GLOBAL_BATCH, "--micro-batch", MICRO_BATCH)
-    equal = {
-        "use_cpu": True, "bf16": False, "activation_checkpointing": False, "logging_steps": 1,
-        "per_device_train_batch_size": MICRO_BATCH, "gradient_accumulation_steps": accumulation,
-        "learning_rate": 1e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
-    }  # fmt: skip
+def compare(folder: Path, model: str, rounds: int) -> None:
+    write_rows(folder, model, 4)
+    write_pairs(folder, model, 4)
+    for command in ("sft", "dpo"):
+        check_equal(Job(folder, model, command, epochs=2, batch=4, micro=4))
+    tokens = write_rows(folder, model, ROWS)
+    for rows, title in (("paper", "the paper's loss"), ("few", "--loss-on " + ",".join(FEW))):
+        race_of(Job(folder, model, "sft", rows), f"sft, {title}", tokens, rounds)
+    tokens = write_pairs(folder, model, PAIRS)
+    for reference in ("live", "beforehand"):
+        job = Job(folder, model, "dpo", reference=reference)
+        race_of(job, f"dpo, reference {reference}", tokens, rounds)
+
+
+def race_of(job: Job, title: str, tokens: int, rounds: int) -> None:
+    """TRL, srt at equal settings, and srt as it decides by itself."""
     contestants = {
-        "srt sft": lambda: seconds_of_srt(folder, "sft", "--critic-check", 0, *ours),
-        "trl sft, equal settings": lambda: seconds_of_trl(
-            folder, model, equal, threads=os.cpu_count()
-        ),
-        "trl sft, its defaults": lambda: seconds_of_trl(folder, model, {"use_cpu": True}),
+        f"trl {job.command}, float32": job.trl,
+        f"srt {job.command}, float32": lambda: job.srt("--precision", "fp32"),
+        f"srt {job.command}, bfloat16": lambda: job.srt("--precision", "bf16"),
     }
-    print(f"sft, {ROWS} rows, {tokens} tokens:")
-    return race(contestants, tokens, rounds)
-
-
-def compare_dpo(folder: Path, model: str, rounds: int) -> dict[str, float]:
-    tokens = write_pairs(folder, model)
-    ours = ("--model", model, "--global-batch", GLOBAL_BATCH, "--micro-batch", MICRO_BATCH)
-    live = (*ours, "--set", "precompute_ref_log_probs=false")
-    contestants = {
-        "srt dpo, precomputed": lambda: seconds_of_srt(folder, "dpo", *ours),
-        "srt dpo, live reference": lambda: seconds_of_srt(folder, "dpo", *live),
-    }
-    print(f"dpo, {PAIRS} pairs, {tokens} tokens:")
-    return race(contestants, tokens, rounds)
-
-
-def measure_gpu(folder: Path, tokenizer_from: str, rounds: int) -> None:
-    """MFU by 6 N operations a token (2 forward, 4 backward), N without the input embeddings."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    name = torch.cuda.get_device_name()
-    tokenizer = load_tokenizer(tokenizer_from)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    # Tied: the one matrix is the head, which is computed; looking a row up costs nothing.
-    parameters = model.num_parameters()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    tokens = write_rows(folder, str(folder / "model"), 256, lambda number: 120)
-    line = ("--model", folder / "model", "--critic-check", 0, "--global-batch", 32)
-    rates = [tokens / seconds_of_srt(folder, "sft", *line) for _ in range(rounds)]
-    rate = statistics.median(rates)
-    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    mfu = f"{6 * parameters * rate / peak:.1%}" if peak else "unknown (no peak known for it)"
-    print(f"{name}: {parameters / 1e9:.2f}B parameters, {rate:,.0f} tokens/s, MFU {mfu}")
+    race(title, contestants, tokens, rounds)
 
 
 def smollm2() -> str:
@@ -225,20 +272,9 @@ def smollm2() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="turns of each contestant")
-    parser.add_argument("--gpu", action="store_true", help="MFU of a 1B-class model on this GPU")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        if asked.gpu:
-            measure_gpu(Path(name), smollm2(), asked.rounds)
-            return
-        rates = compare_sft(Path(name), smollm2(), asked.rounds)
-        rates |= compare_dpo(Path(name), smollm2(), asked.rounds)
-    for title, one, other in (
-        ("srt sft / trl sft at equal settings", "srt sft", "trl sft, equal settings"),
-        ("srt sft / trl sft with its defaults", "srt sft", "trl sft, its defaults"),
-        ("srt dpo precomputed / live", "srt dpo, precomputed", "srt dpo, live reference"),
-    ):
-        print(f"{title}: {rates[one]:.0f} / {rates[other]:.0f} = {rates[one] / rates[other]:.2f}")
+        compare(Path(name), smollm2(), asked.rounds)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -469,3 +471,20 @@ def test_texts_are_equal_but_for_their_form(one, other, same):
 def test_a_refusal_is_seen_behind_any_space():
     assert faults_of("\n" * 300 + "I  cannot   help with that.") == ["refusal"]
     assert faults_of("I cannot praise it enough.") == []
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(0, 0), (1, 0), (3, 9), (7, 7), (40, 60), (0, 12)])
+def test_mcnemars_p_value_is_that_of_scipys_binomial_test(ours, theirs):
+    a = [1.0] * ours + [0.0] * theirs + [0.5, 0.5]
+    b = [0.0] * ours + [1.0] * theirs + [0.5, 0.5]
+    wanted = scipy_stats.binomtest(ours, ours + theirs).pvalue if ours + theirs else 1.0
+    assert paired_difference(a, b).p_value == pytest.approx(wanted, rel=1e-12)
+
+
+def test_figures_need_no_scipy_stats():
+    """It takes longer to import than all else that `srt eval --annotations` needs."""
+    imported = "import sys, srt_cli.stages.evaluate.saved; print('scipy.stats' in sys.modules)"
+    found = subprocess.run(
+        [sys.executable, "-c", imported], capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "False\n"

@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy.special import bdtr, ndtri, stdtrit
 
 from srt_cli.stats.counting import wilson
 
@@ -72,7 +72,7 @@ def mean_with_error(
     if n == 1:
         return Estimate(mean, *possible, 1)
     error = float(array.std(ddof=1) / np.sqrt(n))
-    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    reach = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
     return Estimate(mean, mean - reach, mean + reach, n, error)
 
 
@@ -131,7 +131,7 @@ def ratio_of_means(a: Sequence[float], b: Sequence[float]) -> Estimate | None:
 
 def bounded(value: float, error: float, n: int) -> Estimate:
     """A share with a standard error of its own: value ± 1.96 SE, within 0 and 1."""
-    reach = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * error
+    reach = float(ndtri((1 + CONFIDENCE) / 2)) * error
     return Estimate(value, max(0.0, value - reach), min(1.0, value + reach), n, error)
 
 
@@ -198,7 +198,7 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     """Difference a - b over the same items.
 
     mean(d) ± t * sd(d) / sqrt(n); McNemar's exact test is the binomial test of the items where one
-    side is above 1/2 and the other is not (scipy.stats.binomtest). None with fewer than two items.
+    side is above 1/2 and the other is not (with none, 1). None with fewer than two items.
     """
     if len(a) != len(b):
         raise ValueError(f"paired figures need the same items: {len(a)} and {len(b)}")
@@ -210,7 +210,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     only_a = sum(x > 0.5 >= y for x, y in zip(a, b, strict=True))
     only_b = sum(y > 0.5 >= x for x, y in zip(a, b, strict=True))
     discordant = only_a + only_b
-    p_value = float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0
+    # Two-sided at one half: the distribution is symmetric, so both tails are alike.
+    p_value = min(1.0, 2 * float(bdtr(min(only_a, only_b), discordant, 0.5)))
     smallest = DETECTABLE * (estimate.standard_error or 0.0)
     return PairedDifference(estimate, only_a, only_b, p_value, smallest)
 
