@@ -29,6 +29,9 @@ PRIVATE_PARTS = [
     # Used by models/local/static.py; without them weights stay as they lie.
     ("torch", "ops.mkldnn._reorder_linear_weight"),
     ("torch", "ops.mkldnn._linear_pointwise"),
+    # The same: --cpu-int8 is refused without them.
+    ("torch", "ops.quantized.linear_prepack"),
+    ("torch", "ops.quantized.linear_dynamic"),
     # Used by training/: overridden in loop.py and dpo.py (who calls them: CALLED_BY_THEMSELVES).
     ("transformers", "Trainer._get_train_sampler"),
     ("transformers", "Trainer._prepare_inputs"),

@@ -71,6 +71,10 @@ class ApiOptions:
         None, "Another chat template for a model in process: a .jinja file, one of the model's own by "
         "name, or one that TRL ships (such as qwen3).", group="Model", metavar="NAME|FILE",
     )  # fmt: skip
+    cpu_int8: bool = setting(
+        False, "Let models in process multiply in 8 bits on a CPU: faster drafts, but other texts.",
+        group="Model",
+    )  # fmt: skip
     critic_reasoning_effort: str | None = setting(
         None, "The same for critics, judges and scorers.", group="Critic", metavar="EFFORT"
     )
@@ -127,6 +131,7 @@ class ApiOptions:
             concurrency=self.concurrency,
             batch_size=self.batch_size,
             engine=self.engine,
+            int8=self.cpu_int8,
             timeout_s=self.timeout,
             give_up_after_s=self.give_up_after,
             trust_remote_code=self.trust_remote_code,

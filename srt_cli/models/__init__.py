@@ -260,14 +260,17 @@ def _unlimited() -> "Budget":
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Knobs of the door, given by the stage; only `effort` and `extra_body` change what is replied.
+    """Knobs of the door, given by the stage.
 
-    `rpm` and `tpm` are requests and tokens a minute; models opened with one `budget` share it.
+    Only `chat_template`, `int8`, `effort` and `extra_body` change what is replied. `rpm` and `tpm` are
+    requests and tokens a minute; models opened with one `budget` share it.
     """
 
     concurrency: int | None = None
     batch_size: int | None = None
     engine: Engine = "auto"
+    int8: bool = False
+    """A model in process on a CPU multiplies in 8 bits: faster, and other texts."""
     logprobs: bool = False
     """Log-probabilities will be asked for: an engine that must prepare for it does so at once."""
     timeout_s: float = 600.0

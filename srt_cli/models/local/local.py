@@ -68,9 +68,13 @@ class LocalModel:
         self._chat = chat_of(self.name, self.options)
         if self.options.effort is not None:
             self._tell_effort()
-        on_gpu = decide_placement().device == "cuda"
+        device = decide_placement().device
+        if self.options.int8:
+            if device != "cpu" or self.options.engine == "continuous":
+                raise SrtError("--cpu-int8: is for static batches on a CPU. Leave it away.")
+            self.identity += "+int8"
         self._continuous = self.options.engine == "continuous" or (
-            self.options.engine == "auto" and on_gpu
+            self.options.engine == "auto" and device == "cuda"
         )
         self.in_flight = IN_FLIGHT_CONTINUOUS if self._continuous else WAVE
 
@@ -191,7 +195,7 @@ def _open_engine(
     from srt_cli.models.local.static import StaticEngine
 
     if not continuous:
-        return StaticEngine(loaded, meter, options.batch_size)
+        return StaticEngine(loaded, meter, options.batch_size, options.int8)
     try:
         from srt_cli.models.local.continuous import ContinuousEngine, why_not_continuous
 

@@ -6,6 +6,7 @@ repeats the floating point of an uninterrupted one.
 
 import queue
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ class StaticEngine:
     loaded: Loaded
     meter: Throughput
     batch_size: int | None = None
+    int8: bool = False
+    """Whether linear layers multiply in 8 bits; on a CPU alone."""
     _waves: "queue.SimpleQueue[list[Generation] | None]" = field(default_factory=queue.SimpleQueue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
     batched: bool = True
@@ -48,7 +51,10 @@ class StaticEngine:
     """What memory was found to hold; falls when a batch runs out of it."""
 
     def __post_init__(self) -> None:
-        if pack_weights(self.loaded.model):
+        if self.int8:
+            count_in_int8(self.loaded.model)
+            self.loaded.placement |= {"weights": "int8 in linear layers (--cpu-int8)"}
+        elif pack_weights(self.loaded.model):
             self.loaded.placement |= {"weights": "packed for oneDNN"}
         self._worker = threading.Thread(target=self._work, name="static-engine", daemon=True)
         self._worker.start()
@@ -246,6 +252,43 @@ def _multiply(
     operation: Any, packed: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor
 ) -> torch.Tensor:
     product: torch.Tensor = operation(states, packed, bias, "none", [], "")
+    return product
+
+
+def count_in_int8(model: nn.Module) -> None:
+    """Let linear layers multiply in 8 bits: weights a row at a time, activations as they come.
+
+    Raises `SrtError` where this torch, or the device, cannot.
+    """
+    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    try:
+        forwards = [_int8_forward(layer) for layer in layers]
+        with torch.inference_mode():
+            forwards[0](torch.zeros(2, layers[0].in_features))
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+        raise SrtError(
+            f"--cpu-int8: this torch cannot multiply in 8 bits here ({str(error).splitlines()[0]}). "
+            "Leave it away."
+        ) from None
+    for layer, forward_of_layer in zip(layers, forwards, strict=True):
+        layer.__dict__["forward"] = forward_of_layer
+
+
+def _int8_forward(layer: nn.Linear) -> Any:
+    operations: Any = torch.ops.quantized
+    weight = layer.weight.detach().float()
+    scales = weight.abs().amax(1).clamp_min(1e-8) / 127  # (out,)
+    with warnings.catch_warnings(action="ignore"):  # that torch will drop it, as is caught above
+        rounded = torch.quantize_per_channel(
+            weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8
+        )
+    bias = None if layer.bias is None else layer.bias.detach().float()
+    return partial(_multiply_int8, operations, operations.linear_prepack(rounded, bias))
+
+
+def _multiply_int8(operations: Any, packed: Any, states: torch.Tensor) -> torch.Tensor:
+    # A reduced range, for sums of 8 bits would overflow on CPUs without VNNI.
+    product: torch.Tensor = operations.linear_dynamic(states, packed, True)
     return product
 
 
