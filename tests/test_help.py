@@ -39,7 +39,7 @@ def options_by_heading(text):
     for line in text.splitlines():
         if line in HEADINGS:
             heading = line
-        if option := re.match(r"  --(\[no-\])?([a-z-]+)", line):
+        if option := re.match(r"  --(\[no-\])?([a-z0-9-]+)", line):
             found.append((f"--{option[2]}", heading))
     return found
 
@@ -92,7 +92,7 @@ def test_a_switch_shows_its_no_only_where_it_is_on(command, srt, monkeypatch):
         for field in fields(cli._load(command)[0])
         if field.type is bool and field.default
     }
-    assert set(re.findall(r"^  (--\[no-\][a-z-]+)", text, re.M)) == on
+    assert set(re.findall(r"^  (--\[no-\][a-z0-9-]+)", text, re.M)) == on
     assert not re.findall(r"^  --no-", text, re.M)
 
 
@@ -121,7 +121,7 @@ def test_build_prefs_shows_options_of_calls_only_among_all_and_as_the_audits(srt
 def test_the_help_of_srt_lists_every_command_under_its_stage(srt, monkeypatch):
     text = page(srt, monkeypatch, "--help", columns=80)
     assert max(map(len, text.splitlines())) <= 80
-    assert re.findall(r"^  ([a-z][a-z-]+)", text, re.M) == list(cli.STAGES)
+    assert re.findall(r"^  ([a-z][a-z0-9-]+)", text, re.M) == list(cli.STAGES)
     for line in ("Stage 1", "Stage 2", "Evaluation", "Options"):
         assert line in text.splitlines()
     assert "--install-completion" in text
