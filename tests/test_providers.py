@@ -17,6 +17,7 @@ from test_api import ask, requests
 
 from srt_cli.errors import QuotaError, SrtError, UsageError
 from srt_cli.models import ModelOptions, open_model, parse_spec
+from srt_cli.models.api import transport
 from srt_cli.models.api.providers import parse_api_keys, providers
 
 SECRET = "sk-secret-of-openai"
@@ -426,6 +427,13 @@ def test_every_line_of_the_document_works(line, srt, serve, own, tmp_path, monke
         assert draft["min_p"] == 0.05
         assert critique["reasoning_effort"] == score["reasoning_effort"] == "high"
         assert "min_p" not in critique
+
+
+def test_the_environment_is_read_for_a_proxy_once_and_not_for_every_request(serve, monkeypatch):
+    read = []
+    monkeypatch.setattr(transport, "getproxies", lambda: read.append(1) or {})
+    ask(serve().spec, requests(5))
+    assert len(read) == 1
 
 
 def test_azure_is_asked_at_the_deployment_with_its_version_and_its_key(serve, monkeypatch):
