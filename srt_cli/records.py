@@ -185,6 +185,8 @@ class Preference(Record):
     chosen_score: float | None = None
     rejected_score: float | None = None
     source: str | None = None
+    rejected_by: str | None = Field(default=None, exclude_if=_is_empty)
+    """The first model, where its answer was taken in place of a draft."""
 
     @property
     def gain(self) -> float | None:

@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 from conftest import read_jsonl, write_jsonl
+from test_data_forms import samples
 
 from srt_cli import console
 
@@ -317,6 +318,17 @@ def test_outputs_come_in_the_shapes_that_people_have(srt, folder, shape, spelled
         row for row in read_jsonl(folder / "eval.outputs.jsonl") if row["contestant"] == "mine.json"
     ]
     assert [row["response"] for row in saved] == [f"good {n}" for n in range(24)]
+
+
+@pytest.mark.parametrize("form", samples("Outputs"))
+def test_outputs_are_read_as_the_document_says(srt, folder, form):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "One?"}, {"prompt": "Two?"}])
+    (folder / "mine.jsonl").write_text("\n".join(samples("Outputs")[form]) + "\n", "utf-8")
+    finished = evaluate(srt, model="mine.jsonl")
+    assert finished.code == 0, finished.stderr
+    saved = read_jsonl(folder / "eval.outputs.jsonl")
+    answers = [row["response"] for row in saved if row["contestant"] == "mine.jsonl"]
+    assert answers == ["An answer.", "Another."]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,17 @@ from typing import Final
 
 import orjson
 
+from srt_cli.pairs.answers import FirstAnswers
 from srt_cli.pairs.length_balance import LengthCut, Shape
-from srt_cli.pairs.pairing import STRATEGIES, Pairing, Refined, ScoreKind, Strategy, refined_of
+from srt_cli.pairs.pairing import (
+    STRATEGIES,
+    Pairing,
+    Refined,
+    ScoreKind,
+    Strategy,
+    against_first,
+    answers_of,
+)
 from srt_cli.pairs.rows import GroupedRows, InputRow, RowGroup
 from srt_cli.pairs.rules import NearDuplicates, PairRules, near_duplicates_of, text_of
 
@@ -24,6 +33,8 @@ class PairPlan:
     rules: PairRules
     near_duplicates: float | None = None
     length_cut: LengthCut | None = None
+    first: FirstAnswers | None = None
+    """Whose answers are rejected, in place of a draft's."""
 
 
 @dataclass(slots=True)
@@ -72,18 +83,22 @@ def decide_on(group: RowGroup, plan: PairPlan, near: NearDuplicates | None = Non
     usable: list[InputRow] = []
     answers: list[Refined] = []
     for row in group.rows:
-        found = refined_of(row.record, plan.score)
+        found = answers_of(row.record, plan.score, plan.strategy)
         if isinstance(found, str):
             decision.drop(row, found)
         else:
             usable.append(row)
-            answers.append(found)
+            answers += found
     if not usable:
         return decision
     pairing = STRATEGIES[plan.strategy](answers, plan.rho)
+    why = f"no pair by {plan.strategy}"
+    if pairing is not None and plan.first is not None:
+        pairing = against_first(pairing, plan.first)
+        why = "no answer of the first model"
     if pairing is None:
         for row in usable:
-            decision.drop(row, f"no pair by {plan.strategy}")
+            decision.drop(row, why)
     else:
         _judge(pairing, usable, plan, near, decision)
     return decision

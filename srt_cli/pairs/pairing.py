@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import orjson
 
+from srt_cli.pairs.answers import FirstAnswers
 from srt_cli.pairs.rows import FeedbackRow
 from srt_cli.records import FeedbackRecord, Message, Preference
 
@@ -28,6 +29,10 @@ class Candidate(NamedTuple):
     record: FeedbackRow
     passes: float | None = None
     """What a check said of it; None where none was asked."""
+    is_scored: bool = True
+    """Whether the score is its own, and not that of the draft whose place it takes."""
+    by: str | None = None
+    """The first model, of whose answers it is one."""
 
     @property
     def order(self) -> tuple[float, int, str]:
@@ -36,7 +41,7 @@ class Candidate(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """A draft and its refinement, each with a score."""
+    """A draft and its refinement, each with a score; an answer that has none stands for both."""
 
     draft: Candidate
     refinement: Candidate
@@ -82,11 +87,24 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
     )
 
 
+def answers_of(row: FeedbackRow, kind: ScoreKind, strategy: Strategy) -> list[Refined] | str:
+    """What a row brings to a strategy, or the reason why the row can be in no pair."""
+    if not row.answers:
+        found = refined_of(row, kind)
+        return found if isinstance(found, str) else [found]
+    if strategy in ("refine", "refine-best"):
+        return "no refinement"
+    if kind == "expected":
+        return "no expected score"
+    scored = [Candidate(text.strip(), score, row) for text, score in row.answers]
+    return [Refined(answer, answer) for answer in scored if answer.text] or "empty"
+
+
 def candidates_of(rows: Sequence[Refined]) -> list[Candidate]:
     """Drafts and refinements, best first; a text that occurs twice has its mean score."""
     same: dict[str, list[Candidate]] = {}
     for row in rows:
-        for candidate in (row.refinement, row.draft):
+        for candidate in row[: 1 if row.refinement is row.draft else 2]:
             same.setdefault(candidate.text, []).append(candidate)
     return sorted(map(_at_mean_score, same.values()), key=lambda candidate: candidate.order)
 
@@ -159,6 +177,21 @@ def group_key(record: FeedbackRecord, strategy: Strategy) -> bytes:
     return digest(prompt, (record.response or "").strip(), (record.refinement or "").strip())
 
 
+def against_first(pairing: Pairing, first: FirstAnswers) -> Pairing | None:
+    """The pair with the first model's answer as the rejected one; None where there is none.
+
+    An answer without a score counts as much as the one whose place it takes.
+    """
+    record = pairing.chosen.record
+    answer = first.answer_to(record.prompt, record.id)
+    if answer is None:
+        return None
+    scored = answer.score is not None
+    score = pairing.rejected.score if answer.score is None else answer.score
+    rejected = Candidate(answer.text, score, record, is_scored=scored, by=answer.model)
+    return Pairing(pairing.chosen, rejected)
+
+
 def preference_of(pairing: Pairing) -> Preference:
     """A pair in TRL's conversational form."""
     return Preference.model_validate_json(line_of(pairing))
@@ -169,20 +202,20 @@ def line_of(pairing: Pairing) -> bytes:
     chosen, rejected = pairing
     record = chosen.record
     prompt = record.prompt
-    return orjson.dumps(
-        {
-            "id": pair_id(record),
-            "prompt": [{"role": "user", "content": prompt}]
-            if isinstance(prompt, str)
-            else [{"role": turn.role, "content": turn.content} for turn in prompt],
-            "chosen": [{"role": "assistant", "content": chosen.text}],
-            "rejected": [{"role": "assistant", "content": rejected.text}],
-            "chosen_score": chosen.score,
-            "rejected_score": rejected.score,
-            "source": record.critic,
-        },
-        option=orjson.OPT_APPEND_NEWLINE,
-    )
+    row = {
+        "id": pair_id(record),
+        "prompt": [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else [{"role": turn.role, "content": turn.content} for turn in prompt],
+        "chosen": [{"role": "assistant", "content": chosen.text}],
+        "rejected": [{"role": "assistant", "content": rejected.text}],
+        "chosen_score": chosen.score,
+        "rejected_score": rejected.score if rejected.is_scored else None,
+        "source": record.critic,
+    }
+    if rejected.by is not None:
+        row["rejected_by"] = rejected.by
+    return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def pair_id(record: FeedbackRow) -> str:

@@ -25,7 +25,9 @@ from pydantic import ValidationError
 
 from srt_cli import console
 from srt_cli.errors import SrtError
+from srt_cli.pairs.answers import GIVEN, ScoredAnswers, read_scored
 from srt_cli.pairs.external_sort import ExternalSort
+from srt_cli.prompts import HUB_PREFIX, format_of, rows_at
 from srt_cli.records import FeedbackRecord, Message, Status
 from srt_cli.runs.jsonl import describe_invalid, lines_of, parse_lines, read_lines
 from srt_cli.stats.hygiene import is_same_text
@@ -62,13 +64,25 @@ class FeedbackRow(NamedTuple):
     critic: str
     sample: int
     round: int
-    response_cut: bool
-    response_passes: float | None
-    refinement_passes: float | None
+    response_cut: bool = False
+    response_passes: float | None = None
+    refinement_passes: float | None = None
+    answers: tuple[tuple[str, float], ...] = ()
+    """Other answers with their scores; a row has them, or draft and refinement."""
+
+    @classmethod
+    def of_scored(cls, row: ScoredAnswers) -> Self:
+        """A row of answers that others scored."""
+        nothing = (None,) * 6
+        return cls(row.id, row.prompt, *nothing, "ok", GIVEN, 0, 1, answers=row.answers)
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> Self:
         """Read a record that is known to be valid: validating again would cost most."""
+        if "feedback" not in row:
+            scored = read_scored(row)
+            assert scored is not None
+            return cls.of_scored(scored)
         prompt, feedback = row["prompt"], row["feedback"] or {}
         if not isinstance(prompt, str):
             prompt = [Message.model_construct(**turn) for turn in prompt]
@@ -96,7 +110,7 @@ def _number(value: float | str | None) -> float | None:
     return value if value is None or value.__class__ is float else float(value)
 
 
-KeyOf = Callable[[FeedbackRecord], bytes]
+KeyOf = Callable[[FeedbackRecord | FeedbackRow], bytes]
 
 
 @dataclass
@@ -170,9 +184,11 @@ class Source:
             lines.seek(0)
             for number, row in parse_lines(self.path, lines_of(lines)):
                 try:
-                    FeedbackRecord.model_validate(row)
+                    _record_of(row)
                 except ValidationError as error:
                     raise SrtError(f"{self.path}:{number}: {describe_invalid(error)}") from None
+                except ValueError as error:
+                    raise SrtError(f"{self.path}:{number}: {error}.") from None
         raise SrtError(f"{self.path}: was changed while srt read it. Run the same line again.")
 
 
@@ -235,11 +251,25 @@ class Several(NamedTuple):
 RowShare = Alone | Several
 
 
+def _read(line: bytes) -> FeedbackRecord | FeedbackRow:
+    try:
+        record: FeedbackRecord = _read_record(line)
+    except ValidationError:
+        return _record_of(orjson.loads(line))
+    return record
+
+
+def _record_of(row: dict[str, Any]) -> FeedbackRecord | FeedbackRow:
+    """A row of feedback, or of scored answers; raises `ValueError` for any other."""
+    scored = None if "feedback" in row else read_scored(row)
+    return FeedbackRow.of_scored(scored) if scored else FeedbackRecord.model_validate(row)
+
+
 def _row_at(source: Source, place: int, line: bytes) -> InputRow:
     try:
         row = orjson.loads(line)
         return InputRow(FeedbackRow.of_row(row), row, place)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AssertionError):
         source.refuse()
         raise
 
@@ -346,7 +376,7 @@ class GroupedRows:
             return Source(path, start, path.stat().st_size)
         held: IO[bytes] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  held until exit
         self._cleanup.callback(held.close)
-        lines = read_lines(path)
+        lines = _lines_at(path)
         for line in lines if limit is None else islice(lines, limit):
             held.write(line if line.endswith(b"\n") else line + b"\n")
         return Source(path, start, held.tell(), held)
@@ -417,6 +447,15 @@ class GroupedRows:
                 progress.advance(done)
 
 
+def _lines_at(path: Path) -> Iterator[bytes]:
+    """The rows of a file in any format, a folder or a data set of the hub as lines."""
+    hub = str(path).startswith(HUB_PREFIX)
+    if hub or path.is_dir() or format_of(path) not in (None, "JSONL"):
+        rows, _ = rows_at(str(path))
+        return (orjson.dumps(row, default=str) for _, _, row in rows())
+    return read_lines(path)
+
+
 def _places_of(entry: bytes) -> tuple[int, ...]:
     starts = range(0, len(entry), PLACE_BYTES)
     return tuple(int.from_bytes(entry[at : at + PLACE_BYTES]) for at in starts)
@@ -438,11 +477,12 @@ def _keys_in(
     seen = Seen()
     try:
         for place, line in stretch.lines():
-            record = _read_record(line)
+            record = _read(line)
             keys.append(key_of(record) + place.to_bytes(PLACE_BYTES))
             if most is not None and len(keys) > most:
                 break
-            seen.add(record)
+            if isinstance(record, FeedbackRecord):
+                seen.add(record)
     except ValueError:
         return None
     return keys, seen

@@ -28,6 +28,8 @@ ADVICE: Final = {
     "prompt is excluded": "The data are the prompts of --exclude: take other prompts.",
     "near duplicate": "Raise --near-duplicates.",
     "no expected score": "Leave out --score expected: the critic gave no log-probabilities.",
+    "no refinement": "Answers that others scored have none: pass --strategy best-worst or tiers.",
+    "no answer of the first": "Give --rejected the first model's answers to these prompts.",
     "no pair by": "Take several samples (self-critique --samples), or --strategy refine.",
     "length balance": "Leave out --length-balance.",
     "repeating": "Look at these answers; --no-hygiene keeps them.",

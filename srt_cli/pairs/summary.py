@@ -149,7 +149,8 @@ class PairSummary:
         self.kept += 1
         self.used += decision.used
         self.chosen_scores[round(chosen.score)] += 1
-        self.rejected_scores[round(rejected.score)] += 1
+        if rejected.is_scored:
+            self.rejected_scores[round(rejected.score)] += 1
         self.gains[math.floor(gain)] += 1
         self._examples.offer(pairing)
         self.checked.add(pairing)
@@ -240,7 +241,8 @@ class PairSummary:
         for pair in self.examples[:1]:
             lines.append(f"for example {pair.id}: {_short(pair.prompt[-1].content)}")
             lines.append(f"  chosen {pair.chosen_score:g}: {_short(pair.chosen[0].content)}")
-            lines.append(f"  rejected {pair.rejected_score:g}: {_short(pair.rejected[0].content)}")
+            score = "?" if pair.rejected_score is None else f"{pair.rejected_score:g}"
+            lines.append(f"  rejected {score}: {_short(pair.rejected[0].content)}")
         return lines
 
     def dropped_table(self) -> Table:

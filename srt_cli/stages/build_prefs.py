@@ -14,10 +14,11 @@ import orjson
 from srt_cli import console
 from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.exports import EXPORTS, LLAMAFACTORY, RANKING, Format, export_path, how, register
 from srt_cli.feedback.critic_check import CriticFigures, checked_before, doubts_of
 from srt_cli.options import Former, Group, runtime, setting
+from srt_cli.pairs.answers import FirstAnswers
 from srt_cli.pairs.building import PairPlan, decide, decide_on, shape_of
-from srt_cli.pairs.exports import EXPORTS, Format, export_path
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.length_balance import Balance, balance_lengths
 from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, group_key, line_of
@@ -64,7 +65,8 @@ class BuildPrefs(ApiOptions):
     inherited_group: ClassVar[Group] = "Audit"
 
     data: tuple[Path, ...] = setting(
-        (Path("self-feedback.jsonl"),), "Feedback: .jsonl, .jsonl.gz, or - for stdin. Repeatable.",
+        (Path("self-feedback.jsonl"),), "Feedback, or rows of scored answers (UltraFeedback): a file, "
+        "- for stdin. Repeatable.",
         group="Data", common=True, metavar="FILE",
     )  # fmt: skip
     out: Path = runtime(
@@ -75,6 +77,10 @@ class BuildPrefs(ApiOptions):
         "refine", "refine: a refinement against its draft (paper). Over all answers to a prompt: "
         "best-worst; refine-best, the best draft's refinement against the worst draft; tiers, the "
         "shortest good answer against the longest bad one.", group="Pairs", common=True,
+    )  # fmt: skip
+    rejected: Path | None = setting(
+        None, "Reject the first model's answers: its outputs or feedback, joined by prompt or id.",
+        group="Pairs", metavar="FILE",
     )  # fmt: skip
     rho: float = setting(
         0.1, "Width of a tier, as a share of the range of scores (tiers).", group="Pairs"
@@ -150,6 +156,8 @@ def run(options: BuildPrefs) -> None:
     inputs = data | {f"exclude {n}": path for n, path in enumerate(options.exclude, 1)}
     if options.audit_labels is not None:
         inputs["audit labels"] = options.audit_labels
+    if options.rejected is not None:
+        inputs["rejected"] = options.rejected
     run = open_run(COMMAND, options, inputs=inputs)
     key_of = partial(group_key, strategy=options.strategy)
     with run, GroupedRows(options.out.parent, key_of) as rows:
@@ -181,6 +189,8 @@ def run(options: BuildPrefs) -> None:
         for warning in worth.warnings():
             run.warn(warning)
         write_pages(summary, audit, picked.pairs(), options)
+    if LLAMAFACTORY in options.export:  # a list that is not this run's alone
+        register(export_path(options.out, LLAMAFACTORY), RANKING)
     console.finish(f"{options.out}: {summary.kept} pairs", f"srt dpo --prefs {options.out}")
 
 
@@ -239,7 +249,10 @@ def plan_of(options: BuildPrefs) -> PairPlan:
         hygiene=options.hygiene,
         excluded=ExcludedPrompts(options.exclude),
     )
-    return PairPlan(options.strategy, options.rho, options.score, rules, options.near_duplicates)
+    first = None if options.rejected is None else FirstAnswers(options.rejected)
+    return PairPlan(
+        options.strategy, options.rho, options.score, rules, options.near_duplicates, first=first
+    )
 
 
 def auditor_of(options: BuildPrefs, run: Run) -> "Auditor | None":
@@ -343,7 +356,8 @@ def write_pairs(
     near = near_duplicates_of(plan.near_duplicates, plan.rules.excluded)
     work = Deciding(plan, copy.deepcopy(summary), copy.deepcopy(picked), near)
     shares = rows.shares(in_order_of_keys=near is not None)
-    processes = 1 if near is not None else rows.processes
+    # What is held in memory is not sent to another process.
+    processes = rows.processes if near is None and plan.first is None else 1
     with (
         console.progress("pairing", rows.count) as progress,
         ExternalSort(options.out.parent) as late,
@@ -449,7 +463,9 @@ def show(summary: PairSummary, options: BuildPrefs) -> None:
     if summary.reasons:
         console.say(f"dropped rows with their reasons: {dropped_path(options.out)}")
     for name in options.export:
-        console.say(f"the same pairs for {name}: {export_path(options.out, name)}")
+        console.say(
+            f"the same pairs for {name}: {export_path(options.out, name)}; {how(name, pairs=True)}"
+        )
 
 
 def all_dropped(summary: PairSummary, data: Sequence[Path]) -> str:

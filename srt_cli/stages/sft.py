@@ -6,13 +6,34 @@ from pathlib import Path
 from typing import Literal
 
 from srt_cli import console
-from srt_cli.errors import UsageError
+from srt_cli.errors import SrtError, UsageError
+from srt_cli.exports import (
+    TrainingFormat,
+    answered_chat,
+    feedback_chat,
+    how,
+    whole_chat,
+    write_chats,
+)
 from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
 from srt_cli.runs.run import inherited
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import run_in_processes
-from srt_cli.training.rows import SftTask, Thoughts, parse_data, parse_mix, parse_targets
+from srt_cli.training.rows import (
+    SftTask,
+    Targets,
+    Thoughts,
+    WeightedFile,
+    by_weight,
+    draw_rows,
+    parse_data,
+    parse_mix,
+    parse_targets,
+    read_chats,
+    read_feedback,
+    split_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +97,10 @@ class Sft(TrainingOptions):
         "auto", "Pack several rows into one pass without padding (bfd), each seeing only itself. "
         "auto: where it pays.", group="Training",
     )  # fmt: skip
+    export: tuple[TrainingFormat, ...] = runtime(
+        (), "Write the rows that would be trained as chats for another trainer (OUT.FORMAT.jsonl), and "
+        "train nothing. Repeatable.", group="Output",
+    )  # fmt: skip
     good_score: float = setting(8.0, "Count an answer as good from this score up.", group="Loss")
     critic_check: int = runtime(
         32, "Let the tuned model score N of the answers (those of --eval-split, if there are some), to "
@@ -96,6 +121,9 @@ def _fine_tune(options: Sft) -> None:
     )  # fmt: skip
     mixes = [parse_mix(text) for text in options.mix]
     data = [parse_data(text) for text in options.data]
+    if options.export:
+        export_rows(options, data, mixes, targets)
+        return
     model = options.model or policy_behind([file.path for file in data])
     if names_program(model):
         raise UsageError(f"--model {model}: a program has no weights to train. Name a model.")
@@ -131,3 +159,51 @@ def policy_behind(data: Sequence[Path]) -> str:
             f"Several policies wrote the drafts ({told}). Pass --model, the one to train."
         )
     return next(iter(policies))
+
+
+def export_rows(
+    options: Sft, data: Sequence[WeightedFile], mixes: Sequence[WeightedFile], targets: Targets
+) -> None:
+    """Write what would be trained as chats with loss flags for other trainers; no model is read.
+
+    Raises `UsageError` for options that flags of whole turns cannot tell.
+    """
+    critique = {"feedback", "refinement"} & set(targets.loss_on)
+    if len(critique) == 1 and not targets.refinement_only:
+        raise UsageError(
+            "--export flags whole turns, and feedback and refinement are one turn. Name both in "
+            "--loss-on, or neither."
+        )
+    untold = {
+        "--refinement-feedback": targets.refinement_feedback,
+        "--balance": targets.balance,
+        "--thoughts keep": options.thoughts == "keep",
+    }
+    for flag, given in untold.items():
+        if given:
+            raise UsageError(
+                f"{flag} is nothing that --export can tell other trainers. Leave it out."
+            )
+    trained = "response" in targets.loss_on, bool(critique)
+    chats = []
+    for file in read_feedback(data, options.limit):
+        rows, _ = split_rows(file.kept, lambda record: record.prompt, options.eval_split)
+        for record in by_weight(rows, file.file.weight, options.seed):
+            if targets.refinement_only:
+                chats.append(answered_chat(record.prompt, record.refinement or ""))
+            else:
+                chats.append(feedback_chat(record, trained, targets.drop))
+    if not chats:
+        raise SrtError(
+            f"{', '.join(options.data)}: no row is left to export. Try srt sft --dry-run."
+        )
+    own = len(chats)
+    for mix in mixes:
+        others, _ = split_rows(
+            read_chats(mix.path), lambda chat: chat.messages[:-1], options.eval_split
+        )
+        drawn = draw_rows(others, max(1, round(mix.weight * own)), options.seed) if others else []
+        chats += [whole_chat(chat.messages) for chat in drawn]
+    for name in options.export:
+        path = write_chats(options.out, name, chats, anew=options.overwrite)
+        console.finish(f"{path}: {len(chats)} chats for {name}; {how(name, pairs=False)}")
