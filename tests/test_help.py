@@ -165,7 +165,7 @@ def bash_completes(line, folder):
         ("srt se", ["self-critique"]),
         ("srt dpo --loss-type apo", ["apo_zero", "apo_down"]),
         ("srt sft --method ", ["full", "lora", "qlora"]),
-        ("srt build-prefs --export ", ["axolotl", "llamafactory", "kto"]),
+        ("srt build-prefs --export ", ["axolotl", "llamafactory", "ms-swift", "openrlhf", "kto"]),
         ("srt eval --use re", ["response", "refinement"]),
         ("srt eval --critic-p", ["--critic-prompt"]),
         ("srt eval --critic-prompt ", ["auto", "conversation", "table-1"]),

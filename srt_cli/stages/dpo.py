@@ -25,13 +25,10 @@ class Dpo(TrainingOptions):
       srt dpo --prefs prefs.jsonl
 
       srt dpo --prefs prefs.jsonl --model models/sft --beta 0.1 --method lora
-
-      srt dpo --prefs 'shards/*.parquet' --prefs hf:ORG/NAME:train --model models/sft
     """
 
     prefs: tuple[str, ...] = setting(
-        ("prefs.jsonl",), "Preferences to learn from, in the form of srt, TRL, UltraFeedback, HH-RLHF "
-        "and others: a file, folder, glob or hf:NAME:SPLIT. Repeatable.",
+        ("prefs.jsonl",), "Preferences, also of TRL, UltraFeedback and others; hf:NAME. Repeatable.",
         group="Data", common=True, metavar="FILE",
     )  # fmt: skip
     model: str | None = setting(
