@@ -24,7 +24,13 @@ CRITIQUE: Final = (
     "Weaknesses: It is dull.\nSuggestions: Add spirit.\nOverall Score: [[{score}]]\n\n"
     "### Improved Response\nIt is grand!"
 )
-REASONS: Final = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 500: "Server Error"}
+REASONS: Final = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    429: "Too Many Requests",
+    500: "Server Error",
+}
 
 
 def share_of(text: str, salt: str) -> float:
@@ -88,13 +94,15 @@ class Server:
 
     async def _decide(self, text: str, name: str) -> tuple[int, bytes, str]:
         plan = self.behaviour
+        body = json.loads(text)
+        if not body["messages"]:  # so curator asks for the limits
+            return refusal(400, "invalid_request_error", None)
         if not self._admits():
             return refusal(429, "rate_limit_exceeded", plan.retry_after_s)
         if plan.quota is not None and self.counts["granted"] >= plan.quota:
             return refusal(429, "insufficient_quota", None)
         self.counts["granted"] += 1
         await asyncio.sleep(plan.latency_s * (1 + plan.jitter * (2 * share_of(name, "l") - 1)))
-        body = json.loads(text)
         for fault, share in plan.faults.items():
             if self.seen[name] > 1 or share_of(name, fault) >= share:
                 continue
