@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -388,3 +389,39 @@ def test_smollm2_from_gguf_answers_in_words(smollm2_gguf, smollm2):
     model.close()
     assert "Paris" in replies[0].text
     assert replies[0].finish_reason == "stop"
+
+
+def test_a_batch_on_a_cpu_is_cut_so_that_it_ends_within_two_minutes(tiny_model, monkeypatch):
+    opened = open_model(str(tiny_model), ModelOptions(engine="static"))
+    monkeypatch.setattr(static.torch, "get_num_threads", lambda: 1)
+    loaded = opened._start().loaded
+    cost = 2 * loaded.model.num_parameters()
+    # A core that writes 2,000 tokens of this model in two minutes: 20 rows of 100, 8 of 300.
+    monkeypatch.setattr(static, "OPERATIONS_A_SECOND", 2000 * cost / static.LONGEST_BATCH_S)
+    for limit, rows in (100, 20), (300, 8):
+        asked = requests([f"word {n}" for n in range(40)], max_tokens=limit)
+        wave = [opened._row(request, Future(), False) for request in asked]
+        assert len(static.plan_batches(wave, loaded, None)[0]) == rows
+        assert len(static.plan_batches(wave, loaded, 30)[0]) == 30
+    opened.close()
+
+
+def test_the_conversion_of_a_gguf_file_is_told_and_counted(tmp_path, monkeypatch, capsys):
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    from srt_cli import console
+    from srt_cli.models import weights
+
+    def convert(gguf, directory):
+        with console.progress("converting", None) as line, weights._counting_tensors(line):
+            assert list(reading.tqdm(["a", "b", "c"], desc="")) == ["a", "b", "c"]
+
+    monkeypatch.setenv("SRT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(weights, "_convert", convert)
+    (tmp_path / "small.gguf").write_bytes(b"x")
+    own = reading.tqdm
+    weights.resolve_source(str(tmp_path / "small.gguf"))
+    assert reading.tqdm is own
+    first, counted = capsys.readouterr().err.splitlines()
+    assert first == "small.gguf: is converted once, which may take minutes; later runs find it"
+    assert counted.startswith("converting: 3/3 in ")

@@ -32,6 +32,8 @@ PRIVATE_PARTS = [
     # The same: --cpu-int8 is refused without them.
     ("torch", "ops.quantized.linear_prepack"),
     ("torch", "ops.quantized.linear_dynamic"),
+    # Used by models/weights.py, to show how far a conversion is; without it, only that it goes on.
+    ("transformers.modeling_gguf_pytorch_utils", "tqdm"),
     # Used by training/: overridden in loop.py and dpo.py (who calls them: CALLED_BY_THEMSELVES).
     ("transformers", "Trainer._get_train_sampler"),
     ("transformers", "Trainer._prepare_inputs"),

@@ -4,11 +4,12 @@ A program is a model like any other: what it returns is rendered as the text a m
 written, journalled, and parsed by the same parser.
 """
 
+import ast
 import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -108,8 +109,55 @@ def _load(location: str) -> tuple[Callable[..., Any], str]:
         offered = ", ".join(key for key, value in vars(module).items() if callable(value))
         raise UsageError(f"{where} has no callable {name!r} (it has: {offered or 'none'}).")
     source = getattr(module, "__file__", None)
-    content = Path(source).read_bytes() if source else where.encode()
-    return found, hashlib.sha256(content).hexdigest()[:12]
+    digest = hashlib.sha256(Path(source).read_bytes() if source else where.encode())
+    for file in _imported_beside(Path(source)) if source else ():
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return found, digest.hexdigest()[:12]
+
+
+def _imported_beside(program: Path) -> list[Path]:
+    """The files of a program's folder that it imports, and those that they import, in order of path.
+
+    Read from the sources alone, so that it does not matter what else was imported before.
+    """
+    folder = program.resolve().parent
+    if "site-packages" in folder.parts:
+        return []
+    seen, unread = {program.resolve()}, [program.resolve()]
+    while unread:
+        file = unread.pop()
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError):  # importing it says so better
+            continue
+        found = {
+            path
+            for base, name in _names_imported(tree, file, folder)
+            for path in _files_of(base, name)
+        }
+        unread += found - seen
+        seen |= found
+    return sorted(seen - {program.resolve()})
+
+
+def _names_imported(tree: ast.Module, file: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+    """Where a file looks for modules, and their dotted names."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((folder, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = file.parents[node.level - 1] if node.level else folder
+            start = f"{node.module}." if node.module else ""
+            yield from ((base, f"{start}{alias.name}") for alias in node.names)
+
+
+def _files_of(base: Path, name: str) -> Iterator[Path]:
+    """The files that a dotted name brings in below a folder; its last part may be no module."""
+    for part in name.split("."):
+        for path in (base / f"{part}.py", base / part / "__init__.py"):
+            if path.is_file():
+                yield path.resolve()
+        base = base / part
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -121,6 +169,10 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickling look a module up by its name.
     sys.modules.setdefault(path.stem, module)
+    # A module of the same name may have come from another program's folder, or been edited since.
+    for file in _imported_beside(path):
+        name = ".".join(file.relative_to(path.resolve().parent).with_suffix("").parts)
+        sys.modules.pop(name.removesuffix(".__init__"), None)
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from srt_cli import console
 from srt_cli.errors import SrtError
 from srt_cli.models.chat import ChatFormat
 from srt_cli.models.hub import cache_folder
@@ -352,6 +353,7 @@ def _converted(gguf: Path) -> Path:
     directory = cache_folder() / "gguf" / hashlib.sha256(stamp.encode()).hexdigest()[:16]
     if directory.is_dir():
         return directory
+    console.say(f"{gguf.name}: is converted once, which may take minutes; later runs find it")
     directory.parent.mkdir(parents=True, exist_ok=True)
     half = Path(tempfile.mkdtemp(dir=directory.parent, prefix="half-"))
     try:
@@ -373,10 +375,16 @@ def _convert(gguf: Path, directory: Path) -> None:
         ) from None
     arguments = {"gguf_file": gguf.name}
     folder = str(gguf.parent)
-    tokenizer = _load(AutoTokenizer.from_pretrained, str(gguf), folder, **arguments)
-    model = _load(
-        AutoModelForCausalLM.from_pretrained, str(gguf), folder, dtype=torch.float32, **arguments
-    )
+    shown = console.progress(f"converting {gguf.name}", None, lambda: "tensors")
+    with shown as progress, _counting_tensors(progress):
+        tokenizer = _load(AutoTokenizer.from_pretrained, str(gguf), folder, **arguments)
+        model = _load(
+            AutoModelForCausalLM.from_pretrained,
+            str(gguf),
+            folder,
+            dtype=torch.float32,
+            **arguments,
+        )
     # The weights are plain float32 now, but the model still calls itself quantized and will not save.
     for name in ("hf_quantizer", "quantization_method", "is_quantized"):
         with contextlib.suppress(AttributeError):
@@ -386,6 +394,29 @@ def _convert(gguf: Path, directory: Path) -> None:
     model.config.name_or_path = gguf.name
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+@contextlib.contextmanager
+def _counting_tensors(progress: console.ProgressLine) -> Iterator[None]:
+    """Let transformers' own loop over a GGUF file's tensors advance our progress line."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    own = getattr(reading, "tqdm", None)
+
+    def counted(tensors: Sequence[Any], **_: Any) -> Iterator[Any]:
+        progress.expect(len(tensors))
+        for tensor in tensors:
+            yield tensor
+            progress.advance()
+
+    if own is None:
+        yield
+        return
+    reading.tqdm = counted  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        reading.tqdm = own  # type: ignore[attr-defined]
 
 
 def fingerprint_of(name: str) -> str:
