@@ -97,6 +97,22 @@ def test_a_useless_critic_is_warned_of_by_itself_and_by_what_builds_on_it(
     assert warned in built.stderr
 
 
+def test_a_critic_that_keeps_good_drafts_as_they_are_is_sound(srt, folder):
+    keeps = PROGRAM.replace(
+        'said(response, 9 if "yes" in response else 3, mended(prompt))',
+        'said(response, 9, response) if "yes" in response else said(response, 3, mended(prompt))',
+    )
+    (folder / "p.py").write_text(keeps)
+    numbers = [*range(0, 144, 2), *range(1, 66, 2)]
+    write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"task {n}"} for n in numbers])
+    assert srt("self-critique", "--model", "python:p.py:sound", *CHECK).code == 0
+    tallies = json.loads((folder / "self-feedback.run.json").read_text())["tallies"]
+    assert (tallies["copies"], tallies["rows"]) == (72, 105)
+    assert srt("build-prefs").code == 0
+    for name in ("self-feedback", "prefs"):
+        assert warnings_in(folder / f"{name}.run.json") == []
+
+
 def test_sft_warns_of_a_tuned_model_that_is_a_coin_as_a_critic_and_not_of_a_sound_one(
     folder, monkeypatch
 ):
@@ -140,8 +156,8 @@ def test_sft_says_what_its_feedback_is(srt, tmp_path, tiny_model):
     assert "cut at the token limit: 12 of 12 drafts (100%)" in finished.stderr
     interrupted, copying = warnings_in(tmp_path / "models/sft/run.json")[1:3]
     assert "feedback.jsonl: is of a run that was interrupted at 12 of 40" in interrupted
-    assert "7 of 12 refinements copy their draft" in copying
-    assert "srt collect-feedback --temperature 1" in copying
+    assert "7 of 12 refinements of drafts that score below 8 copy them" in copying
+    assert "srt sft --loss-on response,feedback" in copying
 
 
 def test_dpo_on_two_pairs_says_so_before_it_trains_and_calls_it_no_progress(

@@ -30,6 +30,7 @@ from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.prompts import HUB_PREFIX, format_of, rows_at
 from srt_cli.records import FeedbackRecord, Message, Status
 from srt_cli.runs.jsonl import describe_invalid, lines_of, parse_lines, read_lines
+from srt_cli.stats.counting import Copied
 from srt_cli.stats.hygiene import is_same_text
 
 PLACE_BYTES: Final = 8
@@ -119,8 +120,7 @@ class Seen:
 
     scores: Counter[float] = field(default_factory=Counter)
     """How often it gave each score, to drafts and refinements."""
-    refined: int = 0
-    copies: int = 0
+    copied: Copied = field(default_factory=Copied)
     """Refinements that repeat their draft."""
 
     def add(self, record: FeedbackRecord) -> None:
@@ -129,14 +129,13 @@ class Seen:
             return
         self.scores[record.feedback.score] += 1
         self.scores[record.refinement_score] += 1
-        self.refined += 1
-        self.copies += is_same_text(record.refinement or "", record.response or "")
+        copies = is_same_text(record.refinement or "", record.response or "")
+        self.copied.add(copies, record.response_passes)
 
     def merge(self, other: "Seen") -> None:
         """Add what others show."""
         self.scores.update(other.scores)
-        self.refined += other.refined
-        self.copies += other.copies
+        self.copied.merge(other.copied)
 
 
 class InputRow(NamedTuple):

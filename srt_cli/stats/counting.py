@@ -54,6 +54,41 @@ class Moments:
         return self.xy / math.sqrt(self.xx * self.yy)
 
 
+@dataclass
+class Copied:
+    """Refinements that repeat their draft, of all and of drafts that fail a check."""
+
+    refined: int = 0
+    copies: int = 0
+    failing: int = 0
+    failing_copies: int = 0
+    checked: bool = False
+
+    def add(self, copies: bool, draft_passes: float | None) -> None:
+        """One refinement; `draft_passes` is None where no check was asked."""
+        self.refined += 1
+        self.copies += copies
+        self.checked |= draft_passes is not None
+        if draft_passes is not None and draft_passes < 1:
+            self.failing += 1
+            self.failing_copies += copies
+
+    def merge(self, other: "Copied") -> None:
+        """Add what was counted elsewhere."""
+        self.refined += other.refined
+        self.copies += other.copies
+        self.failing += other.failing
+        self.failing_copies += other.failing_copies
+        self.checked |= other.checked
+
+    @property
+    def counts(self) -> tuple[int, int, bool]:
+        """Refinements, copies, and whether only drafts that fail count: a good one may stay as it is."""
+        if self.checked:
+            return self.failing, self.failing_copies, True
+        return self.refined, self.copies, False
+
+
 @dataclass(frozen=True)
 class Confusion:
     """A two-by-two table: the critic says good or bad, and the answer is good or bad."""
