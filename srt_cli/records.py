@@ -154,6 +154,9 @@ class FeedbackRecord(Record):
     """What the models thought, under the names of `raw`; left out where none did."""
     response_cut: bool = Field(default=False, exclude_if=_is_empty)
     """Whether the token limit cut the draft off; left out where not."""
+    odds: dict[str, tuple[float, float]] = Field(default={}, exclude_if=_is_empty)
+    """What the critic said when it compared, shown first and shown second: of the refinement against
+    the draft (`refinement`), of the draft against that of another sample (`sample 1`)."""
     response_passes: float | None = Field(default=None, ge=0, le=1, exclude_if=_is_none)
     """What a check said of the draft, 1 for a pass; left out where none was asked."""
     refinement_passes: float | None = Field(default=None, ge=0, le=1, exclude_if=_is_none)

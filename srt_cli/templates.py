@@ -64,6 +64,31 @@ def critic_messages(prompt: Prompt, response: str) -> list[Message]:
     return [Message(role="user", content=content)]
 
 
+CHECKLIST_HEADING: Final = "### Checklist"
+# Requirement, evidence, verdict: a verdict that stands right behind what was quoted follows from it.
+CHECKLIST_REQUIREMENTS: Final = f"""\
+Check the response against the instruction, item by item, and improve it.
+1. Under the heading "{CHECKLIST_HEADING}" write one line for each thing that the instruction asks for: \
+the requirement as a question, then what the response has, quoted, then ": yes." if it meets the \
+requirement and ": no." if it does not. For example:
+- Begin with "Perhaps"? It begins with "Today": no.
+- At most ten words? It has 8 words: yes.
+Add no requirements of your own. Where the instruction sets no conditions, ask whether it is answered, \
+and whether what is said is correct.
+2. Under the heading "### Suggestions" say how to meet each item that is not met.
+3. Under the heading "{IMPROVED_HEADING}" write the response again so that it meets every item."""
+
+
+def checklist_messages(prompt: Prompt, response: str) -> list[Message]:
+    """Ask an external critic to check a response item by item (after RLCF, arXiv 2507.18624)."""
+    content = (
+        f"### Instruction\n{fence(prompt.text)}\n"
+        f"### Response\n{fence(response)}\n"
+        f"### Requirements\n{CHECKLIST_REQUIREMENTS}"
+    )
+    return [Message(role="user", content=content)]
+
+
 def self_critique_messages(prompt: Prompt, response: str) -> list[Message]:
     """Ask the policy, in its own conversation, to criticise and refine its response."""
     return [
@@ -105,13 +130,20 @@ def refine_messages(prompt: Prompt, response: str, feedback: str) -> list[Messag
 
 
 def reask_messages(
-    asked: Sequence[Message], reply: str, problems: Sequence[str], *, expect_refinement: bool
+    asked: Sequence[Message],
+    reply: str,
+    problems: Sequence[str],
+    *,
+    expect_refinement: bool,
+    by_checklist: bool = False,
 ) -> list[Message]:
     """Show a critic its unreadable reply and what it lacks, and ask for the whole of it again."""
     improved = f', and the improved response under the heading "{IMPROVED_HEADING}"'
+    parts = 'weaknesses, suggestions, a line "Overall Score: [[1-10]]"'
+    if by_checklist:
+        parts = f'lines "- Requirement? Evidence: yes." under "{CHECKLIST_HEADING}", suggestions'
     content = (
-        f"Your reply cannot be used: {'; '.join(problems)}. Write it again, complete: weaknesses, "
-        'suggestions, a line "Overall Score: [[1-10]]"'
+        f"Your reply cannot be used: {'; '.join(problems)}. Write it again, complete: {parts}"
         + (improved if expect_refinement else "")
         + "."
     )
@@ -123,9 +155,10 @@ def reask_messages(
 
 
 def is_as_asked(text: str, *, expect_refinement: bool) -> bool:
-    """Whether a critic's reply has the very form of Table 1, so that nothing had to be mended."""
+    """Whether a critic's reply has the very form that was asked for, so that nothing was mended."""
     score = re.search(r"^Overall Score: \[\[\d+(?:\.\d+)?\]\]\s*$", text, re.MULTILINE)
-    return score is not None and (not expect_refinement or f"\n{IMPROVED_HEADING}\n" in text)
+    scored = score is not None or text.lstrip().startswith(f"{CHECKLIST_HEADING}\n")
+    return scored and (not expect_refinement or f"\n{IMPROVED_HEADING}\n" in text)
 
 
 def render_feedback(feedback: Feedback, drop: Sequence[FeedbackField] = ()) -> str:
@@ -300,6 +333,40 @@ def parse_refinement(text: str) -> str | None:
     heading = _improved_heading(said, list(islice(_PART.finditer(_plain(said)), MOST_MARKS)))
     refinement = _without_talk(said[heading.end() if heading else 0 :])
     return None if not refinement or _says_none_needed(refinement) else refinement
+
+
+MOST_ITEMS: Final = 100
+# A question, what was found, and the verdict at the end of the line.
+_ITEM = re.compile(
+    r"^[ \t]*+(?:[-*•][ \t]++|\d{1,3}[.)][ \t]*+)?(?P<asked>[^\n?]{1,300}\?[\"')*_]{0,3})"
+    r"(?P<found>[^\n]{0,600}?)[ \t]*+[:—–-][ \t*_\[]*+(?P<verdict>yes|no)[ \t*_\].]*+$",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+def parse_checklist(text: str, *, expect_refinement: bool = True) -> ParsedCritique:
+    """Read a reply to `checklist_messages`; the score is 1 to 10 by the share of items that are met.
+
+    The items become the weaknesses. Items in fences, and behind the improved response's heading, do not
+    count.
+    """
+    own = _own_words(text)
+    plain = without_blocks(own, fenced_blocks(own))
+    end = plain.find(IMPROVED_HEADING)
+    items = list(islice(_ITEM.finditer(plain, 0, end if end >= 0 else len(plain)), MOST_ITEMS))
+    rest = parse_critique(text, expect_refinement=expect_refinement)
+    kept = ("no suggestions", NONE_NEEDED, "no improved response")
+    problems = [problem for problem in rest.problems if problem in kept]
+    met = sum(item["verdict"].lower() == "yes" for item in items)
+    score = MIN_SCORE + (MAX_SCORE - MIN_SCORE) * met / len(items) if items else None
+    if not items:
+        problems.insert(0, 'no line of the form "- Requirement? Evidence: yes."')
+    suggestions = rest.suggestions
+    if suggestions is None and items and met == len(items):
+        suggestions = "None: every item is met."
+        problems = [problem for problem in problems if problem != "no suggestions"]
+    weaknesses = "\n".join(item[0].strip() for item in items)
+    return ParsedCritique(weaknesses or None, suggestions, score, rest.refinement, tuple(problems))
 
 
 def score_digits_at(text: str, score: float) -> int | None:
@@ -637,6 +704,7 @@ def template_digests() -> dict[str, str]:
         "refinement": render_refinement("r"),
         "judge_requirements": JUDGE_REQUIREMENTS,
         "letter_requirements": LETTER_REQUIREMENTS,
+        "checklist_requirements": CHECKLIST_REQUIREMENTS,
     }
     return {name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()}
 

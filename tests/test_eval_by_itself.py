@@ -1,5 +1,6 @@
 """What srt eval shows unasked: parts of checks, refined minus direct, own critics; and its plan."""
 
+import hashlib
 import json
 
 import pytest
@@ -135,3 +136,26 @@ def test_a_file_with_several_rows_a_prompt_is_told_and_the_first_counts(srt, fol
     finished = srt("eval", "--model", "mine.jsonl", *LINE[3:], "--check", "python:p.py:check")
     assert "mine.jsonl: has several rows (samples, rounds) for 24 of 24 prompts" in finished.stderr
     assert compared(folder)["rows"][1]["pass_rate"]["value"] == 1
+
+
+def test_an_edited_helper_makes_a_program_another_one(srt, folder):
+    (folder / "c.py").write_text("import rules\n\ncheck = lambda p, r: rules.good(r)\n")
+    (folder / "rules.py").write_text("from words import WORD\n\ngood = lambda r: WORD in r\n")
+    line = (*LINE, "--check", "python:c.py:check")
+    passes = {}
+    for word in ("yes", "no"):
+        (folder / "words.py").write_text(f"WORD = {word!r}\n")
+        finished = srt(*line, "--overwrite")
+        assert finished.code == 0, finished.stderr
+        passes[word] = [row["pass_rate"]["value"] for row in compared(folder)["rows"]]
+    assert passes == {"yes": [0, 0.5], "no": [1, 0.5]}
+
+
+def test_a_program_that_imports_nothing_of_its_folder_keeps_its_name_in_journals(folder):
+    from srt_cli.models import open_model
+
+    source = (folder / "p.py").read_bytes()
+    model = open_model(f"python:{folder / 'p.py'}:check")
+    digest = hashlib.sha256(source).hexdigest()[:12]
+    assert model.identity == f"python:{folder / 'p.py'}:check@{digest}"
+    model.close()

@@ -5,12 +5,13 @@ import random
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
-from typing import Final, Literal
+from typing import Literal
 
 from srt_cli import console
 from srt_cli.calls.asking import Asking
 from srt_cli.calls.conduct import Call
 from srt_cli.errors import UsageError
+from srt_cli.feedback.critic import LEAST_SHARE, LETTER_LOGPROBS
 from srt_cli.models import EVERYTHING, Model, Reply, Request, Task, Thinks
 from srt_cli.records import Judgment, Output, Prompt, Status
 from srt_cli.templates import (
@@ -25,10 +26,6 @@ from srt_cli.templates import (
 Order = Literal["ab", "ba"]
 Orders = Literal["both", "one"]
 Verdicts = Literal["auto", "weighted", "reasoned"]
-LETTER_LOGPROBS: Final = 20
-"""How many alternatives to the letter are asked for: the most that OpenAI's API tells."""
-LEAST_SHARE: Final = 0.5
-"""Of the probability, what the letters must hold; with less, their odds are not the judge's word."""
 
 
 def orders_of(prompt: Prompt, orders: Orders) -> tuple[Order, ...]:

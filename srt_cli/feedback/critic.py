@@ -14,10 +14,17 @@ from srt_cli.models import Model, Reply, Request, Task, Thinks, parse_spec
 from srt_cli.records import Feedback, Message, Prompt, Status, Usage
 from srt_cli.templates import (
     IMPROVED_HEADING,
+    LETTER_REQUIREMENTS,
+    LETTERS,
     ParsedCritique,
+    checklist_messages,
     critic_messages,
+    judge_messages,
+    parse_checklist,
     parse_critique,
+    parse_preference,
     parse_refinement,
+    read_letter,
     reask_messages,
     refine_messages,
     render_feedback,
@@ -29,11 +36,16 @@ SAMPLE_TEMPERATURE: Final = 0.7
 """Of the judgements after the first: at temperature 0 they would all be the same."""
 
 
-CriticPrompt = Literal["auto", "conversation", "table-1"]
+OutsidePrompt = Literal["table-1", "checklist"]
+CriticPrompt = Literal["auto", "conversation", OutsidePrompt]
+LETTER_LOGPROBS: Final = 20
+"""How many alternatives to the letter are asked for: the most that OpenAI's API tells."""
+LEAST_SHARE: Final = 0.5
+"""Of the probability, what the letters must hold; with less, their odds are not the judge's word."""
 
 
 def asked_in_conversation(prompt: CriticPrompt, spec: str) -> bool:
-    """How a critic is asked: in conversation, or (False) by Table 1 in one message.
+    """How a critic is asked: in conversation, or (False) in one message, by Table 1 or a checklist.
 
     `auto` means for every command: in conversation what runs in process, as `srt` trains it; by
     Table 1 what answers on a server.
@@ -84,6 +96,8 @@ class Critic:
     model: Model
     sampling: Sampling
     in_conversation: bool
+    by_checklist: bool = False
+    """Whether it looks item by item, and the score is the share that is met."""
     max_reasks: int = 0
     """How often a reply that cannot be read is asked for again."""
     longer_once: bool = False
@@ -96,7 +110,18 @@ class Critic:
     def messages(self, question: Question) -> list[Message]:
         """The chat that asks for feedback on one text."""
         ask = self_critique_messages if self.in_conversation else critic_messages
+        if self._by_items:
+            ask = checklist_messages
         return ask(question.prompt, question.text)
+
+    @property
+    def _by_items(self) -> bool:
+        return self.by_checklist and not self.model.is_program
+
+    def read(self, text: str, *, whole: bool) -> ParsedCritique:
+        """What its reply holds; a `whole` one has an improved response too."""
+        read = parse_checklist if self._by_items else parse_critique
+        return read(text, expect_refinement=whole)
 
     def call(
         self, question: Question, messages: Sequence[Message], room: int = 1, sample: int = 0
@@ -168,12 +193,15 @@ def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Crit
         room = 2
         reply = yield critic.call(_named(question, "longer"), messages, room)
     for attempt in range(1, critic.max_reasks + 2):
-        parsed = parse_critique(reply.text, expect_refinement=whole)
+        parsed = critic.read(reply.text, whole=whole)
         unread = bool(parsed.problems) if whole else parsed.score is None
         if reply.status != "ok" or not unread or attempt > critic.max_reasks:
             break
         replies.keep(f"unread {attempt}", reply)
-        messages = reask_messages(messages, reply.text, parsed.problems, expect_refinement=whole)
+        messages = reask_messages(
+            messages, reply.text, parsed.problems,
+            expect_refinement=whole, by_checklist=critic.by_checklist,
+        )  # fmt: skip
         reply = yield critic.call(_named(question, f"asked again {attempt}"), messages, room)
     replies.keep("", reply)
     if reply.status != "ok":
@@ -241,7 +269,7 @@ def _mean_score(
         again = _named(blind, f"sample {sample + 1}")
         reply = yield critic.call(again, messages, sample=sample)
         replies.keep(f"sample {sample + 1}", reply)
-        score = parse_critique(reply.text, expect_refinement=False).score
+        score = critic.read(reply.text, whole=False).score
         if reply.status != "ok" or score is None:
             continue
         scoring = Scoring(critic.model, messages, reply, score, again.name, first.thinks)
@@ -249,6 +277,38 @@ def _mean_score(
         replies.usage += cost
         means.append(score if expected is None else expected)
     return sum(means) / len(means)
+
+
+def compare(
+    critic: Critic, prompt: Prompt, texts: tuple[str, str], name: str
+) -> Generator[Call, Reply, tuple[float, float] | None]:
+    """P(the first of two texts is better) when it is shown first, and when it is shown second.
+
+    The odds of one letter, as `srt eval` asks a judge; without log-probabilities the letter itself.
+    None where a reply names none.
+    """
+    found = []
+    for shown, order in ((texts, "first"), (texts[::-1], "second")):
+        request = Request(
+            tuple(judge_messages(prompt, *shown, LETTER_REQUIREMENTS)), max_tokens=1,
+            top_logprobs=LETTER_LOGPROBS, thinks=replace(critic.sampling.thinks, tokens=0),
+            task=Task("judge", prompt, shown),
+        )  # fmt: skip
+        reply = yield Call(critic.model, request, f"{name}, shown {order}")
+        odds = _odds_of_first(critic.model, reply)
+        if odds is None:
+            return None
+        found.append(odds if order == "first" else 1 - odds)
+    return found[0], found[1]
+
+
+def _odds_of_first(model: Model, reply: Reply) -> float | None:
+    if model.is_program:
+        return parse_preference(reply.text)
+    if reply.logprobs:
+        share, odds = read_letter(reply.logprobs[0].top)
+        return odds if share >= LEAST_SHARE else None
+    return {LETTERS[0]: 1.0, LETTERS[1]: 0.0}.get(reply.text.strip())
 
 
 def _named(question: Question, which: str) -> Question:

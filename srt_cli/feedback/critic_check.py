@@ -36,8 +36,10 @@ class CriticFigures:
     scores: Mapping[float, int] = field(default_factory=dict)
     """How often it gave each score."""
     refined: int = 0
+    """Refinements, where a check was asked only those of drafts that fail it: a good draft may stay."""
     copies: int = 0
-    """How many of its refinements repeat the draft."""
+    """How many of these repeat the draft."""
+    only_failing: bool = False
 
     @property
     def is_known_to_see(self) -> bool:
@@ -70,12 +72,14 @@ def doubts_of(figures: CriticFigures, model: str = "models/sft") -> list[str]:
     if total >= FEWEST_SCORES and often >= ONE_SCORE * total and not figures.is_known_to_see:
         found.append(
             f"{figures.who} gave {often} of {total} answers the score {score:g}: it tells little. "
-            f"Likely cause: it saw few answers that deserve another score. {own_round} Expected scores "
-            "seldom tie: srt build-prefs --score expected."
+            "Likely cause: it saw few answers that deserve another score. Train with srt sft --balance. "
+            f"{own_round} Expected scores seldom tie: srt build-prefs --score expected."
         )
     if figures.refined >= FEWEST_SCORES and figures.copies > MOSTLY * figures.refined:
+        of_failing = " of failing drafts" if figures.only_failing else ""
         found.append(
-            f"{figures.copies} of {figures.refined} refinements by {figures.who} copy their draft. "
+            f"{figures.copies} of {figures.refined} refinements{of_failing} by {figures.who} copy their "
+            "draft. "
             "Likely cause: it takes its drafts for good, or was trained on copies. Pairs without "
             "refinements: srt self-critique --samples 4, then srt build-prefs --strategy best-worst."
         )

@@ -24,7 +24,14 @@ from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.feedback.critic import Question
 from srt_cli.feedback.critic_check import CriticFigures, checked_before, doubts_of
-from srt_cli.feedback.story import Check, CheckedRow, Roles, complete, tell_and_check
+from srt_cli.feedback.story import (
+    Check,
+    CheckedRow,
+    Roles,
+    complete,
+    tell_and_check,
+    tell_and_compare,
+)
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.feedback.written import Joined
 from srt_cli.models import Model
@@ -73,6 +80,11 @@ class Job:
         named = [each.model for each in asked if each is not None]
         return list({id(model): model for model in named}.values())
 
+    @property
+    def rows(self) -> int:
+        """How many scripts there are; samples that are compared are told in one."""
+        return self.count * (1 if self.roles.compares else self.samples)
+
     def scripts(self) -> Iterator[Script[CheckedRow]]:
         """One script a row, in the order of the input."""
         if self.written is not None:
@@ -80,6 +92,9 @@ class Job:
                 yield complete(self.roles, row, self.written.file.spec)
             return
         for prompt in self.prompts():
+            if self.roles.compares:
+                yield tell_and_compare(self.roles, self.check, prompt, self.samples)
+                continue
             for sample in range(self.samples):
                 yield tell_and_check(self.roles, self.check, prompt, sample)
 
@@ -146,7 +161,7 @@ def run_critiques(
     `beforehand` may fill the journal in other processes, and returns False when it was interrupted.
     An interrupted run writes what is complete. Raises `TooManyFailures` at the end.
     """
-    finished, expected = 0, job.count * job.samples
+    finished, expected = 0, job.rows
     interrupted = False
     with Asking.begin(run, options, budget=job.budget) as asking:
         asking.employ(job.models)
@@ -197,8 +212,7 @@ def _doubts(summary: CritiqueSummary, model: str) -> list[str]:
         who,
         checked if checked.n else checked_before(manifest.tallies) if manifest else None,
         summary.draft_scores + summary.blind_scores,
-        summary.better + summary.equal + summary.worse,
-        summary.copies,
+        *summary.copied.counts,
     )
     return doubts_of(figures, model)
 

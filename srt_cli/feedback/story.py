@@ -5,6 +5,7 @@ One row's story is one generator (`tell`); `calls` runs many of them side by sid
 
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Final, Literal
 
 from srt_cli.calls.conduct import Call
@@ -14,6 +15,7 @@ from srt_cli.feedback.critic import (
     Question,
     Sampling,
     blind_score,
+    compare,
     criticise,
     improve,
 )
@@ -29,6 +31,7 @@ from srt_cli.records import (
     Status,
     Usage,
 )
+from srt_cli.stats.hygiene import is_same_text
 from srt_cli.templates import contrast_messages, parse_preference
 
 Asked = Literal["critique", "draft score", "refinement", "score"]
@@ -86,6 +89,8 @@ class Roles:
     stop_when_worse: bool = False
     contrast: Contrast | None = None
     """Who plants a fault in good refinements; None where nobody does."""
+    compares: bool = False
+    """Whether who scores also says which is better, of refinement and draft, and of the samples."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,7 @@ class _Round:
     raw: dict[str, str] = field(default_factory=dict)
     thoughts: dict[str, str] = field(default_factory=dict)
     response_cut: bool = False
+    odds: dict[str, tuple[float, float]] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
     def name(self, step: Asked) -> str:
@@ -250,6 +256,10 @@ def _tell_round(row: _Round, roles: Roles, prompt: Prompt) -> Generator[Call, Re
     row.feedback = row.feedback.model_copy(update={"score": said.score, "score_mean": said.mean})
     if roles.scores:
         yield from _score_refinement(row, scorer, prompt)
+    if roles.compares and row.status == "ok":
+        named = f"{row.id}/{row.sample} round {row.round} comparison"
+        odds = yield from _compared(scorer, prompt, (row.refinement, row.response), named)
+        row.odds |= {"refinement": odds} if odds else {}
 
 
 def _score_refinement(row: _Round, scorer: Critic, prompt: Prompt) -> Generator[Call, Reply, None]:
@@ -262,6 +272,18 @@ def _score_refinement(row: _Round, scorer: Critic, prompt: Prompt) -> Generator[
     if said.parsed.feedback is not None:
         expected = {"score_mean": said.mean}
         row.refinement_feedback = said.parsed.feedback.model_copy(update=expected)
+
+
+def _compared(
+    critic: Critic, prompt: Prompt, texts: tuple[str, str], name: str
+) -> Generator[Call, Reply, tuple[float, float] | None]:
+    """The odds of the first of two texts in both orders; even for equal ones, without a call."""
+    if is_same_text(*texts):
+        return EVEN
+    return (yield from compare(critic, prompt, texts, name))
+
+
+EVEN: Final = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -316,6 +338,40 @@ def tell_and_check(
                 checked.append(said)
                 passes = {"refinement_passes" if refined else "response_passes": truth}
                 records[place] = records[place].model_copy(update=passes)
+    return CheckedRow(records, checked)
+
+
+def tell_and_compare(
+    roles: Roles, check: Check | None, prompt: Prompt, samples: int
+) -> Generator[Call, Reply, CheckedRow]:
+    """The stories of all samples of a prompt, then their drafts against each other."""
+    records: list[FeedbackRecord] = []
+    checked: list[CheckedAnswer] = []
+    for sample in range(samples):
+        row = yield from tell_and_check(roles, check, prompt, sample)
+        records += row.records
+        checked += row.checked
+    scorer = roles.scorer or roles.critic
+    assert scorer is not None
+    drafts = [
+        place
+        for place, row in enumerate(records)
+        if row.round == 1 and row.status == "ok" and row.sample >= 0
+    ]
+    for one, other in combinations(drafts, 2):
+        texts = records[one].response or "", records[other].response or ""
+        samples_named = records[one].sample, records[other].sample
+        named = f"{prompt.id} samples {samples_named[0]} and {samples_named[1]} compared"
+        odds = yield from _compared(scorer, prompt, texts, named)
+        if odds is None:
+            continue
+        # The other is shown second where the one is shown first.
+        for place, with_sample, said in (
+            (one, samples_named[1], odds),
+            (other, samples_named[0], (1 - odds[1], 1 - odds[0])),
+        ):
+            known = records[place].odds | {f"sample {with_sample}": said}
+            records[place] = records[place].model_copy(update={"odds": known})
     return CheckedRow(records, checked)
 
 

@@ -11,7 +11,7 @@ from srt_cli.calls.conduct import Tally
 from srt_cli.feedback.story import CheckedAnswer, CheckedRow
 from srt_cli.models import THOUGHT_UNTIL_LIMIT
 from srt_cli.records import PLANTED, Feedback, FeedbackRecord, Usage
-from srt_cli.stats.counting import Confusion, Moments, confusion
+from srt_cli.stats.counting import Confusion, Copied, Moments, confusion, wilson
 from srt_cli.stats.hygiene import is_same_text
 from srt_cli.templates import is_as_asked
 
@@ -121,6 +121,11 @@ class CritiqueSummary:
     drafts_cut: int = 0
     """Drafts that the token limit cut off."""
     critiques_cut: int = 0
+    labels: Counter[tuple[str, bool | str]] = field(default_factory=Counter)
+    """By kind of score: whether it agrees with the check on which of the two is better, or ties."""
+    orders_agree: Counter[bool] = field(default_factory=Counter)
+    """Comparisons in both orders: whether both name the same text."""
+    copied: Copied = field(default_factory=Copied)
     itself: bool = False
     """Whether the critic is the model that wrote the drafts."""
 
@@ -168,14 +173,32 @@ class CritiqueSummary:
         self.length_and_score.add(len(record.response or ""), feedback.score)
         self.weaknesses[hash(feedback.weaknesses.strip().lower())] += 1
 
+    def _add_labels(self, record: FeedbackRecord, gain: float) -> None:
+        """Whether each kind of score puts draft and refinement in the check's order."""
+        assert record.feedback is not None
+        before, after = record.response_passes, record.refinement_passes
+        gains: dict[str, float] = {"integer": gain}
+        if record.feedback.score_mean is not None and record.refinement_score_mean is not None:
+            gains["expected"] = record.refinement_score_mean - record.feedback.score_mean
+        if odds := record.odds.get("refinement"):
+            gains["compared"] = sum(odds) - 1
+            self.orders_agree[(odds[0] > 0.5) == (odds[1] > 0.5)] += 1
+        if before is None or after is None or before == after:
+            return
+        for kind, found in gains.items():
+            self.labels[kind, "tie" if not found else (found > 0) == (after > before)] += 1
+
     def _add_refinement(self, record: FeedbackRecord, gain: float) -> None:
+        self._add_labels(record, gain)
         assert record.response is not None
         assert record.refinement is not None
         self.better += gain > 0
         self.equal += gain == 0
         self.worse += gain < 0
         self.total_gain += gain
-        self.copies += is_same_text(record.refinement, record.response)
+        copies = is_same_text(record.refinement, record.response)
+        self.copies += copies
+        self.copied.add(copies, record.response_passes)
         self.draft_characters += len(record.response)
         self.refinement_characters += len(record.refinement)
 
@@ -199,6 +222,18 @@ class CritiqueSummary:
         """The critic's word against the check's, over drafts, refinements, or both."""
         kept = [v for v in self.checked.elements() if refined is None or v.refined == refined]
         return confusion([v.says_good for v in kept], [v.is_good for v in kept])
+
+    def label_precision(self) -> dict[str, dict[str, Any]]:
+        """By kind of score: labels that the check decides, right ones with Wilson's interval, ties."""
+        found = {}
+        for kind in ("integer", "expected", "compared"):
+            right, wrong = self.labels[kind, True], self.labels[kind, False]
+            if right + wrong:
+                found[kind] = {
+                    "right": right, "decided": right + wrong, "ties": self.labels[kind, "tie"],
+                    "interval": wilson(right, right + wrong),
+                }  # fmt: skip
+        return found
 
     @property
     def score_entropy_bits(self) -> float | None:
@@ -314,6 +349,10 @@ class CritiqueSummary:
             tallies |= {"planted": self.planted, "planted_found": self.planted_found}
         if self.beliefs.pairs:
             tallies["expected_scores"] = self.beliefs.tallies()
+        if precision := self.label_precision():
+            tallies["label_precision"] = precision
+        if self.orders_agree:
+            tallies["orders_agree"] = self.orders_agree[True] / self.orders_agree.total()
         if self.checked:
             for name, refined in (("drafts", False), ("refinements", True)):
                 table = self.confusion(refined=refined)
@@ -355,6 +394,15 @@ class CritiqueSummary:
             )
         if self.beliefs.pairs:
             console.say(self.beliefs.sentence())
+        if self.orders_agree:
+            agree = _share(self.orders_agree[True], self.orders_agree.total())
+            console.say(f"compared: both orders name the same of draft and refinement in {agree}")
+        for kind, figures in self.label_precision().items():
+            decided, (low, high) = figures["decided"], figures["interval"]
+            console.say(
+                f"labels by {kind} scores, against the check: {figures['right'] / decided:.0%} "
+                f"[{100 * low:.0f}, {100 * high:.0f}] of {decided} right, {figures['ties']} ties"
+            )
         odd = {form: n for form, n in self.forms.most_common() if form != "as asked"}
         if odd:
             named = ", ".join(f"{count} {form}" for form, count in odd.items())

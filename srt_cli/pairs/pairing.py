@@ -18,7 +18,10 @@ from srt_cli.pairs.rows import FeedbackRow
 from srt_cli.records import FeedbackRecord, Message, Preference
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
-ScoreKind = Literal["integer", "expected"]
+ScoreKind = Literal["integer", "expected", "compared"]
+EVEN: Final = 0.5
+POINTS: Final = 10.0
+"""Between a text that is surely better and one that is surely worse, by comparison."""
 
 
 class Candidate(NamedTuple):
@@ -78,6 +81,13 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
         before_score, after_score = row.score_mean, row.refinement_score_mean
         if before_score is None or after_score is None:
             return "no expected score"
+    elif kind == "compared":
+        if row.refinement_odds is None:
+            return "no comparison"
+        # Drafts stand where the other samples' drafts leave them, a refinement so far from its draft
+        # as the odds say: a sure win is as many points above as a sure loss would be below.
+        before_score = POINTS * (EVEN if row.response_odds is None else row.response_odds)
+        after_score = before_score + POINTS * (2 * row.refinement_odds - 1)
     draft, refined = response.strip(), refinement.strip()
     if not draft or not refined:
         return "empty"

@@ -30,6 +30,7 @@ ADVICE: Final = {
     "no expected score": "Leave out --score expected: the critic gave no log-probabilities.",
     "no refinement": "Answers that others scored have none: pass --strategy best-worst or tiers.",
     "no answer of the first": "Give --rejected the first model's answers to these prompts.",
+    "no comparison": "Run srt self-critique with --compare, or leave out --score compared.",
     "no pair by": "Take several samples (self-critique --samples), or --strategy refine.",
     "length balance": "Leave out --length-balance.",
     "repeating": "Look at these answers; --no-hygiene keeps them.",

@@ -123,6 +123,10 @@ class Manifest(BaseModel):
     warnings: list[str] = []
     error: str | None = None
 
+    def says_the_same(self, earlier: "Manifest") -> bool:
+        """Whether all that an earlier run said to models is said in the same words now."""
+        return earlier.templates.items() <= self.templates.items()
+
     def tally(self, name: str, kind: type[Figure]) -> Figure | None:
         """One of the tallies; None where the run has none of that name and kind."""
         try:
@@ -274,7 +278,7 @@ class Run:
             and None not in inputs.values()
             and inputs == {name: file.sha256 for name, file in then.inputs.items()}
             and now.settings == then.settings
-            and now.templates == then.templates
+            and now.says_the_same(then)
             and now.versions["srt"] == then.versions.get("srt")
             and then.output_sha256 == sha256_of(self.out)
         )

@@ -86,8 +86,9 @@ class BuildPrefs(ApiOptions):
         0.1, "Width of a tier, as a share of the range of scores (tiers).", group="Pairs"
     )
     score: ScoreKind = setting(
-        "integer", "Compare the scores as written (paper), or as expected under the critic's "
-        "log-probabilities, which seldom tie.", group="Pairs",
+        "integer", "Compare the scores as written (paper), as expected under the critic's "
+        "log-probabilities, which seldom tie, or by its comparisons (self-critique --compare).",
+        group="Pairs",
     )  # fmt: skip
     min_gain: float | Literal["auto"] = setting(
         1.0, "Minimum blind gain of a refinement (paper: any). auto: the smallest gain at which "
@@ -209,9 +210,8 @@ def tell_of_critic(run: Run, options: BuildPrefs, rows: GroupedRows) -> Labels |
     if table is None and stage_1 is not None:
         table = checked_before(stage_1.tallies)
     who = f"the critic of {', '.join(map(str, options.data))}"
-    for doubt in doubts_of(
-        CriticFigures(who, table, rows.seen.scores, rows.seen.refined, rows.seen.copies), model
-    ):
+    seen = rows.seen
+    for doubt in doubts_of(CriticFigures(who, table, seen.scores, *seen.copied.counts), model):
         run.warn(doubt)
     return labels_of_stage_1(stage_1.tallies) if stage_1 is not None else None
 

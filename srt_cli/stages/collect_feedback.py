@@ -11,7 +11,7 @@ from srt_cli.calls.asking import Asking
 from srt_cli.calls.conduct import Call
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.feedback.critic import Critic, Sampling
+from srt_cli.feedback.critic import Critic, OutsidePrompt, Sampling
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Contrast, Draft, Policy, Roles, write_draft
 from srt_cli.feedback.written import (
@@ -92,6 +92,10 @@ class CollectFeedback(CallOptions):
     good_score: float = setting(
         8.0, "Count a refinement as good from this blind score up (--contrast).", group="Critic"
     )
+    critic_prompt: OutsidePrompt = setting(
+        "table-1", "How the critic is asked: by the paper's Table 1, or item by item, with the score "
+        "the share that is met (checklist).", group="Critic",
+    )  # fmt: skip
     max_reasks: int = setting(
         1, "How often to ask again when a critic's reply cannot be read (paper: never).",
         group="Critic",
@@ -177,7 +181,11 @@ def _critic(options: CollectFeedback, model: Model) -> Critic:
     )  # fmt: skip
     # A program would only give the same reply again.
     reasks = 0 if model.is_program else options.max_reasks
-    return Critic(model, replies, in_conversation=False, max_reasks=reasks, longer_once=True)
+    by_items = options.critic_prompt == "checklist"
+    return Critic(
+        model, replies, in_conversation=False, by_checklist=by_items, max_reasks=reasks,
+        longer_once=True,
+    )  # fmt: skip
 
 
 # --- Critiques that others wrote ---------------------------------------------------------------

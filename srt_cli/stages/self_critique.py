@@ -66,8 +66,9 @@ class SelfCritique(CallOptions):
         group="Critic",
     )  # fmt: skip
     critic_prompt: CriticPrompt = setting(
-        "auto", "How --critic is asked: in conversation, as srt trains it, or by the paper's "
-        "Table 1. auto: models in process in conversation, others by Table 1.", group="Critic",
+        "auto", "How --critic is asked: in conversation, as srt trains it, by the paper's "
+        "Table 1, or item by item (checklist). auto: models in process in conversation, others by "
+        "Table 1.", group="Critic",
     )  # fmt: skip
     expected_score: bool = setting(
         True, "Also record each score's expectation under the critic's log-probabilities.",
@@ -76,6 +77,10 @@ class SelfCritique(CallOptions):
     score_samples: int = setting(
         1, "Judgements to average for each answer's expected score.", group="Critic"
     )
+    compare: bool = setting(
+        False, "Also record how likely a refinement is better than its draft, and a draft than those "
+        "of other samples, asked in both orders (srt sft --compare trains it).", group="Critic",
+    )  # fmt: skip
     check: str | None = setting(
         None, "A program that tells good answers from bad: python:FILE:CALLABLE.",
         group="Critic", metavar="SPEC",
@@ -110,7 +115,7 @@ def run(options: SelfCritique) -> None:
             open_scripts=_open_scripts,
             options=options,
             processes=options.num_processes,
-            rows=job.count * options.samples,
+            rows=job.rows,
         )
     with run:
         prompts.tell()
@@ -186,6 +191,7 @@ def _open_job(options: SelfCritique) -> tuple[Job, PromptSource]:
         scorer,
         rounds=options.rounds,
         stop_when_worse=options.stop_when_worse,
+        compares=options.compare,
     )
     check = Check(open_model(options.check), options.good_score) if options.check else None
     job = Job(prompts.read, prompts.count, roles, door.budget, check, options.samples)
@@ -206,7 +212,8 @@ def _other_critic(
     same = (options.other_critic, critics) == (options.model, door)
     critic = model if same else open_model(options.other_critic, critics)
     asked = asked_in_conversation(options.critic_prompt, options.other_critic)
-    return Critic(critic, replies, in_conversation=asked)
+    by_checklist = options.critic_prompt == "checklist"
+    return Critic(critic, replies, in_conversation=asked, by_checklist=by_checklist)
 
 
 def _open_scripts(options: SelfCritique) -> tuple[Iterable[Script[CheckedRow]], list[Model]]:

@@ -84,6 +84,10 @@ class Sft(TrainingOptions):
         False, "Repeat critiques of good answers, or of bad ones, until there are as many of both "
         "(paper: no).", group="Loss",
     )  # fmt: skip
+    compare: bool = setting(
+        False, "Also train to name the better of draft and refinement by a letter, in both orders; "
+        "self-critique --compare asks for it (paper: no).", group="Loss",
+    )  # fmt: skip
     thoughts: Thoughts = setting(
         "drop",
         "Leave recorded thoughts out, or train those of a turn with it (keep).",
@@ -140,6 +144,7 @@ def _fine_tune(options: Sft) -> None:
         good_score=options.good_score,
         critic_check=options.critic_check,
         thoughts=options.thoughts,
+        compare=options.compare,
     )
     fine_tune(options, task)
 

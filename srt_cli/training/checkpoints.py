@@ -77,7 +77,7 @@ def _changed_inputs(earlier: Manifest, now: Manifest) -> list[str]:
         before = earlier.inputs.get(name, InputFile(path=file.path))
         if before.sha256 is not None and before.sha256 != file.sha256:
             changed.append(f"{file.path} (its content has changed)")
-    if earlier.templates != now.templates:
+    if not now.says_the_same(earlier):
         changed.append("set of templates")
     return changed
 

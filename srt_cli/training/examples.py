@@ -29,6 +29,7 @@ from srt_cli.training.sequences import (
     PairIds,
     TokenSequence,
     chat_sequences,
+    comparison_sequences,
     feedback_sequences,
     preference_ids,
     refinement_feedback_sequences,
@@ -161,6 +162,11 @@ def prepare_sft(
 
 
 def _sequences(chat: ChatFormat, record: FeedbackRecord, task: SftTask) -> list[TokenSequence]:
+    compared = comparison_sequences(chat, record) if task.compare else []
+    return _of_feedback(chat, record, task) + compared
+
+
+def _of_feedback(chat: ChatFormat, record: FeedbackRecord, task: SftTask) -> list[TokenSequence]:
     targets = task.targets
     assert record.feedback is not None
     good = record.feedback.score >= task.good_score
@@ -260,7 +266,10 @@ def check_labels(sequences: Sequence[TokenSequence], end_of_turn: int) -> None:
             f"no token would be trained in {', '.join(untrained[:3]) or 'any row'}. "
             "Look at --loss-on and --drop, and at the masks: --dry-run --show-masks 3."
         )
-    endless = [s.id for s in sequences if end_of_turn not in s.labels]
+    # A comparison trains one letter, and is asked for one token.
+    endless = [
+        s.id for s in sequences if end_of_turn not in s.labels and not s.trained["comparison"]
+    ]
     if endless:
         raise SrtError(
             f"no end-of-turn token would be trained in {', '.join(endless[:3])}, so the model would "

@@ -20,9 +20,10 @@ from srt_cli.runs.run import Run, inherited, read_manifest
 from srt_cli.templates import FEEDBACK_FIELDS, FeedbackField
 from srt_cli.training.options import PackingChoice
 
-Part = Literal["response", "feedback", "refinement", "mix"]
-PARTS: Final[tuple[Part, ...]] = ("response", "feedback", "refinement", "mix")
-"""What may carry loss: the three parts of a feedback record, and the answers of mixed-in chats."""
+Part = Literal["response", "feedback", "refinement", "mix", "comparison"]
+PARTS: Final[tuple[Part, ...]] = ("response", "feedback", "refinement", "mix", "comparison")
+"""What may carry loss: the three parts of a feedback record, the answers of mixed-in chats, and the
+letter of a comparison."""
 FEEDBACK_PARTS: Final = PARTS[:3]
 Thoughts = Literal["drop", "keep"]
 """What becomes of recorded thoughts: none is trained, or those of a turn with the turn."""
@@ -368,6 +369,8 @@ class SftTask:
     critic_check: int
     """Answers that the tuned model scores at the end."""
     thoughts: Thoughts = "drop"
+    compare: bool = False
+    """Whether the model also learns to name the better of draft and refinement."""
 
 
 @dataclass(frozen=True)

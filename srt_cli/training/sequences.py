@@ -15,8 +15,16 @@ from typing import Final
 
 from srt_cli.models.chat import ChatFormat, Turn, UnfitChat
 from srt_cli.reading import part_thoughts
-from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, as_messages
-from srt_cli.templates import CRITIQUE_REQUEST, FeedbackField, render_feedback, render_refinement
+from srt_cli.records import Feedback, FeedbackRecord, Message, Preference, Prompt, as_messages
+from srt_cli.templates import (
+    CRITIQUE_REQUEST,
+    LETTER_REQUIREMENTS,
+    LETTERS,
+    FeedbackField,
+    judge_messages,
+    render_feedback,
+    render_refinement,
+)
 from srt_cli.training.rows import PARTS, Part, Thoughts
 
 IGNORED: Final = -100
@@ -130,6 +138,26 @@ def without_thoughts(messages: Sequence[Message]) -> list[Message]:
         else turn
         for turn in messages
     ]
+
+
+def comparison_sequences(chat: ChatFormat, record: FeedbackRecord) -> list[TokenSequence]:
+    """Draft and refinement in both orders, asked about as by `srt eval`; the better one's letter.
+
+    Loss is on the letter alone. Empty where the scores tie. Not in the paper.
+    """
+    assert record.response is not None
+    assert record.refinement is not None
+    if not record.gain:
+        return []
+    prompt = Prompt(id=record.id, prompt=record.prompt)
+    shown = record.refinement.strip(), record.response.strip()
+    better_first = record.gain > 0
+    found = []
+    for texts, letter in ((shown, LETTERS[not better_first]), (shown[::-1], LETTERS[better_first])):
+        turn = chat.turn(judge_messages(prompt, *texts, LETTER_REQUIREMENTS), letter)
+        place = range(turn.place.start, turn.place.stop - 1)
+        found += _sequences(record.id, [_Taught(turn, [("comparison", place)], [place])])
+    return found
 
 
 def refinement_feedback_sequences(

@@ -141,16 +141,18 @@ def _tell_of_feedback(run: Run, task: SftTask, kept: list[FeedbackRecord]) -> No
     for each in task.data:
         if not_whole := why_not_whole(each.path):
             run.warn(not_whole)
-    copies = sum(is_same_text(row.refinement or "", row.response or "") for row in kept)
+    poor = [row for row in kept if row.feedback and row.feedback.score < task.good_score]
+    copies = sum(is_same_text(row.refinement or "", row.response or "") for row in poor)
     cut = sum(row.response_cut for row in kept)
-    run.tally({"copies": copies, "drafts_cut": cut})
+    run.tally({"copies_of_poor_drafts": copies, "drafts_cut": cut})
     if cut:
         console.say(f"cut at the token limit: {cut} of {len(kept)} drafts ({cut / len(kept):.0%})")
-    if len(kept) >= FEWEST_SCORES and copies > MOSTLY * len(kept):
+    if len(poor) >= FEWEST_SCORES and copies > MOSTLY * len(poor):
         run.warn(
-            f"{copies} of {len(kept)} refinements copy their draft, and a model trained on them learns "
-            "to copy. Likely cause: the critic found little to mend. Take harder prompts, or let drafts "
-            "differ more: srt collect-feedback --temperature 1."
+            f"{copies} of {len(poor)} refinements of drafts that score below {task.good_score:g} copy "
+            "them, and a model trained on that learns to copy what it has just criticised. Likely "
+            "cause: the critic does not refine. Take another, or leave the refinements out: srt sft "
+            "--loss-on response,feedback."
         )
 
 

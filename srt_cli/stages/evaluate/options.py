@@ -92,8 +92,9 @@ class Evaluate(ApiOptions, PromptOptions):
         group="Data", metavar="FILE",
     )  # fmt: skip
     critic_prompt: CriticPrompt = setting(
-        "auto", "How a critic is asked: in conversation, as srt trains it, or by the paper's "
-        "Table 1. auto: models in process in conversation, others by Table 1.", group="Critic",
+        "auto", "How a critic is asked: in conversation, as srt trains it, by the paper's "
+        "Table 1, or item by item (checklist). auto: models in process in conversation, others by "
+        "Table 1.", group="Critic",
         formerly=Former("critique_style", {"message": "table-1"}),
     )  # fmt: skip
     export: Literal["alpaca_eval"] | None = runtime(

@@ -415,7 +415,10 @@ def _pairs(
             in_conversation = asked_in_conversation(options.critic_prompt, spec)
             with asking.open(spec) as model:
                 critic = Critic(
-                    model, _critic_sampling(options, itself=in_conversation), in_conversation
+                    model,
+                    _critic_sampling(options, itself=in_conversation),
+                    in_conversation,
+                    by_checklist=options.critic_prompt == "checklist",
                 )
                 found[spec] = ask_pairs(asking, critic, pairs)
     return found

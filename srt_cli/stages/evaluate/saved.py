@@ -65,7 +65,9 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
                     options.critic_max_tokens, 0.0, seed=options.seed, thinks=thinks
                 )
                 with asking.open(spec) as model:
-                    scored = ask_pairs(asking, Critic(model, sampling, in_conversation), pairs)
+                    by_items = options.critic_prompt == "checklist"
+                    critic = Critic(model, sampling, in_conversation, by_checklist=by_items)
+                    scored = ask_pairs(asking, critic, pairs)
                 found.append(count_pairs(spec, pairs, scored))
         run.tally({"pairs": len(pairs)})
         write_json(options.out, {"pairs": [asdict(each) for each in found]})
