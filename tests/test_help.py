@@ -168,7 +168,7 @@ def bash_completes(line, folder):
         ("srt build-prefs --export ", ["axolotl", "llamafactory", "ms-swift", "openrlhf", "kto"]),
         ("srt eval --use re", ["response", "refinement"]),
         ("srt eval --critic-p", ["--critic-prompt"]),
-        ("srt eval --critic-prompt ", ["auto", "conversation", "table-1"]),
+        ("srt eval --critic-prompt ", ["auto", "conversation", "table-1", "checklist"]),
         ("srt self-critique --no", ["--no-expected-score"]),
         ("srt build-prefs --form", []),
         ("srt sft --data fee", []),

@@ -1,13 +1,14 @@
 """Useless critics and pairs not worth training on, planted: each is warned of, sound ones are not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import write_jsonl
 from test_sft import feedback_rows
 
-from srt_cli.feedback.critic_check import check_critic
+from srt_cli.feedback.critic_check import CriticFigures, check_critic, doubts_of
 from srt_cli.pairs.worth import Labels, Worth
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.run import Manifest, Run
@@ -134,6 +135,13 @@ def test_sft_warns_of_a_tuned_model_that_is_a_coin_as_a_critic_and_not_of_a_soun
     (warning,) = found["coin"].warnings
     assert "the tuned model tells good answers from bad no better than a coin" in warning
     assert "--data round-2.jsonl" in warning
+
+
+def test_a_critic_that_was_sound_on_other_answers_may_still_say_one_score_of_all():
+    sound = CriticFigures("it", Confusion(16, 0, 0, 16), {10: 90, 3: 4})
+    assert doubts_of(sound) == []
+    (doubt,) = doubts_of(replace(sound, elsewhere=True))
+    assert "it gave 90 of 94 answers the score 10" in doubt
 
 
 def test_the_interval_of_balanced_accuracy_is_that_of_two_shares():

@@ -182,6 +182,7 @@ STAGES: tuple[Column[StageFigures], ...] = (
     _figure("distinct word pairs", lambda s: s.distinct_pairs, score_with_error),
     _figure("self-BLEU", lambda s: s.self_bleu, score_with_error),
     _figure("degenerate answers", lambda s: s.degenerate, share_with_interval),
+    _figure("answers cut at the limit", lambda s: s.standing.cut, share_with_interval),
 )  # fmt: skip
 PAIRS: tuple[Column[PairAccuracy], ...] = (
     _figure("right", lambda each: each.accuracy, share_with_interval),

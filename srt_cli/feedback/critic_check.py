@@ -40,11 +40,13 @@ class CriticFigures:
     copies: int = 0
     """How many of these repeat the draft."""
     only_failing: bool = False
+    elsewhere: bool = False
+    """Whether `table` is of other answers, those that stage 1 checked."""
 
     @property
     def is_known_to_see(self) -> bool:
-        """Whether a check shows that it does better than a coin."""
-        interval = self.table.balanced_interval if self.table else None
+        """Whether a check of these very answers shows that it does better than a coin."""
+        interval = self.table.balanced_interval if self.table and not self.elsewhere else None
         return interval is not None and interval[0] > COIN
 
 
@@ -62,7 +64,8 @@ def doubts_of(figures: CriticFigures, model: str = "models/sft") -> list[str]:
     interval = table.balanced_interval if table else None
     if table and interval and table.smaller_class >= FEWEST_OF_A_CLASS and interval[0] <= COIN:
         found.append(
-            f"{figures.who} tells good answers from bad no better than a coin: balanced accuracy "
+            f"{figures.who} tells good answers from bad no better than a coin"
+            f"{', as stage 1 found' if figures.elsewhere else ''}: balanced accuracy "
             f"{table.balanced_accuracy:.0%} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}] over "
             f"{table.n} answers. Likely cause: in training, good answers were refinements and bad ones "
             f"drafts of another model, so that it learnt style. {own_round}"

@@ -213,6 +213,7 @@ def _doubts(summary: CritiqueSummary, model: str) -> list[str]:
         checked if checked.n else checked_before(manifest.tallies) if manifest else None,
         summary.draft_scores + summary.blind_scores,
         *summary.copied.counts,
+        elsewhere=not checked.n,
     )
     return doubts_of(figures, model)
 

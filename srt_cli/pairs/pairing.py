@@ -104,8 +104,8 @@ def answers_of(row: FeedbackRow, kind: ScoreKind, strategy: Strategy) -> list[Re
         return found if isinstance(found, str) else [found]
     if strategy in ("refine", "refine-best"):
         return "no refinement"
-    if kind == "expected":
-        return "no expected score"
+    if kind != "integer":
+        return "no expected score" if kind == "expected" else "no comparison"
     scored = [Candidate(text.strip(), score, row) for text, score in row.answers]
     return [Refined(answer, answer) for answer in scored if answer.text] or "empty"
 

@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -68,6 +68,10 @@ class FeedbackRow(NamedTuple):
     response_cut: bool = False
     response_passes: float | None = None
     refinement_passes: float | None = None
+    refinement_odds: float | None = None
+    """That the refinement beats its draft: the mean of both orders."""
+    response_odds: float | None = None
+    """That the draft beats those of other samples: the mean over them and both orders."""
     answers: tuple[tuple[str, float], ...] = ()
     """Other answers with their scores; a row has them, or draft and refinement."""
 
@@ -103,7 +107,18 @@ class FeedbackRow(NamedTuple):
             bool(row.get("response_cut")),
             _number(row.get("response_passes")),
             _number(row.get("refinement_passes")),
+            mean_odds(row, "refinement"),
+            mean_odds(row, "sample"),
         )
+
+
+def mean_odds(row: Mapping[str, Any], against: str) -> float | None:
+    """Mean odds of a row's comparisons whose name begins so; None without any."""
+    odds = row.get("odds")
+    if not odds:
+        return None
+    found = [value for name, both in odds.items() if name.startswith(against) for value in both]
+    return sum(found) / len(found) if found else None
 
 
 def _number(value: float | str | None) -> float | None:

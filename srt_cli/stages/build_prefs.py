@@ -207,11 +207,13 @@ def tell_of_critic(run: Run, options: BuildPrefs, rows: GroupedRows) -> Labels |
     manifest, model = read_manifest(data), inherited(data, "model") or "models/sft"
     stage_1 = read_manifest(Path(model)) if Path(model).is_dir() else None
     table = checked_before(manifest.tallies) if manifest is not None else None
-    if table is None and stage_1 is not None:
+    elsewhere = table is None
+    if elsewhere and stage_1 is not None:
         table = checked_before(stage_1.tallies)
     who = f"the critic of {', '.join(map(str, options.data))}"
     seen = rows.seen
-    for doubt in doubts_of(CriticFigures(who, table, seen.scores, *seen.copied.counts), model):
+    figures = CriticFigures(who, table, seen.scores, *seen.copied.counts, elsewhere=elsewhere)
+    for doubt in doubts_of(figures, model):
         run.warn(doubt)
     return labels_of_stage_1(stage_1.tallies) if stage_1 is not None else None
 
