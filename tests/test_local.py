@@ -425,3 +425,12 @@ def test_the_conversion_of_a_gguf_file_is_told_and_counted(tmp_path, monkeypatch
     first, counted = capsys.readouterr().err.splitlines()
     assert first == "small.gguf: is converted once, which may take minutes; later runs find it"
     assert counted.startswith("converting: 3/3 in ")
+
+
+def test_a_batch_that_is_stopped_has_given_out_the_rows_that_ended(tiny_model):
+    opened = open_model(str(tiny_model), ModelOptions(engine="static"))
+    short = opened.submit([*requests(["a", "b"], max_tokens=1), *requests(["c"], max_tokens=1500)])
+    texts = [future.result(120).finish_reason for future in short[:2]]
+    opened.close()
+    assert texts == ["length", "length"]
+    assert all(future.done() for future in short)

@@ -22,8 +22,8 @@ class Evidence:
     judges: Sequence[str]
     orders: Orders
     check: str | None = None
-    good_score: float = 8.0
-    """From this score on, a contestant calls its own answer good."""
+    good_score: float | None = None
+    """From this score on, a contestant calls its own answer good; None where nobody asks."""
     scorer: str | None = None
     repeats: Mapping[str, Sequence[Twice]] = field(default_factory=dict)
     """By judge: the questions that it was asked twice."""

@@ -68,7 +68,9 @@ def find(evidence: Evidence) -> Findings:
 
 def _own_critics(evidence: Evidence, contest: Contest) -> list[OwnCritic]:
     """In the order of the contestants; those whose critiques were seen."""
-    found = []
+    found: list[OwnCritic] = []
+    if evidence.good_score is None:
+        return found
     for row in contest.rows:
         records = evidence.critiques.get(row.contestant)
         if row.use != "response" or not records:
