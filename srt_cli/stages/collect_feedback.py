@@ -82,6 +82,10 @@ class CollectFeedback(CallOptions):
         None, "Instead of asking a critic, write a page on which a person writes the critiques.",
         group="Output", metavar="FILE.html",
     )  # fmt: skip
+    critic_prompt: OutsidePrompt = setting(
+        "table-1", "How the critic is asked: by the paper's Table 1, or item by item, with the score "
+        "the share that is met (checklist).", group="Critic",
+    )  # fmt: skip
     critic_temperature: float = setting(
         0.0, "Sampling temperature of the critic (paper: 0).", group="Critic"
     )
@@ -92,10 +96,6 @@ class CollectFeedback(CallOptions):
     good_score: float = setting(
         8.0, "Count a refinement as good from this blind score up (--contrast).", group="Critic"
     )
-    critic_prompt: OutsidePrompt = setting(
-        "table-1", "How the critic is asked: by the paper's Table 1, or item by item, with the score "
-        "the share that is met (checklist).", group="Critic",
-    )  # fmt: skip
     max_reasks: int = setting(
         1, "How often to ask again when a critic's reply cannot be read (paper: never).",
         group="Critic",
