@@ -1,16 +1,18 @@
 """Commands as processes of their own, to be killed at a chosen moment."""
 
+import atexit
 import hashlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from conftest import signals_kept
+from nursery import Nursery
 
 from srt_cli.cli import main
 
@@ -39,17 +41,23 @@ def run(folder: Path, *arguments: object, code: int = 0) -> None:
 
 def kill_when(folder: Path, ready: Callable[[], bool], *arguments: object) -> None:
     """Start a command and kill -9 it as soon as `ready` says so."""
-    process = subprocess.Popen(
-        command(*arguments), cwd=folder, env=environment(),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    kind = "torch" if arguments[0] in ("self-critique", "sft", "dpo") else "calls"
+    line = list(map(str, arguments))
+    pid, _ = _nursery(kind).fork(line, folder.with_suffix(".talk"), room=None)
     deadline = time.monotonic() + 120
     while not ready():
-        assert process.poll() is None, "the command ended before it could be killed"
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the command ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+@cache
+def _nursery(kind: str) -> Nursery:
+    nursery = Nursery(kind, environment())
+    atexit.register(nursery.close)
+    return nursery
 
 
 def spawned_by(parent: int) -> list[int]:

@@ -5,12 +5,11 @@ same line then has to come to what an uninterrupted run comes to.
     make storm ONLY='sft eval' KILLS=40 SEED=7  40 kills of these two
 
 A chain is up to five kills of one line in one folder, and the run that ends it. Most runs are forked
-from a process that has their libraries loaded (`_Nursery`), so that a kill costs a second; every kill
+from a process that has their libraries loaded (`nursery.py`), so that a kill costs a second; every kill
 of the first 300 ms, and one in 25 of the others, hits a process that was started from nothing.
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
@@ -27,13 +26,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
 from conftest import read_jsonl, write_jsonl
 from killing import command, environment, lines_in, sha256, wait_until_gone
 from loopback_server import CRITIQUE, Answer, LoopbackServer, as_policy_and_critic
+from nursery import Nursery
 
 from srt_cli.templates import CRITIQUE_REQUEST
 
@@ -178,81 +177,6 @@ def acts(till: Till, model: Path) -> dict[str, Act]:
 
 
 # --- Processes ---------------------------------------------------------------------------------
-
-
-class _Nursery:
-    """A process that has loaded what training needs, and forks commands from there.
-
-    They become our own children: this process adopts what its descendants leave behind.
-    """
-
-    def __init__(self, kind: str) -> None:
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--nursery", kind],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
-        )  # fmt: skip
-
-    def fork(self, line: list[str], talk: Path, room: int | None) -> tuple[int, int]:
-        """The process's id and its session's; it talks into a file beside its folder."""
-        assert self._process.stdin
-        assert self._process.stdout
-        print(json.dumps([line, str(talk), room]), file=self._process.stdin, flush=True)
-        pid, session = map(int, self._process.stdout.readline().split())
-        return pid, session
-
-    def close(self) -> None:
-        self._process.communicate("")
-
-
-LIBRARIES: Final = {
-    "calls": ("srt_cli.stages.collect_feedback", "srt_cli.stages.build_prefs", "srt_cli.pairs.audit",
-              "srt_cli.stages.evaluate.figures", "srt_cli.models.api.client", "jinja2", "aiohttp"),
-    "torch": ("torch", "transformers", "trl", "srt_cli.stages.self_critique", "srt_cli.training.sft",
-              "srt_cli.training.dpo"),
-}  # fmt: skip
-
-
-def nurse(kind: str) -> None:
-    """The nursery's own life: forks one command for each line that it reads."""
-    import srt_cli.cli
-
-    for library in LIBRARIES[kind]:
-        import_module(library)
-    for asked in sys.stdin:
-        line, talk, room = json.loads(asked)
-        told, tell = os.pipe()
-        between = os.fork()
-        if between:
-            os.close(tell)
-            os.waitpid(between, 0)  # from here on its child is the storm's
-            print(os.read(told, 20).decode(), between, flush=True)
-            os.close(told)
-            continue
-        os.setsid()
-        born = os.fork()
-        if born:
-            os.write(tell, str(born).encode())
-            os._exit(0)
-        os.close(told)
-        os.close(tell)
-        _take_place(Path(talk), room)
-        sys.argv = ["srt", *line]
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        srt_cli.cli.main()
-        sys.exit(0)
-
-
-def _take_place(talk: Path, room: int | None) -> None:
-    """Stand where a started process would stand."""
-    os.chdir(talk.with_suffix(""))
-    said = os.open(talk, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for place, what in enumerate((nothing, nothing, said)):
-        os.dup2(what, place)
-    sys.stdin = open(0)  # noqa: SIM115  it stands for the old one
-    if room is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
 
 @dataclass
@@ -623,7 +547,7 @@ class Storm:
         self.ways: Counter[str] = Counter()
         self.missed = self.chains = self.lost = 0
         self.broken: list[str] = []
-        self._nurseries: dict[str, _Nursery] = {}
+        self._nurseries: dict[str, Nursery] = {}
         self._straight: dict[str, Straight] = {}
 
     def close(self) -> None:
@@ -645,7 +569,7 @@ class Storm:
         if not fresh:
             kind = "torch" if line[0] in TORCH else "calls"
             if kind not in self._nurseries:
-                self._nurseries[kind] = _Nursery(kind)
+                self._nurseries[kind] = Nursery(kind, environment())
             pid, session = self._nurseries[kind].fork(list(map(str, line)), talk, room)
             return Running(pid, session, time.monotonic(), talk)
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)) if room else None
@@ -769,11 +693,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=550)
     parser.add_argument("--seed", default="1")
     parser.add_argument("--folder", type=Path, help="where broken chains stay to be looked at")
-    parser.add_argument("--nursery", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.nursery:
-        nurse(asked.nursery)
-        return 0
     from conftest import _make_tiny_model
 
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="srt-storm-"))
