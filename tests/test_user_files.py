@@ -237,6 +237,21 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
     assert (tmp_path / "x.jsonl").read_bytes() == b"1\n"
 
 
+def test_a_file_that_another_run_has_just_written_is_not_taken_for_the_users(tmp_path):
+    from srt_cli.runs.run import open_run
+    from srt_cli.stages.collect_feedback import CollectFeedback
+
+    options = CollectFeedback(out=tmp_path / "feedback.jsonl")
+    with open_run("collect-feedback", options, inputs={}) as first:
+        first.reached("half", whole=False)
+    late = open_run("collect-feedback", options, inputs={})
+    with open_run("collect-feedback", options, inputs={}) as second:
+        write_atomically(options.out, b"{}\n")
+        assert second.manifest.written
+    with pytest.raises(SrtError, match="another srt run has just written here"):
+        late.claim(options.out)
+
+
 def test_a_link_as_output_is_written_through(srt, folder):
     (folder / "big").mkdir()
     (folder / "feedback.jsonl").symlink_to(folder / "big" / "there.jsonl")

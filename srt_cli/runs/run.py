@@ -217,7 +217,7 @@ class Run:
         self.out = out
         self.earlier = None if overwrite else earlier
         """The manifest of the run that this one continues."""
-        self._found = earlier.id if earlier is not None else None
+        self._found = (earlier.id, earlier.written) if earlier is not None else None
         self._overwrite = overwrite
         self._written: dict[str, list[str]] = {}
         if self.earlier is not None:
@@ -376,7 +376,7 @@ class Run:
                 f"{self.out}: another srt run is writing here. Wait for it, or choose another --out."
             )
         now = read_manifest(self.out)
-        if now is not None and now.id != self._found and not self._overwrite:
+        if now is not None and (now.id, now.written) != self._found and not self._overwrite:
             raise SrtError(
                 f"{self.out}: another srt run has just written here. Run the same line again."
             )
@@ -387,6 +387,8 @@ class Run:
             return
         name, digest = self._name(path), sha256_of(path)
         known = self._written.get(name)
+        if self._lock is None and digest not in (known or []):
+            self.refuse_another()  # which may have written it since its manifest was read
         if known is None and not self._overwrite:
             if self.earlier is None or self.earlier.written is not None:
                 raise SrtError(
