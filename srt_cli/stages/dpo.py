@@ -79,7 +79,7 @@ def _prefer(options: Dpo) -> None:
             f"{', '.join(options.prefs)} does not tell which model wrote its drafts. Pass --model."
         )
     if options.model is None:
-        console.say(f"model: {model}, by the manifests of {options.prefs}")
+        console.say(f"model: {model}, by the manifests of {', '.join(options.prefs)}")
     from srt_cli.training.dpo import prefer
 
     task = DpoTask(
