@@ -179,6 +179,20 @@ def render_feedback(feedback: Feedback, drop: Sequence[FeedbackField] = ()) -> s
     return "\n".join(line for field, line in lines.items() if field not in drop)
 
 
+_CHECKED = re.compile(r": (yes|no)(?:[.;\n]|$)")
+
+
+def checklist_score(weaknesses: str | None) -> float | None:
+    """The score, 1 to 10, that a checklist comes to: by the share of its items that end in `: yes`.
+
+    None where no item ends in `: yes` or `: no`, so that the text is no checklist.
+    """
+    verdicts = _CHECKED.findall(weaknesses or "")
+    if not verdicts:
+        return None
+    return MIN_SCORE + (MAX_SCORE - MIN_SCORE) * verdicts.count("yes") / len(verdicts)
+
+
 def render_refinement(refinement: str) -> str:
     """The improved response under the paper's heading; follows `render_feedback` directly."""
     return f"\n\n{IMPROVED_HEADING}\n{refinement}"

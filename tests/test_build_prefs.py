@@ -549,3 +549,27 @@ def test_a_full_disk_is_said_and_the_same_line_goes_on(tmp_path):
         assert ("error: prefs.jsonl: file too large" in done.stderr.lower()) == bool(code)
         assert not list(tmp_path.glob("*.tmp"))
     assert len(read_jsonl(tmp_path / "prefs.jsonl")) == 80
+
+
+def test_a_checklist_is_counted_whatever_score_stands_below_it(prefs, tmp_path):
+    def said(weaknesses):
+        return Feedback(weaknesses=weaknesses, suggestions="s", score=10)
+
+    good = said('Begin with "Tip:"? Tip:: yes. Small letters only? no capitals: yes.')
+    rows = [
+        record(
+            id="half", feedback=said('Begin with "Tip:"? Tip,: no. Small letters only? a: yes.'),
+            refinement_feedback=good, refinement_score=10,
+        ),
+        record(
+            id="as good", feedback=good, refinement_feedback=good, refinement_score=10,
+            prompt="Name a tree.",
+        ),
+        record(id="no list", refinement_feedback=said("Fine: no faults."), prompt="Name a bird."),
+    ]  # fmt: skip
+    finished = prefs(rows, "--score", "checklist")
+    assert finished.code == 0, finished.stderr
+    (pair,) = read_jsonl(tmp_path / "prefs.jsonl")
+    assert (pair["id"], pair["chosen_score"], pair["rejected_score"]) == ("half", 10, 5.5)
+    reasons = {row["id"]: row["reason"] for row in read_jsonl(tmp_path / "prefs.dropped.jsonl")}
+    assert reasons == {"as good": "tie", "no list": "no checklist"}

@@ -39,7 +39,7 @@ srt sft --data own-feedback.jsonl --model models/stage-1 --out models/round-2 "$
 # 3. Stage 2: pairs by the model's own scores, after each round.
 for model in stage-1 round-2; do
   srt self-critique --model "models/$model" "${own[@]}" --out "$model-self.jsonl"
-  srt build-prefs --data "$model-self.jsonl" --strategy best-worst --out "$model-prefs.jsonl"
+  srt build-prefs --data "$model-self.jsonl" --strategy best-worst --score checklist --out "$model-prefs.jsonl"
   # A critic that tells nothing apart may leave no pair.
   srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}" || echo "no stage 2 after $model"
 done

@@ -18,7 +18,11 @@ from srt_cli.pairs.rows import FeedbackRow
 from srt_cli.records import FeedbackRecord, Message, Preference
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
-ScoreKind = Literal["integer", "expected", "compared"]
+ScoreKind = Literal["integer", "expected", "compared", "checklist"]
+NO_SCORE: Final[dict[ScoreKind, str]] = {
+    "expected": "no expected score", "compared": "no comparison", "checklist": "no checklist",
+}  # fmt: skip
+"""Why a row whose scores are of another kind can be in no pair."""
 EVEN: Final = 0.5
 POINTS: Final = 10.0
 """Between a text that is surely better and one that is surely worse, by comparison."""
@@ -80,14 +84,18 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
     if kind == "expected":
         before_score, after_score = row.score_mean, row.refinement_score_mean
         if before_score is None or after_score is None:
-            return "no expected score"
+            return NO_SCORE[kind]
     elif kind == "compared":
         if row.refinement_odds is None:
-            return "no comparison"
+            return NO_SCORE[kind]
         # Drafts stand where the other samples' drafts leave them, a refinement so far from its draft
         # as the odds say: a sure win is as many points above as a sure loss would be below.
         before_score = POINTS * (EVEN if row.response_odds is None else row.response_odds)
         after_score = before_score + POINTS * (2 * row.refinement_odds - 1)
+    elif kind == "checklist":
+        before_score, after_score = row.checklist, row.refinement_checklist
+        if before_score is None or after_score is None:
+            return NO_SCORE[kind]
     draft, refined = response.strip(), refinement.strip()
     if not draft or not refined:
         return "empty"
@@ -105,7 +113,7 @@ def answers_of(row: FeedbackRow, kind: ScoreKind, strategy: Strategy) -> list[Re
     if strategy in ("refine", "refine-best"):
         return "no refinement"
     if kind != "integer":
-        return "no expected score" if kind == "expected" else "no comparison"
+        return NO_SCORE[kind]
     scored = [Candidate(text.strip(), score, row) for text, score in row.answers]
     return [Refined(answer, answer) for answer in scored if answer.text] or "empty"
 

@@ -32,6 +32,7 @@ from srt_cli.records import FeedbackRecord, Message, Status
 from srt_cli.runs.jsonl import describe_invalid, lines_of, parse_lines, read_lines
 from srt_cli.stats.counting import Copied
 from srt_cli.stats.hygiene import is_same_text
+from srt_cli.templates import checklist_score
 
 PLACE_BYTES: Final = 8
 STRETCH_BYTES: Final = 4 << 20
@@ -74,6 +75,9 @@ class FeedbackRow(NamedTuple):
     """That the draft beats those of other samples: the mean over them and both orders."""
     answers: tuple[tuple[str, float], ...] = ()
     """Other answers with their scores; a row has them, or draft and refinement."""
+    checklist: float | None = None
+    refinement_checklist: float | None = None
+    """Scores by the share of items that the feedback answers with yes."""
 
     @classmethod
     def of_scored(cls, row: ScoredAnswers) -> Self:
@@ -109,6 +113,9 @@ class FeedbackRow(NamedTuple):
             _number(row.get("refinement_passes")),
             mean_odds(row, "refinement"),
             mean_odds(row, "sample"),
+            (),
+            checklist_score(feedback.get("weaknesses")),
+            checklist_score((row.get("refinement_feedback") or {}).get("weaknesses")),
         )
 
 

@@ -27,6 +27,7 @@ ADVICE: Final = {
     "refinement over": "Relax --max-length-ratio.",
     "prompt is excluded": "The data are the prompts of --exclude: take other prompts.",
     "near duplicate": "Raise --near-duplicates.",
+    "no checklist": "Leave out --score checklist: the feedback holds no items with yes or no.",
     "no expected score": "Leave out --score expected: the critic gave no log-probabilities.",
     "no refinement": "Answers that others scored have none: pass --strategy best-worst or tiers.",
     "no answer of the first": "Give --rejected the first model's answers to these prompts.",

@@ -87,8 +87,8 @@ class BuildPrefs(ApiOptions):
     )
     score: ScoreKind = setting(
         "integer", "Compare the scores as written (paper), as expected under the critic's "
-        "log-probabilities, which seldom tie, or by its comparisons (self-critique --compare).",
-        group="Pairs",
+        "log-probabilities, which seldom tie, by its comparisons (self-critique --compare), or by "
+        "the share of yes in feedback that is a checklist.", group="Pairs",
     )  # fmt: skip
     min_gain: float | Literal["auto"] = setting(
         1.0, "Minimum blind gain of a refinement (paper: any). auto: the smallest gain at which "
