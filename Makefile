@@ -14,7 +14,7 @@ QUICK ?=
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo study test test-servers lint storm bench bench-peers bench-generate bench-prefs bench-train clean
+.PHONY: demo study test test-servers lint storm bench bench-peers bench-generate bench-prefs bench-train bench-gpu-tiny clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -77,6 +77,10 @@ bench-prefs: $(INSTALLED)
 # `srt sft` and `srt dpo` beside `trl sft` and `trl dpo`, some 8 minutes on an idle machine.
 bench-train: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/train.py
+
+# What a GPU makes of it, in under eight minutes: python bench/gpu.py. This runs every part of that on a CPU.
+bench-gpu-tiny: $(INSTALLED)
+	PYTHONPATH=. $(BIN)/python bench/gpu.py --tiny --out build/gpu-tiny.json
 
 # Generation in process against transformers' generate, on SmolLM2 and this machine's cores.
 bench-generate: $(INSTALLED)

@@ -12,20 +12,22 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from transformers import GenerationConfig
 
 from srt_cli import console
 from srt_cli.models import ModelOptions, Request
-from srt_cli.models.chat import encode_chat, end_of_turn_id
+from srt_cli.models.chat import ChatFormat
 from srt_cli.models.local.local import LocalModel
 from srt_cli.models.weights import load_tokenizer, load_weights
 from srt_cli.records import Message
 
+Found = TypeVar("Found")
 ROWS: Final = 64
 TOPICS: Final = Path(__file__).parents[1] / "examples" / "quickstart" / "prompts.jsonl"
 PADDINGS: Final = (0, 1, 3, 8)
@@ -41,7 +43,7 @@ def prompts(rows: int) -> list[str]:
     ]
 
 
-def timed(work: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
+def timed(work: Callable[[], list[Found]]) -> tuple[float, list[Found]]:
     """Seconds that some work took, and its result."""
     started = time.perf_counter()
     result = work()
@@ -53,14 +55,13 @@ class Transformers:
 
     def __init__(self, name: str, max_tokens: int) -> None:
         self.tokenizer = load_tokenizer(name)
+        self.chat = ChatFormat(self.tokenizer)
         self.model: Any = load_weights(name)
         self.max_tokens = max_tokens
-        self.end = {end_of_turn_id(self.tokenizer), int(self.tokenizer.eos_token_id)}
+        self.end = {self.chat.end_id, int(self.tokenizer.eos_token_id)}
 
     def encode(self, text: str) -> list[int]:
-        return encode_chat(
-            self.tokenizer, [Message(role="user", content=text)], add_generation_prompt=True
-        )
+        return self.chat.prompt_ids([Message(role="user", content=text)])
 
     def batch(self, encoded: Sequence[list[int]]) -> list[list[int]]:
         """The new tokens of one batch, padded on the left, without end tokens."""
@@ -99,15 +100,11 @@ def main() -> None:
     hand = Transformers(chosen.model, chosen.max_tokens)
     texts = prompts(chosen.rows)
     encoded = [hand.encode(text) for text in texts]
-    model = LocalModel(
-        chosen.model, chosen.model, ModelOptions(batch_size=chosen.batch_size, engine=chosen.engine)
-    )
     requests = [
         Request((Message(role="user", content=text),), max_tokens=chosen.max_tokens)
         for text in texts
     ]
     hand.batch(encoded[:1])
-    model.submit(requests[:1])[0].result()
 
     def fixed() -> list[list[int]]:
         size = chosen.batch_size
@@ -116,18 +113,26 @@ def main() -> None:
             found += hand.batch(encoded[start : start + size])
         return found
 
-    def engine() -> list[list[int]]:
-        replies = [future.result() for future in model.submit(requests)]
-        return [[reply.text, reply.usage.completion_tokens] for reply in replies]  # type: ignore[list-item]
+    def engine(model: LocalModel) -> list[str]:
+        return [future.result().text for future in model.submit(requests)]
 
     alone_s, alone = timed(lambda: [hand.batch([row])[0] for row in encoded])
     fixed_s = statistics.median(timed(fixed)[0] for _ in range(chosen.runs))
-    runs = [timed(engine) for _ in range(chosen.runs)]
-    engine_s, replies = statistics.median(seconds for seconds, _ in runs), runs[-1][1]
-    model.close()
-    tokens = sum(map(len, alone))
     wanted = [str(hand.tokenizer.decode(row, skip_special_tokens=True)) for row in alone]
-    equal = sum(text == reply[0] for text, reply in zip(wanted, replies, strict=True))
+    tokens = sum(map(len, alone))
+    ways, equal = [], {}
+    for name, int8 in (("srt", False), ("srt --cpu-int8", True)):
+        if int8 and chosen.engine == "continuous":
+            continue
+        options = ModelOptions(batch_size=chosen.batch_size, engine=chosen.engine, int8=int8)
+        model = LocalModel(chosen.model, chosen.model, options)
+        model.submit(requests[:1])[0].result()
+        runs = [timed(partial(engine, model)) for _ in range(chosen.runs)]
+        written = int(model.describe()["completion_tokens"]) / len(runs)
+        model.close()
+        ways.append((name, statistics.median(seconds for seconds, _ in runs), written))
+        equal[name] = sum(one == other for one, other in zip(wanted, runs[-1][1], strict=True))
+    engine_s = ways[0][1]
     lengths = sorted(map(len, encoded))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.result(
@@ -136,15 +141,16 @@ def main() -> None:
     )
     columns = ("", "seconds", "tokens/s", "srt is faster by")
     rows = [
-        [name, f"{seconds:.1f}", f"{tokens / seconds:.0f}", f"{seconds / engine_s:.2f}x"]
-        for name, seconds in (
-            ("generate, one by one", alone_s),
-            (f"generate, fixed batches of {chosen.batch_size}", fixed_s),
-            (f"srt, batches of {chosen.batch_size}", engine_s),
+        [name, f"{seconds:.1f}", f"{written / seconds:.0f}", f"{seconds / engine_s:.2f}x"]
+        for name, seconds, written in (
+            ("generate, one by one", alone_s, tokens),
+            (f"generate, fixed batches of {chosen.batch_size}", fixed_s, tokens),
+            *ways,
         )
     ]
     console.table("greedy generation", columns, rows)
-    console.result(f"replies equal to one by one: {equal} of {chosen.rows}; peak {memory:.1f} GiB")
+    said = ", ".join(f"{count} of {chosen.rows} ({name})" for name, count in equal.items())
+    console.result(f"replies equal to one by one: {said}; peak {memory:.1f} GiB")
 
 
 def _weights_of_the_demo() -> str:
