@@ -236,7 +236,7 @@ def test_every_option_that_the_documents_name_exists(document):
     # Of srt itself, of other tools.
     known |= {"--config", "--version", "--help", "--help-all", "--output_path"}
     known |= {"--install-completion", "--show-completion"}
-    known |= {"--gpu", "--max-tokens"}  # of the benches
+    known |= {"--max-tokens"}  # of the benches
     # Of torchrun, accelerate launch and Slurm.
     known |= {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
     known |= {"--shutdown-timeout", "--config_file", "--num_machines", "--num_processes"}
@@ -245,7 +245,7 @@ def test_every_option_that_the_documents_name_exists(document):
     known |= {"--tensor-parallel-size", "--data-parallel-size"}
     text = re.sub(r"```diff\n.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
     lines = [line for line in text.splitlines() if "vllm " not in line]
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-_]*[a-z]", "\n".join(lines)))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-_]*[a-z0-9]", "\n".join(lines)))
     assert not named - known
 
 
