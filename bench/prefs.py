@@ -21,8 +21,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
-BAR_ROWS_PER_S: Final = 20_000
-BAR_MB: Final = 500
+BAR_ROWS_PER_S: Final = 60_000
+BAR_ON_ONE_CORE: Final = 40_000
+BAR_MB: Final = 300
 TEXT: Final = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from or "
     "had an they which one you were all her she there would their we him been has when who will no "
@@ -132,6 +133,16 @@ def as_it_comes(rows: int) -> Measured:
         return build(folder, rows)
 
 
+def on_one_core(rows: int) -> Measured:
+    """Default settings, and no second core to share the work with."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        return as_it_comes(rows)
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def all_dropped(rows: int) -> Measured:
     """Every row falls out, with its reason."""
     with feedback(rows) as folder:
@@ -169,7 +180,15 @@ def near_duplicates(rows: int) -> Measured:
 
 BENCHES: Final[dict[str, Callable[[int], Measured]]] = {
     bench.__name__: bench
-    for bench in (as_it_comes, all_dropped, shuffled, tiers, length_balance, near_duplicates)
+    for bench in (
+        as_it_comes,
+        on_one_core,
+        all_dropped,
+        shuffled,
+        tiers,
+        length_balance,
+        near_duplicates,
+    )
 }
 HELD_TO_NO_BAR: Final = ("length_balance", "near_duplicates")
 
@@ -183,10 +202,16 @@ def main() -> None:
     if unknown:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}")
     failed = False
-    print(f"{asked.rows:,} rows; the bar: {BAR_ROWS_PER_S:,} rows/s, {BAR_MB} MB")
+    print(
+        f"{asked.rows:,} rows; the bar: {BAR_ROWS_PER_S:,} rows/s on two cores, {BAR_ON_ONE_CORE:,} on "
+        f"one, {BAR_MB} MB"
+    )
+    cores = len(os.sched_getaffinity(0))
     for name in asked.only or BENCHES:
         found = BENCHES[name](asked.rows)
-        met = found.rows_per_s >= BAR_ROWS_PER_S and found.peak_mb < BAR_MB
+        alone = name == "on_one_core" or cores == 1
+        bar = BAR_ON_ONE_CORE if alone else BAR_ROWS_PER_S
+        met = found.rows_per_s >= bar and found.peak_mb < BAR_MB
         failed |= not met and name not in HELD_TO_NO_BAR
         print(
             f"{name:<16} {found.rows_per_s:>8,.0f} rows/s   {found.rows_per_cpu_s:>8,.0f} a second of "
