@@ -1,7 +1,12 @@
 """What holds of preferences whatever the feedback: nothing lost, nothing below the gain, no order."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -216,3 +221,40 @@ def test_two_processes_and_one_make_the_same_files(srt, tmp_path, monkeypatch):
     finished = srt(*line, "--out", "other.jsonl")
     assert finished.code == 1
     assert "a.jsonl:271: id: input should be a valid string" in finished.stderr
+
+
+WAITS = """\
+import time
+from srt_cli.pairs.rows import over_processes
+
+if __name__ == "__main__":
+    print("on", flush=True)
+    for _ in over_processes(time.sleep, [0, 0, 9, 9], 2):
+        pass
+"""
+
+
+def test_ctrl_c_ends_the_helpers_without_a_word_of_theirs(tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS)
+    process = subprocess.Popen(
+        [sys.executable, "waits.py"], cwd=tmp_path, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.3)  # while the helpers import what they need
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert said.count("Traceback") == said.count("KeyboardInterrupt") == 1
+    assert is_gone(process.pid)
+
+
+def is_gone(session):
+    """Whether nobody of a session is left, after ten seconds at most."""
+    for _ in range(100):
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False

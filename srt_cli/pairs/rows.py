@@ -535,13 +535,18 @@ def over_processes(
     spawn = multiprocessing.get_context("spawn")
     pipes: list[Connection] = []
     helpers = []
+    # What is ignored here a helper ignores from its first moment: Ctrl-C ends the first process, which
+    # ends the others.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for _ in range(processes):
             here, there = spawn.Pipe()
             pipes.append(here)
-            helpers.append(spawn.Process(target=_serve, args=(there, work), daemon=True))
-            helpers[-1].start()
+            helper = spawn.Process(target=_serve, args=(there, work), daemon=True)
+            helper.start()
+            helpers.append(helper)
             there.close()
+        signal.signal(signal.SIGINT, handler)
         asked: deque[Connection] = deque()
         for number, item in enumerate(items):
             if len(asked) == 2 * processes:
@@ -552,9 +557,11 @@ def over_processes(
         while asked:
             yield _answer_of(asked.popleft())
     finally:
-        for pipe in pipes:  # a process whose pipe is closed ends
+        signal.signal(signal.SIGINT, handler)
+        for pipe in pipes:
             pipe.close()
         for helper in helpers:
+            helper.terminate()
             helper.join()
 
 
@@ -572,7 +579,6 @@ def _answer_of(pipe: Connection) -> Any:
 
 def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
     """Work on what comes through a pipe until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
     with _few_collections(), contextlib.suppress(EOFError, OSError):
         while True:
             item = pipe.recv()
