@@ -6,6 +6,7 @@ tests call at a small one. Medians of several runs; ratios come from the same ru
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -81,13 +83,15 @@ def start(folder: Path, line: list[str]) -> "subprocess.Popen[str]":
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended: its status, wall and processor time, and greatest resident memory."""
+    """A process that ended: its times, and the most memory, files and threads that it had."""
 
     code: int
     wall_s: float
     core_s: float
     peak_mb: float
     output: str
+    handles: int
+    threads: int
 
     @property
     def figures(self) -> dict[str, float]:
@@ -99,14 +103,26 @@ def finish(folder: Path, line: list[str], expected: int = 0) -> Finished:
     """Run a process to its end; anything but the expected status stops the benchmark."""
     began = time.monotonic()
     process = start(folder, line)
+    most = {"fd": 0, "task": 0}
+    threading.Thread(target=_watch, args=(process.pid, most), daemon=True).start()
     assert process.stdout is not None
     output = process.stdout.read()
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == expected, output
     core_s = used.ru_utime + used.ru_stime
-    wall_s = time.monotonic() - began
-    return Finished(process.returncode, wall_s, core_s, used.ru_maxrss / 1024, output)
+    wall_s, peak_mb = time.monotonic() - began, used.ru_maxrss / 1024
+    handles, threads = most["fd"], most["task"]
+    return Finished(process.returncode, wall_s, core_s, peak_mb, output, handles, threads)
+
+
+def _watch(pid: int, most: dict[str, int]) -> None:
+    """Note the most open files and threads of a process until it ends."""
+    with contextlib.suppress(OSError):
+        while True:
+            for name in most:
+                most[name] = max(most[name], len(os.listdir(f"/proc/{pid}/{name}")))
+            time.sleep(0.05)
 
 
 @contextmanager
@@ -231,6 +247,8 @@ def many_rows(rows: int) -> dict[str, float]:
         assert (folder / FEEDBACK).read_bytes() == written
         return {
             "peak_mb": max(first.peak_mb, rebuilt.peak_mb),
+            "handles": first.handles,
+            "threads": first.threads,
             "first_s": first.wall_s,
             "again_s": again.wall_s,
             "rebuilt_s": rebuilt.wall_s,
@@ -391,7 +409,8 @@ def bench_rows(table: Table, repeats: int) -> None:
     table.line(
         "5 100,000 rows",
         f"peak {found['peak_mb']:.0f} MB, {found['first_s']:.0f} s; again {found['again_s']:.1f} s, "
-        f"rebuilt {found['rebuilt_s']:.1f} s, {found['calls again']:.0f} calls",
+        f"rebuilt {found['rebuilt_s']:.1f} s, {found['calls again']:.0f} calls, "
+        f"{found['handles']:.0f} files, {found['threads']:.0f} threads",
         "500 MB, again 10 s, 0 calls",
         found["peak_mb"] < 500 and found["again_s"] < 10 and found["calls again"] == 0,
     )  # fmt: skip

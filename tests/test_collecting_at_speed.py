@@ -57,6 +57,9 @@ def test_memory_does_not_grow_with_the_rows_and_a_full_journal_asks_nothing():
     assert many["calls again"] == few["calls again"] == 0
     # The rows and their replies would take 13 MB.
     assert many["peak_mb"] - few["peak_mb"] < 10
+    # A file for each of 256 requests, and a few more.
+    assert many["handles"] < 300
+    assert many["threads"] <= few["threads"] + 1
     assert many["again_s"] < 10
     assert many["journal bytes a row"] < 1500
 
