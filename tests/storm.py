@@ -612,12 +612,13 @@ class Storm:
         self._straight[name] = found
         return found
 
-    def blow(self, act: Act, kills: int, seed: object) -> None:
-        """Chains of one command until so many kills have hit."""
+    def blow(self, act: Act, kills: int, seed: object) -> Iterator[Act]:
+        """Chains of one command until so many kills have hit; each yields, so that others come in."""
         chance = random.Random(f"{seed} {act.name}")
         straight = self.straight(act)
         hits = number = 0
         while hits < kills and len(self.broken) < 20:
+            yield act
             number += 1
             chain = Chain(act, self.prepare(act, f"{act.name}-{number}"), straight, self)
             with self._noting(chain, f"{act.name} {number}"):
@@ -632,6 +633,7 @@ class Storm:
                         self.missed += 1
                 chain.finish()
         for extra in range(max(1, kills // 20)):
+            yield act
             chain = Chain(act, self.prepare(act, f"{act.name}-full-{extra}"), straight, self)
             with self._noting(chain, f"{act.name} full disk {extra}"):
                 sizes = [
@@ -707,8 +709,14 @@ def main() -> int:
         if needs_model and not (folder / "tiny-model").exists():
             _make_tiny_model(folder / "tiny-model")
         whole = sum(act.weight for act in chosen)
-        for act in chosen:
+        blowing = [
             storm.blow(act, max(1, round(asked.kills * act.weight / whole)), asked.seed)
+            for act in chosen
+        ]
+        while blowing:
+            blowing = [act for act in blowing if next(act, None) is not None]
+    except KeyboardInterrupt:
+        print("stopped")
     finally:
         storm.close()
     print(storm.report())
