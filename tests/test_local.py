@@ -356,10 +356,11 @@ def test_pickled_weights_are_refused_by_every_command_and_never_read(
         ("collect-feedback", "--model", "./pickled", "--critic", "./pickled"),
         ("sft", "--data", "feedback.jsonl", *train),
         ("self-critique", "--model", "./pickled"),
-        ("build-prefs", "--data", "feedback.jsonl", "--audit", 1, "--audit-judge", "./pickled"),
+        ("build-prefs", "--data", "feedback.jsonl", "--audit", 1, "--audit-judge", "./pickled",
+         "--max-length-ratio", 99),
         ("dpo", "--prefs", "prefs.jsonl", *train),
         ("eval", "--model", "./pickled", "--reference", tiny_model, "--judge", "./pickled"),
-    ]
+    ]  # fmt: skip
     for number, line in enumerate(lines):
         out = f"out{number}" + {1: "", 4: "", 5: ".json"}.get(number, ".jsonl")
         refused = srt(*line, "--out", out)
