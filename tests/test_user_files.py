@@ -14,7 +14,8 @@ from conftest import read_jsonl, write_jsonl
 
 from srt_cli.errors import SrtError
 from srt_cli.runs.jsonl import OrderedWriter, write_atomically
-from srt_cli.runs.run import Run
+from srt_cli.runs.run import Run, open_run
+from srt_cli.stages.build_prefs import BuildPrefs
 
 PROGRAM = """\
 def respond(prompt):
@@ -148,6 +149,19 @@ def test_changes_between_a_kill_and_the_next_run_are_noticed(srt, folder, monkey
     out.write_bytes(written)
     assert srt(*LINE).code == 0
     assert [row["id"] for row in read_jsonl(out)] == ["new"]
+
+
+def test_of_two_runs_on_one_output_the_later_is_refused_also_when_the_first_has_just_ended(folder):
+    options = BuildPrefs(data=(folder / "f.jsonl",), out=folder / "prefs.jsonl")
+    with open_run("build-prefs", options, inputs={}):
+        late = open_run("build-prefs", options, inputs={})
+        with pytest.raises(SrtError, match="another srt run is writing here"):
+            late.__enter__()
+        write_atomically(options.out, b"{}\n")
+    with pytest.raises(SrtError, match="another srt run has just written here"):
+        late.__enter__()
+    with open_run("build-prefs", options, inputs={}):
+        write_atomically(options.out, b"{}\n")
 
 
 class Killed(BaseException):

@@ -295,17 +295,18 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def is_held(path: Path) -> bool:
     """Whether a living process keeps a file open that it has placed."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            return False
+        with open(descriptor, "rb"):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            if _is_at(descriptor, path.resolve()):
+                return False  # and not one that has been replaced meanwhile
 
 
 class Keeper(Protocol):

@@ -217,7 +217,7 @@ class Run:
         self.out = out
         self.earlier = None if overwrite else earlier
         """The manifest of the run that this one continues."""
-        self._found = (earlier.id, earlier.written) if earlier is not None else None
+        self._found = _state(earlier)
         self._overwrite = overwrite
         self._written: dict[str, list[str]] = {}
         if self.earlier is not None:
@@ -375,8 +375,7 @@ class Run:
             raise SrtError(
                 f"{self.out}: another srt run is writing here. Wait for it, or choose another --out."
             )
-        now = read_manifest(self.out)
-        if now is not None and (now.id, now.written) != self._found and not self._overwrite:
+        if _state(read_manifest(self.out)) != self._found and not self._overwrite:
             raise SrtError(
                 f"{self.out}: another srt run has just written here. Run the same line again."
             )
@@ -424,6 +423,13 @@ class Run:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a read-only run, for the other processes of this one."""
         return _SilentRun, (self.manifest, self.out, self.earlier)
+
+
+def _state(manifest: Manifest | None) -> tuple[object, ...] | None:
+    """By what a run is told from any other, and from itself at another time."""
+    if manifest is None:
+        return None
+    return manifest.id, manifest.status, manifest.finished, manifest.written
 
 
 class _SilentRun(Run):
