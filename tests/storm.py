@@ -150,7 +150,7 @@ def acts(till: Till, model: Path) -> dict[str, Act]:
             "eval",
             ("eval", "--model", till.spec("policy"), "--reference", till.spec("critic"),
              "--judge", till.spec("judge"), "--verdicts", "reasoned", "--use", "response", "--use",
-             "refinement", "--markdown", "eval.md", "--export", "alpaca_eval", "--repeat", 3, *asks),
+             "refinement", "--markdown", "eval.md", "--export", "alpaca_eval", *asks),
             {"prompts.jsonl": prompts[:4]},
             "eval.journal.jsonl",
             weight=21,
