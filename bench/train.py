@@ -210,7 +210,8 @@ def check_equal(job: Job) -> None:
     loss = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
     weight = max(float((weights[name] - others[name]).abs().max()) for name in others)
     print(
-        f"{job.command}: after {len(ours)} steps losses differ by {loss:.1e}, weights by {weight:.1e}"
+        f"{job.command}: after {len(ours)} steps weights differ by {weight:.1e}, losses by {loss:.1e} "
+        "(TRL prints four digits of them)"
     )
 
 
