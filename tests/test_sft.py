@@ -74,6 +74,20 @@ def test_a_critic_check_that_was_cut_off_is_all_that_is_left(srt, train, tmp_pat
     assert (tmp_path / "models/sft/model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_model_that_was_stopped_before_it_was_read_back_is_saved_and_read_again(train, tmp_path):
+    train("--epochs", 1)
+    out = tmp_path / "models/sft"
+    manifest = json.loads((out / "run.json").read_text())
+    saved = manifest["tallies"].pop("saved")
+    (out / "run.json").write_text(json.dumps(manifest | {"status": "interrupted"}))
+    before = (out / "model.safetensors").read_bytes()
+    again = train("--epochs", 1)
+    assert again.code == 0, again.stderr
+    assert "read back from models/sft" in again.stderr
+    assert (out / "model.safetensors").read_bytes() == before
+    assert json.loads((out / "run.json").read_text())["tallies"]["saved"] == saved
+
+
 def test_the_manifest_says_device_dtype_and_why(train, tmp_path, tiny_model):
     train("--epochs", 1)
     manifest = json.loads((tmp_path / "models/sft/run.json").read_text())

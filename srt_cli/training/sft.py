@@ -162,8 +162,8 @@ def _trained_before(run: Run) -> Trained | None:
         return None
     earlier = run.earlier.tally("training", Trained)
     saved = any((run.out / name).is_file() for name in ("config.json", "adapter_config.json"))
-    if earlier is None or not saved:
-        return None
+    if earlier is None or not saved or "saved" not in run.earlier.tallies:
+        return None  # a model that was not read back has still to be trusted
     run.tally(run.earlier.tallies)
     run.describe_models(run.earlier.models)
     run.manifest.warnings += run.earlier.warnings
