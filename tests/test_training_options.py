@@ -47,6 +47,7 @@ SFT = SHARED | {
     "--refinement-feedback": ((), ("--refinement-feedback",)),
     "--drop": ((), ("--drop", "score")),
     "--refinement-only": ((), ("--refinement-only",)),
+    "--compare": ((), ("--compare",)),
     "--mix": ((), ("--mix", "chats.jsonl:0.5")),
     "--good-score": (("--refinement-feedback",), ("--good-score", 10)),
 }
@@ -61,7 +62,7 @@ DPO = SHARED | {
 ELSEWHERE = {
     "--data", "--prefs", "--model", "--max-length", "--truncation", "--eval-every",
     "--early-stopping", "--deterministic", "--merge", "--merge-base", "--adapter", "--packing",
-    "--unfit", "--thoughts", "--precision",
+    "--unfit", "--thoughts", "--precision", "--balance",
 }  # fmt: skip
 TESTS = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
 
