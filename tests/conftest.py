@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 # A shell lets its background jobs ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the same under nohup
 
 
 @contextmanager
