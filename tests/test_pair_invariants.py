@@ -14,6 +14,7 @@ import pytest
 from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from killing import wait_until_gone
 from test_build_prefs import record
 
 from srt_cli.pairs.building import PairPlan, decide, shape_of
@@ -246,15 +247,4 @@ def test_ctrl_c_ends_the_helpers_without_a_word_of_theirs(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert said.count("Traceback") == said.count("KeyboardInterrupt") == 1
-    assert is_gone(process.pid)
-
-
-def is_gone(session):
-    """Whether nobody of a session is left, after ten seconds at most."""
-    for _ in range(100):
-        try:
-            os.killpg(session, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.1)
-    return False
+    wait_until_gone(process.pid)

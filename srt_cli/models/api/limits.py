@@ -24,6 +24,8 @@ MORE_IN_FLIGHT: Final = 1.3
 GAIN: Final = 1.1
 CEILING_HOLDS: Final = 10
 TIMEOUT_CUT: Final = 0.5
+LEAST_TO_TELL: Final = 3
+LATEST: Final = 32
 SLOW_SHARE: Final = 0.25
 
 Clock = Callable[[], float]
@@ -75,6 +77,8 @@ class AdaptiveLimit:
     _best: _Throughput | None = None
     _latency: float = 0.0
     """Seconds that replies took lately."""
+    _replied: deque[float] = field(default_factory=lambda: deque(maxlen=LATEST))
+    """When the latest replies came while all slots were used, since the last cut."""
 
     def __post_init__(self) -> None:
         self._limit = float(self.fixed) if self.fixed else FIRST_LIMIT
@@ -110,10 +114,16 @@ class AdaptiveLimit:
             near_timeout = took > self.timeout_s / 2
         if not used:
             self._round = None
+            self._replied.clear()
             return
-        if not near_timeout:
+        self._replied.append(self.clock())
+        bearable = self._served_in_time()
+        if bearable < self._limit:
+            self._limit, self._slow_start = max(1.0, bearable), False
+        elif not near_timeout:
             step = 1.0 if self._slow_start else max(GROWTH, 1.0 / self._limit)
-            self._limit = max(self._limit, min(self._ceiling, self._limit + step))
+            most = min(self._ceiling, bearable, self._limit + step)
+            self._limit = max(self._limit, most)
         self._measure(tokens)
 
     def _measure(self, tokens: int) -> None:
@@ -163,8 +173,19 @@ class AdaptiveLimit:
         self._cut_at = self.clock()
         self.cuts += 1
         self._round = self._best = None
-        self._hold_at(self._limit * TIMEOUT_CUT)
+        self._hold_at(min(self._limit * TIMEOUT_CUT, self._served_in_time()))
+        self._replied.clear()
         return True
+
+    def _served_in_time(self) -> float:
+        """How many in flight are answered within half of the timeout, as fast as replies came.
+
+        Little's law: those in flight are the replies a second, times the seconds that each waits.
+        """
+        if len(self._replied) < LEAST_TO_TELL:
+            return float("inf")
+        seconds = self._replied[-1] - self._replied[0]
+        return (len(self._replied) - 1) / max(seconds, 1e-9) * self.timeout_s / 2
 
     def refused(self, started: float, retry_after_s: float | None) -> None:
         """The server said too many: give the slot back, and cut once for the whole burst.
