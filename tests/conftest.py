@@ -1,5 +1,6 @@
 """Shared fixtures: the command line as a user calls it, and models small enough for a test."""
 
+import gc
 import json
 import os
 import signal
@@ -57,6 +58,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first, then the others by their number of tests."""
     counts = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name != LONGEST, -counts[item.path], item.path))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen() -> None:
+    """What is loaded by now is looked through by no collection to come: every training makes three."""
+    gc.collect()
+    gc.freeze()
 
 
 class Finished(NamedTuple):
