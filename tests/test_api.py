@@ -278,6 +278,26 @@ def test_the_limit_doubles_until_refused_and_is_cut_once_a_burst():
     assert limit.wait_s() == pytest.approx(0.5)
 
 
+def test_no_more_are_in_flight_than_a_queue_answers_in_half_of_the_timeout():
+    now = 0.0
+    limit = AdaptiveLimit(clock=lambda: now, timeout_s=12.0)
+    started = [limit.start() for _ in range(limit.limit)]
+    for time in started[:3]:  # one a second: six of them in six seconds
+        now += 1.0
+        limit.succeeded(time)
+    assert limit.limit == 6
+    assert limit.wait_s() == float("inf")
+
+    now = 0.0
+    limit = AdaptiveLimit(clock=lambda: now, timeout_s=12.0)
+    started = [limit.start() for _ in range(limit.limit)]
+    now = 3.0  # all at once, however long they took: nothing stands in a queue
+    for time in started[:3]:
+        now += 0.01
+        limit.succeeded(time)
+    assert limit.limit == 19
+
+
 def test_a_limit_whose_slots_are_not_used_does_not_grow():
     limit = AdaptiveLimit()
     for _ in range(100):

@@ -55,8 +55,9 @@ class AdaptiveLimit:
 
     Doubles each round trip until a first burst of refusals, then grows by a twentieth (at least by
     one) a round trip, and only while its slots are used. A burst is cut once. `fixed` holds it
-    where the user wants it. A server that queues refuses nothing: where a third more in flight
-    brings no more replies, the limit goes back for some rounds, and timeouts halve it.
+    where the user wants it. A server that queues refuses nothing: no more are in flight than its
+    latest replies show that it answers within half of the timeout; where a third more in flight
+    brings no more replies, the limit goes back for some rounds; and timeouts halve it.
     """
 
     fixed: int | None = None
