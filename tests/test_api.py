@@ -285,6 +285,7 @@ def test_no_more_are_in_flight_than_a_queue_answers_in_half_of_the_timeout():
     for time in started[:3]:  # one a second: six of them in six seconds
         now += 1.0
         limit.succeeded(time)
+        limit.start()
     assert limit.limit == 6
     assert limit.wait_s() == float("inf")
 
@@ -295,6 +296,7 @@ def test_no_more_are_in_flight_than_a_queue_answers_in_half_of_the_timeout():
     for time in started[:3]:
         now += 0.01
         limit.succeeded(time)
+        limit.start()
     assert limit.limit == 19
 
 
