@@ -117,7 +117,7 @@ def test_what_is_written_is_kept_and_texts_are_text(page):
         "document.documentElement.scrollWidth <= innerWidth",
         write("weaknesses", "Kept."), press("3"),
         "document.querySelector('[name=score][value=\"3\"]').click()",
-        PAUSE, RELOAD,
+        PAUSE, PAUSE, RELOAD,
         PROGRESS, click("back"), "document.getElementById('weaknesses').value",
         width=400,
     )  # fmt: skip
