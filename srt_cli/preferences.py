@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import ValidationError
-
-from srt_cli.errors import SrtError
 from srt_cli.forms import chat_in, map_turns, read_row
 from srt_cli.prompts import files_in_words, rows_at
 from srt_cli.records import Preference
-from srt_cli.runs.jsonl import describe_invalid
+from srt_cli.runs.jsonl import naming_row
 
 OURS: Final = "TRL's conversational preferences"
 IMPLICIT: Final = ", implicit prompt"
@@ -66,12 +63,8 @@ def read_preferences(locations: Sequence[str], limit: int | None = None) -> Pref
         for name, number, row in rows():
             if limit is not None and len(pairs) >= limit:
                 break
-            try:
+            with naming_row(name, number):
                 read = read_pair(row, f"{Path(name).name}:{number}")
-            except ValidationError as error:
-                raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
-            except ValueError as error:
-                raise SrtError(f"{name}:{number}: {error}.") from None
             pairs.append(read.pair)
             forms[read.form] += 1
             left_out.update(read.left_out)

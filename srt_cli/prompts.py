@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
-from pydantic import ValidationError
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import FieldNames, RowAsRead, read_row
 from srt_cli.options import SIDE_FILES
 from srt_cli.records import Message, Prompt
-from srt_cli.runs.jsonl import describe_invalid, is_stream, open_bytes, read_rows, refuse_deep
+from srt_cli.runs.jsonl import is_stream, naming_row, open_bytes, read_rows, refuse_deep
 from srt_cli.tables import many
 
 HUB_PREFIX: Final = "hf:"
@@ -164,13 +163,9 @@ def rows_at(location: str) -> tuple[Callable[[], Iterable[NumberedRow]], list[Pa
 def _prompt_of(
     name: str, number: int, row: Mapping[str, Any], names: FieldNames
 ) -> tuple[RowAsRead, Prompt]:
-    try:
+    with naming_row(name, number):
         read = read_row(row, names)
         return read, Prompt.of(read)
-    except ValidationError as error:
-        raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
-    except ValueError as error:
-        raise SrtError(f"{name}:{number}: {error}.") from None
 
 
 class _Survey:

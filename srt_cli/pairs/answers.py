@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from pydantic import ValidationError
-
 from srt_cli.errors import SrtError
 from srt_cli.forms import FieldNames, read_row, text_of
 from srt_cli.prompts import rows_at
 from srt_cli.records import Message, Prompt, as_messages, content_id
-from srt_cli.runs.jsonl import describe_invalid
+from srt_cli.runs.jsonl import naming_row
 from srt_cli.stats.hygiene import plain_form
 
 ANSWERS: Final = ("completions", "responses", "generations", "answers", "outputs", "candidates")
@@ -168,7 +166,7 @@ def _read_answers(
     """Id, prompt and answer of each row; a row of `srt eval` has no prompt."""
     rows, _ = rows_at(str(path))
     for name, number, row in rows():
-        try:
+        with naming_row(name, number):
             if "contestant" in row and "use" in row:
                 if row["use"] == "response":
                     text = text_of(row.get("response"), "response").strip()
@@ -192,7 +190,3 @@ def _read_answers(
             if prompt.response and prompt.response.strip():
                 answer = FirstAnswer(prompt.response.strip(), _number(score), str(model))
                 yield read.id, prompt.prompt, answer
-        except ValidationError as error:
-            raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
-        except ValueError as error:
-            raise SrtError(f"{name}:{number}: {error}.") from None

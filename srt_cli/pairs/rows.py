@@ -29,7 +29,7 @@ from srt_cli.pairs.answers import GIVEN, ScoredAnswers, read_scored
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.prompts import HUB_PREFIX, format_of, rows_at
 from srt_cli.records import FeedbackRecord, Message, Status
-from srt_cli.runs.jsonl import describe_invalid, lines_of, parse_lines, read_lines
+from srt_cli.runs.jsonl import lines_of, naming_row, parse_lines, read_lines
 from srt_cli.stats.counting import Copied
 from srt_cli.stats.hygiene import is_same_text
 from srt_cli.templates import checklist_score
@@ -204,12 +204,8 @@ class Source:
         with self.open() as lines:
             lines.seek(0)
             for number, row in parse_lines(self.path, lines_of(lines)):
-                try:
+                with naming_row(self.path, number):
                     _record_of(row)
-                except ValidationError as error:
-                    raise SrtError(f"{self.path}:{number}: {describe_invalid(error)}") from None
-                except ValueError as error:
-                    raise SrtError(f"{self.path}:{number}: {error}.") from None
         raise SrtError(f"{self.path}: was changed while srt read it. Run the same line again.")
 
 

@@ -180,6 +180,17 @@ def read_records(
             raise SrtError(f"{path}:{number}: {describe_invalid(error)}") from None
 
 
+@contextlib.contextmanager
+def naming_row(name: Path | str, number: int) -> Iterator[None]:
+    """Raise what is wrong with a row's content (`ValueError`) as `SrtError`, with file and line."""
+    try:
+        yield
+    except ValidationError as error:
+        raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
+    except ValueError as error:
+        raise SrtError(f"{name}:{number}: {error}.") from None
+
+
 def describe_invalid(error: ValidationError) -> str:
     """Say what is wrong with a record, naming the field."""
     first = error.errors()[0]
