@@ -241,20 +241,34 @@ def test_ctrl_c_reaches_two_processes_and_keeps_what_is_done(two_folders, tiny_m
     assert len({row["key"] for row in journal}) == len(journal)
 
 
-def test_a_closed_terminal_ends_a_run_as_sigterm_does(tmp_path):
-    (tmp_path / "critic.py").write_text(CRITIC)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(20_000)])
-    line = ("collect-feedback", "--model", "python:critic.py:respond",
+def of_programs(folder: Path, rows: int) -> tuple[str, ...]:
+    """Prompts and a critic in a folder; the line that collects the critic's feedback on them."""
+    (folder / "critic.py").write_text(CRITIC)
+    write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(rows)])
+    return ("collect-feedback", "--model", "python:critic.py:respond",
             "--critic", "python:critic.py:critique")  # fmt: skip
+
+
+def close_its_terminal(folder: Path, answered: int, *line: str, deaf: bool = False) -> int:
+    """The exit code of a command whose terminal is closed after so many replies.
+
+    One that is `deaf` hears no hang-up, as under nohup.
+    """
     child, terminal = pty.fork()
     if child == 0:
-        os.chdir(tmp_path)
+        os.chdir(folder)
+        if deaf:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.execve(sys.executable, command(*line), environment())
-    while lines_in(tmp_path / "feedback.journal.jsonl") < 300:
+    while lines_in(folder / "feedback.journal.jsonl") < answered:
         time.sleep(0.01)
     os.close(terminal)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 130
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_closed_terminal_ends_a_run_as_sigterm_does(tmp_path):
+    line = of_programs(tmp_path, 20_000)
+    assert close_its_terminal(tmp_path, 300, *line) == 130
     manifest = json.loads((tmp_path / "feedback.run.json").read_text())
     assert manifest["status"] == "interrupted"
     assert 0 < lines_in(tmp_path / "feedback.jsonl") < 20_000
@@ -262,10 +276,7 @@ def test_a_closed_terminal_ends_a_run_as_sigterm_does(tmp_path):
 
 
 def test_nohup_keeps_a_run_going_when_the_terminal_closes(tmp_path):
-    (tmp_path / "critic.py").write_text(CRITIC)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(200)])
-    line = ("collect-feedback", "--model", "python:critic.py:respond",
-            "--critic", "python:critic.py:critique")  # fmt: skip
+    line = of_programs(tmp_path, 200)
     process = subprocess.Popen(["nohup", *command(*line)], cwd=tmp_path, env=environment())
     while lines_in(tmp_path / "feedback.journal.jsonl") < 300:
         time.sleep(0.01)
@@ -275,18 +286,6 @@ def test_nohup_keeps_a_run_going_when_the_terminal_closes(tmp_path):
 
 
 def test_a_run_that_outlives_its_terminal_ends_as_well_as_any_other(tmp_path):
-    (tmp_path / "critic.py").write_text(CRITIC)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(200)])
-    line = ("collect-feedback", "--model", "python:critic.py:respond",
-            "--critic", "python:critic.py:critique")  # fmt: skip
-    child, terminal = pty.fork()
-    if child == 0:
-        os.chdir(tmp_path)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        os.execve(sys.executable, command(*line), environment())
-    while lines_in(tmp_path / "feedback.journal.jsonl") < 100:
-        time.sleep(0.01)
-    os.close(terminal)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    line = of_programs(tmp_path, 200)
+    assert close_its_terminal(tmp_path, 100, *line, deaf=True) == 0
     assert lines_in(tmp_path / "feedback.jsonl") == 200
