@@ -115,6 +115,7 @@ def test_what_is_written_is_kept_and_texts_are_text(page):
         "document.getElementById('prompt').textContent.includes('onerror=alert(1)')",
         "document.getElementById('response').textContent.includes('</script>')",
         "document.documentElement.scrollWidth <= innerWidth",
+        PAUSE,
         write("weaknesses", "Kept."), press("3"),
         "document.querySelector('[name=score][value=\"3\"]').click()",
         PAUSE, PAUSE, RELOAD,
