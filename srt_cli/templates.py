@@ -179,7 +179,7 @@ def render_feedback(feedback: Feedback, drop: Sequence[FeedbackField] = ()) -> s
     return "\n".join(line for field, line in lines.items() if field not in drop)
 
 
-_CHECKED = re.compile(r": (yes|no)(?:[.;\n]|$)")
+_CHECKED = re.compile(r": (?P<verdict>yes|no)(?:[.;\n]|$)")
 
 
 def checklist_score(weaknesses: str | None) -> float | None:
@@ -190,7 +190,27 @@ def checklist_score(weaknesses: str | None) -> float | None:
     verdicts = _CHECKED.findall(weaknesses or "")
     if not verdicts:
         return None
-    return MIN_SCORE + (MAX_SCORE - MIN_SCORE) * verdicts.count("yes") / len(verdicts)
+    return score_of_share(verdicts.count("yes") / len(verdicts))
+
+
+def score_of_share(met: float) -> float:
+    """The score, 1 to 10, of an answer that meets this share of what was asked for."""
+    return MIN_SCORE + (MAX_SCORE - MIN_SCORE) * met
+
+
+def verdicts_at(text: str, weaknesses: str) -> list[int]:
+    """Where in a reply the verdicts of the checklist begin that was read as its weaknesses.
+
+    Empty where the checklist does not stand in the reply as it was read.
+    """
+    places, begins = list[int](), 0
+    for line in weaknesses.splitlines():
+        begins = text.find(line, begins)
+        if begins < 0:
+            return []
+        places += [begins + found.start("verdict") for found in _CHECKED.finditer(line)]
+        begins += len(line)
+    return places
 
 
 def render_refinement(refinement: str) -> str:
@@ -309,16 +329,23 @@ class _Found(NamedTuple):
     score: _Score | None
 
 
-def parse_critique(text: str, *, expect_refinement: bool = True) -> ParsedCritique:
+def parse_critique(
+    text: str, *, expect_refinement: bool = True, by_verdicts: bool = False
+) -> ParsedCritique:
     """Read weaknesses, suggestions, score and improved response from a critic's reply.
 
     Form is mended: missing `###`, `Score: 6/10`, `**Overall Score:** 6`, parts in another order,
     JSON, a fence around it all. Substance is not: what is missing, out of range or said in two ways
     becomes a problem. Only the critic's own words before the improved response hold its score.
+    `by_verdicts` scores weaknesses that are a checklist by its items, whatever number stands below.
     """
     found = _read(_own_words(text))
     problems = []
-    if found.score is None:
+    score = found.score.value if found.score is not None else None
+    if by_verdicts:
+        score = checklist_score(found.weaknesses)
+        problems += [] if score is not None else ['no item that ends in ": yes." or ": no."']
+    elif found.score is None:
         problems.append("no overall score")
     elif found.score.problem is not None:
         problems.append(found.score.problem)
@@ -335,7 +362,7 @@ def parse_critique(text: str, *, expect_refinement: bool = True) -> ParsedCritiq
     return ParsedCritique(
         weaknesses=found.weaknesses,
         suggestions=found.suggestions,
-        score=found.score.value if found.score else None,
+        score=score,
         refinement=refinement or None,
         problems=tuple(problems),
     )
@@ -372,7 +399,7 @@ def parse_checklist(text: str, *, expect_refinement: bool = True) -> ParsedCriti
     kept = ("no suggestions", NONE_NEEDED, "no improved response")
     problems = [problem for problem in rest.problems if problem in kept]
     met = sum(item["verdict"].lower() == "yes" for item in items)
-    score = MIN_SCORE + (MAX_SCORE - MIN_SCORE) * met / len(items) if items else None
+    score = score_of_share(met / len(items)) if items else None
     if not items:
         problems.insert(0, 'no line of the form "- Requirement? Evidence: yes."')
     suggestions = rest.suggestions

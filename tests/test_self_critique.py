@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from contextlib import closing
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -230,3 +231,55 @@ def test_processes_that_cannot_be_are_refused(srt, flags, said):
     finished = srt("self-critique", "--model", "python:p.py:model", "--num-processes", 2, *flags)
     assert finished.code == 2
     assert said in finished.stderr
+
+
+CHECKLIST = (
+    'Weaknesses: Begin with "So"? It: {}. A mark? {}: yes.\nSuggestions: Mend it.\n'
+    "Overall Score: [[10]]\n\n### Improved Response\nSo it is!"
+)
+
+
+def checklist_critic(body, number):
+    """A model that was trained on checklists: its verdicts differ, the number below never does."""
+    turns = body["messages"]
+    if len(turns) == 1:
+        return Answer(text="It is so.")
+    begins_well = turns[1]["content"].startswith("So")
+    text = CHECKLIST.format("yes" if begins_well else "no", turns[1]["content"][-1])
+    for stop in body.get("stop") or []:
+        text = text.split("\n" + stop)[0]
+    content = []
+    for token in re.findall(r" (?:yes|no)\b|\d|[^\d ]+| ", text):
+        others = [{"token": token, "logprob": math.log(0.8)}]
+        if token.strip() in ("yes", "no"):
+            other = {" yes": " no", " no": " yes"}[token]
+            others.append({"token": other, "logprob": math.log(0.2)})
+        content.append({"token": token, "logprob": math.log(0.8), "top_logprobs": others})
+    return Answer(text=text, logprobs={"content": content} if body.get("logprobs") else None)
+
+
+def test_a_model_trained_on_checklists_is_scored_by_its_verdicts(srt, folder):
+    with closing(LoopbackServer(checklist_critic)) as server:
+        criticise(srt, "--score", "checklist", "--limit", 1, model=server.spec)
+        (row,) = read_jsonl(folder / "self-feedback.jsonl")
+    # One of two items is met, then both; P(yes) is 0.2 or 0.8.
+    assert (row["feedback"]["score"], row["refinement_score"]) == (5.5, 10)
+    assert row["feedback"]["score_mean"] == pytest.approx(1 + 9 * (0.2 + 0.8) / 2)
+    assert row["refinement_score_mean"] == pytest.approx(1 + 9 * 0.8)
+    assert row["refinement"] == "So it is!"
+
+
+def test_a_number_that_never_changes_below_checklists_is_told_of(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"task {n}"} for n in range(12)])
+    with closing(LoopbackServer(checklist_critic)) as server:
+        finished = criticise(srt, model=server.spec)
+    assert "the score 10: it tells little" in finished.stderr
+    assert "srt self-critique --score checklist" in finished.stderr
+
+
+def test_a_checklist_without_verdicts_has_no_score(srt, folder):
+    with closing(LoopbackServer(self_critic)) as server:
+        criticise(srt, "--score", "checklist", "--limit", 1, model=server.spec, code=3)
+        (row,) = read_jsonl(folder / "self-feedback.jsonl")
+    assert row["status"] == "unparsed"
+    assert 'no item that ends in ": yes." or ": no."' in row["reason"]

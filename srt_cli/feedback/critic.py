@@ -9,7 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from srt_cli.calls.conduct import Call
-from srt_cli.feedback.scores import SCORE_LOGPROBS, Scoring, expected_score
+from srt_cli.feedback.scores import (
+    SCORE_LOGPROBS,
+    Scoring,
+    expected_checklist_score,
+    expected_score,
+)
 from srt_cli.models import Model, Reply, Request, Task, Thinks, parse_spec
 from srt_cli.records import Feedback, Message, Prompt, Status, Usage
 from srt_cli.templates import (
@@ -38,6 +43,8 @@ SAMPLE_TEMPERATURE: Final = 0.7
 
 OutsidePrompt = Literal["table-1", "checklist"]
 CriticPrompt = Literal["auto", "conversation", OutsidePrompt]
+ScoredBy = Literal["written", "checklist"]
+"""Where a trained model's scores come from: the number it writes, or its checklist's verdicts."""
 LETTER_LOGPROBS: Final = 20
 """How many alternatives to the letter are asked for: the most that OpenAI's API tells."""
 LEAST_SHARE: Final = 0.5
@@ -97,7 +104,7 @@ class Critic:
     sampling: Sampling
     in_conversation: bool
     by_checklist: bool = False
-    """Whether it looks item by item, and the score is the share that is met."""
+    """Whether its feedback is a checklist, and the score is the share of items that are met."""
     max_reasks: int = 0
     """How often a reply that cannot be read is asked for again."""
     longer_once: bool = False
@@ -109,19 +116,25 @@ class Critic:
 
     def messages(self, question: Question) -> list[Message]:
         """The chat that asks for feedback on one text."""
-        ask = self_critique_messages if self.in_conversation else critic_messages
-        if self._by_items:
-            ask = checklist_messages
+        if self.in_conversation:
+            return self_critique_messages(question.prompt, question.text)
+        ask = checklist_messages if self.reads_items else critic_messages
         return ask(question.prompt, question.text)
 
     @property
-    def _by_items(self) -> bool:
+    def reads_items(self) -> bool:
+        """Whether scores come from the items of a checklist; a program's feedback has its own."""
         return self.by_checklist and not self.model.is_program
 
     def read(self, text: str, *, whole: bool) -> ParsedCritique:
-        """What its reply holds; a `whole` one has an improved response too."""
-        read = parse_checklist if self._by_items else parse_critique
-        return read(text, expect_refinement=whole)
+        """What its reply holds; a `whole` one has an improved response too.
+
+        A model in its own conversation writes a checklist as its weaknesses; the number below, which
+        it was trained to write too, does not count.
+        """
+        if self.reads_items and not self.in_conversation:
+            return parse_checklist(text, expect_refinement=whole)
+        return parse_critique(text, expect_refinement=whole, by_verdicts=self.reads_items)
 
     def call(
         self, question: Question, messages: Sequence[Message], room: int = 1, sample: int = 0
@@ -133,7 +146,8 @@ class Critic:
         task = Task(question.kind, question.prompt, (question.text,))
         request = sampling.request(messages, task, sample)
         if self.expects and self.model.gives_logprobs:
-            request = replace(request, top_logprobs=SCORE_LOGPROBS, logprobs_at="digits")
+            places: Literal["digits", "verdicts"] = "verdicts" if self.reads_items else "digits"
+            request = replace(request, top_logprobs=SCORE_LOGPROBS, logprobs_at=places)
         return Call(self.model, request, question.name)
 
 
@@ -210,7 +224,7 @@ def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Crit
         return Criticism(parsed, "unparsed", ", ".join(parsed.problems), replies)
     thinks = critic.sampling.thinks
     first = Scoring(critic.model, messages, reply, parsed.score, question.name, thinks)
-    mean = yield from _mean_score(critic, question, first, replies)
+    mean = yield from _mean_score(critic, question, first, parsed, replies)
     return Criticism(parsed, "ok", None, replies, mean)
 
 
@@ -251,15 +265,14 @@ def read_critique(text: str) -> ParsedCritique:
 
 
 def _mean_score(
-    critic: Critic, question: Question, first: Scoring, replies: Replies
+    critic: Critic, question: Question, first: Scoring, parsed: ParsedCritique, replies: Replies
 ) -> Generator[Call, Reply, float | None]:
     """The mean of what a critic believes in one or several judgements; its replies are kept.
 
     With `score_samples` N, N - 1 more are drawn, blind; one that cannot be read does not count.
     None when one judgement is all there is, and it came without log-probabilities.
     """
-    expected, cost = yield from expected_score(first)
-    replies.usage += cost
+    expected = yield from _expectation(critic, first, parsed, replies)
     if critic.score_samples == 1:
         return expected
     means = [first.score if expected is None else expected]
@@ -269,14 +282,24 @@ def _mean_score(
         again = _named(blind, f"sample {sample + 1}")
         reply = yield critic.call(again, messages, sample=sample)
         replies.keep(f"sample {sample + 1}", reply)
-        score = critic.read(reply.text, whole=False).score
-        if reply.status != "ok" or score is None:
+        parsed = critic.read(reply.text, whole=False)
+        if reply.status != "ok" or parsed.score is None:
             continue
-        scoring = Scoring(critic.model, messages, reply, score, again.name, first.thinks)
-        expected, cost = yield from expected_score(scoring)
-        replies.usage += cost
-        means.append(score if expected is None else expected)
+        scoring = Scoring(critic.model, messages, reply, parsed.score, again.name, first.thinks)
+        expected = yield from _expectation(critic, scoring, parsed, replies)
+        means.append(parsed.score if expected is None else expected)
     return sum(means) / len(means)
+
+
+def _expectation(
+    critic: Critic, scoring: Scoring, parsed: ParsedCritique, replies: Replies
+) -> Generator[Call, Reply, float | None]:
+    """The expectation of one score, where it stands: at its items' verdicts, or at its digits."""
+    if critic.reads_items:
+        return expected_checklist_score(scoring.reply, parsed.weaknesses or "")
+    expected, cost = yield from expected_score(scoring)
+    replies.usage += cost
+    return expected
 
 
 def compare(

@@ -15,6 +15,7 @@ from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.run import Run
 from srt_cli.stats.counting import Confusion, confusion
+from srt_cli.templates import checklist_score
 
 FEEDBACK_TOKENS = 512
 COIN: Final = 0.5
@@ -42,6 +43,8 @@ class CriticFigures:
     only_failing: bool = False
     elsewhere: bool = False
     """Whether `table` is of other answers, those that stage 1 checked."""
+    unread_checklists: bool = False
+    """Whether its feedback is checklists, and its scores are the numbers below them."""
 
     @property
     def is_known_to_see(self) -> bool:
@@ -73,10 +76,16 @@ def doubts_of(figures: CriticFigures, model: str = "models/sft") -> list[str]:
     total = sum(figures.scores.values())
     score, often = max(figures.scores.items(), key=lambda item: item[1], default=(0.0, 0))
     if total >= FEWEST_SCORES and often >= ONE_SCORE * total and not figures.is_known_to_see:
+        remedy = (
+            "Its checklists may tell more than the number below them: srt self-critique --score "
+            "checklist."
+            if figures.unread_checklists
+            else "Likely cause: it saw few answers that deserve another score. Train with srt sft "
+            f"--balance. {own_round} Expected scores seldom tie: srt build-prefs --score expected."
+        )
         found.append(
             f"{figures.who} gave {often} of {total} answers the score {score:g}: it tells little. "
-            "Likely cause: it saw few answers that deserve another score. Train with srt sft --balance. "
-            f"{own_round} Expected scores seldom tie: srt build-prefs --score expected."
+            f"{remedy}"
         )
     if figures.refined >= FEWEST_SCORES and figures.copies > MOSTLY * figures.refined:
         of_failing = " of failing drafts" if figures.only_failing else ""
@@ -118,13 +127,18 @@ def check_critic(
     `held_out` tells whether the model was not trained on these records.
     """
     answers = _answers(records, count, good_score, seed=int(run.manifest.settings["seed"]))
+    by_items = all(
+        checklist_score(record.feedback.weaknesses) is not None
+        for record in records
+        if record.feedback is not None
+    )
     with (
         Journal(run.out / "critic-check.journal.jsonl") as journal,
         Asking(journal) as asking,
         asking.open(str(run.out)) as model,
     ):
         sampling = Sampling(FEEDBACK_TOKENS, 0.0, thinks=Thinks("off", by_default=True))
-        critic = Critic(model, sampling, in_conversation=True)
+        critic = Critic(model, sampling, in_conversation=True, by_checklist=by_items)
         scripts = (
             blind_score(critic, each.prompt, each.text, f"{each.prompt.id} critic check")
             for each in answers
@@ -162,6 +176,11 @@ def check_critic(
         f"the tuned model as a critic of {which} (good: score {good_score:g} or more)",
         [("answers", table)],
     )
+    if by_items:
+        console.say(
+            "it was trained on checklists: its score is the share of items that it answers with yes, "
+            "as with srt self-critique --score checklist"
+        )
     if decided:
         console.say(
             f"of {decided} drafts and refinements that it scores differently, {right} are in the "

@@ -198,13 +198,16 @@ def run_critiques(
             asking.usage = summary.usage
     _close(run, summary, job, options)
     if itself is not None and not summary.owed:
-        for doubt in _doubts(summary, itself):
+        checklists = 2 * summary.checklists > summary.weaknesses.total()
+        scorer = job.roles.scorer or job.roles.critic
+        unread = checklists and not (scorer is not None and scorer.reads_items)
+        for doubt in _doubts(summary, itself, unread_checklists=unread):
             run.warn(doubt)
     console.say(asking.cost_sentence())
     return summary
 
 
-def _doubts(summary: CritiqueSummary, model: str) -> list[str]:
+def _doubts(summary: CritiqueSummary, model: str, *, unread_checklists: bool) -> list[str]:
     """What makes a model doubtful as its own critic, by a check, or as stage 1 checked it."""
     checked, who = summary.confusion(), "the model as its own critic"
     manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
@@ -214,6 +217,7 @@ def _doubts(summary: CritiqueSummary, model: str) -> list[str]:
         summary.draft_scores + summary.blind_scores,
         *summary.copied.counts,
         elsewhere=not checked.n,
+        unread_checklists=unread_checklists,
     )
     return doubts_of(figures, model)
 

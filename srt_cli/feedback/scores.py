@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from srt_cli.calls.conduct import Call
-from srt_cli.models import Model, Reply, Request, Thinks, TokenLogprobs
+from srt_cli.models import VERDICTS, Model, Reply, Request, Thinks, TokenLogprobs
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Message, Usage
-from srt_cli.templates import score_digits_at
+from srt_cli.templates import score_digits_at, score_of_share, verdicts_at
 
 SCORE_LOGPROBS: Final = 20
 """How many alternatives to a token are asked for where scores are to have an expectation."""
@@ -100,6 +100,32 @@ def zero_share(top: Mapping[str, float]) -> float:
     total = sum(math.exp(logprob) for logprob in top.values())
     zeros = sum(math.exp(logprob) for token, logprob in top.items() if token.startswith("0"))
     return zeros / total if total > 0 else 0.0
+
+
+def expected_checklist_score(reply: Reply, weaknesses: str) -> float | None:
+    """The score of a checklist by the mean of P(yes) against P(no) over its items.
+
+    None where the log-probabilities of a verdict are not known.
+    """
+    begun = {place.offset: place for place in reply.logprobs or () if place.offset is not None}
+    at_verdicts = []
+    for verdict_at in verdicts_at(reply.text, weaknesses):
+        # Most tokens of a verdict begin with the space before it.
+        place = begun.get(verdict_at - 1) or begun.get(verdict_at)
+        if place is None:
+            return None
+        yes, no = (
+            sum(
+                math.exp(logprob)
+                for token, logprob in place.top.items()
+                if token.strip().lower() == word
+            )
+            for word in VERDICTS
+        )
+        if yes + no <= 0:
+            return None
+        at_verdicts.append(yes / (yes + no))
+    return score_of_share(sum(at_verdicts) / len(at_verdicts)) if at_verdicts else None
 
 
 @dataclass(frozen=True)

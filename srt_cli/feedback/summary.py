@@ -13,7 +13,7 @@ from srt_cli.models import THOUGHT_UNTIL_LIMIT
 from srt_cli.records import PLANTED, Feedback, FeedbackRecord, Usage
 from srt_cli.stats.counting import Confusion, Copied, Moments, confusion, wilson
 from srt_cli.stats.hygiene import is_same_text
-from srt_cli.templates import is_as_asked
+from srt_cli.templates import checklist_score, is_as_asked
 
 FEWEST_COMPARED: Final = 10
 SHORTER, LONGER = 0.5, 2.0
@@ -117,6 +117,8 @@ class CritiqueSummary:
     beliefs: Beliefs = field(default_factory=Beliefs)
     weaknesses: Counter[int] = field(default_factory=Counter)
     """Digests of what was criticised, to find a critic that always says the same."""
+    checklists: int = 0
+    """Feedback that answers items with yes or no."""
     drafts: int = 0
     drafts_cut: int = 0
     """Drafts that the token limit cut off."""
@@ -172,6 +174,7 @@ class CritiqueSummary:
         self.expected_scores += feedback.score_mean is not None
         self.length_and_score.add(len(record.response or ""), feedback.score)
         self.weaknesses[hash(feedback.weaknesses.strip().lower())] += 1
+        self.checklists += checklist_score(feedback.weaknesses) is not None
 
     def _add_labels(self, record: FeedbackRecord, gain: float) -> None:
         """Whether each kind of score puts draft and refinement in the check's order."""

@@ -64,6 +64,10 @@ class Thinks:
     tokens: int = 0
 
 
+VERDICTS: Final = ("yes", "no")
+"""The words that an item of a checklist ends in."""
+
+
 @dataclass(frozen=True)
 class Request:
     """One model call; everything here but `task` is sent to the model, so all of it is in the key."""
@@ -76,8 +80,8 @@ class Request:
     seed: int = 0
     sample: int = 0
     top_logprobs: int = 0
-    logprobs_at: Literal["all", "digits"] = "all"
-    """At which tokens log-probabilities are kept: a score needs only those around digits."""
+    logprobs_at: Literal["all", "digits", "verdicts"] = "all"
+    """At which tokens log-probabilities are kept: around digits, for a score, or at yes and no."""
     continues: bool = False
     """The last message is the beginning of the reply. Only models with `continues` take it."""
     thinks: Thinks = Thinks()

@@ -9,7 +9,13 @@ from typing import Literal
 from srt_cli.calls.conduct import Script
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.feedback.critic import Critic, CriticPrompt, Sampling, asked_in_conversation
+from srt_cli.feedback.critic import (
+    Critic,
+    CriticPrompt,
+    Sampling,
+    ScoredBy,
+    asked_in_conversation,
+)
 from srt_cli.feedback.processes import answer_in_processes
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Check, CheckedRow, Policy, Roles
@@ -69,6 +75,10 @@ class SelfCritique(CallOptions):
         "auto", "How --critic is asked: in conversation, as srt trains it, by the paper's "
         "Table 1, or item by item (checklist). auto: models in process in conversation, others by "
         "Table 1.", group="Critic",
+    )  # fmt: skip
+    score: ScoredBy = setting(
+        "written", "The model's score: the number that it writes, or, for one that was trained on "
+        "checklists, the share of their items that it answers with yes (checklist).", group="Critic",
     )  # fmt: skip
     expected_score: bool = setting(
         True, "Also record each score's expectation under the critic's log-probabilities.",
@@ -176,7 +186,8 @@ def _open_job(options: SelfCritique) -> tuple[Job, PromptSource]:
         options.critic_max_tokens, temperature=0.0, seed=options.seed,
         thinks=options.critic_thinks(itself=True),
     )  # fmt: skip
-    itself = Critic(model, replies, in_conversation=True)
+    by_items = options.score == "checklist"
+    itself = Critic(model, replies, in_conversation=True, by_checklist=by_items)
     others = replace(replies, thinks=options.critic_thinks())
     other = _other_critic(options, others, model, door)
     scorer = other if options.critic_for == "scores" else None
@@ -212,8 +223,8 @@ def _other_critic(
     same = (options.other_critic, critics) == (options.model, door)
     critic = model if same else open_model(options.other_critic, critics)
     asked = asked_in_conversation(options.critic_prompt, options.other_critic)
-    by_checklist = options.critic_prompt == "checklist"
-    return Critic(critic, replies, in_conversation=asked, by_checklist=by_checklist)
+    by_items = options.score == "checklist" if asked else options.critic_prompt == "checklist"
+    return Critic(critic, replies, in_conversation=asked, by_checklist=by_items)
 
 
 def _open_scripts(options: SelfCritique) -> tuple[Iterable[Script[CheckedRow]], list[Model]]:

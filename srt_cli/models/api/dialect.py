@@ -15,7 +15,7 @@ import orjson
 
 from srt_cli import console
 from srt_cli.errors import SrtError
-from srt_cli.models import FinishReason, Reply, Request, TokenLogprobs, part_reply
+from srt_cli.models import VERDICTS, FinishReason, Reply, Request, TokenLogprobs, part_reply
 from srt_cli.models.api.limits import parse_duration_s, until_date_s
 from srt_cli.models.budget import estimated_usage, is_believable
 from srt_cli.records import Usage
@@ -203,9 +203,11 @@ def warn_of_switch(model: str) -> None:
 
 
 def _kept(places: tuple[TokenLogprobs, ...], request: Request) -> tuple[TokenLogprobs, ...]:
-    """The places that were asked for: a score needs only those around digits."""
+    """The places that were asked for: around digits, for a score, or at yes and no."""
     if request.logprobs_at == "all":
         return places
+    if request.logprobs_at == "verdicts":
+        return tuple(place for place in places if place.token.strip().lower() in VERDICTS)
     digits = [any("0" <= sign <= "9" for sign in place.token) for place in places]
     # Also the place behind a digit: the 1 of a 10 is a token of its own in many tokenizers.
     kept = zip(places, digits, [False, *digits], strict=False)

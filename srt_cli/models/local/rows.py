@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from srt_cli.models import (
+    VERDICTS,
     FinishReason,
     Reply,
     Request,
@@ -108,6 +109,13 @@ class Loaded:
             if any("0" <= character <= "9" for character in piece)
         )
 
+    @cached_property
+    def verdicts(self) -> frozenset[int]:
+        """Tokens that say yes or no: where an item of a checklist ends."""
+        words = (":" + sign + word for sign in (" ", "") for word in VERDICTS)
+        spelled = (self.tokenizer.encode(word, add_special_tokens=False) for word in words)
+        return frozenset(tokens[-1] for tokens in spelled)
+
 
 @dataclass
 class Generation:
@@ -157,6 +165,8 @@ class Generation:
             return False
         if self.request.logprobs_at == "all":
             return True
+        if self.request.logprobs_at == "verdicts":
+            return token in self.loaded.verdicts
         # Also the place behind a digit: the 1 of a 10 is a token of its own in many tokenizers.
         digits = self.loaded.digits
         return token in digits or bool(self.tokens and self.tokens[-1] in digits)

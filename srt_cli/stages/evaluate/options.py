@@ -7,7 +7,8 @@ from typing import Literal
 from srt_cli.calls.options import ApiOptions, PromptOptions
 from srt_cli.evaluation.contestants import Use
 from srt_cli.evaluation.judging import Orders, Verdicts
-from srt_cli.feedback.critic import CriticPrompt
+from srt_cli.feedback.critic import Critic, CriticPrompt, Sampling, ScoredBy
+from srt_cli.models import Model
 from srt_cli.options import Former, runtime, setting
 
 
@@ -97,6 +98,10 @@ class Evaluate(ApiOptions, PromptOptions):
         "Table 1.", group="Critic",
         formerly=Former("critique_style", {"message": "table-1"}),
     )  # fmt: skip
+    score: ScoredBy = setting(
+        "written", "A trained model's score as its own critic: the number that it writes, or the "
+        "share of yes in its checklist.", group="Critic",
+    )  # fmt: skip
     export: Literal["alpaca_eval"] | None = runtime(
         None, "Also write outputs and judgments in another tool's format.", group="Output"
     )
@@ -133,3 +138,10 @@ class Evaluate(ApiOptions, PromptOptions):
         False, "Replace an output made with other settings. The journal stays.",
         group="Run", common=True,
     )  # fmt: skip
+
+    def critic_of(self, model: Model, *, in_conversation: bool) -> Critic:
+        """A model as a critic: the one that it was trained to be, or one from outside."""
+        thinks = self.critic_thinks(itself=in_conversation)
+        sampling = Sampling(self.critic_max_tokens, 0.0, seed=self.seed, thinks=thinks)
+        by_items = (self.score if in_conversation else self.critic_prompt) == "checklist"
+        return Critic(model, sampling, in_conversation, by_checklist=by_items)

@@ -22,7 +22,7 @@ from srt_cli.evaluation.contestants import (
 )
 from srt_cli.evaluation.judging import Judge, Shown, Twice, ask_again, judge_pairs, orders_of
 from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pairs, read_pairs
-from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
+from srt_cli.feedback.critic import Sampling, asked_in_conversation
 from srt_cli.feedback.story import Policy
 from srt_cli.models import Model, names_program, open_model, parse_spec, refuse_unfit
 from srt_cli.models.budget import likely_prompt_tokens
@@ -320,13 +320,8 @@ def _contestant(model: Model, uses: Sequence[Use], options: Evaluate) -> Contest
         options.max_new_tokens, options.temperature, seed=options.seed,
         thinks=options.policy_thinks,
     )  # fmt: skip
-    own_critic = Critic(model, _critic_sampling(options, itself=True), in_conversation=True)
+    own_critic = options.critic_of(model, in_conversation=True)
     return Contestant(Policy(model, drafts), own_critic, uses, options.rounds)
-
-
-def _critic_sampling(options: Evaluate, *, itself: bool) -> Sampling:
-    thinks = options.critic_thinks(itself=itself)
-    return Sampling(options.critic_max_tokens, 0.0, seed=options.seed, thinks=thinks)
 
 
 def _checked(
@@ -393,8 +388,7 @@ def _scores(
 
     def score(spec: str, answers: Sequence[Output], in_conversation: bool) -> list[Scored]:
         with asking.open(spec, as_critic=not in_conversation) as model:
-            sampling = _critic_sampling(options, itself=in_conversation)
-            critic = Critic(model, sampling, in_conversation)
+            critic = options.critic_of(model, in_conversation=in_conversation)
             asked = trained_on if in_conversation else by_id
             scripts = (score_output(critic, asked[o.id], o) for o in answers)
             return asking.ask(f"scores by {spec}", scripts, len(answers))
@@ -414,11 +408,6 @@ def _pairs(
         if pairs and _is_model(spec):
             in_conversation = asked_in_conversation(options.critic_prompt, spec)
             with asking.open(spec) as model:
-                critic = Critic(
-                    model,
-                    _critic_sampling(options, itself=in_conversation),
-                    in_conversation,
-                    by_checklist=options.critic_prompt == "checklist",
-                )
+                critic = options.critic_of(model, in_conversation=in_conversation)
                 found[spec] = ask_pairs(asking, critic, pairs)
     return found

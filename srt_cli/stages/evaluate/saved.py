@@ -18,7 +18,7 @@ from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.files import read_annotations
 from srt_cli.evaluation.labelled_pairs import ask_pairs, read_pairs
 from srt_cli.evaluation.tables import pairs_table, quality_tables
-from srt_cli.feedback.critic import Critic, Sampling, asked_in_conversation
+from srt_cli.feedback.critic import asked_in_conversation
 from srt_cli.models import refuse_unfit
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.jsonl import read_records, write_json
@@ -60,13 +60,8 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
         with Asking.begin(run, options, offline=options.offline) as asking:
             for spec in dict.fromkeys(options.model):
                 in_conversation = asked_in_conversation(options.critic_prompt, spec)
-                thinks = options.critic_thinks(itself=in_conversation)
-                sampling = Sampling(
-                    options.critic_max_tokens, 0.0, seed=options.seed, thinks=thinks
-                )
                 with asking.open(spec) as model:
-                    by_items = options.critic_prompt == "checklist"
-                    critic = Critic(model, sampling, in_conversation, by_checklist=by_items)
+                    critic = options.critic_of(model, in_conversation=in_conversation)
                     scored = ask_pairs(asking, critic, pairs)
                 found.append(count_pairs(spec, pairs, scored))
         run.tally({"pairs": len(pairs)})
@@ -88,8 +83,6 @@ def judge_feedback(options: Evaluate, command: str) -> None:
     """`--feedback`: what critiques are like, and what a scorer from outside makes of their scores."""
     inputs = {f"feedback {n}": path for n, path in enumerate(options.feedback, start=1)}
     run = open_run(command, options, inputs=inputs)
-    thinks = options.critic_thinks()
-    sampling = Sampling(options.critic_max_tokens, 0.0, seed=options.seed, thinks=thinks)
     found = []
     with run:
         with Asking.begin(run, options, offline=options.offline) as asking:
@@ -99,7 +92,7 @@ def judge_feedback(options: Evaluate, command: str) -> None:
                 outside: Sequence[OutsideScores] = ()
                 if options.scorer is not None:
                     with asking.open(options.scorer, as_critic=True) as model:
-                        critic = Critic(model, sampling, in_conversation=False)
+                        critic = options.critic_of(model, in_conversation=False)
                         scripts = (score_record(critic, n, row) for n, row in enumerate(records))
                         outside = asking.ask(f"scores by {options.scorer}", scripts, len(records))
                 found.append(critic_quality(str(path), records, options.scorer, outside))
