@@ -1,18 +1,46 @@
-"""Make the quickstart's three prompt files: `python make_prompts.py` in this folder.
+"""Make the prompt files: `python make_prompts.py FOLDER [--study]`.
 
-Each prompt asks for one sentence about a topic under one or two constraints. The files share no
-topic, so that held-out prompts are new in what they ask, not only in how.
+Each prompt asks for a sentence about a topic under one or two constraints: of twelve kinds that have a
+place in the answer (its first word, its last words, its frame), or, for the study, of all 27. The files
+share no topic, so that held-out prompts are new in what they ask, not only in how.
 """
 
 import json
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from critic import KINDS
 
 SEED = 7
-# File -> its number of topics and of rows.
-FILES = {"prompts.jsonl": (100, 100), "self-prompts.jsonl": (80, 80), "heldout.jsonl": (72, 72)}
+TOPICS_EACH = 65
+PLACED = (
+    "start", "label", "end", "exclaim", "dots", "sign", "lower", "bullet", "heading", "quoted", "parens",
+    "bold",
+)  # fmt: skip
+
+
+class Rows(NamedTuple):
+    """How many rows a file has: of the kinds that have a place, and in the study of all kinds."""
+
+    quickstart: int
+    study: int
+
+
+FILES = {
+    "prompts.jsonl": Rows(192, 240),
+    "more-prompts.jsonl": Rows(256, 256),
+    "self-prompts.jsonl": Rows(240, 240),
+    "heldout.jsonl": Rows(300, 300),
+}
+WORDS = (
+    "without", "no_commas", "at_most", "two_sentences", "include", "number", "semicolon", "start", "end",
+    "label", "question", "exclaim", "dots", "sign", "postscript", "hashtag",
+)  # fmt: skip
+"""What the words must be; all other kinds are about form. A second constraint is of the other sort."""
+SHARE_OF_PAIRS = 0.4
 
 TOPICS = """
 apples|rain|trains|the sea|old books|winter|bread|bicycles|cats|the moon|tea|bridges|gardens|music|
@@ -36,50 +64,60 @@ parrots|rugs|squirrels|tulips|villas|walnuts|almonds|bells|caves|doves|easels|fo
 hives|irises|jackals|kelp|larks|marbles|nectarines|orchids|puppets|reefs|swans|thistles|varnish
 """.replace("\n", "").split("|")
 
-ARGUMENTS = {
-    "without": ["the", "and", "is", "of"],
-    "at_most": ["8", "10", "12"],
-    "include": ["silver", "morning", "quiet", "bright", "simple", "golden", "gentle", "distant"],
-    "start": ["Today", "Perhaps", "Certainly", "Sometimes", "Clearly", "Often"],
-    "end": ["in the end", "every day", "after all", "as always", "for everyone"],
-}
-# How often each kind stands alone.
-WEIGHTS = {
-    "without": 1, "no_commas": 2, "at_most": 1, "include": 2, "start": 4, "end": 3,
-    "two_sentences": 1, "lower": 3, "upper": 1, "bullet": 3, "quoted": 3, "json": 3,
-}  # fmt: skip
-PAIRS = [("start", "quoted"), ("end", "quoted"), ("start", "end"), ("include", "lower")]
-SHARE_OF_PAIRS = 0.1
+
+def fit_together(names: list[str]) -> bool:
+    """Whether an answer can meet both: mending one leaves the other whole."""
+    kinds = [(kind, kind.arguments[0]) for name, kind in KINDS.items() if name in names]
+    for text in ("The thing is old.", "Bread, a food of many people, is made from flour."):
+        for kind, argument in kinds:
+            text = text if kind.check(text, argument) else kind.mend(text, argument)
+        if not all(kind.check(text, argument) for kind, argument in kinds):
+            return False
+    return True
 
 
-def make_row(number: int, topic: str, draw: random.Random) -> dict[str, object]:
+def draw_constraints(name: str, kinds: Sequence[str], draw: random.Random) -> list[list[str]]:
+    """One or two constraints that can be met together, in the order of mending."""
+    names = [name]
+    fitting = [
+        other
+        for other in kinds
+        if (other in WORDS) != (name in WORDS) and fit_together([name, other])
+    ]
+    if fitting and draw.random() < SHARE_OF_PAIRS:
+        names.append(draw.choice(fitting))
+    return [[kind, draw.choice(KINDS[kind].arguments)] for kind in KINDS if kind in names]
+
+
+def make_row(number: int, topic: str, constraints: list[list[str]]) -> dict[str, object]:
     """One prompt row with its constraints in words and as data."""
-    if draw.random() < SHARE_OF_PAIRS:
-        kinds = list(draw.choice(PAIRS))
-    else:
-        kinds = draw.choices(list(WEIGHTS), list(WEIGHTS.values()))
-    constraints = [[kind, draw.choice(ARGUMENTS.get(kind, [""]))] for kind in kinds]
     asked = " ".join(KINDS[kind].ask.format(argument) for kind, argument in constraints)
-    start = "Write about" if "two_sentences" in kinds else "Write one sentence about"
+    several = any(kind in ("two_sentences", "postscript") for kind, _ in constraints)
     return {
         "id": f"{topic.replace(' ', '-')}-{number}",
-        "prompt": f"{start} {topic}. {asked}",
+        "prompt": f"Write {'' if several else 'one short sentence '}about {topic}. {asked}",
         "constraints": constraints,
     }
 
 
-def main() -> None:
-    """Write the three files beside this program; the same seed writes the same bytes."""
-    draw = random.Random(SEED)
+def main(folder: Path, study: bool) -> None:
+    """Write the files; each has a draw of its own, so that one can grow without the others."""
     topics = list(dict.fromkeys(TOPICS))
-    draw.shuffle(topics)
-    for name, (count, row_count) in FILES.items():
-        mine, topics = topics[:count], topics[count:]
-        assert len(mine) == count, f"{name}: too few topics"
-        rows = [make_row(number, mine[number % count], draw) for number in range(row_count)]
+    random.Random(SEED).shuffle(topics)
+    kinds = tuple(KINDS) if study else PLACED
+    for name, counts in FILES.items():
+        mine, topics = topics[:TOPICS_EACH], topics[TOPICS_EACH:]
+        draw = random.Random(f"{SEED} {name}")
+        rows, left = [], list[str]()
+        for number in range(counts.study if study else counts.quickstart):
+            if not left:
+                left = list(kinds)
+                draw.shuffle(left)
+            constraints = draw_constraints(left.pop(), kinds, draw)
+            rows.append(make_row(number, mine[number % len(mine)], constraints))
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        Path(__file__).with_name(name).write_text(text, encoding="utf-8")
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), "--study" in sys.argv)

@@ -1,10 +1,12 @@
-"""The study's tables from its answers: `python page.py FOLDER [DOCUMENT]`.
+"""The study's tables from its answers: `python page.py FOLDER [DOCUMENT [CSV]]`.
 
-Reads `eval.outputs.jsonl` (id, contestant, use, passed) and the manifests of `*-self.jsonl`, and writes
-`study.html` beside them. In DOCUMENT (docs/study.md), each table stands between `<!-- NAME -->` and
-`<!-- end -->`, and is written anew.
+Reads `eval.outputs.jsonl` (id, contestant, use, passed), `eval.json`, `agreement.json` and the manifests
+of `*-self.jsonl` and `*-prefs.jsonl`, and writes `study.html` beside them. In DOCUMENT (docs/study.md),
+each table stands between `<!-- NAME -->` and `<!-- end -->`, and is written anew. CSV is what pairs of
+known precision gave, as `srt build-prefs` quotes it.
 """
 
+import csv
 import html
 import json
 import random
@@ -121,16 +123,19 @@ def arms_table(passes: Passes) -> list[list[str]]:
     return rows
 
 
+def difference(passes: Passes, arm: str, control: str) -> tuple[float, float, float]:
+    """`paired` over the prompts that both arms answered."""
+    ids = sorted(passes[arm].keys() & passes[control].keys())
+    return paired([passes[arm][name] for name in ids], [passes[control][name] for name in ids])
+
+
 def comparisons_table(passes: Passes, comparisons: Sequence[Comparison]) -> list[list[str]]:
     """A line a comparison whose two arms were run, over the prompts that both answered."""
     rows = [["question", "difference in points, paired [95 %]", "verdict"]]
     for question, arm, control in comparisons:
         if arm not in passes or control not in passes:
             continue
-        ids = sorted(passes[arm].keys() & passes[control].keys())
-        mean, low, high = paired(
-            [passes[arm][name] for name in ids], [passes[control][name] for name in ids]
-        )
+        mean, low, high = difference(passes, arm, control)
         verdict = "better" if low > 0 else "worse" if high < 0 else "cannot be told"
         shown = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
         rows.append([f"{question} ({arm} − {control})", shown, verdict])
@@ -161,6 +166,61 @@ def critics_table(folder: Path) -> list[list[str]]:
     return rows
 
 
+def lengths_table(folder: Path) -> list[list[str]]:
+    """A line an arm: how long its answers are, and its win rate against the base at equal length."""
+    rows = [["arm", "characters", "cut at the limit", "judged better", "at equal length"]]
+    path = folder / "eval.json"
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else ():
+        judged = row["judged"][0] if row["judged"] else {}
+        equal = (judged.get("length_controlled") or {}).get("rate")
+        rows.append([
+            Path(row["name"]).name,
+            f"{row['characters']['value']:.0f}",
+            f"{row['cut']['value']:.0%}",
+            f"{judged['win_rate']['value']:.0%}" if judged.get("win_rate") else "",
+            f"{equal['value']:.0%}" if equal else "",
+        ])  # fmt: skip
+    return rows
+
+
+def agreement_table(folder: Path) -> list[list[str]]:
+    """A line a critic: how often it scores the better answer of a pair higher (paper, Table 5)."""
+    rows = [["critic", "pairs", "right [95 %]", "ties", "right, ties left out"]]
+    path = folder / "agreement.json"
+    for each in json.loads(path.read_text(encoding="utf-8"))["pairs"] if path.exists() else ():
+        right, decided = each["accuracy"], each["without_ties"]
+        rows.append([
+            Path(each["critic"]).name,
+            str(each["pairs"]),
+            f"{right['value']:.0%} [{right['low']:.0%}, {right['high']:.0%}]" if right else "",
+            str(each["ties"]),
+            f"{decided['value']:.0%}" if decided else "",
+        ])  # fmt: skip
+    return rows
+
+
+def curve(folder: Path, passes: Passes) -> list[dict[str, float]]:
+    """What pairs of known precision gave: a row for each file of pairs whose model was evaluated.
+
+    The precision is the check's word on pairs of which one answer passes; the gain is in points.
+    """
+    found = []
+    for manifest in sorted(folder.glob("*-prefs.run.json")):
+        name = manifest.name.removesuffix("-prefs.run.json")
+        itself = f"{name}-dpo" in passes  # else a planted critic, on drafts of round 2
+        arm, control = (f"{name}-dpo", name) if itself else (name, "round-2")
+        tallies = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]
+        if arm not in passes or control not in passes or not tallies.get("labels"):
+            continue
+        mean, low, high = difference(passes, arm, control)
+        found.append({
+            "pairs": len(rows_of(folder / f"{name}-prefs.jsonl")),
+            "precision": round(tallies["labels"]["precision"], 3),
+            "gain": round(100 * mean, 1), "low": round(100 * low, 1), "high": round(100 * high, 1),
+        })  # fmt: skip
+    return sorted(found, key=lambda row: row["precision"])
+
+
 def as_markdown(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
     lines = [head, ["---"] * len(head), *body]
@@ -185,15 +245,21 @@ def write_into(document: Path, tables: dict[str, list[list[str]]]) -> None:
     document.write_text(text, encoding="utf-8")
 
 
-def main(folder: Path, document: Path | None) -> None:
-    """Write the page, and the document's tables if one is named."""
+def main(folder: Path, document: Path | None = None, measured: Path | None = None) -> None:
+    """Write the page, and the document's tables and the curve where they are named."""
     passes = read_passes(folder)
     name = folder.resolve().name
     tables = {
         f"{name}: arms": arms_table(passes),
         f"{name}: comparisons": comparisons_table(passes, COMPARISONS),
         f"{name}: critics": critics_table(folder),
+        f"{name}: lengths": lengths_table(folder),
+        f"{name}: agreement": agreement_table(folder),
     }
+    figures = curve(folder, passes)
+    if figures:
+        head = list(figures[0])
+        tables[f"{name}: curve"] = [head, *([f"{row[key]:g}" for key in head] for row in figures)]
     body = "\n".join(as_html(name, rows) for name, rows in tables.items())
     style = "body{font:16px system-ui;margin:2em}td,th{text-align:left;padding:.2em 1em .2em 0}"
     page = (
@@ -202,7 +268,12 @@ def main(folder: Path, document: Path | None) -> None:
     (folder / "study.html").write_text(page, encoding="utf-8")
     if document is not None:
         write_into(document, tables)
+    if measured is not None and figures:
+        with measured.open("w", encoding="utf-8", newline="") as lines:
+            writer = csv.DictWriter(lines, list(figures[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(figures)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(*map(Path, sys.argv[1:]))

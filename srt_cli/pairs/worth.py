@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from srt_cli.pairs.pairing import Pairing
 from srt_cli.stats.counting import wilson
+from srt_cli.tables import many
 
 if TYPE_CHECKING:
     from srt_cli.pairs.audit import Audit
@@ -120,7 +121,7 @@ class Worth:
 
     def lines(self, study: Path = STUDY) -> list[str]:
         """For the terminal."""
-        asked = f"is stage 2 worth it? {self.pairs} pairs"
+        asked = f"is stage 2 worth it? {many(self.pairs, 'pair')}"
         if self.labels is None:
             return [
                 f"{asked}; how many of their labels are right is not known. A program tells (srt "
@@ -159,10 +160,11 @@ def why_too_few(pairs: int) -> str | None:
     """A warning when pairs are too few to move a model; None when they are enough."""
     if pairs >= FEWEST_PAIRS:
         return None
+    few = f"{many(pairs, 'pair')} {'is' if pairs == 1 else 'are'} too few to move a model"
     return (
-        f"{pairs} pairs are too few to move a model: DPO would learn these answers by heart. More come "
-        "of more prompts, of srt self-critique --samples 4 with srt build-prefs --strategy best-worst, "
-        "and of a smaller --min-gain."
+        f"{few}: DPO would learn these answers by heart. More come of more prompts, of srt "
+        "self-critique --samples 4 with srt build-prefs --strategy best-worst, and of a "
+        "smaller --min-gain."
     )
 
 

@@ -1,4 +1,4 @@
-"""The study's critic keeps its word, its planted critics are as good as they say, its lines are ours."""
+"""The examples' critics keep their word, their page tells what it may, and their lines are ours."""
 
 import json
 import re
@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_jsonl, write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from srt_cli.records import Prompt
 from srt_cli.templates import parse_critique, render_feedback, render_refinement
 
-FOLDER = ROOT / "examples" / "study"
+QUICKSTART = ROOT / "examples" / "quickstart"
+STUDY = ROOT / "examples" / "study"
 FILES = ("prompts.jsonl", "more-prompts.jsonl", "self-prompts.jsonl", "heldout.jsonl")
 DRAFTS = (
     "",
@@ -24,19 +27,24 @@ DRAFTS = (
 )
 
 
+def make_prompts(folder, *flags):
+    made = [sys.executable, QUICKSTART / "make_prompts.py", folder, *flags]
+    subprocess.run(made, check=True, env={"PYTHONPATH": str(ROOT)})
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The prompt files, as run.sh has them made."""
+    """The study's prompt files, as run.sh has them made."""
     folder = tmp_path_factory.mktemp("study")
-    made = [sys.executable, FOLDER / "make_prompts.py", folder]
-    subprocess.run(made, check=True, env={"PYTHONPATH": str(ROOT)})
+    make_prompts(folder, "--study")
     return folder
 
 
 @pytest.fixture
 def programs(monkeypatch):
-    """The study's modules, as srt imports them."""
-    monkeypatch.syspath_prepend(str(FOLDER))
+    """The modules of both examples, as srt imports them."""
+    monkeypatch.syspath_prepend(str(QUICKSTART))
+    monkeypatch.syspath_prepend(str(STUDY))
     for name in ("critic", "planted", "page"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import critic
@@ -80,10 +88,41 @@ def test_feedback_is_a_checklist_that_quotes(programs):
     assert refinement == "Perhaps, it rains every day."
 
 
+@given(draft=st.text(max_size=200), number=st.integers(0, 10_000))
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_no_draft_breaks_the_critic(programs, draft, number):
+    critic, _, _ = programs
+    rows = read_jsonl(QUICKSTART / "prompts.jsonl")
+    prompt = Prompt.from_row(rows[number % len(rows)])
+    feedback, refinement = critic.critique(prompt, draft)
+    assert critic.check(prompt, refinement)
+    assert (feedback.score == 10) == critic.check(prompt, draft)
+
+
+def test_the_judge_prefers_more_constraints_met_and_knows_ties(programs):
+    critic, _, _ = programs
+    prompt = Prompt.from_row({"prompt": "p", "constraints": [["start", "Today"]]})
+    assert critic.judge(prompt, "Today.", "No.") == 1
+    assert critic.judge(prompt, "No.", "Today.") == 0
+    assert critic.judge(prompt, "No.", "Nor this.") == 0.5
+    assert not critic.check(prompt, " ")
+
+
 def test_the_files_share_no_topic_and_hold_enough(written):
-    topics = [{row["id"].rsplit("-", 1)[0] for row in read_jsonl(written / name)} for name in FILES]
-    assert len(set().union(*topics)) == sum(map(len, topics))
-    assert len(read_jsonl(written / "heldout.jsonl")) >= 200
+    for folder in (written, QUICKSTART):
+        topics = [
+            {row["id"].rsplit("-", 1)[0] for row in read_jsonl(folder / name)} for name in FILES
+        ]
+        assert len(set().union(*topics)) == sum(map(len, topics))
+        assert len(read_jsonl(folder / "heldout.jsonl")) >= 200
+
+
+def test_the_generator_writes_the_committed_files(tmp_path):
+    make_prompts(tmp_path)
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (QUICKSTART / name).read_bytes()
 
 
 @pytest.mark.parametrize("accuracy", [50, 75, 100])
@@ -100,7 +139,12 @@ def test_a_planted_critic_is_right_as_often_as_it_says(programs, accuracy):
 
 def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     _, _, page = programs
-    arms = {"base": range(10), "models/stage-1": range(70), "models/no-contrast": range(1, 71)}
+    arms = {
+        "base": range(10),
+        "models/stage-1": range(70),
+        "models/no-contrast": range(1, 71),
+        "models/stage-1-dpo": range(20),
+    }
     write_jsonl(tmp_path / "eval.outputs.jsonl", [
         {"id": str(n), "contestant": arm, "use": "response", "passed": n in passed}
         for arm, passed in arms.items() for n in range(100)
@@ -115,7 +159,14 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     manifest = {"tallies": {"confusion_drafts": counts | {"bad_called_good": 0}}}
     (tmp_path / "round-2-self.run.json").write_text(json.dumps(manifest))
     document.write_text(f"# S\n<!-- {tmp_path.name}: comparisons -->\nold\n<!-- end -->\nkept\n")
-    page.main(tmp_path, document)
+    pairs = [{"pairs": 1}] * 150
+    write_jsonl(tmp_path / "stage-1-prefs.jsonl", pairs)
+    labels = {"labels": {"precision": 0.8}}
+    (tmp_path / "stage-1-prefs.run.json").write_text(json.dumps({"tallies": labels}))
+    page.main(tmp_path, document, tmp_path / "study.csv")
+    assert (tmp_path / "study.csv").read_text().splitlines() == [
+        "pairs,precision,gain,low,high", "150,0.8,-50.0,-60.0,-40.0",
+    ]  # fmt: skip
     assert document.read_text().splitlines() == [
         "# S",
         f"<!-- {tmp_path.name}: comparisons -->",
@@ -123,6 +174,7 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
         "| --- | --- | --- |",
         "| stage 1 against the base (stage-1 − base) | +60.0 [+50.0, +70.0] | better |",
         "| what contrast adds (stage-1 − no-contrast) | +0.0 [-3.0, +3.0] | cannot be told |",
+        "| stage 2 after one round (stage-1-dpo − stage-1) | -50.0 [-60.0, -40.0] | worse |",
         "<!-- end -->",
         "kept",
     ]
@@ -132,47 +184,22 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     assert "<td>70% [60%, 78%]</td>" in shown
 
 
-def test_every_option_in_run_sh_is_one_of_ours(srt):
-    text = (FOLDER / "run.sh").read_text()
+@pytest.mark.parametrize("folder", [QUICKSTART, STUDY], ids=["quickstart", "study"])
+def test_every_option_in_run_sh_is_one_of_ours(srt, folder):
+    text = (folder / "run.sh").read_text()
     used = {}
     for line in re.findall(r"^\s*srt (.+)$", text, re.MULTILINE):
         used.setdefault(line.split()[0], []).append(line)
+    assert set(used) == {
+        "collect-feedback", "sft", "self-critique", "build-prefs", "dpo", "eval",
+    }  # fmt: skip
     shared = dict(re.findall(r"^(\w+)=\((.+)\)$", text, re.MULTILINE))
     for command, lines in used.items():
         known = set(re.findall(r"--[a-z][a-z-]+", srt(command, "--help-all").stdout))
         for line in lines:
-            for name in re.findall(r"\$\{(\w+)\[@\]\}", line):
-                line += " " + shared.get(name, "")
-                line += " " + " ".join(
-                    shared.get(n, "") for n in re.findall(r"\{(\w+)\[@\]\}", line)
-                )
+            while names := re.findall(r"\$\{(\w+)\[@\]\S*\}", line):
+                for name in names:
+                    line = re.sub(rf"\$\{{{name}\[@\]\S*\}}", shared.get(name, ""), line)
             options = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", line))
+            assert options, line
             assert options <= known, (command, options - known)
-
-
-def test_the_oceans_critic_looks_at_the_figure_and_at_what_it_is_a_share_of(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples" / "ocean"))
-    monkeypatch.delitem(sys.modules, "critic", raising=False)
-    import critic
-
-    sys.modules.pop("critic")
-    prompt = Prompt(id="p", prompt="What is the largest ocean, and how much of the water is it?")
-    draft = "The Pacific Ocean covers approximately 141% of the Earth's water surface."
-    feedback, refinement = critic.critique(prompt, draft)
-    assert feedback.weaknesses == (
-        "It names the Pacific Ocean: yes. It says 141% of the Earth's water surface: no."
-    )
-    assert refinement == "The Pacific Ocean covers 46.6% of the Earth's water surface."
-    assert critic.critique(prompt, refinement)[0].score == 10
-    of_all = "The Pacific Ocean is 46.6% of the Earth's total surface area."
-    assert critic.critique(prompt, of_all) == (
-        critic.Feedback(
-            weaknesses="It names the Pacific Ocean: yes. It says 46.6% of the Earth's total surface "
-            "area: no.",
-            suggestions="The Pacific covers 46.6% of the Earth's water surface.", score=5,
-        ),
-        critic.ANSWER,
-    )  # fmt: skip
-    assert not critic.check(prompt, "The Atlantic Ocean covers 46.6% of the Earth's water surface.")
-    for name in ("prompts.jsonl", "heldout.jsonl"):
-        assert len(read_jsonl(ROOT / "examples" / "ocean" / name)) >= 6
