@@ -188,3 +188,12 @@ def test_the_first_loss_is_that_of_transformers_alone(train, tmp_path, tiny_mode
                 count += 1
     first = read_jsonl(tmp_path / "models/sft/metrics.jsonl")[0]["loss"]
     assert first == pytest.approx(total / count, abs=1e-4)
+
+
+def test_a_good_draft_that_was_left_as_it_is_is_told_once(train, tmp_path):
+    rows = feedback_rows(4)
+    good = {"weaknesses": "None.", "suggestions": "None.", "score": 9}
+    rows[0] |= {"refinement": rows[0]["response"], "feedback": good}
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    trained = train("--refinement-feedback")
+    assert "7 sequences" in trained.stderr

@@ -11,6 +11,7 @@ from srt_cli.errors import SrtError
 from srt_cli.models.chat import ChatFormat, UnfitChat
 from srt_cli.pairs.worth import why_too_few
 from srt_cli.records import PLANTED, FeedbackRecord, Preference, Record
+from srt_cli.stats.hygiene import is_same_text
 from srt_cli.training.rows import (
     PARTS,
     Chat,
@@ -184,6 +185,9 @@ def _of_feedback(chat: ChatFormat, record: FeedbackRecord, task: SftTask) -> lis
     own = record.refinement_feedback
     if targets.refinement_feedback and own is not None and own.score >= task.good_score:
         told = refinement_feedback_sequences(chat, record, targets.loss_on, targets.drop)
+        # A good draft that was left as it is would be told twice, and once as a copy to be learnt.
+        is_copy = is_same_text(record.refinement or "", record.response or "")
+        sequences = [] if is_copy else sequences
         sequences += [replace(sequence, good=True) for sequence in told]
     return sequences
 
