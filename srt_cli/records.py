@@ -154,7 +154,7 @@ class FeedbackRecord(Record):
     """What the models thought, under the names of `raw`; left out where none did."""
     response_cut: bool = Field(default=False, exclude_if=_is_empty)
     """Whether the token limit cut the draft off; left out where not."""
-    odds: dict[str, tuple[float, float]] = Field(default={}, exclude_if=_is_empty)
+    odds: dict[str, tuple[float, float]] = Field(default_factory=dict, exclude_if=_is_empty)
     """What the critic said when it compared, shown first and shown second: of the refinement against
     the draft (`refinement`), of the draft against that of another sample (`sample 1`)."""
     response_passes: float | None = Field(default=None, ge=0, le=1, exclude_if=_is_none)
@@ -292,7 +292,7 @@ class Output(Record):
     status: Status = "ok"
     passed: bool | float | None = None
     """What the check said; a share where it said one."""
-    parts: dict[str, float] = Field(default={}, exclude_if=_is_empty)
+    parts: dict[str, float] = Field(default_factory=dict, exclude_if=_is_empty)
     """What it said of named parts, and what further checks said: 0 to 1 each."""
 
     @property

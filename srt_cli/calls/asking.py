@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Final, TypeVar, cast
@@ -21,7 +21,20 @@ from srt_cli.runs.run import TEMPLATE_DAY, Run, first_day
 
 Result = TypeVar("Result")
 COLLECT_AFTER: Final = 20_000
-"""New objects between two searches for cycles; a call makes hundreds of objects, and no cycle."""
+"""New objects between two searches for cycles; a call or a row makes hundreds, and no cycle."""
+
+
+@contextmanager
+def few_collections() -> Iterator[None]:
+    """Have the garbage collector search seldom, and never among what is there already."""
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(COLLECT_AFTER, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 @dataclass
@@ -45,7 +58,7 @@ class Asking:
     """Tokens of the rows that were written, for the manifest."""
     elsewhere: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """By spec, how the models of other processes of this run described themselves."""
-    _collected_after: tuple[int, int, int] = field(default_factory=gc.get_threshold)
+    _cleanup: ExitStack = field(default_factory=ExitStack)
 
     @classmethod
     def begin(
@@ -63,9 +76,7 @@ class Asking:
         return cls(journal, run=run, door=door, critic_door=critics, cost=cost, offline=offline)
 
     def __enter__(self) -> "Asking":
-        self._collected_after = gc.get_threshold()
-        gc.freeze()
-        gc.set_threshold(COLLECT_AFTER, *self._collected_after[1:])
+        self._cleanup.enter_context(few_collections())
         return self
 
     def __exit__(
@@ -74,8 +85,7 @@ class Asking:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        gc.set_threshold(*self._collected_after)
-        gc.unfreeze()
+        self._cleanup.close()
         for model in self.models:
             self._leave(model)
         if self.run is not None and self.cost is not None:

@@ -16,6 +16,7 @@ import orjson
 from srt_cli.pairs.answers import FirstAnswers
 from srt_cli.pairs.rows import FeedbackRow
 from srt_cli.records import FeedbackRecord, Message, Preference
+from srt_cli.templates import checklist_score
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
 ScoreKind = Literal["integer", "expected", "compared", "checklist"]
@@ -93,7 +94,8 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
         before_score = POINTS * (EVEN if row.response_odds is None else row.response_odds)
         after_score = before_score + POINTS * (2 * row.refinement_odds - 1)
     elif kind == "checklist":
-        before_score, after_score = row.checklist, row.refinement_checklist
+        before_score = checklist_score(row.weaknesses)
+        after_score = checklist_score(row.refinement_weaknesses)
         if before_score is None or after_score is None:
             return NO_SCORE[kind]
     draft, refined = response.strip(), refinement.strip()

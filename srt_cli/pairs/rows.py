@@ -6,7 +6,6 @@ one more pass. Both passes are cut into shares, which may be split over processe
 """
 
 import contextlib
-import gc
 import multiprocessing
 import os
 import signal
@@ -24,6 +23,7 @@ import orjson
 from pydantic import ValidationError
 
 from srt_cli import console
+from srt_cli.calls.asking import few_collections
 from srt_cli.errors import SrtError
 from srt_cli.pairs.answers import GIVEN, ScoredAnswers, read_scored
 from srt_cli.pairs.external_sort import ExternalSort
@@ -32,7 +32,6 @@ from srt_cli.records import FeedbackRecord, Message, Status
 from srt_cli.runs.jsonl import lines_of, naming_row, parse_lines, read_lines
 from srt_cli.stats.counting import Copied
 from srt_cli.stats.hygiene import is_same_text
-from srt_cli.templates import checklist_score
 
 PLACE_BYTES: Final = 8
 STRETCH_BYTES: Final = 4 << 20
@@ -42,8 +41,6 @@ GROUPS_AT_ONCE: Final = 256
 BYTES_FOR_PROCESSES: Final = 48 << 20
 """Input from which a second process saves more than its start costs."""
 MOST_PROCESSES: Final = 2
-COLLECT_EVERY: Final = 200_000
-"""Objects between two looks of the garbage collector, which finds nothing among rows."""
 _MARK: Final = b"\xef\xbb\xbf"
 _read_record: Final = FeedbackRecord.__pydantic_validator__.validate_json
 
@@ -75,9 +72,9 @@ class FeedbackRow(NamedTuple):
     """That the draft beats those of other samples: the mean over them and both orders."""
     answers: tuple[tuple[str, float], ...] = ()
     """Other answers with their scores; a row has them, or draft and refinement."""
-    checklist: float | None = None
-    refinement_checklist: float | None = None
-    """Scores by the share of items that the feedback answers with yes."""
+    weaknesses: str | None = None
+    refinement_weaknesses: str | None = None
+    """What the feedback found: in `--score checklist`, items that it answers with yes or no."""
 
     @classmethod
     def of_scored(cls, row: ScoredAnswers) -> Self:
@@ -92,7 +89,8 @@ class FeedbackRow(NamedTuple):
             scored = read_scored(row)
             assert scored is not None
             return cls.of_scored(scored)
-        prompt, feedback = row["prompt"], row["feedback"] or {}
+        prompt, feedback, blind = row["prompt"], row["feedback"], row.get("refinement_feedback")
+        feedback = feedback or {}
         if not isinstance(prompt, str):
             prompt = [Message.model_construct(**turn) for turn in prompt]
         return cls(
@@ -114,8 +112,8 @@ class FeedbackRow(NamedTuple):
             mean_odds(row, "refinement"),
             mean_odds(row, "sample"),
             (),
-            checklist_score(feedback.get("weaknesses")),
-            checklist_score((row.get("refinement_feedback") or {}).get("weaknesses")),
+            feedback.get("weaknesses"),
+            blind["weaknesses"] if blind else None,
         )
 
 
@@ -329,7 +327,7 @@ class GroupedRows:
         self.seen = Seen()
 
     def __enter__(self) -> "GroupedRows":
-        self._cleanup.enter_context(_few_collections())
+        self._cleanup.enter_context(few_collections())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -505,16 +503,6 @@ def _keys_in(
     return keys, seen
 
 
-@contextlib.contextmanager
-def _few_collections() -> Iterator[None]:
-    before = gc.get_threshold()
-    gc.set_threshold(COLLECT_EVERY, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-
-
 # --- Over processes ----------------------------------------------------------------------------
 
 
@@ -575,7 +563,7 @@ def _answer_of(pipe: Connection) -> Any:
 
 def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
     """Work on what comes through a pipe until it is closed."""
-    with _few_collections(), contextlib.suppress(EOFError, OSError):
+    with few_collections(), contextlib.suppress(EOFError, OSError):
         while True:
             item = pipe.recv()
             try:

@@ -154,10 +154,11 @@ class PairSummary:
         self.gains[math.floor(gain)] += 1
         self._examples.offer(pairing)
         self.checked.add(pairing)
-        self.cut += any(
-            each.record.response_cut and each.text == (each.record.response or "").strip()
-            for each in (chosen, rejected)
-        )
+        if chosen.record.response_cut or rejected.record.response_cut:
+            self.cut += any(
+                each.record.response_cut and each.text == (each.record.response or "").strip()
+                for each in (chosen, rejected)
+            )
 
     def merge(self, other: "PairSummary") -> None:
         """Add the decisions that another one has counted."""

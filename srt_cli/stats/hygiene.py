@@ -32,13 +32,6 @@ _OWN_WORDS: Final = re.compile(
     r"|\bbut should:",
     re.MULTILINE,
 )
-_OWN_WORDS_BEGIN: Final = (
-    "weaknesses",
-    "suggestions",
-    "overall score",
-    "improved resp",
-    "but should:",
-)
 _ASKS_FOR_CRITIQUE: Final = re.compile(
     r"weakness|suggest|feedback|review|criti|evaluat|assess|improve|swot|strength|advice|advise"
 )
@@ -181,9 +174,11 @@ def faults_of(text: str, prompt: str = "") -> list[str]:
     What the prompt asks for is no fault.
     """
     lower = text.lower()
+    words = _words_to_count(lower[:READ])
+    if not (_repeats(words) or _may_leak(lower) or _may_refuse(lower)):  # most are seen to be sound
+        return []
     wish = prompt[:READ].lower()
-    found = _faults(lower, _words_to_count(lower[:READ]), wish)
-    return [reason for reason in found if not _is_asked_for(reason, wish)] if found else found
+    return [reason for reason in _faults(lower, words, wish) if not _is_asked_for(reason, wish)]
 
 
 def _words_to_count(text: str) -> Sequence[Any]:
@@ -197,27 +192,35 @@ def _is_asked_for(reason: str, wish: str) -> bool:
     return asks is not None and asks.search(wish) is not None
 
 
+def _may_leak(lower: str) -> bool:
+    """Whether a text holds what stands in every mark of a template or a critique; few texts do."""
+    return (
+        "[" in lower or "<" in lower or "###" in lower or "model_identifier" in lower
+        or "weaknesses" in lower or "suggestions" in lower or "overall score" in lower
+        or "improved resp" in lower or "but should:" in lower
+    )  # fmt: skip
+
+
+def _may_refuse(lower: str) -> bool:
+    """Whether a text begins as every refusal does."""
+    return (lower.lstrip() if lower[:1].isspace() else lower).startswith(_REFUSAL_BEGINS)
+
+
 def _faults(lower: str, words: Sequence[Any], wish: str) -> list[str]:
     found = []
     if _repeats(words):
         found.append("repeating")
-    if _speaks_as_critic(lower, wish) or (_leaks(lower) and not _leaks(wish)):
-        found.append("template leakage")
+    if _may_leak(lower):
+        spoken = _OWN_WORDS.search(lower) is not None and _ASKS_FOR_CRITIQUE.search(wish) is None
+        if spoken or (_leaks(lower) and not _leaks(wish)):
+            found.append("template leakage")
     if _refuses(lower):
         found.append("refusal")
     return found
 
 
-def _speaks_as_critic(lower: str, wish: str) -> bool:
-    """Whether an answer holds the words of a critique, and nobody asked for one."""
-    if not any(words in lower for words in _OWN_WORDS_BEGIN):
-        return False
-    return _OWN_WORDS.search(lower) is not None and _ASKS_FOR_CRITIQUE.search(wish) is None
-
-
 def _leaks(lower: str) -> bool:
-    # One of these stands in every mark; few texts hold one, and they are found quickly.
-    if not ("[" in lower or "###" in lower or "<" in lower or "model_identifier" in lower):
+    if not _may_leak(lower):
         return False
     plain = " ".join(lower.split())
     if any(mark in plain for mark in LEAKED) or _SPECIAL_TOKEN.search(plain):
@@ -228,10 +231,9 @@ def _leaks(lower: str) -> bool:
 
 
 def _refuses(lower: str) -> bool:
-    # Few texts begin as a refusal does; only those are worth a plain copy.
-    beginning = lower.lstrip()[:LOOKED_AT] if lower[:1].isspace() else lower[:LOOKED_AT]
-    if not beginning.startswith(_REFUSAL_BEGINS):
+    if not _may_refuse(lower):
         return False
+    beginning = lower.lstrip()[:LOOKED_AT]
     return _REFUSAL.match(" ".join(beginning.split()).translate(_APOSTROPHES)) is not None
 
 
@@ -241,6 +243,8 @@ def is_same_text(one: str, other: str) -> bool:
         return True
     # Most texts differ early on.
     if one.isascii() and other.isascii():
+        if one.lstrip()[:1] != other.lstrip()[:1]:
+            return False
         first = one.split(None, FIRST_WORDS)[:FIRST_WORDS]
         return (
             first == other.split(None, FIRST_WORDS)[:FIRST_WORDS] and one.split() == other.split()
