@@ -203,6 +203,12 @@ def test_a_model_has_twice_as_many_rows_as_it_holds_requests(tmp_path):
         results.close()
 
 
+def test_replies_that_came_in_together_are_handed_on_together(tmp_path):
+    model = Echo(in_flight=8)
+    run(tmp_path, model, rows=8)
+    assert [len(wave) for wave in model.waves] == [8, 8]
+
+
 def test_a_model_that_takes_everything_gets_all_rows_in_one_wave(tmp_path):
     model = Echo(batched=True, in_flight=EVERYTHING)
     run(tmp_path, model, rows=1200)

@@ -32,6 +32,8 @@ from srt_cli.runs.journal import Journal, request_key
 
 QUICK_FINISH_S: Final = 1.0
 LONG_FINISH_S: Final = 60.0
+MOST_AT_ONCE: Final = 16
+"""Replies that rows are sent before their next calls are handed over."""
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Result = TypeVar("Result")
@@ -340,8 +342,13 @@ def _run(
         answered = conductor.dispatch()
         for pending in answered:
             yield from conductor.advance(pending.row, pending.known)
-        if any(conductor.in_flight.values()):
+        # What has come in together goes on together: each handing over wakes the models' threads.
+        for _ in range(MOST_AT_ONCE):
+            if not any(conductor.in_flight.values()):
+                break
             yield from conductor.receive()
+            if conductor.finished.empty():
+                break
 
 
 @dataclass(frozen=True)
