@@ -1,6 +1,7 @@
 """What servers send that no document foresees: read or classified, and no run hangs on it."""
 
 import json
+import re
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -142,6 +143,12 @@ def test_what_cannot_be_read_ends_in_a_sentence(serve, body):
         ask(serve(always(body)))
 
 
+def test_what_cannot_be_read_is_shown_as_it_came_and_a_good_address_is_not_doubted(serve):
+    with pytest.raises(SrtError) as stop:
+        ask(serve(always({"choices": [{"message": None}]})))
+    assert """('{"choices": [{"message": null}]}'...). Look at its log.""" in str(stop.value)
+
+
 @pytest.mark.parametrize(
     ("word", "status"),
     [
@@ -245,11 +252,13 @@ def test_a_filter_takes_one_row_and_for_good(srt, serve, tmp_path):
 
     server = serve(behave)
     _rows(tmp_path, 3)
-    for calls in (3, 3):
+    for told in (True, False):
         result = srt(
             "collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique"
         )
-        assert (result.code, len(server.requests)) == (0, calls)
+        assert (result.code, len(server.requests)) == (0, 3)
+        said = re.search(r"first that is not ok: \w+: response: refused .*flagged", result.stderr)
+        assert (said is not None) is told
     rows = read_jsonl(tmp_path / "feedback.jsonl")
     assert [row["status"] for row in rows] == ["ok", "refused", "ok"]
     assert "flagged" in rows[1]["reason"]
@@ -279,6 +288,7 @@ def test_no_usable_row_is_exit_3_with_the_first_reason(srt, serve, tmp_path):
         assert result.code == 3
         assert "no row is usable (3 failed)" in result.stderr
         assert "maximum context length is 512 tokens" in result.stderr
+        assert "Once that is mended, the same line asks again." in result.stderr
         assert "next:" not in result.stdout
 
 

@@ -262,11 +262,12 @@ def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -
             f"{scorer.model.spec} gives no log-probabilities that tell a score's expectation: scores "
             "are integers."
         )
-    if not owed and summary.rows and not summary.statuses["ok"]:
+    if not owed and summary.first_not_ok is not None and not summary.statuses["ok"]:
+        only_failed = summary.statuses.keys() == {"failed"}
+        again = "the same line" if only_failed else "the same line with --retry-failed all"
         raise TooManyFailures(
             f"{run.out}: no row is usable ({summary.unusable}). The first reason: "
-            f"{summary.first_reason}. Mend it, and run the same line again (--retry-failed all asks "
-            "again for what was answered badly)."
+            f"{summary.first_not_ok.reason}. Once that is mended, {again} asks again."
         )
     failed = summary.statuses["failed"]
     if options.max_failures is not None and failed > options.max_failures:

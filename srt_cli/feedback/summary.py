@@ -108,8 +108,7 @@ class CritiqueSummary:
     first_failure: str | None = None
     only_thoughts: Counter[bool] = field(default_factory=Counter)
     """Rows that ended before an answer came; True counts drafts, False a critic's replies."""
-    first_reason: str | None = None
-    """Why the first row that is not ok is not."""
+    first_not_ok: FeedbackRecord | None = None
     blind_scores: Counter[float] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
     """How the critic's replies were read: as asked, mended, longer, asked again, unread."""
@@ -145,8 +144,8 @@ class CritiqueSummary:
                 self.first_failure = record.reason
             if record.reason is not None and record.reason.endswith(THOUGHT_UNTIL_LIMIT):
                 self.only_thoughts[record.response is None] += 1
-            if record.status != "ok" and self.first_reason is None:
-                self.first_reason = record.reason
+            if record.status != "ok" and self.first_not_ok is None:
+                self.first_not_ok = record
             if record.policy == PLANTED:
                 self._add_planted(record, before)
                 continue
@@ -366,6 +365,8 @@ class CritiqueSummary:
         """Tell the user what the critic did, where the result is, and the next command."""
         parts = " · ".join(f"{count} {status}" for status, count in self.statuses.most_common())
         console.say(f"rows: {parts}")
+        if (bad := self.first_not_ok) is not None and self.statuses["ok"]:
+            console.say(f"the first that is not ok: {bad.id}: {bad.reason}")
         if self.calls.known_before:
             console.say(
                 f"calls: {self.calls.paid} made, {self.calls.known_before} taken from the journal"
@@ -390,11 +391,11 @@ class CritiqueSummary:
             histogram = "  ".join(f"{s:g}: {n}" for s, n in sorted(self.draft_scores.items()))
             entropy = _shown(self.score_entropy_bits, ".2f")
             console.say(f"scores of the drafts: {histogram}; entropy {entropy} bits")
-            console.say(
-                f"score and length correlate {_shown(self.length_and_score.correlation, '+.2f')}; "
-                f"{_shown(self.repeated_weaknesses, '.0%')} of the weaknesses are said of several "
-                "answers"
-            )
+            repeated = _shown(self.repeated_weaknesses, ".0%")
+            said = [f"{repeated} of the weaknesses are said of several answers"]
+            if (correlation := self.length_and_score.correlation) is not None:
+                said.insert(0, f"score and length correlate {correlation:+.2f}")
+            console.say("; ".join(said))
         if self.beliefs.pairs:
             console.say(self.beliefs.sentence())
         if self.orders_agree:

@@ -24,6 +24,7 @@ from srt_cli.models.api.dialect import (
     as_text,
     checked,
     listed_models,
+    unreadable,
     warn_of_switch,
 )
 from srt_cli.models.api.refusals import refused_in_batch
@@ -106,7 +107,7 @@ class Anthropic:
         """A message: its text, its thoughts, and why it ended."""
         told = as_mapping(data)
         if not isinstance(told.get("content"), list):
-            raise NoAnswer("malformed reply", repr(str(data)[:60]))
+            raise unreadable(data)
         blocks = [as_mapping(block) for block in as_list(told["content"])]
         texts = [as_text(block.get("text")) for block in blocks if block.get("type") == "text"]
         thoughts = [

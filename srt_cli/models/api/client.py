@@ -497,12 +497,13 @@ class ApiModel:
         await self._sleep(job, backoff * random.uniform(0.5, 1.5))
 
     def _unreachable(self, cause: str, message: str) -> SrtError:
+        usual = all(url.rstrip("/").endswith("/v1") for url in self._place.urls)
         why = {
             "timeout": "does not answer in time. Is the model loaded? Raise --timeout if it is slow.",
             "no connection": f"cannot be reached ({message}). Is the server running?",
             "malformed reply": (
                 f"answers, but not as an OpenAI-compatible server ({message}...). "
-                "Does the address end in /v1?"
+                f"{'Look at its log.' if usual else 'Does the address end in /v1?'}"
             ),
         }
         said = why.get(cause, f"answers only with errors ({message}). Look at the server's log.")

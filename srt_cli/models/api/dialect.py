@@ -109,6 +109,11 @@ class NoAnswer(Exception):
         super().__init__(message)
 
 
+def unreadable(data: object) -> NoAnswer:
+    """JSON that is no reply, as it came."""
+    return NoAnswer("malformed reply", repr(json.dumps(data, ensure_ascii=False)[:60]))
+
+
 class Refused(Exception):
     """The server answered with an error."""
 

@@ -12,7 +12,6 @@ from srt_cli.models.api.dialect import (
     Dialect,
     Heard,
     Manner,
-    NoAnswer,
     Refused,
     Wire,
     as_count,
@@ -23,6 +22,7 @@ from srt_cli.models.api.dialect import (
     as_texts,
     listed_models,
     refused_as,
+    unreadable,
     warn_of_switch,
 )
 from srt_cli.models.api.openai_responses import OpenAiResponses
@@ -132,7 +132,7 @@ class OpenAiChat:
             raise refused_as(Answer(200, {}, b""), error or {"message": "the provider failed"})
         message = as_mapping(choice.get("message"))
         if not message:
-            raise NoAnswer("malformed reply", repr(str(data)[:60]))
+            raise unreadable(data)
         text, thoughts = _text_and_thoughts(message)
         finish: FinishReason = FINISHES.get(word.lower(), "cut")
         error_words = f"the server ended it with {word or 'no finish reason'!r}"

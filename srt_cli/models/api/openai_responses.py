@@ -18,6 +18,7 @@ from srt_cli.models.api.dialect import (
     as_mapping,
     as_text,
     listed_models,
+    unreadable,
 )
 from srt_cli.records import Usage
 
@@ -78,7 +79,7 @@ class OpenAiResponses:
         """A response: its text, its summaries of thoughts, and why it is incomplete if it is."""
         told = as_mapping(data)
         if not isinstance(told.get("output"), list):
-            raise NoAnswer("malformed reply", repr(str(data)[:60]))
+            raise unreadable(data)
         texts, refusals, thoughts = [], [], []
         for item in map(as_mapping, as_list(told["output"])):
             parts = [*as_list(item.get("content")), *as_list(item.get("summary"))]
