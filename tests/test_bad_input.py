@@ -200,6 +200,35 @@ def test_a_full_disk_is_said_and_the_run_can_go_on(folder):
     assert len((folder / "feedback.jsonl").read_text().splitlines()) == 40
 
 
+def test_a_disk_without_a_free_byte_is_said_and_the_run_can_go_on(tmp_path):
+    may = subprocess.run("unshare -rm true", shell=True, capture_output=True, check=False)
+    if may.returncode:
+        pytest.skip("only where a user may mount a small disk")
+    (tmp_path / "critic.py").write_text(
+        "def critique(prompt, response):\n"
+        "    return {'weaknesses': 'w' * 400, 'suggestions': 's', 'score': 3}, response + '!'\n"
+    )
+    rows = [{"id": n, "prompt": f"p{n}", "response": "r"} for n in range(40)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    srt = f"{sys.executable} -m srt_cli collect-feedback --critic python:critic.py:critique"
+    filled = (
+        "mkdir disk; mount -t tmpfs -o size=400k tmpfs disk; cp critic.py prompts.jsonl disk; cd disk\n"
+        "head -c 16K /dev/zero > room; cat /dev/zero > ballast 2> /dev/null; rm room\n"
+        f"{srt}; echo ended with $? >&2; rm ballast\n"
+        f"exec {srt}\n"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", filled],
+        cwd=tmp_path, env=os.environ | {"COLUMNS": "200"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "feedback.journal.jsonl: no space left on device. Free some space, then" in done.stderr
+    assert "ended with 1" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "rows: 40 ok" in done.stderr
+    assert "taken from the journal" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_traceback_comes_back_on_request(srt, folder, monkeypatch):
     from srt_cli.errors import SrtError
 
