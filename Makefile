@@ -45,14 +45,15 @@ lint: $(INSTALLED)
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Kills at random moments, over all six commands, in about half an hour (docs/reliability.md).
-# `make storm ONLY='sft dpo' KILLS=50 SEED=7` is a part of it.
+# Kills at random moments, over all six commands, one at a time on each core (docs/reliability.md).
+# `make storm ONLY='sft dpo' KILLS=50 SEED=7 JOBS=1` is a part of it.
 KILLS ?= 550
 SEED ?= 1
+JOBS ?=
 
 storm: $(INSTALLED)
 	PYTHONPATH=. HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/storm.py $(ONLY) \
-		--kills $(KILLS) --seed $(SEED)
+		--kills $(KILLS) --seed $(SEED) $(if $(JOBS),--jobs $(JOBS))
 
 # LiteLLM's proxy in front of llama.cpp's server. In an environment of its own, for it pins other versions.
 test-servers: $(INSTALLED)

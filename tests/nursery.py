@@ -30,6 +30,7 @@ class Nursery:
         self._process = subprocess.Popen(
             [sys.executable, __file__, kind],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            start_new_session=True,  # Ctrl-C is for who starts commands
         )  # fmt: skip
 
     def fork(self, line: list[str], talk: Path, room: int | None) -> tuple[int, int]:

@@ -1,12 +1,15 @@
 """A storm of kills over all six commands: each is stopped at random moments, over and over, and the
 same line then has to come to what an uninterrupted run comes to.
 
-    make storm                                  550 kills
+    make storm                                  550 kills, as many workers as there are cores
     make storm ONLY='sft eval' KILLS=40 SEED=7  40 kills of these two
+    make storm JOBS=1                           one after another
 
-A chain is up to five kills of one line in one folder, and the run that ends it. Most runs are forked
+A chain is up to five kills of one line in one folder, and the run that ends it. Every command gets as
+many kills as any other, and every way of killing meets every moment. Most runs are forked
 from a process that has their libraries loaded (`nursery.py`), so that a kill costs a second; every kill
-of the first 300 ms, and one in 25 of the others, hits a process that was started from nothing.
+of the first 300 ms, and one in 25 of the others, hits a process that was started from nothing. A worker
+is a thread with a folder, a server and such processes of its own.
 """
 
 import argparse
@@ -20,12 +23,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -107,8 +113,6 @@ class Act:
     line: tuple[object, ...]
     inputs: dict[str, list[dict[str, Any]]]
     journal: str | None
-    weight: int
-    """Its share of the kills."""
     code: int = 0
     trains: str | None = None
     """Its model directory."""
@@ -134,7 +138,6 @@ def acts(till: Till, model: Path) -> dict[str, Act]:
             ("collect-feedback", "--model", till.spec("policy"), "--critic", till.spec("critic"), *asks),
             {"prompts.jsonl": prompts},
             "feedback.journal.jsonl",
-            weight=26,
             models=2,
         ),
         Act(
@@ -143,7 +146,6 @@ def acts(till: Till, model: Path) -> dict[str, Act]:
              "--report", "prefs.html", "--max-length-ratio", 99, *asks),
             {"self-feedback.jsonl": feedback_rows(30) + feedback_rows(2, status="failed", sample=1)},
             "prefs.journal.jsonl",
-            weight=21,
             other=("--min-gain", 2, "--audit", 12),
         ),
         Act(
@@ -153,24 +155,23 @@ def acts(till: Till, model: Path) -> dict[str, Act]:
              "refinement", "--markdown", "eval.md", "--export", "alpaca_eval", *asks),
             {"prompts.jsonl": prompts[:4]},
             "eval.journal.jsonl",
-            weight=21,
         ),
         Act(
             "self-critique", itself, {"prompts.jsonl": prompts[:8]}, "self-feedback.journal.jsonl",
-            weight=12, code=NO_USABLE_ROW,
+            code=NO_USABLE_ROW,
         ),
         Act(
             "self-critique-2", (*itself, "--num-processes", 2), {"prompts.jsonl": prompts[:8]},
-            "self-feedback.journal.jsonl", weight=2, code=NO_USABLE_ROW, processes=2,
+            "self-feedback.journal.jsonl", code=NO_USABLE_ROW, processes=2,
         ),
         Act(
             "sft", ("sft", *train, "--epochs", 4, "--critic-check", 0),
             {"feedback.jsonl": feedback_rows(8)}, None,
-            weight=11, trains="models/sft",
+            trains="models/sft",
         ),
         Act(
             "dpo", ("dpo", *train, "--epochs", 3), {"prefs.jsonl": pair_rows(8)}, None,
-            weight=9, trains="models/dpo",
+            trains="models/dpo",
         ),
     ]  # fmt: skip
     return {act.name: act for act in every}
@@ -187,6 +188,8 @@ class Running:
     session: int
     started: float
     talk: Path
+    stopping: threading.Event
+    """Set when the whole storm is to end."""
     code: int | None = None
 
     def poll(self) -> int | None:
@@ -194,6 +197,10 @@ class Running:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self.code = os.waitstatus_to_exitcode(status)
+            elif self.stopping.is_set():
+                self.send(signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise Stopped
         return self.code
 
     def wait(self) -> int:
@@ -201,7 +208,7 @@ class Running:
         while self.poll() is None:
             if time.monotonic() - self.started > LONGEST_S:
                 os.killpg(self.session, signal.SIGKILL)
-                raise Broken("it hangs")
+                raise Broken(UNEQUAL, "it hangs")
             time.sleep(0.002)
         assert self.code is not None
         return self.code
@@ -211,8 +218,22 @@ class Running:
             os.killpg(self.session, number) if everybody else os.kill(self.pid, number)
 
 
+UNEQUAL: Final = "not equal"
+PAID: Final = "paid twice"
+LEFT: Final = "left over"
+ORPHANS: Final = "orphans"
+
+
 class Broken(Exception):
-    """A promise that was not kept."""
+    """A promise that was not kept: one of the four above, and what was seen."""
+
+    def __init__(self, kind: str, seen: str) -> None:
+        super().__init__(f"{kind}: {seen}")
+        self.kind = kind
+
+
+class Stopped(Exception):
+    """The storm ends before its time."""
 
 
 # --- Moments and ways --------------------------------------------------------------------------
@@ -344,7 +365,9 @@ class Straight:
     calls: int
     keys: set[str]
     tallies: dict[str, Any]
-    seconds: dict[bool, float] = field(default_factory=dict)
+    largest: int
+    """Bytes of its largest file."""
+    seconds: dict[bool, float]
     """How long it takes: started from nothing (True), or forked."""
 
 
@@ -392,7 +415,7 @@ class Chain:
     act: Act
     folder: Path
     straight: Straight
-    storm: "Storm"
+    worker: "Worker"
     fresh: bool = True
     lost: int = 0
     kept: set[str] = field(default_factory=set)
@@ -405,11 +428,11 @@ class Chain:
 
     def start(self, *more: object, fresh: bool = False, room: int | None = None) -> Running:
         self.fresh = fresh
-        return self.storm.start([*self.act.line, *more], self.folder, fresh=self.fresh, room=room)
+        return self.worker.start([*self.act.line, *more], self.folder, fresh=self.fresh, room=room)
 
     def kill(self, chance: random.Random, moment: str, way: str) -> bool:
         """Kill a run at a moment; whether it was still there."""
-        paid = len(self.storm.till.paid)
+        paid = len(self.worker.till.paid)
         fresh = moment == "first 300 ms" or chance.random() < 0.04
         self.fresh = fresh
         is_time = MOMENTS[moment](chance, self)
@@ -423,14 +446,14 @@ class Chain:
             WAYS[way](running, chance)
         code = running.wait()
         self.told.append(f"{way}, {moment}{', forked' * (not self.fresh)}: exit {code}")
-        wait_until_gone(running.session)
+        leave_nobody(running)
         talk = running.talk.read_text(errors="replace")
         killed = hit and way.startswith("kill")
         allowed = {self.act.code, *((-signal.SIGKILL,) if killed else STOPPED if hit else ())}
         # Ctrl-C while Python itself is starting.
         early = way == "INT twice" and moment == "first 300 ms" and "KeyboardInterrupt" in talk
         if (code not in allowed or "Traceback" in talk) and not early:
-            raise Broken(f"it ended with {code}: {talk[-1500:]}")
+            raise Broken(UNEQUAL, f"it ended with {code}: {talk[-1500:]}")
         self.check_payment(paid)
         return hit
 
@@ -438,51 +461,55 @@ class Chain:
         """No answer that the journal holds is paid for again; a kill loses what is in flight."""
         if self.journal is None or self.act.name in TORCH:
             return
-        new = self.storm.till.paid[paid:]
+        new = self.worker.till.paid[paid:]
         if again := self.kept & set(new):
-            raise Broken(f"paid twice: {sorted(again)}")
+            raise Broken(PAID, f"{sorted(again)}")
         now = marks_in(self.journal)
         if missing := self.kept - now:
-            raise Broken(f"the journal lost {sorted(missing)}")
+            raise Broken(UNEQUAL, f"the journal lost {sorted(missing)}")
         self.kept |= now
         lost = set(new) - now
         if len(lost) > IN_FLIGHT * self.act.models:
-            raise Broken(f"{len(lost)} answers were lost by one kill")
+            raise Broken(PAID, f"{len(lost)} answers were lost by one kill")
         self.lost += len(lost)
 
     def finish(self) -> None:
         """The same line again, to its end: all that an uninterrupted run leaves, and nothing else."""
-        paid = len(self.storm.till.paid)
+        paid = len(self.worker.till.paid)
         running = self.start()
         code = running.wait()
         talk = running.talk.read_text(errors="replace")
         if code != self.act.code or "Traceback" in talk:
-            raise Broken(f"the same line ended with {code}: {talk[-1500:]}")
-        wait_until_gone(running.session)
+            raise Broken(UNEQUAL, f"the same line ended with {code}: {talk[-1500:]}")
+        leave_nobody(running)
         self.check_payment(paid)
         self.compare(self.straight)
 
     def compare(self, straight: Straight) -> None:
         """Equal to an uninterrupted run."""
         files = files_of(self.folder, self.act)
+        if left := files.keys() - straight.files.keys():
+            raise Broken(LEFT, f"{sorted(left)}")
         if files != straight.files:
-            raise Broken(f"other files: {sorted(set(files.items()) ^ set(straight.files.items()))}")
+            raise Broken(UNEQUAL, f"{sorted(set(files.items()) ^ set(straight.files.items()))}")
         manifest = manifest_of(self.folder, self.act)
         if manifest["status"] != ("failed" if self.act.code else "complete"):
-            raise Broken(f"the manifest says {manifest['status']}")
+            raise Broken(UNEQUAL, f"the manifest says {manifest['status']}")
         tallies = steady(manifest["tallies"])
         if tallies != straight.tallies:
-            raise Broken(f"other tallies: {tallies} for {straight.tallies}")
+            raise Broken(UNEQUAL, f"tallies {tallies} for {straight.tallies}")
         if self.journal is not None:
             keys = _keys(self.journal)
-            if len(keys) != len(set(keys)) or set(keys) != straight.keys:
-                raise Broken(f"{len(keys)} journal lines, {len(straight.keys)} calls")
+            if len(keys) != len(set(keys)):
+                raise Broken(PAID, f"{len(keys)} journal lines of {len(set(keys))} calls")
+            if set(keys) != straight.keys:
+                raise Broken(UNEQUAL, f"{len(keys)} journal lines, {len(straight.keys)} calls")
 
     def together(self, chance: random.Random, other: tuple[object, ...]) -> None:
         """Two runs on one output at once, one of them killed now and then; one may be refused."""
         first = self.start()
         time.sleep(chance.choice([0.0, chance.uniform(0, 0.4)]))
-        second = self.storm.start(
+        second = self.worker.start(
             [*self.act.line, *other], self.folder, fresh=False, suffix=".second"
         )
         killed = chance.choice([None, None, first, second])
@@ -491,27 +518,35 @@ class Chain:
             killed.send(signal.SIGKILL)
         for running in (first, second):
             code = running.wait()
-            wait_until_gone(running.session)
+            leave_nobody(running)
             talk = running.talk.read_text(errors="replace")
             self.told.append(f"together: exit {code}")
             refused = code == 1 and (HELD in talk or (other and "other settings" in talk))
             if code != self.act.code and not refused and running is not killed:
-                raise Broken(f"of two runs one ended with {code}: {talk[-800:]}")
+                raise Broken(UNEQUAL, f"of two runs one ended with {code}: {talk[-800:]}")
         if self.journal is not None:
             self.kept = marks_in(self.journal)
 
-    def fill_disk(self, chance: random.Random, largest: int) -> None:
+    def fill_disk(self, chance: random.Random) -> None:
         """A run without room for its files."""
-        running = self.start(room=chance.randint(0, largest))
+        running = self.start(room=chance.randint(0, self.straight.largest))
         code = running.wait()
-        wait_until_gone(running.session)
+        leave_nobody(running)
         talk = running.talk.read_text(errors="replace")
         self.told.append(f"no room: exit {code}")
         said = any(words in talk.lower() for words in NO_ROOM)
         if "Traceback" in talk or (code != self.act.code and not (code == 1 and said)):
-            raise Broken(f"without room it ended with {code}: {talk[-1500:]}")
+            raise Broken(UNEQUAL, f"without room it ended with {code}: {talk[-1500:]}")
         if self.journal is not None:
             self.kept = marks_in(self.journal)
+
+
+def leave_nobody(running: Running) -> None:
+    """Every process of a run ends with it."""
+    try:
+        wait_until_gone(running.session)
+    except AssertionError as orphans:
+        raise Broken(ORPHANS, str(orphans)) from orphans
 
 
 def _keys(journal: Path) -> list[str]:
@@ -535,18 +570,170 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 # --- The storm ---------------------------------------------------------------------------------
 
+FULL_DISK: Final = "full disk"
+TWO_AT_ONCE: Final = "two at once"
+MOST_BROKEN: Final = 20
+"""With so many faults there is enough to look at."""
+
+
+@dataclass
+class Case:
+    """A command: what is still to be done to it, and what was found."""
+
+    act: Act
+    chance: random.Random
+    kills: int
+    todo: deque[list[tuple[str, str]]] = field(default_factory=deque)
+    """Chains, each of kills: a moment and a way. Two runs at once and a full disk are of one alone."""
+    begun: int = 0
+    equal: int = 0
+    ended: int = 0
+    missed: int = 0
+    lost: int = 0
+    moments: Counter[str] = field(default_factory=Counter)
+    ways: Counter[str] = field(default_factory=Counter)
+    broken: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        every: list[tuple[str, str]] = []
+        while len(every) < self.kills:
+            deck = list(product(moments_of(self.act), WAYS))
+            self.chance.shuffle(deck)
+            every += deck
+        every = every[: self.kills]
+        while every:
+            length = self.chance.randint(1, 5)
+            self.todo.append(every[:length])
+            every = every[length:]
+        for _ in range(max(1, self.kills // 20)):
+            self.todo += [[(moment, "")] for moment in self.possible if moment not in MOMENTS]
+        self.chance.shuffle(self.todo)
+
+    @property
+    def possible(self) -> list[str]:
+        """What can be done to it."""
+        two = [TWO_AT_ONCE] if self.act.processes == 1 else []
+        return [*moments_of(self.act), *two, FULL_DISK]
+
+    def came_too_late(self, left: list[tuple[str, str]]) -> None:
+        """The run had ended: these kills come again, but not for ever."""
+        self.missed += 1
+        if self.missed <= 2 * self.kills:
+            self.todo.append(left)
+
 
 class Storm:
-    """All of it: the server, the processes, what was done and what broke."""
+    """All of it: what is to be done and who does it, what was done and what broke."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, only: list[str], kills: int, seed: str) -> None:
+        from conftest import _make_tiny_model
+
+        self.folder = folder
+        self.seed = seed
+        self.model = folder / "tiny-model"
+        self.stopping = threading.Event()
+        self.broken: list[str] = []
+        self.straight: dict[str, Straight] = {}
+        """Of commands that need no server: every worker's are alike."""
+        till = Till()
+        chosen = [act for act in acts(till, self.model).values() if not only or act.name in only]
+        till.close()
+        self.cases = []
+        for number, act in enumerate(chosen):
+            share = (number + 1) * kills // len(chosen) - number * kills // len(chosen)
+            self.cases.append(Case(act, random.Random(f"{seed} {act.name}"), share))
+        if any(act.name in TORCH for act in chosen) and not self.model.exists():
+            _make_tiny_model(self.model)
+        self._lock = threading.Lock()
+
+    def blow(self, workers: int) -> None:
+        """Do it all, with so many workers; Ctrl-C ends it where it is."""
+        threads = [
+            threading.Thread(target=self._work, args=(number, workers)) for number in range(workers)
+        ]
+        began = told = time.monotonic()
+        try:
+            for thread in threads:
+                thread.start()
+            while any(thread.is_alive() for thread in threads):
+                time.sleep(0.1)
+                if time.monotonic() - told > 30:
+                    told = time.monotonic()
+                    done = sum(case.ways.total() for case in self.cases)
+                    asked = sum(case.kills for case in self.cases)
+                    print(f"{(told - began) / 60:.1f} minutes: {done} of {asked} kills", flush=True)
+        finally:
+            self.stopping.set()
+            for thread in threads:
+                thread.join()
+
+    def _work(self, number: int, workers: int) -> None:
+        worker = Worker(self, self.folder / f"worker-{number}")
+        try:
+            while (found := self._next(number, workers)) is not None:
+                worker.do(*found)
+        except Stopped:
+            pass
+        except Exception:
+            self.tell_of(traceback.format_exc())
+        finally:
+            worker.close()
+
+    def _next(self, number: int, workers: int) -> tuple[Case, int, list[tuple[str, str]]] | None:
+        """A chain: of the worker's own commands, and then of the others."""
+        with self._lock:
+            if len(self.broken) >= MOST_BROKEN:
+                return None
+            cases = [case for case in self.cases if case.todo]
+            mine = [case for case in cases if self.cases.index(case) % workers == number]
+            if not cases:
+                return None
+            case = max(mine or cases, key=lambda case: len(case.todo))
+            case.begun += 1
+            return case, case.begun, case.todo.popleft()
+
+    def tell_of(self, broken: str) -> None:
+        """Note a promise that was not kept."""
+        self.broken.append(broken)
+        print("BROKEN", broken, flush=True)
+
+    def report(self) -> str:
+        """What was done, as a table."""
+        cases = [case for case in self.cases if case.begun]
+        moments = [*MOMENTS, TWO_AT_ONCE, FULL_DISK]
+        moments = [each for each in moments if any(case.moments[each] for case in cases)]
+        faults = (PAID, LEFT, ORPHANS)
+        rows = [["command", "kills", *moments, "same line equal", *faults]]
+        for case in cases:
+            row: list[object] = [case.act.name, case.ways.total()]
+            row += [case.moments[each] if each in case.possible else "-" for each in moments]
+            row += [f"{case.equal} of {case.ended}", *(case.broken[fault] for fault in faults)]
+            rows.append(list(map(str, row)))
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "| --- " * len(rows[0]) + "|")
+        ways = sum((case.ways for case in cases), Counter[str]())
+        told = ", ".join(f"{count} by {way}" for way, count in ways.most_common())
+        chains, missed, lost = (
+            sum(getattr(case, each) for case in cases) for each in ("ended", "missed", "lost")
+        )
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"{ways.total()} kills in {chains} chains ({told}); {missed} came too late.",
+                f"{lost} answers that were in flight were paid for again; {len(self.broken)} broken.",
+            ]
+        )
+
+
+class Worker:
+    """Does one chain after another, with a folder, a server and processes of its own."""
+
+    def __init__(self, storm: Storm, folder: Path) -> None:
+        self.storm = storm
         self.folder = folder
         self.till = Till()
-        self.acts = acts(self.till, model)
-        self.done: Counter[tuple[str, str]] = Counter()
-        self.ways: Counter[str] = Counter()
-        self.missed = self.chains = self.lost = 0
-        self.broken: list[str] = []
+        self.acts = acts(self.till, storm.model)
         self._nurseries: dict[str, Nursery] = {}
         self._straight: dict[str, Straight] = {}
 
@@ -571,7 +758,7 @@ class Storm:
             if kind not in self._nurseries:
                 self._nurseries[kind] = Nursery(kind, environment())
             pid, session = self._nurseries[kind].fork(list(map(str, line)), talk, room)
-            return Running(pid, session, time.monotonic(), talk)
+            return Running(pid, session, time.monotonic(), talk, self.storm.stopping)
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)) if room else None
         with open(talk, "w") as stderr:
             process = subprocess.Popen(
@@ -579,7 +766,7 @@ class Storm:
                 stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True, preexec_fn=limit,
             )  # fmt: skip
         process.returncode = 0  # it is waited for by its id
-        return Running(process.pid, process.pid, time.monotonic(), talk)
+        return Running(process.pid, process.pid, time.monotonic(), talk, self.storm.stopping)
 
     def prepare(self, act: Act, name: str) -> Path:
         folder = self.folder / name
@@ -591,8 +778,9 @@ class Storm:
     def straight(self, act: Act, *more: object) -> Straight:
         """An uninterrupted run of a command."""
         name = " ".join(map(str, (act.name, *more)))
-        if name in self._straight:
-            return self._straight[name]
+        known = self.storm.straight if act.name in TORCH else self._straight
+        if name in known:
+            return known[name]
         found = None
         took = {}
         for fresh in (False, True):
@@ -603,89 +791,56 @@ class Storm:
             assert code == act.code, running.talk.read_text()
             keys = set(_keys(folder / act.journal)) if act.journal else set()
             made = Straight(
-                files_of(folder, act), len(keys), keys, steady(manifest_of(folder, act)["tallies"])
-            )
+                files_of(folder, act), len(keys), keys, steady(manifest_of(folder, act)["tallies"]),
+                max((path.stat().st_size for path in folder.rglob("*")), default=0), took,
+            )  # fmt: skip
             assert found is None or (found.files, found.tallies) == (made.files, made.tallies)
             found = made
         assert found is not None
-        found.seconds = took
-        self._straight[name] = found
+        known[name] = found
         return found
 
-    def blow(self, act: Act, kills: int, seed: object) -> Iterator[Act]:
-        """Chains of one command until so many kills have hit; each yields, so that others come in."""
-        chance = random.Random(f"{seed} {act.name}")
-        straight = self.straight(act)
-        hits = number = 0
-        while hits < kills and len(self.broken) < 20:
-            yield act
-            number += 1
-            chain = Chain(act, self.prepare(act, f"{act.name}-{number}"), straight, self)
-            with self._noting(chain, f"{act.name} {number}"):
-                for _ in range(chance.randint(1, 5)):
-                    moment = chance.choice(moments_of(act))
-                    way = chance.choice(list(WAYS))
-                    if chain.kill(chance, moment, way):
-                        hits += 1
-                        self.done[act.name, moment] += 1
-                        self.ways[way] += 1
-                    else:
-                        self.missed += 1
-                chain.finish()
-        for extra in range(max(1, kills // 20)):
-            yield act
-            chain = Chain(act, self.prepare(act, f"{act.name}-full-{extra}"), straight, self)
-            with self._noting(chain, f"{act.name} full disk {extra}"):
-                sizes = [
-                    path.stat().st_size for path in self.folder.glob(f"{act.name}-straight-*/**/*")
-                ]
-                chain.fill_disk(chance, max(sizes))
-                chain.finish()
-                self.done[act.name, "full disk"] += 1
-            if act.processes > 1:
-                continue
-            chain = Chain(act, self.prepare(act, f"{act.name}-two-{extra}"), straight, self)
-            with self._noting(chain, f"{act.name} two at once {extra}"):
-                other = act.other if extra % 2 else ()
-                chain.together(chance, other)
-                if other and manifest_of(chain.folder, act)["settings"]["min_gain"] == other[1]:
-                    chain.act = Act(**(vars(act) | {"line": (*act.line, *other)}))
-                    chain.straight = self.straight(act, *other)
-                chain.finish()
-                self.done[act.name, "two at once"] += 1
-
-    @contextmanager
-    def _noting(self, chain: Chain, name: str) -> Iterator[None]:
-        """Count a chain; keep the folder of one that breaks."""
-        self.chains += 1
+    def do(self, case: Case, number: int, kills: list[tuple[str, str]]) -> None:
+        """A chain, and the same line to its end; the folder of one that breaks is kept."""
+        act = self.acts[case.act.name]
+        name = f"{act.name}-{number}"
+        chance = random.Random(f"{self.storm.seed} {name}")
+        chain = Chain(act, self.prepare(act, name), self.straight(act), self)
         try:
-            yield
+            if kills[0][0] == FULL_DISK:
+                chain.fill_disk(chance)
+                case.moments[FULL_DISK] += 1
+            elif kills[0][0] == TWO_AT_ONCE:
+                self._two_at_once(chain, chance, act.other if number % 2 else ())
+                case.moments[TWO_AT_ONCE] += 1
+            else:
+                self._kill(case, chain, chance, kills)
+            chain.finish()
         except (Broken, AssertionError, OSError, ValueError) as broken:
-            self.broken.append(f"{name} ({'; '.join(chain.told)}): {broken}")
-            print("BROKEN", self.broken[-1], flush=True)
+            case.broken[broken.kind if isinstance(broken, Broken) else UNEQUAL] += 1
+            case.ended += 1
+            self.storm.tell_of(f"{chain.folder} ({'; '.join(chain.told)}): {broken}")
             return
-        self.lost += chain.lost
+        case.ended += 1
+        case.equal += 1
+        case.lost += chain.lost
         shutil.rmtree(chain.folder)
 
-    def report(self) -> str:
-        """What was done, as a table."""
-        names = list(dict.fromkeys(name for name, _ in self.done))
-        columns = [*MOMENTS, "two at once", "full disk"]
-        columns = [column for column in columns if any(self.done[name, column] for name in names)]
-        rows = [["command", *columns]]
-        rows += [[name, *(str(self.done[name, column]) for column in columns)] for name in names]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
-        lines.insert(1, "| --- " * len(rows[0]) + "|")
-        kills = sum(self.ways.values())
-        ways = ", ".join(f"{count} by {way}" for way, count in self.ways.most_common())
-        return "\n".join(
-            [
-                *lines,
-                "",
-                f"{kills} kills in {self.chains} chains ({ways}); {self.missed} came too late.",
-                f"{self.lost} answers in flight were paid for again; {len(self.broken)} broken.",
-            ]
-        )
+    def _kill(
+        self, case: Case, chain: Chain, chance: random.Random, kills: list[tuple[str, str]]
+    ) -> None:
+        for place, (moment, way) in enumerate(kills):
+            if not chain.kill(chance, moment, way):
+                case.came_too_late(kills[place:])
+                return
+            case.moments[moment] += 1
+            case.ways[way] += 1
+
+    def _two_at_once(self, chain: Chain, chance: random.Random, other: tuple[object, ...]) -> None:
+        chain.together(chance, other)
+        if other and manifest_of(chain.folder, chain.act)["settings"]["min_gain"] == other[1]:
+            chain.act = replace(chain.act, line=(*chain.act.line, *other))
+            chain.straight = self.straight(chain.act, *other)
 
 
 def main() -> int:
@@ -694,33 +849,22 @@ def main() -> int:
     parser.add_argument("only", nargs="*", help="these commands alone")
     parser.add_argument("--kills", type=int, default=550)
     parser.add_argument("--seed", default="1")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, help="where broken chains stay to be looked at")
     asked = parser.parse_args()
-    from conftest import _make_tiny_model
-
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="srt-storm-"))
     folder.mkdir(parents=True, exist_ok=True)
-    folder = folder.resolve()
-    storm = Storm(folder, folder / "tiny-model")
     began = time.monotonic()
+    storm = Storm(folder.resolve(), asked.only, asked.kills, asked.seed)
     try:
-        chosen = [act for act in storm.acts.values() if not asked.only or act.name in asked.only]
-        needs_model = any(act.name in TORCH for act in chosen)
-        if needs_model and not (folder / "tiny-model").exists():
-            _make_tiny_model(folder / "tiny-model")
-        whole = sum(act.weight for act in chosen)
-        blowing = [
-            storm.blow(act, max(1, round(asked.kills * act.weight / whole)), asked.seed)
-            for act in chosen
-        ]
-        while blowing:
-            blowing = [act for act in blowing if next(act, None) is not None]
+        storm.blow(asked.jobs)
     except KeyboardInterrupt:
         print("stopped")
-    finally:
-        storm.close()
     print(storm.report())
-    print(f"seed {asked.seed}, {(time.monotonic() - began) / 60:.0f} minutes")
+    print(
+        f"Seed {asked.seed}, {asked.jobs} at a time, {(time.monotonic() - began) / 60:.0f} minutes."
+    )
     print(*storm.broken, sep="\n")
     if not storm.broken and asked.folder is None:
         shutil.rmtree(folder)
