@@ -14,8 +14,8 @@ import aiohttp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
-PAUSE = "/* the browser gets two seconds for itself */"
-"""An expression that stands for a pause."""
+ANOTHER_TAB = "history.replaceState(null, '')"
+"""An expression after which a page knows what the browser keeps, and no more what its tab keeps."""
 
 RELOAD = "location.reload()"
 """An expression after which the page is awaited again."""
@@ -132,9 +132,6 @@ async def _drive(
     while not loaded:
         await read()
     for expression in expressions:
-        if expression == PAUSE:
-            await asyncio.sleep(2)
-            continue
         loaded = expression != RELOAD
         found = await call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found

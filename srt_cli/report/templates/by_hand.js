@@ -1,18 +1,25 @@
 "use strict";
 const find = (id) => document.getElementById(id);
 
-// What was done on this page before, in this browser; another page's rows are kept apart.
+// What was done on this page before, kept by the browser and by the tab itself: Chromium now and then opens
+// a file with a store that is empty and keeps nothing. Another page's rows are kept apart.
 function load(place) {
+  let kept = [];
   try {
-    const kept = JSON.parse(localStorage.getItem(place) ?? "[]");
-    return Array.isArray(kept) ? kept.slice(0, DATA.rows.length) : [];
+    kept = JSON.parse(localStorage.getItem(place)) ?? [];
   } catch {
-    return [];
+    // Such a browser keeps nothing; keep() says so.
   }
+  const here = history.state?.[place] ?? [];
+  const rows = DATA.rows.slice(0, Math.max(kept.length, here.length));
+  const work = rows.map((_, n) => here[n] ?? kept[n] ?? null);
+  if (work.length) keep(place, work);
+  return work;
 }
 
 function keep(place, work) {
   try {
+    history.replaceState({ [place]: work }, "");
     localStorage.setItem(place, JSON.stringify(work));
   } catch {
     find("progress").textContent += " This browser keeps nothing: save before you close the page.";

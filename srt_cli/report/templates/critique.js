@@ -1,8 +1,9 @@
 const place = `srt-critiques-${DATA.page}`;
 const FIELDS = ["weaknesses", "suggestions", "refinement"];
 
-// One entry a row, in order: what was written of it, or null.
-const written = Array.from(DATA.rows, (_, n) => load(place)[n] ?? null);
+// One entry a row, in order: what was written of it, null, or "" where it was taken back.
+const kept = load(place);
+const written = Array.from(DATA.rows, (_, n) => kept[n] ?? null);
 let at = Math.max(0, written.findIndex((each) => !isWhole(each)));
 
 // Suggestions may stand in the first field, and another critic may write the improved response.
@@ -46,7 +47,7 @@ function show() {
 function take() {
   const entry = Object.fromEntries(FIELDS.map((name) => [name, find(name).value]));
   entry.score = chosen() ? Number(chosen().value) : null;
-  written[at] = isBegun(entry) ? entry : null;
+  written[at] = isBegun(entry) ? entry : "";
   count();
   keep(place, written);
 }

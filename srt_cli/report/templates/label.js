@@ -2,7 +2,7 @@ const place = `srt-labels-${DATA.page}`;
 const SIDES = { 1: "left", 2: "right", 0: "neither" };
 
 // One entry a judged pair, in order: "left", "right" or "neither".
-const answers = load(place);
+const answers = load(place).filter(Boolean);
 
 function show() {
   const done = answers.length;
@@ -31,9 +31,11 @@ function choose(side) {
 }
 
 function undo() {
+  if (!answers.length) return;
   answers.pop();
   show();
-  keep(place, answers);
+  // Blanks take back what an older copy may still hold.
+  keep(place, [...answers, ...Array(DATA.rows.length - answers.length).fill("")]);
 }
 
 function label(side, n) {
