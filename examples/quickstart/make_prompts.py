@@ -30,10 +30,10 @@ class Rows(NamedTuple):
 
 
 FILES = {
-    "prompts.jsonl": Rows(192, 240),
-    "more-prompts.jsonl": Rows(256, 256),
-    "self-prompts.jsonl": Rows(240, 240),
-    "heldout.jsonl": Rows(300, 300),
+    "prompts.jsonl": Rows(144, 240),
+    "more-prompts.jsonl": Rows(224, 256),
+    "self-prompts.jsonl": Rows(120, 240),
+    "heldout.jsonl": Rows(200, 300),
 }
 WORDS = (
     "without", "no_commas", "at_most", "two_sentences", "include", "number", "semicolon", "start", "end",

@@ -16,8 +16,8 @@ trained=(--learning-rate 3e-4 --global-batch 8 --samples 0)
 # Stage 1: the base's drafts, a critic's feedback, refinements, and refinements with one fault planted.
 srt collect-feedback --prompts "$here/prompts.jsonl" --model "$base" "${critic[@]}" --contrast "python:$here/critic.py:contrast"
 srt sft --loss-on feedback,refinement --refinement-feedback --epochs 1 "${trained[@]}"
-# Its control: the same refinements without feedback, for as many trained tokens.
-srt sft --out models/control --refinement-only --epochs 3 "${trained[@]}"
+# Its control: the same refinements without any feedback, four times over.
+srt sft --out models/control --refinement-only --epochs 4 "${trained[@]}"
 # A second round on the tuned model's own drafts, whose mistakes it will have to see in stage 2.
 srt collect-feedback --prompts "$here/more-prompts.jsonl" --model models/sft --temperature 1 "${critic[@]}" --out own-feedback.jsonl
 srt sft --data own-feedback.jsonl --model models/sft --out models/sft-2 --loss-on feedback,refinement --refinement-feedback --epochs 1 "${trained[@]}" --learning-rate 2e-4

@@ -56,7 +56,7 @@ accuracies=(50 60 75 90 100)
 if [ -n "$quick" ]; then accuracies=(50 75 100); fi
 for accuracy in "${accuracies[@]}"; do
   cp -n round-2-self.journal.jsonl "right-$accuracy.journal.jsonl"
-  srt self-critique --model models/round-2 "${own[@]}" --critic "python:planted.py:right_$accuracy" --out "right-$accuracy.jsonl"
+  srt self-critique --model models/round-2 "${own[@]}" --critic "python:planted.py:right_$accuracy" --critic-for everything --out "right-$accuracy.jsonl"
   srt build-prefs --data "right-$accuracy.jsonl" --strategy best-worst --out "right-$accuracy-prefs.jsonl"
   srt dpo --prefs "right-$accuracy-prefs.jsonl" --out "models/right-$accuracy" "${preferred[@]}"
 done
@@ -68,10 +68,10 @@ srt self-critique --model models/round-2-dpo "${own[@]}" --samples 1 --out after
 
 # 6. Refining an answer, against choosing the best of four.
 srt self-critique --model models/round-2 "${own[@]}" --prompts heldout.jsonl --temperature 0.7 --out best-of.jsonl
-srt eval --reference "$base" --model models/round-2 "${check[@]}" --score checklist --critic-max-tokens 100 --use response --use refinement --rounds 3 --out refining.json
+srt eval --prompts heldout.jsonl --reference "$base" --model models/round-2 "${check[@]}" --score checklist --critic-max-tokens 100 --use response --use refinement --rounds 3 --out refining.json
 
 # 7. All of them on prompts whose topics appear nowhere in training; the judge is for the length control.
 models=(models/*)
-srt eval --reference "$base" "${models[@]/#/--model=}" --judge python:critic.py:judge "${check[@]}"
+srt eval --prompts heldout.jsonl --reference "$base" "${models[@]/#/--model=}" --judge python:critic.py:judge "${check[@]}"
 python "$here/page.py" .
 echo "$PWD/study.html"
