@@ -42,8 +42,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Three workers for two cores: at nearly any time one waits for a server, a browser or a process to end.
 test: lint
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 # Kills at random moments, over all six commands, one at a time on each core (docs/reliability.md).
 # `make storm ONLY='sft dpo' KILLS=50 SEED=7 JOBS=1` is a part of it.

@@ -45,19 +45,24 @@ def signals_kept() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-LONGEST = "test_learning.py"
+# Begun last, one of these would keep one worker busy while the others have nothing left.
+LONGEST = (
+    "learning", "kill", "collecting_at_speed", "processes", "real_server", "training_options",
+    "kill_training", "plan", "transformers_serve", "thinking_chain", "storm",
+)  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # xdist would start the files with most tests first, and the longest, which has one, last.
+    # xdist would start the files with most tests first, and the longest, which have few, last.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, then the others by their number of tests."""
+    """The longest files first, then the others by their number of tests."""
+    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
     counts = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name != LONGEST, -counts[item.path], item.path))
+    items.sort(key=lambda it: (ranks.get(it.path.name, len(ranks)), -counts[it.path], it.path))
 
 
 @pytest.fixture(scope="module", autouse=True)
