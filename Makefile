@@ -82,7 +82,7 @@ bench-train: $(INSTALLED)
 
 # What a GPU makes of it, in under eight minutes: python bench/gpu.py. This runs every part of that on a CPU.
 bench-gpu-tiny: $(INSTALLED)
-	PYTHONPATH=. $(BIN)/python bench/gpu.py --tiny --out build/gpu-tiny.json
+	PYTHONPATH=. $(BIN)/python bench/gpu.py --tiny --patience 3 --out build/gpu-tiny.json
 
 # Generation in process against transformers' generate, on SmolLM2 and this machine's cores.
 bench-generate: $(INSTALLED)

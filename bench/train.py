@@ -38,6 +38,24 @@ RATE: Final = 1e-5
 BETA: Final = 0.1
 WEIGHTS: Final = "model.safetensors"
 TRL: Final = ("-c", "from trl.cli import main; main()")
+TELLING: Final = """
+import json, runpy, sys
+from transformers import Trainer
+
+log = Trainer.log
+
+def tell(self, logs, *rest):
+    with open("trl/losses.jsonl", "a") as lines:
+        lines.write(json.dumps(logs) + "\\n")
+    log(self, logs, *rest)
+
+Trainer.log = tell
+runpy.run_module("trl.scripts." + sys.argv.pop(1), run_name="__main__")
+"""
+"""TRL's own script without its launcher; what it prints in four digits goes to a file as well."""
+RATE_OF_CHECK: Final = 1e-2
+"""Of plain gradient descent. Adam divides a gradient by its size: where it is rounding, nothing but its
+sign is left, and such weights differ by whole steps."""
 
 
 # --- the same rows for everybody --------------------------------------------------------------
@@ -128,13 +146,21 @@ class Job:
     micro: int = MICRO_BATCH
     reference: str = "beforehand"
     """Of dpo: its log-probs computed beforehand, or live."""
+    checks: bool = False
+    """Whether losses and weights are compared: by gradient descent, with TRL's losses in full."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return RATE_OF_CHECK if self.checks else RATE
 
     def srt(self, *flags: object) -> float:
         """Seconds of the training steps of one `srt` run into `out/`."""
         line: list[object] = [
             self.command, "--model", self.model, "--out", self.folder / "out", "--overwrite",
-            "--epochs", self.epochs, "--samples", 0, "--learning-rate", RATE, "--packing", "off",
+            "--epochs", self.epochs, "--samples", 0, "--learning-rate", self.rate, "--packing", "off",
             "--global-batch", self.batch, "--micro-batch", self.micro, *flags,
+            *(("--set", "optim=sgd") if self.checks else ()),
         ]  # fmt: skip
         if self.command == "sft":
             line += ["--critic-check", 0]
@@ -162,20 +188,20 @@ class Job:
             "use_cpu": True, "bf16": False, "activation_checkpointing": False,
             "per_device_train_batch_size": self.micro,
             "gradient_accumulation_steps": self.batch // self.micro,
-            "learning_rate": RATE, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
+            "learning_rate": self.rate, "lr_scheduler_type": "cosine", "warmup_steps": 0.1,
         }  # fmt: skip
+        if self.checks:
+            config |= {"optim": "sgd"}
         if self.command == "dpo":
             live = self.reference == "live"
             config |= {"beta": BETA, "precompute_ref_log_probs": not live, "max_length": None}
         (self.folder / "trl/config.yaml").write_text(json.dumps(config))  # JSON is YAML
-        line = (*TRL, self.command, "--config", self.folder / "trl/config.yaml")
+        script = ("-c", TELLING) if self.checks else TRL
+        line = (*script, self.command, "--config", self.folder / "trl/config.yaml")
         printed = call(self.folder, *line, threads=os.cpu_count())
         found = re.search(r"'train_runtime': '?([\d.]+)", printed)
         if found is None:
             raise SystemExit(f"trl {self.command} printed no train_runtime:\n{printed[-2000:]}")
-        (self.folder / "trl/losses.json").write_text(
-            json.dumps([float(loss) for loss in re.findall(r"'loss': '?([-\d.e]+)", printed)])
-        )
         return float(found[1])
 
 
@@ -200,18 +226,28 @@ def call(folder: Path, *line: object, threads: int | None = None) -> str:
 
 
 def check_equal(job: Job) -> None:
-    """Two steps over all rows: prints how far losses and weights of both tools lie apart."""
+    """Steps over all rows, the first at a rate of 0: how far do losses and weights lie apart?"""
+    told = job.folder / "trl/losses.jsonl"
+    told.unlink(missing_ok=True)
     job.srt("--precision", "fp32")
-    metrics = (job.folder / "out/metrics.jsonl").read_text().splitlines()
-    ours = [row["loss"] for row in map(json.loads, metrics) if "loss" in row]
     job.trl()
-    theirs = json.loads((job.folder / "trl/losses.json").read_text())
-    weights, others = (load_file(job.folder / at / WEIGHTS) for at in ("out", "trl/out"))
+    ours, theirs = (
+        [row["loss"] for row in map(json.loads, path.read_text().splitlines()) if "loss" in row]
+        for path in (job.folder / "out/metrics.jsonl", told)
+    )
+    before, after, other = (
+        load_file(folder / WEIGHTS)
+        for folder in (Path(job.model), job.folder / "out", job.folder / "trl/out")
+    )
     loss = max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
-    weight = max(float((weights[name] - others[name]).abs().max()) for name in others)
+    moved, apart = (
+        max(float((after[name] - those[name]).abs().max()) for name in other)
+        for those in (before, other)
+    )
     print(
-        f"{job.command}: after {len(ours)} steps weights differ by {weight:.1e}, losses by {loss:.1e} "
-        "(TRL prints four digits of them)"
+        f"{job.command}: after {len(ours)} steps of gradient descent, which move weights by up to "
+        f"{moved:.1e}, weights differ by {apart:.1e}, losses by {loss:.1e}",
+        flush=True,
     )
 
 
@@ -240,7 +276,7 @@ def compare(folder: Path, model: str, rounds: int) -> None:
     write_rows(folder, model, 4)
     write_pairs(folder, model, 4)
     for command in ("sft", "dpo"):
-        check_equal(Job(folder, model, command, epochs=2, batch=4, micro=4))
+        check_equal(Job(folder, model, command, epochs=3, batch=4, micro=4, checks=True))
     tokens = write_rows(folder, model, ROWS)
     for rows, title in (("paper", "the paper's loss"), ("few", "--loss-on " + ",".join(FEW))):
         race_of(Job(folder, model, "sft", rows), f"sft, {title}", tokens, rounds)
