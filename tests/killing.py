@@ -39,18 +39,34 @@ def run(folder: Path, *arguments: object, code: int = 0) -> None:
     assert ended == code
 
 
+class Started:
+    """A command in a process of its own, forked from one that has loaded what it needs."""
+
+    def __init__(self, folder: Path, *arguments: object, room: int | None = None) -> None:
+        kind = "torch" if arguments[0] in ("self-critique", "sft", "dpo") else "calls"
+        self._talk = folder.with_suffix(".talk")
+        self._pid, _ = _nursery(kind).fork(list(map(str, arguments)), self._talk, room)
+
+    def send_when(self, ready: Callable[[], bool], number: signal.Signals) -> None:
+        """Send a signal as soon as `ready` says so."""
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert os.waitpid(self._pid, os.WNOHANG) == (0, 0), "the command has ended before"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(self._pid, number)
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit code, and what it said on stderr."""
+        _, status = os.waitpid(self._pid, 0)
+        return os.waitstatus_to_exitcode(status), self._talk.read_text()
+
+
 def kill_when(folder: Path, ready: Callable[[], bool], *arguments: object) -> None:
     """Start a command and kill -9 it as soon as `ready` says so."""
-    kind = "torch" if arguments[0] in ("self-critique", "sft", "dpo") else "calls"
-    line = list(map(str, arguments))
-    pid, _ = _nursery(kind).fork(line, folder.with_suffix(".talk"), room=None)
-    deadline = time.monotonic() + 120
-    while not ready():
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the command ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    started = Started(folder, *arguments)
+    started.send_when(ready, signal.SIGKILL)
+    started.wait()
 
 
 @cache

@@ -2,14 +2,11 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import read_jsonl, write_jsonl
-from killing import command, environment, kill_when, lines_in, run, sha256
+from killing import Started, kill_when, lines_in, run, sha256
 from test_dpo import pair_rows
 from test_sft import feedback_rows
 
@@ -54,16 +51,11 @@ def test_sft_ends_with_the_same_weights_also_from_a_torn_checkpoint(
 def test_sigterm_saves_a_checkpoint_and_exits_130(tmp_path, straight_sft, tiny_model):
     write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(16))
     line = (*SFT, "--model", tiny_model)
-    process = subprocess.Popen(
-        command(*line), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
-    )
     out = tmp_path / "models/sft"
-    while lines_in(out / "metrics.jsonl") < 5:
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    started = Started(tmp_path, *line)
+    started.send_when(lambda: lines_in(out / "metrics.jsonl") >= 5, signal.SIGTERM)
+    code, stderr = started.wait()
+    assert code == 130
     assert "error: stopped; what is complete is written" in stderr
     assert "Traceback" not in stderr
     assert '"status": "interrupted"' in (out / "run.json").read_text()
@@ -172,21 +164,10 @@ def test_a_disk_that_fills_up_while_saving_is_said_and_the_run_goes_on(tmp_path,
             "--save-every", 2, "--critic-check", 0)  # fmt: skip
     # Room for the weights, and not for the optimizer's state, which is twice as large.
     room = (tiny_model / "model.safetensors").stat().st_size * 3 // 2
-    limited = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room}))\n"
-        "from srt_cli.cli import main\n"
-        "sys.argv = ['srt', *sys.argv[1:]]\n"
-        "main()\n"
-    )
-    full = subprocess.run(
-        [sys.executable, "-c", limited, *map(str, line)],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert full.returncode == 1, full.stderr
-    assert "Traceback" not in full.stderr
-    assert "models/sft: cannot be written, the disk is full. Free some space and run" in full.stderr
+    code, stderr = Started(tmp_path, *line, room=room).wait()
+    assert code == 1, stderr
+    assert "Traceback" not in stderr
+    assert "models/sft: cannot be written, the disk is full. Free some space and run" in stderr
     out = tmp_path / "models/sft"
     assert not list(out.glob("checkpoints/checkpoint-*"))
     assert manifest(out)["status"] == "failed"
