@@ -159,10 +159,8 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     manifest = {"tallies": {"confusion_drafts": counts | {"bad_called_good": 0}}}
     (tmp_path / "round-2-self.run.json").write_text(json.dumps(manifest))
     document.write_text(f"# S\n<!-- {tmp_path.name}: comparisons -->\nold\n<!-- end -->\nkept\n")
-    pairs = [{"pairs": 1}] * 150
-    write_jsonl(tmp_path / "stage-1-prefs.jsonl", pairs)
-    labels = {"labels": {"precision": 0.8}}
-    (tmp_path / "stage-1-prefs.run.json").write_text(json.dumps({"tallies": labels}))
+    tallies = {"kept": 150, "labels": {"precision": 0.8}}
+    (tmp_path / "stage-1-prefs.run.json").write_text(json.dumps({"tallies": tallies}))
     page.main(tmp_path, document, tmp_path / "study.csv")
     assert (tmp_path / "study.csv").read_text().splitlines() == [
         "pairs,precision,gain,low,high", "150,0.8,-50.0,-60.0,-40.0",

@@ -214,7 +214,7 @@ def curve(folder: Path, passes: Passes) -> list[dict[str, float]]:
             continue
         mean, low, high = difference(passes, arm, control)
         found.append({
-            "pairs": len(rows_of(folder / f"{name}-prefs.jsonl")),
+            "pairs": tallies["kept"],
             "precision": round(tallies["labels"]["precision"], 3),
             "gain": round(100 * mean, 1), "low": round(100 * low, 1), "high": round(100 * high, 1),
         })  # fmt: skip
