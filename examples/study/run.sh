@@ -40,6 +40,7 @@ fi
 # 2. A second round on the tuned model's own drafts, with the same outside critic.
 srt collect-feedback --prompts more-prompts.jsonl --model models/stage-1 --temperature 1 "${critic[@]}" --out own-feedback.jsonl
 srt sft --data own-feedback.jsonl --model models/stage-1 --out models/round-2 "${whole[@]}" --learning-rate 2e-4
+srt sft --data own-feedback.jsonl --model models/refinement-only --out models/refinement-only-2 --refinement-only --epochs 4 --learning-rate 2e-4 "${trained[@]}" # its control
 
 # 3. Stage 2: pairs by the model's own scores, after each round.
 for model in stage-1 round-2; do
