@@ -42,7 +42,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Three workers for two cores: at nearly any time one waits for a server, a browser or a process to end.
+# Three workers for two cores: a test that waits for a server, a browser or a process leaves its core to others.
 test: lint
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
