@@ -1,5 +1,6 @@
 """Many rows side by side: every reply is kept, asked for once, and order changes nothing."""
 
+import json
 import os
 import signal
 import time
@@ -113,6 +114,27 @@ def test_ctrl_c_while_a_reply_is_being_kept_loses_nothing(tmp_path, monkeypatch)
     again = Echo()
     run(tmp_path, again)
     assert len(again.asked) == 12 - 6
+
+
+@pytest.mark.parametrize("step", ["_write", "_take_in", "append"])
+def test_ctrl_c_behind_the_write_of_a_reply_keeps_it_once(tmp_path, monkeypatch, step):
+    done, interrupted = getattr(Journal, step), []
+
+    def interrupted_once(journal, *arguments):
+        done(journal, *arguments)
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, step, interrupted_once)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Echo(in_flight=64))
+    again = Echo()
+    run(tmp_path, again)
+    assert len(again.asked) == 12 - 6
+    (journal,) = tmp_path.glob("*.jsonl")
+    keys = [json.loads(line)["key"] for line in journal.read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == 12
 
 
 def test_ctrl_c_while_calls_are_handed_over_loses_none(tmp_path):

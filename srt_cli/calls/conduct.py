@@ -254,6 +254,7 @@ class _Conductor(Generic[Result]):
 
     def keep_finished(self) -> None:
         """Journal replies that came in but were not looked at: an ending run has paid for them."""
+        self.journal.catch_up()
         for name, (_, future) in list(self.under_way.items()):
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._keep(name)
@@ -267,7 +268,8 @@ class _Conductor(Generic[Result]):
         else:
             model = pending.call.model.identity
             plain = {"model": model, **reply_to_plain(reply)}
-            self.journal.append(pending.key, pending.call.name, plain)
+            if pending.key not in self.journal:  # else an interruption came right behind that
+                self.journal.append(pending.key, pending.call.name, plain)
             self.tally.paid += 1
             self.tally.completion_tokens += reply.usage.completion_tokens
         self._forget(name)

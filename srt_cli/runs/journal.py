@@ -107,31 +107,39 @@ class Journal:
                     continue
                 key = bytes.fromhex(entry["key"])
                 if key not in self:
-                    self._offsets[key] = self._append_line(entry)
-                    self._count(entry)
+                    self._append_line(entry)
             self.sync()
             part.unlink()
 
     def append(self, key: bytes, call: str, reply: dict[str, Any]) -> None:
         """Store a reply; `call` says what was asked, for people who read the file."""
-        self._offsets[key] = self._append_line({"key": key.hex(), "call": call, **reply})
-        self._count(reply)
+        self._append_line({"key": key.hex(), "call": call, **reply})
 
     def forget(self, key: bytes) -> None:
         """Make a call owed again; its old reply stays in the file and still counts as paid."""
         if self._offsets.pop(key, None) is not None:
             self._append_line({"key": key.hex(), FORGOTTEN: True})
 
-    def _append_line(self, entry: dict[str, Any]) -> int:
-        """Write one line and return its offset."""
+    def catch_up(self) -> None:
+        """Note what was written last, where an interruption came before that was noted."""
+        self._file.seek(self._end)
+        for line in self._file.readlines():
+            self._take_in(line, _entry_in(line))
+
+    def _append_line(self, entry: Mapping[str, Any]) -> None:
         line = orjson.dumps(entry) + b"\n"
-        offset = self._end
         self._write(line)
-        self._end += len(line)
+        self._take_in(line, entry)
         self._unsynced += 1
         if self._unsynced >= SYNC_LINES or time.monotonic() - self._synced_at > SYNC_SECONDS:
             self.sync()
-        return offset
+
+    def _take_in(self, line: bytes, entry: Mapping[str, Any] | None) -> None:
+        """Note where a line that ends the file stands, and what it cost."""
+        if entry is not None and FORGOTTEN not in entry:
+            self._offsets[bytes.fromhex(entry["key"])] = self._end
+            self._count(entry)
+        self._end += len(line)
 
     def _count(self, entry: Mapping[str, Any]) -> None:
         spent = self.spent.setdefault(entry.get("model", ""), Counter(calls=0))
