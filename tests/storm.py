@@ -445,6 +445,10 @@ class Chain:
         if hit:
             WAYS[way](running, chance)
         code = running.wait()
+        if not hit and not self.told:
+            # The uninterrupted run had to warm up: the next kill shall not come too late again.
+            seconds = self.straight.seconds
+            seconds[fresh] = min(seconds[fresh], time.monotonic() - running.started)
         self.told.append(f"{way}, {moment}{', forked' * (not self.fresh)}: exit {code}")
         leave_nobody(running)
         talk = running.talk.read_text(errors="replace")
@@ -618,7 +622,7 @@ class Case:
     def came_too_late(self, left: list[tuple[str, str]]) -> None:
         """The run had ended: these kills come again, but not for ever."""
         self.missed += 1
-        if self.missed <= 2 * self.kills:
+        if self.missed <= 6 * self.kills:
             self.todo.append(left)
 
 

@@ -174,12 +174,14 @@ def _import_file(path: Path) -> ModuleType:
         name = ".".join(file.relative_to(path.resolve().parent).with_suffix("").parts)
         sys.modules.pop(name.removesuffix(".__init__"), None)
     sys.path.insert(0, str(path.resolve().parent))
+    writes_none, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no litter in your folder
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise SrtError(f"{path}: cannot be imported ({type(error).__name__}: {error}).") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
+        sys.dont_write_bytecode = writes_none
     return module
 
 
