@@ -1,5 +1,6 @@
 """Shared fixtures: the command line as a user calls it, and models small enough for a test."""
 
+import functools
 import gc
 import json
 import os
@@ -100,9 +101,34 @@ def srt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
             code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        _estimate_once()
         return Finished(code, *capsys.readouterr())
 
     return run
+
+
+def _estimate_once() -> None:
+    """From the first training on, the same plan of the same model is estimated once a process."""
+    memory: Any = sys.modules.get("srt_cli.training.memory")
+    if memory is None or hasattr(memory.estimate_memory, "__wrapped__"):
+        return
+    estimated, known = memory.estimate_memory, dict[str, Any]()
+
+    @functools.wraps(estimated)
+    def estimate_memory(setup: Any, largest: Any) -> Any:
+        config, place = memory.config_of(setup.model), setup.place
+        if config is None or memory.sharding() is not None:
+            return estimated(setup, largest)
+        plan = (
+            config.to_json_string(), place.placement, place.bf16, place.checkpointing, setup.adapters,
+            setup.four_bit, setup.processes, setup.fields, largest,
+        )  # fmt: skip
+        key = repr(plan)
+        if key not in known:
+            known[key] = estimated(setup, largest)
+        return known[key]
+
+    memory.estimate_memory = estimate_memory
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
