@@ -25,7 +25,7 @@ def test_the_loss_of_every_part_falls_on_unseen_rows_and_every_turn_ends(
 ):
     (tmp_path / "writer.py").write_text(WRITER)
     collected = srt(
-        "collect-feedback", "--prompts", QUICKSTART / "prompts.jsonl", "--limit", 40,
+        "collect-feedback", "--prompts", QUICKSTART / "prompts.jsonl", "--limit", 64,
         "--model", "python:writer.py:write", "--critic", f"{CRITIC}:critique",
     )  # fmt: skip
     assert collected.code == 0, collected.stderr
