@@ -51,6 +51,8 @@ STOPPED: Final = (130, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 """How a run ends that was asked to; by the signal itself only while Python is starting."""
 HELD: Final = "another srt run"
 NO_ROOM: Final = ("disk is full", "no space left", "file too large", "no larger file")
+LEAST_ROOM: Final = 600
+"""Bytes: what a run says goes to a file too, and has to fit."""
 NO_USABLE_ROW: Final = 3
 TORCH: Final = ("self-critique", "self-critique-2", "sft", "dpo")
 
@@ -533,7 +535,8 @@ class Chain:
 
     def fill_disk(self, chance: random.Random) -> None:
         """A run without room for its files."""
-        running = self.start(room=chance.randint(0, self.straight.largest))
+        room = chance.randint(LEAST_ROOM, max(LEAST_ROOM, self.straight.largest))
+        running = self.start(room=room)
         code = running.wait()
         leave_nobody(running)
         talk = running.talk.read_text(errors="replace")
