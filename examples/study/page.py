@@ -49,6 +49,7 @@ COMPARISONS = (
     Comparison("the same pairs for three epochs", "round-2-dpo-3", "round-2"),
     Comparison("its control: stage 1 continued", "round-2-continued", "round-2"),
     Comparison("stage 2 against its control", "round-2-dpo", "round-2-continued"),
+    Comparison("two rounds against the refinements alone", "round-2", "refinement-only"),
     Comparison("pairs by the check, after one round", "stage-1-right-100", "stage-1"),
     Comparison("the same at a rate of 1e-4", "stage-1-right-100-fast", "stage-1"),
     *(
