@@ -60,6 +60,11 @@ def asked_in_conversation(prompt: CriticPrompt, spec: str) -> bool:
     return parse_spec(spec).in_process if prompt == "auto" else prompt == "conversation"
 
 
+def scores_by_checklist(in_conversation: bool, score: ScoredBy, prompt: CriticPrompt) -> bool:
+    """Whether a critic is read item by item: as it was trained, or as it is asked in one message."""
+    return (score if in_conversation else prompt) == "checklist"
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How a model is asked to write."""

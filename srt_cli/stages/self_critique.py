@@ -15,6 +15,7 @@ from srt_cli.feedback.critic import (
     Sampling,
     ScoredBy,
     asked_in_conversation,
+    scores_by_checklist,
 )
 from srt_cli.feedback.processes import answer_in_processes
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
@@ -223,7 +224,7 @@ def _other_critic(
     same = (options.other_critic, critics) == (options.model, door)
     critic = model if same else open_model(options.other_critic, critics)
     asked = asked_in_conversation(options.critic_prompt, options.other_critic)
-    by_items = options.score == "checklist" if asked else options.critic_prompt == "checklist"
+    by_items = scores_by_checklist(asked, options.score, options.critic_prompt)
     return Critic(critic, replies, in_conversation=asked, by_checklist=by_items)
 
 

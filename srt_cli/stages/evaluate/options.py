@@ -7,7 +7,13 @@ from typing import Literal
 from srt_cli.calls.options import ApiOptions, PromptOptions
 from srt_cli.evaluation.contestants import Use
 from srt_cli.evaluation.judging import Orders, Verdicts
-from srt_cli.feedback.critic import Critic, CriticPrompt, Sampling, ScoredBy
+from srt_cli.feedback.critic import (
+    Critic,
+    CriticPrompt,
+    Sampling,
+    ScoredBy,
+    scores_by_checklist,
+)
 from srt_cli.models import Model
 from srt_cli.options import Former, runtime, setting
 
@@ -143,5 +149,5 @@ class Evaluate(ApiOptions, PromptOptions):
         """A model as a critic: the one that it was trained to be, or one from outside."""
         thinks = self.critic_thinks(itself=in_conversation)
         sampling = Sampling(self.critic_max_tokens, 0.0, seed=self.seed, thinks=thinks)
-        by_items = (self.score if in_conversation else self.critic_prompt) == "checklist"
+        by_items = scores_by_checklist(in_conversation, self.score, self.critic_prompt)
         return Critic(model, sampling, in_conversation, by_checklist=by_items)
