@@ -47,7 +47,7 @@ class Nursery:
 
 def nurse(kind: str) -> None:
     """The nursery's own life: forks one command for each line that it reads."""
-    import srt_cli.cli
+    from srt_cli.__main__ import run
 
     for library in LIBRARIES[kind]:
         import_module(library)
@@ -71,7 +71,7 @@ def nurse(kind: str) -> None:
         _take_place(Path(talk), room)
         sys.argv = ["srt", *line]
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        srt_cli.cli.main()
+        run()
         sys.exit(0)
 
 

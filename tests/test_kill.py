@@ -22,6 +22,8 @@ from killing import (
 )
 from test_sft import feedback_rows
 
+from srt_cli.cli import STOPPED
+
 CRITIC = """
 import time
 from srt_cli.records import Feedback
@@ -247,6 +249,52 @@ def of_programs(folder: Path, rows: int) -> tuple[str, ...]:
     write_jsonl(folder / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(rows)])
     return ("collect-feedback", "--model", "python:critic.py:respond",
             "--critic", "python:critic.py:critique")  # fmt: skip
+
+
+# What a library may leave behind: something that aborts when the process tears it down.
+TORN_DOWN = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+"""
+
+
+def test_a_stopped_run_ends_with_its_own_code_whatever_a_library_leaves_behind(tmp_path):
+    line = of_programs(tmp_path, rows=2)
+    stops = "\n    import os, signal\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    critic = CRITIC.replace("def respond(prompt):", "def respond(prompt):" + stops)
+    (tmp_path / "critic.py").write_text(TORN_DOWN + critic)
+    ended = subprocess.run(
+        command(*line), cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert (ended.returncode, "what is complete is written" in ended.stderr) == (130, True)
+
+
+STOPPED_IN_A_CALLBACK = """
+import signal, sys, time, weakref
+from srt_cli.__main__ import run
+from srt_cli.stages import build_prefs
+
+def begin(options):
+    held = {"a thing"}
+    watched = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGINT))
+    del held
+    time.sleep(20)
+
+build_prefs.run = begin
+sys.argv = ["srt", "build-prefs"]
+run()
+"""
+
+
+def test_ctrl_c_during_a_callback_that_python_protects_still_stops_the_run(tmp_path):
+    began = time.monotonic()
+    ended = subprocess.run(
+        [sys.executable, "-c", STOPPED_IN_A_CALLBACK],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (130, f"error: {STOPPED}\n")
+    assert time.monotonic() - began < 15
 
 
 def close_its_terminal(folder: Path, answered: int, *line: str, deaf: bool = False) -> int:
