@@ -48,8 +48,7 @@ class Usage(Record):
     reasoning_tokens: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
-        # A sum of valid counts is valid; runs add millions of them.
-        return Usage.model_construct(
+        return Usage(
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             completion_tokens=self.completion_tokens + other.completion_tokens,
             cached_tokens=self.cached_tokens + other.cached_tokens,

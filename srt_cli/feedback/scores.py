@@ -146,8 +146,10 @@ def expected_score(scoring: Scoring) -> Generator[Call, Reply, tuple[float | Non
     None without log-probabilities.
     """
     reply = scoring.reply
+    if not reply.logprobs or not float(scoring.score).is_integer():
+        return None, Usage()
     digits_at = score_digits_at(reply.text, scoring.score)
-    if digits_at is None or not reply.logprobs or not float(scoring.score).is_integer():
+    if digits_at is None:
         return None, Usage()
     belief = read_belief(reply.text, digits_at, reply.logprobs)
     looks = scoring.model.continues and not reply.thoughts
