@@ -66,7 +66,7 @@ def test_only_the_console_prints_and_only_the_command_line_exits(path):
     tree = ast.parse(path.read_text())
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert "print" not in called
-    if path.name != "cli.py":
+    if path.name not in ("cli.py", "__main__.py"):
         assert not called & {"sys.exit", "exit", "quit", "os._exit"}
     if path.name != "console.py":
         assert "rich.console.Console" not in imports_of(path)
