@@ -9,7 +9,7 @@ from test_build_prefs import record
 
 from srt_cli.pairs.audit import count_audit
 from srt_cli.pairs.pairing import Pairing, Sample, pair_key, refined_of, text_key
-from srt_cli.pairs.rows import FeedbackRow
+from srt_cli.pairs.rows import read_row
 from srt_cli.records import Message, Preference
 from srt_cli.runs.jsonl import to_line
 from srt_cli.stages.dpo import Dpo
@@ -259,7 +259,7 @@ def test_the_sample_does_not_depend_on_the_order_of_the_pairs():
         drawn = Sample(10, seed=3)
         for number in order:
             line = to_line(record(id=str(number), prompt=f"q{number}"))
-            row = refined_of(FeedbackRow.of_row(json.loads(line)), "integer")
+            row = refined_of(read_row(line), "integer")
             drawn.offer(Pairing(row.refinement, row.draft))
         return [each.id for each in drawn.pairs()]
 

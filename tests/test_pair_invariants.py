@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import msgspec
+import orjson
 import pytest
 from conftest import write_jsonl
 from hypothesis import given, settings
@@ -21,10 +23,10 @@ from srt_cli.pairs.building import PairPlan, decide, shape_of
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.length_balance import Shape, balance_lengths
 from srt_cli.pairs.pairing import group_key, line_of, preference_of
-from srt_cli.pairs.rows import GroupedRows
+from srt_cli.pairs.rows import FeedbackPart, FeedbackRow, GroupedRows, UsagePart, read_row
 from srt_cli.pairs.rules import ExcludedPrompts, PairRules
 from srt_cli.pairs.summary import PairSummary
-from srt_cli.records import Feedback, Message
+from srt_cli.records import Feedback, FeedbackRecord, Message, Usage
 from srt_cli.runs.jsonl import to_line
 
 scores = st.one_of(st.integers(1, 10).map(float), st.floats(1, 10))
@@ -80,6 +82,50 @@ def decisions_of(files, plan):
 
 def kept_lines(decisions):
     return sorted(line_of(decision.kept) for decision in decisions if decision.kept is not None)
+
+
+def test_the_fast_form_of_a_row_holds_the_fields_of_the_record_and_no_others():
+    def fields_of(record, row):
+        needed = {name: field.is_required() for name, field in record.model_fields.items()}
+        assert {field.name: field.required for field in msgspec.structs.fields(row)} == needed
+
+    fields_of(FeedbackRecord, FeedbackRow)
+    fields_of(Feedback, FeedbackPart)
+    fields_of(Usage, UsagePart)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"refinement_score": "7", "sample": "1"}, {"response_cut": 1, "round": 2.0},
+        {"prompt": [{"role": "user", "content": "p"}], "odds": {"refinement": [0.25, "0.5"]}},
+    ],
+)  # fmt: skip
+def test_what_only_the_record_accepts_is_read_as_the_record_reads_it(changes):
+    line = orjson.dumps(record().model_dump(mode="json") | changes)
+    read = FeedbackRecord.model_validate_json(line)
+    row = read_row(line)
+    for name in FeedbackRecord.model_fields.keys() - {"feedback", "usage"}:
+        assert getattr(row, name) == getattr(read, name), name
+    assert row.feedback is not None
+    assert row.feedback.score == read.feedback.score
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"a": 1}', b"7", b"[]", b"nonsense", b'{"id": "\xff"}',
+        to_line(record()).replace(b'"ok"', b'"fine"'),
+        to_line(record()).replace(b'{"id"', b'{"answers":[],"id"'),
+        to_line(record()).replace(b'"score":', b'"score":1', 1),
+        to_line(record(prompt=[Message(role="user", content="p")])).replace(b'"user"', b'"me"'),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_no_record_is_refused_with_its_line(srt, tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(to_line(record()) + line.rstrip() + b"\n")
+    finished = srt("build-prefs", "--data", "a.jsonl")
+    assert finished.code == 1
+    assert "a.jsonl:2: " in finished.stderr
 
 
 @settings(max_examples=200)
@@ -226,11 +272,11 @@ def test_two_processes_and_one_make_the_same_files(srt, tmp_path, monkeypatch):
 
 WAITS = """\
 import time
-from srt_cli.pairs.rows import over_processes
+from srt_cli.pairs.rows import Helpers
 
 if __name__ == "__main__":
     print("on", flush=True)
-    for _ in over_processes(time.sleep, [0, 0, 9, 9], 2):
+    for _ in Helpers(2).map(time.sleep, [0] * 6 + [9] * 9):
         pass
 """
 

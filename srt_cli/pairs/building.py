@@ -59,9 +59,8 @@ class Decision:
 
     def drop(self, row: InputRow, reason: str, place: int | None = None) -> None:
         """Drop a row."""
-        line = b'{"id":%b,"reason":%b,"row":%b}\n' % (
-            orjson.dumps(row.record.id), orjson.dumps(reason), row.line(),
-        )  # fmt: skip
+        dropped = {"id": row.record.id, "reason": reason, "row": orjson.loads(row.line)}
+        line = orjson.dumps(dropped, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE)
         self.dropped.append((row.place if place is None else place, reason, line))
 
 

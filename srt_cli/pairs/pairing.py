@@ -14,8 +14,8 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 import orjson
 
 from srt_cli.pairs.answers import FirstAnswers
-from srt_cli.pairs.rows import FeedbackRow
-from srt_cli.records import FeedbackRecord, Message, Preference
+from srt_cli.pairs.rows import FeedbackRow, ScoredRow
+from srt_cli.records import Message, Preference
 from srt_cli.templates import checklist_score
 
 Strategy = Literal["refine", "best-worst", "refine-best", "tiers"]
@@ -79,25 +79,25 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
     if row.sample < 0:
         return "planted fault"
     response, refinement = row.response, row.refinement
-    before_score, after_score = row.score, row.refinement_score
-    if response is None or refinement is None or before_score is None or after_score is None:
+    feedback, blind, after_score = row.feedback, row.refinement_feedback, row.refinement_score
+    if response is None or refinement is None or feedback is None or after_score is None:
         return "incomplete"
+    before_score: float | None = feedback.score
     if kind == "expected":
-        before_score, after_score = row.score_mean, row.refinement_score_mean
-        if before_score is None or after_score is None:
-            return NO_SCORE[kind]
+        before_score, after_score = feedback.score_mean, row.refinement_score_mean
     elif kind == "compared":
-        if row.refinement_odds is None:
+        odds, draft_odds = row.mean_odds("refinement"), row.mean_odds("sample")
+        if odds is None:
             return NO_SCORE[kind]
         # Drafts stand where the other samples' drafts leave them, a refinement so far from its draft
         # as the odds say: a sure win is as many points above as a sure loss would be below.
-        before_score = POINTS * (EVEN if row.response_odds is None else row.response_odds)
-        after_score = before_score + POINTS * (2 * row.refinement_odds - 1)
+        before_score = POINTS * (EVEN if draft_odds is None else draft_odds)
+        after_score = before_score + POINTS * (2 * odds - 1)
     elif kind == "checklist":
-        before_score = checklist_score(row.weaknesses)
-        after_score = checklist_score(row.refinement_weaknesses)
-        if before_score is None or after_score is None:
-            return NO_SCORE[kind]
+        before_score = checklist_score(feedback.weaknesses)
+        after_score = None if blind is None else checklist_score(blind.weaknesses)
+    if before_score is None or after_score is None:
+        return NO_SCORE[kind]
     draft, refined = response.strip(), refinement.strip()
     if not draft or not refined:
         return "empty"
@@ -109,7 +109,7 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
 
 def answers_of(row: FeedbackRow, kind: ScoreKind, strategy: Strategy) -> list[Refined] | str:
     """What a row brings to a strategy, or the reason why the row can be in no pair."""
-    if not row.answers:
+    if not isinstance(row, ScoredRow):
         found = refined_of(row, kind)
         return found if isinstance(found, str) else [found]
     if strategy in ("refine", "refine-best"):
@@ -186,15 +186,15 @@ STRATEGIES: Final[Mapping[Strategy, Callable[[Sequence[Refined], float], Pairing
 }
 
 
-def group_key(record: FeedbackRecord, strategy: Strategy) -> bytes:
-    """A digest that is equal for the records that a strategy must see together.
+def group_key(row: FeedbackRow, strategy: Strategy) -> bytes:
+    """A digest that is equal for the rows that a strategy must see together.
 
     It is of the prompt's text, not its id, which another file may give to another prompt.
     """
-    prompt = _transcript(record.prompt)
+    prompt = _transcript(row.prompt)
     if strategy != "refine":
         return digest(prompt)
-    return digest(prompt, (record.response or "").strip(), (record.refinement or "").strip())
+    return digest(prompt, (row.response or "").strip(), (row.refinement or "").strip())
 
 
 def against_first(pairing: Pairing, first: FirstAnswers) -> Pairing | None:

@@ -11,16 +11,19 @@ import os
 import signal
 import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
+from functools import cached_property, partial
+from itertools import groupby, islice
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from operator import itemgetter
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple, Self, TypeVar
+from typing import IO, Annotated, Any, Final, NamedTuple, Self, TypeVar
 
+import msgspec
 import orjson
-from pydantic import ValidationError
 
 from srt_cli import console
 from srt_cli.calls.asking import few_collections
@@ -28,12 +31,13 @@ from srt_cli.errors import SrtError
 from srt_cli.pairs.answers import GIVEN, ScoredAnswers, read_scored
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.prompts import HUB_PREFIX, format_of, rows_at
-from srt_cli.records import FeedbackRecord, Message, Status
+from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Message, Status
 from srt_cli.runs.jsonl import lines_of, naming_row, parse_lines, read_lines
 from srt_cli.stats.counting import Copied
 from srt_cli.stats.hygiene import is_same_text
 
 PLACE_BYTES: Final = 8
+_KEY: Final = itemgetter(slice(None, -PLACE_BYTES))
 STRETCH_BYTES: Final = 4 << 20
 BUFFER_BYTES: Final = 1 << 18
 GROUPS_AT_ONCE: Final = 256
@@ -41,97 +45,113 @@ GROUPS_AT_ONCE: Final = 256
 BYTES_FOR_PROCESSES: Final = 48 << 20
 """Input from which a second process saves more than its start costs."""
 MOST_PROCESSES: Final = 2
+ASKED_AT_ONCE: Final = 3
+"""Items that a helper holds, so that it need not wait while the first process works itself."""
+MOST_WAITING: Final = 8
+"""Items at work or done that wait for the one before them; each takes a few megabytes."""
+GONE: Final = "a process of this run is gone, perhaps for want of memory. Run the same line again."
 _MARK: Final = b"\xef\xbb\xbf"
-_read_record: Final = FeedbackRecord.__pydantic_validator__.validate_json
 
+Score = Annotated[float, msgspec.Meta(ge=MIN_SCORE, le=MAX_SCORE)]
+Passed = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class FeedbackRow(NamedTuple):
-    """The part of a feedback record that pairing looks at; `score` is that of its feedback."""
+class FeedbackPart(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=False):
+    """A `Feedback` as rows hold it."""
+
+    weaknesses: str
+    suggestions: str
+    score: Score
+    score_mean: Score | None = None
+
+
+class UsagePart(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=False):
+    """A `Usage` as rows hold it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class FeedbackRow(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=False):
+    """A `FeedbackRecord`, field by field, in the form that is read fastest.
+
+    What msgspec accepts pydantic accepts, too; what else pydantic accepts (`"7"` for 7) comes by way of
+    the record.
+    """
 
     id: str
     prompt: str | list[Message]
     response: str | None
-    score: float | None
-    score_mean: float | None
+    feedback: FeedbackPart | None
     refinement: str | None
-    refinement_score: float | None
-    refinement_score_mean: float | None
+    refinement_score: Score | None
+    refinement_feedback: FeedbackPart | None
     status: Status
+    reason: str | None
+    raw: dict[str, str]
+    policy: str
     critic: str
     sample: int
     round: int
+    usage: UsagePart
+    refinement_score_mean: Score | None = None
+    thoughts: dict[str, str] = {}
     response_cut: bool = False
-    response_passes: float | None = None
-    refinement_passes: float | None = None
-    refinement_odds: float | None = None
-    """That the refinement beats its draft: the mean of both orders."""
-    response_odds: float | None = None
-    """That the draft beats those of other samples: the mean over them and both orders."""
-    answers: tuple[tuple[str, float], ...] = ()
-    """Other answers with their scores; a row has them, or draft and refinement."""
-    weaknesses: str | None = None
-    refinement_weaknesses: str | None = None
-    """What the feedback found: in `--score checklist`, items that it answers with yes or no."""
+    odds: dict[str, tuple[float, float]] = {}
+    response_passes: Passed | None = None
+    refinement_passes: Passed | None = None
+
+    def mean_odds(self, against: str) -> float | None:
+        """Mean odds of the comparisons whose name begins so; None without any."""
+        found = [
+            value for name, both in self.odds.items() if name.startswith(against) for value in both
+        ]
+        return sum(found) / len(found) if found else None
+
+
+class ScoredRow(FeedbackRow, frozen=True, gc=False, kw_only=True):
+    """A row of answers that others scored, in place of a draft and its refinement."""
+
+    answers: tuple[tuple[str, float], ...]
 
     @classmethod
-    def of_scored(cls, row: ScoredAnswers) -> Self:
-        """A row of answers that others scored."""
-        nothing = (None,) * 6
-        return cls(row.id, row.prompt, *nothing, "ok", GIVEN, 0, 1, answers=row.answers)
-
-    @classmethod
-    def of_row(cls, row: dict[str, Any]) -> Self:
-        """Read a record that is known to be valid: validating again would cost most."""
-        if "feedback" not in row:
-            scored = read_scored(row)
-            assert scored is not None
-            return cls.of_scored(scored)
-        prompt, feedback, blind = row["prompt"], row["feedback"], row.get("refinement_feedback")
-        feedback = feedback or {}
-        if not isinstance(prompt, str):
-            prompt = [Message.model_construct(**turn) for turn in prompt]
+    def of(cls, row: ScoredAnswers) -> Self:
+        """Such a row as it was read."""
         return cls(
-            row["id"],
-            prompt,
-            row["response"],
-            _number(feedback.get("score")),
-            _number(feedback.get("score_mean")),
-            row["refinement"],
-            _number(row["refinement_score"]),
-            _number(row.get("refinement_score_mean")),
-            row["status"],
-            row["critic"],
-            int(row["sample"]),
-            int(row["round"]),
-            bool(row.get("response_cut")),
-            _number(row.get("response_passes")),
-            _number(row.get("refinement_passes")),
-            mean_odds(row, "refinement"),
-            mean_odds(row, "sample"),
-            (),
-            feedback.get("weaknesses"),
-            blind["weaknesses"] if blind else None,
-        )
+            row.id, row.prompt, response=None, feedback=None, refinement=None, refinement_score=None,
+            refinement_feedback=None, status="ok", reason=None, raw={}, policy="", critic=GIVEN,
+            sample=0, round=1, usage=UsagePart(), answers=row.answers,
+        )  # fmt: skip
 
 
-def mean_odds(row: Mapping[str, Any], against: str) -> float | None:
-    """Mean odds of a row's comparisons whose name begins so; None without any."""
-    odds = row.get("odds")
-    if not odds:
-        return None
-    found = [value for name, both in odds.items() if name.startswith(against) for value in both]
-    return sum(found) / len(found) if found else None
+def _of_pydantic(kind: type, value: object) -> object:
+    return kind.model_validate(value) if issubclass(kind, Message) else value
 
 
-def _number(value: float | str | None) -> float | None:
-    """A number, read as the record's validation reads it: `7` and `"7"` are the same."""
-    return value if value is None or value.__class__ is float else float(value)
+_decode: Final = msgspec.json.Decoder(FeedbackRow, dec_hook=_of_pydantic).decode
 
 
-KeyOf = Callable[[FeedbackRecord | FeedbackRow], bytes]
+def read_row(line: bytes) -> FeedbackRow:
+    """A row of feedback, or of scored answers; raises `ValueError` for any other."""
+    try:
+        return _decode(line)
+    except ValueError:
+        return _row_of(orjson.loads(line))
+
+
+def _row_of(row: dict[str, Any]) -> FeedbackRow:
+    scored = None if "feedback" in row else read_scored(row)
+    if scored:
+        return ScoredRow.of(scored)
+    record = FeedbackRecord.model_validate(row)
+    return msgspec.convert(record.model_dump(), FeedbackRow, dec_hook=_of_pydantic)
+
+
+KeyOf = Callable[[FeedbackRow], bytes]
 
 
 @dataclass
@@ -143,14 +163,14 @@ class Seen:
     copied: Copied = field(default_factory=Copied)
     """Refinements that repeat their draft."""
 
-    def add(self, record: FeedbackRecord) -> None:
+    def add(self, row: FeedbackRow) -> None:
         """Count one row."""
-        if record.feedback is None or record.refinement_score is None:
+        if row.feedback is None or row.refinement_score is None:
             return
-        self.scores[record.feedback.score] += 1
-        self.scores[record.refinement_score] += 1
-        copies = is_same_text(record.refinement or "", record.response or "")
-        self.copied.add(copies, record.response_passes)
+        self.scores[row.feedback.score] += 1
+        self.scores[row.refinement_score] += 1
+        copies = is_same_text(row.refinement or "", row.response or "")
+        self.copied.add(copies, row.response_passes)
 
     def merge(self, other: "Seen") -> None:
         """Add what others show."""
@@ -159,15 +179,15 @@ class Seen:
 
 
 class InputRow(NamedTuple):
-    """A row of the input as it was parsed, and its place among all rows."""
+    """A row of the input, its line, and its place among all rows."""
 
     record: FeedbackRow
-    row: dict[str, Any]
+    line: bytes
     place: int
 
-    def line(self) -> bytes:
+    def plain_line(self) -> bytes:
         """Its line, with fields in a fixed order and spacing."""
-        return orjson.dumps(self.row, option=orjson.OPT_SORT_KEYS)
+        return orjson.dumps(orjson.loads(self.line), option=orjson.OPT_SORT_KEYS)
 
 
 class RowGroup(NamedTuple):
@@ -203,7 +223,7 @@ class Source:
             lines.seek(0)
             for number, row in parse_lines(self.path, lines_of(lines)):
                 with naming_row(self.path, number):
-                    _record_of(row)
+                    _row_of(row)
         raise SrtError(f"{self.path}: was changed while srt read it. Run the same line again.")
 
 
@@ -236,6 +256,11 @@ class Alone(NamedTuple):
     without: frozenset[int]
     """Places of the rows that are not."""
 
+    @property
+    def place(self) -> int:
+        """Where it begins."""
+        return self.stretch.source.start + self.stretch.begin
+
     def groups(self) -> Iterator[RowGroup]:
         """The groups, in the order of the input."""
         for place, line in self.stretch.lines():
@@ -266,25 +291,10 @@ class Several(NamedTuple):
 RowShare = Alone | Several
 
 
-def _read(line: bytes) -> FeedbackRecord | FeedbackRow:
-    try:
-        record: FeedbackRecord = _read_record(line)
-    except ValidationError:
-        return _record_of(orjson.loads(line))
-    return record
-
-
-def _record_of(row: dict[str, Any]) -> FeedbackRecord | FeedbackRow:
-    """A row of feedback, or of scored answers; raises `ValueError` for any other."""
-    scored = None if "feedback" in row else read_scored(row)
-    return FeedbackRow.of_scored(scored) if scored else FeedbackRecord.model_validate(row)
-
-
 def _row_at(source: Source, place: int, line: bytes) -> InputRow:
     try:
-        row = orjson.loads(line)
-        return InputRow(FeedbackRow.of_row(row), row, place)
-    except (ValueError, KeyError, TypeError, AssertionError):
+        return InputRow(read_row(line), line, place)
+    except (ValueError, TypeError):
         source.refuse()
         raise
 
@@ -295,13 +305,139 @@ def _without_repetition(read: list[InputRow]) -> RowGroup:
     rows: list[InputRow] = []
     repeated: list[tuple[InputRow, int]] = []
     before = None
-    for line, _, row in sorted((row.line(), row.place, row) for row in read):
+    for line, _, row in sorted((row.plain_line(), row.place, row) for row in read):
         if line == before:
             repeated.append((rows[-1], row.place))
         else:
             rows.append(row)
             before = line
     return RowGroup(rows, repeated)
+
+
+# --- Over processes ----------------------------------------------------------------------------
+
+
+class Helpers:
+    """Processes that share work with this one: started when they are first needed, kept until closed."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pipes: list[Connection] = []
+        self._processes: list[SpawnProcess] = []
+
+    def map(
+        self, work: Callable[[Item], Result], items: Iterable[Item]
+    ) -> Generator[Result, None, None]:
+        """The results of `work`, in the order of the items; this process works, too.
+
+        Raises what `work` raises, and `SrtError` for a helper that is gone.
+        """
+        if not self._count:
+            yield from map(work, items)
+            return
+        left = iter(items)
+        waiting: deque[Connection | _Done] = deque()
+        try:
+            for pipe in self._started():
+                _tell(pipe, _Work(work))
+            while True:
+                for pipe in self._pipes:
+                    for item in islice(left, ASKED_AT_ONCE - waiting.count(pipe)):
+                        _tell(pipe, item)
+                        waiting.append(pipe)
+                if not waiting:
+                    return
+                if not _is_ready(waiting[0]) and len(waiting) < MOST_WAITING:
+                    for item in islice(left, 1):
+                        waiting.append(_Done(work(item)))
+                yield _answer_of(waiting.popleft())
+        finally:
+            if waiting:  # nobody will ask for these answers
+                self.close()
+
+    def _started(self) -> list[Connection]:
+        if self._pipes:
+            return self._pipes
+        spawn = multiprocessing.get_context("spawn")
+        # What is ignored here a helper ignores from its first moment: Ctrl-C ends the first process,
+        # which ends the others.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            for _ in range(self._count):
+                here, there = spawn.Pipe()
+                self._pipes.append(here)
+                helper = spawn.Process(target=_serve, args=(there,), daemon=True)
+                helper.start()
+                self._processes.append(helper)
+                there.close()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+        return self._pipes
+
+    def close(self) -> None:
+        """End the helpers, whatever they do."""
+        for pipe in self._pipes:
+            pipe.close()
+        for helper in self._processes:
+            helper.terminate()
+            helper.join()
+        self._pipes, self._processes = [], []
+
+
+class _Work(NamedTuple):
+    """What is to be done with the items that follow."""
+
+    act: Callable[[Any], Any]
+
+
+class _Done(NamedTuple):
+    """A result of this process, which waits for its turn."""
+
+    answer: Any
+
+
+def _tell(pipe: Connection, message: object) -> None:
+    try:
+        pipe.send(message)
+    except BrokenPipeError:
+        raise SrtError(GONE) from None
+
+
+def _is_ready(waiting: Connection | _Done) -> bool:
+    return isinstance(waiting, _Done) or waiting.poll()
+
+
+def _answer_of(waiting: Connection | _Done) -> Any:
+    if isinstance(waiting, _Done):
+        return waiting.answer
+    try:
+        answer = waiting.recv()
+    except (EOFError, ConnectionResetError):
+        raise SrtError(GONE) from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _serve(pipe: Connection) -> None:
+    """Work on what comes through a pipe until it is closed."""
+    with (
+        few_collections(),
+        contextlib.suppress(EOFError, OSError),
+        # An answer may have to wait until the first process reads it, which works meanwhile.
+        ThreadPoolExecutor(max_workers=1) as sender,
+    ):
+        work = pipe.recv()
+        while True:
+            item = pipe.recv()
+            if isinstance(item, _Work):
+                work = item
+                continue
+            try:
+                answer = work.act(item)
+            except Exception as error:  # it is raised where it was asked for
+                answer = error
+            sender.submit(pipe.send, answer)
 
 
 # --- All rows ----------------------------------------------------------------------------------
@@ -333,13 +469,15 @@ class GroupedRows:
     def __exit__(self, *error: object) -> None:
         self._cleanup.close()
 
-    @property
-    def processes(self) -> int:
-        """How many processes may share the work: more than one where input and cores are many."""
+    @cached_property
+    def helpers(self) -> Helpers:
+        """Processes that may share the work: none unless input and cores are many."""
         held = any(source.held is not None for source in self._sources)
         small = sum(source.size for source in self._sources) < BYTES_FOR_PROCESSES
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        return 1 if held or small else min(MOST_PROCESSES, cores)
+        helpers = Helpers(0 if held or small else min(MOST_PROCESSES, cores) - 1)
+        self._cleanup.callback(helpers.close)
+        return helpers
 
     def read(self, paths: Sequence[Path], limit: int | None, total: int | None) -> None:
         """Read the first `limit` rows of the files together; `total` is for the progress bar."""
@@ -380,7 +518,7 @@ class GroupedRows:
         self, stretches: Sequence[Stretch], limit: int | None
     ) -> Generator[tuple[list[bytes], Seen] | None, None, None]:
         if limit is None:
-            yield from over_processes(partial(_keys_in, self._key_of), stretches, self.processes)
+            yield from self.helpers.map(partial(_keys_in, self._key_of), stretches)
             return
         for stretch in stretches:
             yield _keys_in(self._key_of, stretch, limit - self.count)
@@ -426,18 +564,8 @@ class GroupedRows:
 
     def _places_by_key(self) -> Iterator[tuple[int, ...]]:
         """The places of each group, in the order of the keys."""
-        before: bytes | None = None
-        places: list[int] = []
-        for entry in self._keys:
-            key, place = entry[:-PLACE_BYTES], int.from_bytes(entry[-PLACE_BYTES:])
-            if key == before:
-                places.append(place)
-                continue
-            if places:
-                yield tuple(places)
-            before, places = key, [place]
-        if places:
-            yield tuple(places)
+        for _, entries in groupby(self._keys, _KEY):
+            yield tuple([int.from_bytes(entry[-PLACE_BYTES:]) for entry in entries])
 
     def _apart(self) -> tuple[ExternalSort, ExternalSort]:
         """The groups of several rows by their first places, and the places of their rows."""
@@ -492,82 +620,11 @@ def _keys_in(
     seen = Seen()
     try:
         for place, line in stretch.lines():
-            record = _read(line)
-            keys.append(key_of(record) + place.to_bytes(PLACE_BYTES))
+            row = read_row(line)
+            keys.append(key_of(row) + place.to_bytes(PLACE_BYTES))
             if most is not None and len(keys) > most:
                 break
-            if isinstance(record, FeedbackRecord):
-                seen.add(record)
-    except ValueError:
+            seen.add(row)
+    except (ValueError, TypeError):
         return None
     return keys, seen
-
-
-# --- Over processes ----------------------------------------------------------------------------
-
-
-def over_processes(
-    work: Callable[[Item], Result], items: Iterable[Item], processes: int
-) -> Generator[Result, None, None]:
-    """The results of `work`, in the order of the items; by other processes where `processes` > 1.
-
-    Raises what `work` raises, and `SrtError` for a process that is gone.
-    """
-    if processes == 1:
-        yield from map(work, items)
-        return
-    spawn = multiprocessing.get_context("spawn")
-    pipes: list[Connection] = []
-    helpers = []
-    # What is ignored here a helper ignores from its first moment: Ctrl-C ends the first process, which
-    # ends the others.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for _ in range(processes):
-            here, there = spawn.Pipe()
-            pipes.append(here)
-            helper = spawn.Process(target=_serve, args=(there, work), daemon=True)
-            helper.start()
-            helpers.append(helper)
-            there.close()
-        signal.signal(signal.SIGINT, handler)
-        asked: deque[Connection] = deque()
-        for number, item in enumerate(items):
-            if len(asked) == 2 * processes:
-                yield _answer_of(asked.popleft())
-            pipe = pipes[number % processes]
-            pipe.send(item)
-            asked.append(pipe)
-        while asked:
-            yield _answer_of(asked.popleft())
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        for pipe in pipes:
-            pipe.close()
-        for helper in helpers:
-            helper.terminate()
-            helper.join()
-
-
-def _answer_of(pipe: Connection) -> Any:
-    try:
-        answer = pipe.recv()
-    except EOFError:
-        raise SrtError(
-            "a process of this run is gone, perhaps for want of memory. Run the same line again."
-        ) from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
-
-
-def _serve(pipe: Connection, work: Callable[[Any], Any]) -> None:
-    """Work on what comes through a pipe until it is closed."""
-    with few_collections(), contextlib.suppress(EOFError, OSError):
-        while True:
-            item = pipe.recv()
-            try:
-                answer = work(item)
-            except Exception as error:  # it is raised where it was asked for
-                answer = error
-            pipe.send(answer)

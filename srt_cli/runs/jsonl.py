@@ -388,11 +388,9 @@ class OrderedWriter:
             self._file.write(self._waiting.pop(self._next))
             self._next += 1
 
-    def append(self, line: bytes) -> None:
-        """Write the next line: the fast path for rows that come in order."""
-        self._file.write(line)
-        self._next += 1
-        self.rows += 1
+    def append(self, lines: bytes) -> None:
+        """Write lines: the fast path for rows that come in order, which are not counted."""
+        self._file.write(lines)
 
     def commit(self) -> None:
         """Write the rows that still wait behind a gap, sync, and rename the file into place."""
@@ -462,12 +460,12 @@ class DroppedRows:
     def add(self, identifier: str, reason: str, row: Record) -> None:
         """Drop one row, for a reason."""
         dropped = Dropped(id=identifier, reason=reason, row=row.model_dump(mode="json"))
-        self.add_line(reason, to_line(dropped))
-
-    def add_line(self, reason: str, line: bytes) -> None:
-        """Drop one row, given as the line of its `Dropped` record."""
-        self._writer.append(line)
+        self.append(to_line(dropped))
         self.reasons[reason] += 1
+
+    def append(self, lines: bytes) -> None:
+        """Drop rows, given as the lines of their `Dropped` records; their reasons are not counted."""
+        self._writer.append(lines)
 
     def commit(self) -> None:
         """Rename the file into place; when nothing was dropped, delete an old one instead."""

@@ -5,7 +5,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, NamedTuple
 
@@ -22,7 +21,7 @@ from srt_cli.pairs.building import PairPlan, decide, decide_on, shape_of
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.pairs.length_balance import Balance, balance_lengths
 from srt_cli.pairs.pairing import Picker, Sample, ScoreKind, Strategy, group_key, line_of
-from srt_cli.pairs.rows import PLACE_BYTES, GroupedRows, RowShare, Several, over_processes
+from srt_cli.pairs.rows import PLACE_BYTES, Alone, GroupedRows, Helpers, RowShare, Several
 from srt_cli.pairs.rules import (
     ExcludedPrompts,
     NearDuplicates,
@@ -40,8 +39,9 @@ if TYPE_CHECKING:
     from srt_cli.pairs.audit import Audit, Auditor
 
 COMMAND = "build-prefs"
-SEPARATOR: Final = b"\0"
-"""Behind the reason of a dropped row; JSON holds no such byte."""
+KEPT: Final = b"+"
+DROPPED: Final = b"-"
+"""Before lines that are sorted by their places."""
 
 
 @dataclass(frozen=True)
@@ -312,13 +312,21 @@ def with_length_balance(plan: PairPlan, rows: GroupedRows, options: BuildPrefs) 
     return replace(plan, length_cut=cut)
 
 
+class Piece(NamedTuple):
+    """Lines that nothing comes between, and the place of the first."""
+
+    place: int
+    kept: bytes
+    """Pairs."""
+    dropped: bytes
+
+
 class Outcome(NamedTuple):
     """What became of a share of the rows."""
 
     summary: PairSummary
     picked: Picker
-    lines: list[tuple[int, bytes]]
-    """Place and line of each pair and of each dropped row, its reason before it."""
+    pieces: list[Piece]
     is_late: bool
     """Whether rows of other shares stand between these."""
 
@@ -338,16 +346,22 @@ class Deciding:
     def __call__(self, share: RowShare) -> Outcome:
         """Decide on the groups of a share."""
         summary, picked = copy.deepcopy(self.summary), copy.deepcopy(self.picker)
-        lines: list[tuple[int, bytes]] = []
+        kept: list[tuple[int, bytes]] = []
+        dropped: list[tuple[int, bytes]] = []
         for group in share.groups():
             decision = decide_on(group, self.plan, self.near)
             summary.add(decision)
             if (pairing := decision.kept) is not None:
-                lines.append((decision.place, line_of(pairing)))
+                kept.append((decision.place, line_of(pairing)))
                 picked.offer(pairing)
-            for place, reason, line in decision.dropped:
-                lines.append((place, reason.encode() + SEPARATOR + line))
-        return Outcome(summary, picked, lines, isinstance(share, Several))
+            for place, _, line in decision.dropped:
+                dropped.append((place, line))
+        if isinstance(share, Alone) and not share.without:
+            lines = (b"".join([line for _, line in some]) for some in (kept, dropped))
+            return Outcome(summary, picked, [Piece(share.place, *lines)], False)
+        pieces = [Piece(place, line, b"") for place, line in kept]
+        pieces += [Piece(place, b"", line) for place, line in dropped]
+        return Outcome(summary, picked, pieces, isinstance(share, Several))
 
 
 def write_pairs(
@@ -359,11 +373,11 @@ def write_pairs(
     work = Deciding(plan, copy.deepcopy(summary), copy.deepcopy(picked), near)
     shares = rows.shares(in_order_of_keys=near is not None)
     # What is held in memory is not sent to another process.
-    processes = rows.processes if near is None and plan.first is None else 1
+    helpers = rows.helpers if near is None and plan.first is None else Helpers(0)
     with (
         console.progress("pairing", rows.count) as progress,
         ExternalSort(options.out.parent) as late,
-        contextlib.closing(over_processes(work, shares, processes)) as outcomes,
+        contextlib.closing(helpers.map(work, shares)) as outcomes,
     ):
 
         def counted() -> Iterator[Outcome]:
@@ -373,45 +387,58 @@ def write_pairs(
                 progress.advance(outcome.summary.rows)
                 yield outcome
 
-        _write_lines(_in_order(counted(), late), options, summary)
+        _write_pieces(_in_order(counted(), late), options, summary)
     return summary
 
 
-def _in_order(outcomes: Iterator[Outcome], late: ExternalSort) -> Iterator[bytes]:
-    """All lines by their places: those of the late shares, which come first, between the others."""
-    between: Iterator[bytes] | None = None
-    entry: bytes | None = None
+def _in_order(outcomes: Iterator[Outcome], late: ExternalSort) -> Iterator[Piece]:
+    """All pieces by their places: those of the late shares, which come first, between the others."""
+    between: Iterator[Piece] | None = None
+    next_late: Piece | None = None
     for outcome in outcomes:
         if outcome.is_late:
-            late.add(*(place.to_bytes(PLACE_BYTES) + line for place, line in outcome.lines))
+            late.add(*map(_to_entry, outcome.pieces))
             continue
         if between is None:
-            between = iter(late)
-            entry = next(between, None)
-        for place, line in outcome.lines:
-            while entry is not None and int.from_bytes(entry[:PLACE_BYTES]) < place:
-                yield entry[PLACE_BYTES:]
-                entry = next(between, None)
-            yield line
-    left = iter(late) if between is None else between
-    for behind in left if entry is None else chain([entry], left):
-        yield behind[PLACE_BYTES:]
+            between = map(_of_entry, late)
+            next_late = next(between, None)
+        for piece in sorted(outcome.pieces):
+            while next_late is not None and next_late.place < piece.place:
+                yield next_late
+                next_late = next(between, None)
+            yield piece
+    if next_late is not None:
+        yield next_late
+    yield from map(_of_entry, late) if between is None else between
 
 
-def _write_lines(lines: Iterator[bytes], options: BuildPrefs, summary: PairSummary) -> None:
+def _to_entry(piece: Piece) -> bytes:
+    kept, dropped = piece.kept, piece.dropped
+    return piece.place.to_bytes(PLACE_BYTES) + (KEPT + kept if kept else DROPPED + dropped)
+
+
+def _of_entry(entry: bytes) -> Piece:
+    place, lines = int.from_bytes(entry[:PLACE_BYTES]), entry[PLACE_BYTES + 1 :]
+    is_kept = entry[PLACE_BYTES : PLACE_BYTES + 1] == KEPT
+    return Piece(place, lines, b"") if is_kept else Piece(place, b"", lines)
+
+
+def _write_pieces(pieces: Iterator[Piece], options: BuildPrefs, summary: PairSummary) -> None:
     """Write pairs to the output and the exports, dropped rows beside them: all files or none."""
     dropped = DroppedRows(options.out)
     pairs = OrderedWriter(options.out)
     exports = {name: OrderedWriter(export_path(options.out, name)) for name in options.export}
+    count = 0
     try:
-        for value in lines:
-            reason, separator, row = value.partition(SEPARATOR)
-            if separator:
-                dropped.add_line(reason.decode(), row)
-                continue
-            for name, export in exports.items():
-                export.add_plain(pairs.rows, EXPORTS[name](orjson.loads(value)))
-            pairs.append(value)
+        for piece in pieces:
+            dropped.append(piece.dropped)
+            pairs.append(piece.kept)
+            for line in piece.kept.splitlines() if exports else ():
+                pair = orjson.loads(line)
+                for name, export in exports.items():
+                    export.add_plain(count, EXPORTS[name](pair))
+                count += 1
+        dropped.reasons.update(summary.reasons)
         dropped.commit()
         for writer in (pairs, *exports.values()):
             if summary.kept:

@@ -9,7 +9,7 @@ Z: Final = 1.959964
 """The normal quantile of two-sided 95 %."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Moments:
     """Running sums for the correlation of two figures, in constant memory."""
 
@@ -22,13 +22,14 @@ class Moments:
 
     def add(self, x: float, y: float) -> None:
         """One more pair (Welford's update)."""
-        self.n += 1
+        n = self.n = self.n + 1
         dx, dy = x - self.mean_x, y - self.mean_y
-        self.mean_x += dx / self.n
-        self.mean_y += dy / self.n
+        self.mean_x += dx / n
+        self.mean_y += dy / n
+        above = y - self.mean_y
         self.xx += dx * (x - self.mean_x)
-        self.yy += dy * (y - self.mean_y)
-        self.xy += dx * (y - self.mean_y)
+        self.yy += dy * above
+        self.xy += dx * above
 
     def merge(self, other: "Moments") -> None:
         """Add the pairs of another (Chan, Golub and LeVeque's update)."""

@@ -194,10 +194,14 @@ def _is_asked_for(reason: str, wish: str) -> bool:
 
 def _may_leak(lower: str) -> bool:
     """Whether a text holds what stands in every mark of a template or a critique; few texts do."""
-    return (
-        "[" in lower or "<" in lower or "###" in lower or "model_identifier" in lower
-        or "weaknesses" in lower or "suggestions" in lower or "overall score" in lower
-        or "improved resp" in lower or "but should:" in lower
+    return (  # one letter is found much faster than a word
+        "[" in lower or "<" in lower
+        or ("#" in lower and "###" in lower)
+        or ("_" in lower and "model_identifier" in lower)
+        or (":" in lower and (
+            "weaknesses" in lower or "suggestions" in lower or "overall score" in lower
+            or "improved resp" in lower or "but should:" in lower
+        ))
     )  # fmt: skip
 
 
