@@ -1,9 +1,10 @@
 """From groups of feedback rows to pairs: every row ends in a pair or is dropped with a reason."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
+import msgspec
 import orjson
 
 from srt_cli.pairs.answers import FirstAnswers
@@ -37,8 +38,7 @@ class PairPlan:
     """Whose answers are rejected, in place of a draft's."""
 
 
-@dataclass(slots=True)
-class Decision:
+class Decision(msgspec.Struct, gc=False):
     """What became of one group of rows."""
 
     pairing: Pairing | None = None
@@ -49,7 +49,7 @@ class Decision:
     """The place of the pair in the output: that of its first row."""
     used: int = 0
     """Number of rows in the kept pair."""
-    dropped: list[tuple[int, str, bytes]] = field(default_factory=list)
+    dropped: list[tuple[int, str, bytes]] = []
     """Place, reason and line of each other row."""
 
     @property
@@ -90,16 +90,15 @@ def decide_on(group: RowGroup, plan: PairPlan, near: NearDuplicates | None = Non
             answers += found
     if not usable:
         return decision
-    pairing = STRATEGIES[plan.strategy](answers, plan.rho)
-    why = f"no pair by {plan.strategy}"
+    pairing = found_one = STRATEGIES[plan.strategy](answers, plan.rho)
     if pairing is not None and plan.first is not None:
         pairing = against_first(pairing, plan.first)
-        why = "no answer of the first model"
-    if pairing is None:
-        for row in usable:
-            decision.drop(row, why)
-    else:
+    if pairing is not None:
         _judge(pairing, usable, plan, near, decision)
+        return decision
+    why = "no answer of the first model" if found_one else f"no pair by {plan.strategy}"
+    for row in usable:
+        decision.drop(row, why)
     return decision
 
 

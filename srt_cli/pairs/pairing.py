@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol
 
+import msgspec
 import orjson
 
 from srt_cli.pairs.answers import FirstAnswers
@@ -29,7 +30,7 @@ POINTS: Final = 10.0
 """Between a text that is surely better and one that is surely worse, by comparison."""
 
 
-class Candidate(NamedTuple):
+class Candidate(msgspec.Struct, frozen=True, gc=False):
     """One scored answer to a prompt."""
 
     text: str
@@ -134,7 +135,7 @@ def _at_mean_score(same: Sequence[Candidate]) -> Candidate:
     if len(same) == 1:
         return same[0]
     mean = math.fsum(candidate.score for candidate in same) / len(same)
-    return same[0]._replace(score=mean)
+    return msgspec.structs.replace(same[0], score=mean)
 
 
 def refine(rows: Sequence[Refined], rho: float) -> Pairing | None:

@@ -178,7 +178,7 @@ class Seen:
         self.copied.merge(other.copied)
 
 
-class InputRow(NamedTuple):
+class InputRow(msgspec.Struct, frozen=True, gc=False):
     """A row of the input, its line, and its place among all rows."""
 
     record: FeedbackRow
@@ -190,7 +190,7 @@ class InputRow(NamedTuple):
         return orjson.dumps(orjson.loads(self.line), option=orjson.OPT_SORT_KEYS)
 
 
-class RowGroup(NamedTuple):
+class RowGroup(msgspec.Struct, frozen=True, gc=False):
     """The different rows of a group, and the places of rows that repeat one of them."""
 
     rows: list[InputRow]
@@ -562,21 +562,22 @@ class GroupedRows:
         while some := list(islice(left, GROUPS_AT_ONCE)):
             yield Several(self._sources, some)
 
-    def _places_by_key(self) -> Iterator[tuple[int, ...]]:
-        """The places of each group, in the order of the keys."""
+    def _places_by_key(self, fewest: int = 1) -> Iterator[tuple[int, ...]]:
+        """The places of each group that has so many rows, in the order of the keys."""
         for _, entries in groupby(self._keys, _KEY):
-            yield tuple([int.from_bytes(entry[-PLACE_BYTES:]) for entry in entries])
+            same = list(entries)
+            if len(same) >= fewest:
+                yield tuple([int.from_bytes(entry[-PLACE_BYTES:]) for entry in same])
 
     def _apart(self) -> tuple[ExternalSort, ExternalSort]:
         """The groups of several rows by their first places, and the places of their rows."""
         if self._groups is None or self._placed is None:
             self._groups = self._cleanup.enter_context(ExternalSort(self._folder))
             self._placed = self._cleanup.enter_context(ExternalSort(self._folder))
-            for places in self._places_by_key():
-                if len(places) > 1:
-                    entries = [place.to_bytes(PLACE_BYTES) for place in places]
-                    self._groups.add(b"".join(entries))
-                    self._placed.add(*entries)
+            for places in self._places_by_key(fewest=2):
+                entries = [place.to_bytes(PLACE_BYTES) for place in places]
+                self._groups.add(b"".join(entries))
+                self._placed.add(*entries)
         return self._groups, self._placed
 
     def groups(self, label: str, *, in_order_of_keys: bool = False) -> Iterator[RowGroup]:

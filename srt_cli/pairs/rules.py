@@ -61,7 +61,7 @@ class PairRules:
         chosen, rejected = pairing
         if is_same_text(chosen.text, rejected.text):
             return "copy"
-        gain = pairing.gain
+        gain = chosen.score - rejected.score
         if gain == 0:
             return TIE
         if gain < self.min_gain or gain < 0:

@@ -20,7 +20,7 @@ SHOWN_CHARACTERS: Final = 100
 LONGER_TO_WARN_AT: Final = 1.3
 
 
-@dataclass
+@dataclass(slots=True)
 class LengthFigures:
     """Lengths of chosen and rejected answers, in characters, and how gain goes with them."""
 
@@ -134,18 +134,19 @@ class PairSummary:
 
     def add(self, decision: Decision) -> None:
         """Count the decision on one group of rows."""
-        self.rows += decision.used + len(decision.dropped)
+        self.rows += decision.used
         for _, reason, _ in decision.dropped:
+            self.rows += 1
             self.reasons[reason] += 1
         pairing = decision.pairing
         if pairing is None:
             return
         chosen, rejected = pairing
-        gain = pairing.gain
+        gain = chosen.score - rejected.score
+        lengths = self.after if decision.fault is None else self.left_out
+        lengths.add(len(chosen.text), len(rejected.text), gain)
         if decision.fault is not None:
-            self.left_out.add(len(chosen.text), len(rejected.text), gain)
             return
-        self.after.add(len(chosen.text), len(rejected.text), gain)
         self.kept += 1
         self.used += decision.used
         self.chosen_scores[round(chosen.score)] += 1

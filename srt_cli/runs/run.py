@@ -41,6 +41,7 @@ from srt_cli.templates import template_digests
 
 RunStatus = Literal["started", "complete", "interrupted", "failed"]
 Figure = TypeVar("Figure")
+BUFFER_BYTES: Final = 1 << 18
 TEMPLATE_DAY: Final = "template_day"
 """The tally of a run whose chat template writes the date: when it was first asked, ISO 8601."""
 
@@ -220,6 +221,7 @@ class Run:
         self._found = _state(earlier)
         self._overwrite = overwrite
         self._written: dict[str, list[str]] = {}
+        self._placed: dict[str, str] = {}
         if self.earlier is not None:
             self._written |= self.earlier.written or {}
             if self.earlier.output_sha256 is not None:
@@ -245,7 +247,8 @@ class Run:
         self._cleanup.close()
         with contextlib.suppress(OSError):
             if self.out.is_file():
-                self.manifest.output_sha256 = sha256_of(self.out)
+                placed = self._placed.get(self._name(self.out))
+                self.manifest.output_sha256 = placed or sha256_of(self.out)
         if error is None:
             self.manifest.status = "complete" if self._whole else "interrupted"
         elif isinstance(error, KeyboardInterrupt | BudgetReached | QuotaError):
@@ -406,7 +409,8 @@ class Run:
         the run is killed."""
         if not self._is_private(path):
             name = self._name(path)
-            self._written[name] = [*self._written.get(name, []), sha256_of(content)]
+            digest = self._placed[name] = sha256_of(content)
+            self._written[name] = [*self._written.get(name, []), digest]
             self.save()
 
     def _is_private(self, path: Path) -> bool:
@@ -579,7 +583,7 @@ def describe_input(path: Path) -> InputFile:
     digest = sha256_of(path) if path.is_file() else None
     rows = None
     if digest is not None and path.suffix == ".jsonl":
-        with open(path, "rb") as lines:
+        with open(path, "rb", buffering=BUFFER_BYTES) as lines:
             rows = sum(not line.isspace() for line in lines)
     run = manifest.id if manifest else None
     return InputFile(path=str(path), sha256=digest, rows=rows, run=run)

@@ -267,9 +267,11 @@ def plain_form(text: str) -> str:
 def _repeats(words: Sequence[Any]) -> bool:
     """Whether fewer than half of the 4-grams are different ones."""
     enough = MOST_REPEATED * (len(words) - NGRAM + 1)
-    # The 4-grams that end where a word stands for the first time are all different.
-    if len(set(words)) - NGRAM + 1 >= enough:
-        return False
+    # The 4-grams that end where a word, or two of them, stand for the first time are all different.
+    for size in (1, 2):
+        runs = set(words) if size == 1 else set(_ngrams_of(words, size))
+        if len(runs) - NGRAM + size >= enough:
+            return False
     return len(set(_ngrams_of(words, NGRAM))) < enough
 
 
