@@ -45,20 +45,24 @@ class Started:
     def __init__(self, folder: Path, *arguments: object, room: int | None = None) -> None:
         kind = "torch" if arguments[0] in ("self-critique", "sft", "dpo") else "calls"
         self._talk = folder.with_suffix(".talk")
-        self._pid, _ = _nursery(kind).fork(list(map(str, arguments)), self._talk, room)
+        self.pid, self.session = _nursery(kind).fork(list(map(str, arguments)), self._talk, room)
+
+    def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait until `ready` says so."""
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert os.waitpid(self.pid, os.WNOHANG) == (0, 0), "the command has ended before"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
 
     def send_when(self, ready: Callable[[], bool], number: signal.Signals) -> None:
         """Send a signal as soon as `ready` says so."""
-        deadline = time.monotonic() + 120
-        while not ready():
-            assert os.waitpid(self._pid, os.WNOHANG) == (0, 0), "the command has ended before"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.kill(self._pid, number)
+        self.wait_until(ready)
+        os.kill(self.pid, number)
 
     def wait(self) -> tuple[int, str]:
         """Its exit code, and what it said on stderr."""
-        _, status = os.waitpid(self._pid, 0)
+        _, status = os.waitpid(self.pid, 0)
         return os.waitstatus_to_exitcode(status), self._talk.read_text()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from conftest import read_jsonl, write_jsonl
 from killing import (
+    Started,
     command,
     environment,
     is_loading,
@@ -188,17 +189,13 @@ def test_a_process_that_is_killed_leaves_its_rows_to_the_others(tmp_path, tiny_m
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": n, "prompt": f"p {n}"} for n in range(8)])
     line = ("self-critique", "--model", tiny_model, "--batch-size", 2, "--num-processes", 2,
             "--max-new-tokens", 24, "--critic-max-tokens", 24)  # fmt: skip
-    process = subprocess.Popen(
-        command(*line), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    started = Started(tmp_path, *line)
     part = tmp_path / "self-feedback.journal.part-1.jsonl"
-    while not lines_in(part):
-        assert process.poll() is None
-        time.sleep(0.002)
-    worker = spawned_by(process.pid)[0]
+    started.wait_until(lambda: lines_in(part) > 0)
+    worker = spawned_by(started.pid)[0]
     os.kill(worker, signal.SIGKILL)
-    _, stderr = process.communicate(timeout=120)
-    assert process.returncode == NO_USABLE_ROW, stderr
+    code, stderr = started.wait()
+    assert code == NO_USABLE_ROW, stderr
     assert "a process ended early (exit -9); its rows are made here" in stderr
     assert lines_in(tmp_path / "self-feedback.jsonl") == 8
 
@@ -217,20 +214,15 @@ def test_ctrl_c_reaches_two_processes_and_keeps_what_is_done(two_folders, tiny_m
 
     # The first while the processes load their libraries, the second while they answer.
     for ready in (is_loading, some_are_answered):
-        process = subprocess.Popen(
-            command(*line), cwd=stopped, env=environment(), stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        while not ready(process.pid):
-            assert process.poll() is None
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode == 130
+        started = Started(stopped, *line)
+        started.wait_until(lambda ready=ready, pid=started.pid: ready(pid))
+        os.killpg(started.session, signal.SIGINT)  # as a terminal does: to all of them
+        code, stderr = started.wait()
+        assert code == 130
         assert "error: stopped; what is complete is written" in stderr
         assert "Traceback" not in stderr
         assert "ended early" not in stderr
-        wait_until_gone(process.pid)
+        wait_until_gone(started.session)
         assert not list(stopped.glob("*.part-*"))
         assert '"status": "interrupted"' in (stopped / "self-feedback.run.json").read_text()
     kept = read_jsonl(stopped / "self-feedback.journal.jsonl")

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import os
@@ -376,7 +377,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     arguments = {"gguf_file": gguf.name}
     folder = str(gguf.parent)
     shown = console.progress(f"converting {gguf.name}", None, lambda: "tensors")
-    with shown as progress, _counting_tensors(progress):
+    with shown as progress, _counting_tensors(progress), _each_made_once():
         tokenizer = _load(AutoTokenizer.from_pretrained, str(gguf), folder, **arguments)
         model = _load(
             AutoModelForCausalLM.from_pretrained,
@@ -417,6 +418,19 @@ def _counting_tensors(progress: console.ProgressLine) -> Iterator[None]:
         yield
     finally:
         reading.tqdm = own  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _each_made_once() -> Iterator[None]:
+    """transformers reads a GGUF file four times, and names all of its tensors anew for every module."""
+    import gguf
+
+    own = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, own)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = own
 
 
 def fingerprint_of(name: str) -> str:
