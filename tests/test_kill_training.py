@@ -10,8 +10,10 @@ from killing import Started, kill_when, lines_in, run, sha256
 from test_dpo import pair_rows
 from test_sft import feedback_rows
 
-SFT = ("sft", "--global-batch", 4, "--epochs", 20, "--learning-rate", 1e-3, "--critic-check", 0)
-DPO = ("dpo", "--global-batch", 4, "--epochs", 3, "--save-every", 3, "--learning-rate", 1e-3)
+SFT = ("sft", "--global-batch", 4, "--epochs", 20, "--learning-rate", 1e-3, "--critic-check", 0,
+       "--samples", 0)  # fmt: skip
+DPO = ("dpo", "--global-batch", 4, "--epochs", 3, "--save-every", 3, "--learning-rate", 1e-3,
+       "--samples", 0)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ def line_of(name, model, out):
     command, *method = COMMANDS[name]
     line = [command, "--model", model, "--out", out, "--global-batch", 8, "--micro-batch", 2]
     line += ["--epochs", 2, "--learning-rate", 1e-2, *method]
-    line += ["--critic-check", 0] if command == "sft" else ["--beta", 0.1]
+    line += ["--critic-check", 0, "--samples", 0] if command == "sft" else ["--beta", 0.1]
     return [str(word) for word in line]
 
 

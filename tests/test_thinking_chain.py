@@ -43,7 +43,7 @@ def test_six_commands_under_a_template_that_thinks(srt, tmp_path, name):
         for n in range(4)
     ]
     write_jsonl(tmp_path / "feedback.jsonl", [row.model_dump() for row in rows])
-    tuned = srt("sft", "--epochs", 60, "--learning-rate", "5e-3")
+    tuned = srt("sft", "--epochs", 60, "--learning-rate", "5e-3", "--samples", 0)
     assert tuned.code == 0, tuned.stderr
     criticised = srt("self-critique", "--temperature", 0)
     assert criticised.code == 0, criticised.stderr
@@ -58,7 +58,7 @@ def test_six_commands_under_a_template_that_thinks(srt, tmp_path, name):
     write_jsonl(tmp_path / "self-feedback.jsonl", rated)
     paired = srt("build-prefs", "--max-length-ratio", 30)
     assert paired.code == 0, paired.stderr
-    preferred = srt("dpo", "--epochs", 1)
+    preferred = srt("dpo", "--epochs", 1, "--samples", 0)
     assert preferred.code == 0, preferred.stderr
     evaluated = srt("eval", "--check", "python:p.py:check", "--use", "response")
     assert evaluated.code == 0, evaluated.stderr
@@ -99,7 +99,8 @@ def test_six_commands_of_a_model_that_thinks(srt, tmp_path, name):
     ]  # fmt: skip
     thinking = [row.model_copy(update={"thoughts": THOUGHTS}).model_dump() for row in rows]
     write_jsonl(tmp_path / "feedback.jsonl", thinking)
-    tuned = srt("sft", "--thoughts", "keep", "--epochs", 80, "--learning-rate", "5e-3")
+    tuned = srt("sft", "--thoughts", "keep", "--epochs", 80, "--learning-rate", "5e-3",
+                "--samples", 0)  # fmt: skip
     assert tuned.code == 0, tuned.stderr
     criticised = srt("self-critique", "--temperature", 0)
     assert criticised.code == 0, criticised.stderr
@@ -111,7 +112,7 @@ def test_six_commands_of_a_model_that_thinks(srt, tmp_path, name):
         assert row["refinement_score"] == 9
     paired = srt("build-prefs", "--max-length-ratio", 30)
     assert paired.code == 0, paired.stderr
-    preferred = srt("dpo", "--epochs", 1)
+    preferred = srt("dpo", "--epochs", 1, "--samples", 0)
     assert preferred.code == 0, preferred.stderr
     evaluated = srt("eval", "--check", "python:p.py:check", "--use", "response")
     assert evaluated.code == 0, evaluated.stderr

@@ -17,8 +17,9 @@ from killing import kill_when, lines_in, run
 pytestmark = pytest.mark.smollm2
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def server(smollm2):
+    """One for both tests: the last one kills it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -44,41 +45,6 @@ def server(smollm2):
     yield f"http://127.0.0.1:{port}/v1#{smollm2}", process
     process.kill()
     process.wait()
-
-
-def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
-    srt, tmp_path, server
-):
-    spec, process = server
-    prompts = [{"id": n, "prompt": text} for n, text in enumerate(("Name a fruit.", "Say hello."))]
-    write_jsonl(tmp_path / "prompts.jsonl", prompts)
-    line = ("collect-feedback", "--model", spec, "--critic", spec, "--max-new-tokens", 16,
-            "--critic-max-tokens", 16, "--concurrency", 2)  # fmt: skip
-    finished = srt(*line)
-    rows = read_jsonl(tmp_path / "feedback.jsonl")
-    # What so small a model says is the machine's arithmetic; what becomes of it is not.
-    code = 0 if any(row["status"] == "ok" for row in rows) else 3
-    assert finished.code == code, finished.stderr
-    assert [row["id"] for row in rows] == ["0", "1"]
-    for row in rows:
-        assert row["response"].strip()
-        assert row["raw"]["critique"].strip()
-        assert row["usage"]["completion_tokens"] > 16
-        assert row["status"] in ("ok", "unparsed", "truncated")
-    kept = [tmp_path / "feedback.jsonl", tmp_path / "feedback.journal.jsonl"]
-    first = [path.read_bytes() for path in kept]
-    # It takes the wish for log-probabilities and leaves it unheard.
-    for name, text in (("mine", "an apple"), ("base", "7")):
-        write_jsonl(tmp_path / f"{name}.jsonl", [{"id": n, "response": text} for n in range(2)])
-    judged = srt("eval", "--model", "mine.jsonl", "--reference", "base.jsonl", "--judge", spec,
-                 "--limit", 1, "--judge-max-tokens", 4, "--min-coverage", 0)  # fmt: skip
-    assert judged.code == 0, judged.stderr
-    assert "gives no log-probabilities: it is asked for reasons" in judged.stderr
-    process.kill()
-    process.wait()
-    again = srt(*line, "--reparse")
-    assert again.code == code
-    assert [path.read_bytes() for path in kept] == first
 
 
 # What the smallest model can be brought to: sometimes a verdict, sometimes a number, sometimes talk.
@@ -119,3 +85,38 @@ def test_a_judged_evaluation_killed_half_way_ends_as_an_uninterrupted_one(tmp_pa
         said = VERDICT.search(row["raw"]) is not None and row["status"] != "truncated"
         assert (row["status"] == "ok") == said, row
         assert (row["preference"] is not None) == said, row
+
+
+def test_a_real_server_is_policy_and_critic_and_a_second_run_needs_it_no_more(
+    srt, tmp_path, server
+):
+    spec, process = server
+    prompts = [{"id": n, "prompt": text} for n, text in enumerate(("Name a fruit.", "Say hello."))]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
+    line = ("collect-feedback", "--model", spec, "--critic", spec, "--max-new-tokens", 16,
+            "--critic-max-tokens", 16, "--concurrency", 2)  # fmt: skip
+    finished = srt(*line)
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    # What so small a model says is the machine's arithmetic; what becomes of it is not.
+    code = 0 if any(row["status"] == "ok" for row in rows) else 3
+    assert finished.code == code, finished.stderr
+    assert [row["id"] for row in rows] == ["0", "1"]
+    for row in rows:
+        assert row["response"].strip()
+        assert row["raw"]["critique"].strip()
+        assert row["usage"]["completion_tokens"] > 16
+        assert row["status"] in ("ok", "unparsed", "truncated")
+    kept = [tmp_path / "feedback.jsonl", tmp_path / "feedback.journal.jsonl"]
+    first = [path.read_bytes() for path in kept]
+    # It takes the wish for log-probabilities and leaves it unheard.
+    for name, text in (("mine", "an apple"), ("base", "7")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"id": n, "response": text} for n in range(2)])
+    judged = srt("eval", "--model", "mine.jsonl", "--reference", "base.jsonl", "--judge", spec,
+                 "--limit", 1, "--judge-max-tokens", 4, "--min-coverage", 0)  # fmt: skip
+    assert judged.code == 0, judged.stderr
+    assert "gives no log-probabilities: it is asked for reasons" in judged.stderr
+    process.kill()
+    process.wait()
+    again = srt(*line, "--reparse")
+    assert again.code == code
+    assert [path.read_bytes() for path in kept] == first
