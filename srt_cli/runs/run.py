@@ -8,6 +8,7 @@ import secrets
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -580,13 +581,21 @@ def clear_directory(path: Path) -> None:
 def describe_input(path: Path) -> InputFile:
     """A file's path, digest, rows and maker, for the manifest."""
     manifest = read_manifest(path)
-    digest = sha256_of(path) if path.is_file() else None
-    rows = None
-    if digest is not None and path.suffix == ".jsonl":
-        with open(path, "rb", buffering=BUFFER_BYTES) as lines:
-            rows = sum(not line.isspace() for line in lines)
+    digest = rows = None
+    if path.is_file():
+        with ThreadPoolExecutor(
+            max_workers=1
+        ) as beside:  # hashing leaves the other core to the rows
+            hashed = beside.submit(sha256_of, path)
+            rows = _rows_of(path) if path.suffix == ".jsonl" else None
+            digest = hashed.result()
     run = manifest.id if manifest else None
     return InputFile(path=str(path), sha256=digest, rows=rows, run=run)
+
+
+def _rows_of(path: Path) -> int:
+    with open(path, "rb", buffering=BUFFER_BYTES) as lines:
+        return sum(not line.isspace() for line in lines)
 
 
 def template_input(template: Path | str | None, name: str = "chat_template") -> dict[str, Path]:

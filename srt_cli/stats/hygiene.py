@@ -295,7 +295,7 @@ def is_in_another_script(text: str, *others: str) -> bool:
 
     A light test of its language: scripts are told apart, languages of one script are not.
     """
-    if text.isascii() and all(other.isascii() for other in others):
+    if text.isascii() and all(map(str.isascii, others)):
         return False
     own = _main_script(text)
     if own is None or not any(map(_scripts_in, others)):
