@@ -213,6 +213,18 @@ def verdicts_at(text: str, weaknesses: str) -> list[int]:
     return places
 
 
+_SCORED = re.compile(r"^Overall Score: \[\[(?P<score>[\d.]+)\]\]", re.MULTILINE)
+
+
+def judgements_in(text: str) -> list[Span]:
+    """Where feedback judges, in order: the verdicts of a checklist's items, and the score's digits.
+
+    The feedback is as `render_feedback` writes it.
+    """
+    verdicts = [Span(*found.span("verdict")) for found in _CHECKED.finditer(text)]
+    return sorted(verdicts + [Span(*found.span("score")) for found in _SCORED.finditer(text)])
+
+
 def render_refinement(refinement: str) -> str:
     """The improved response under the paper's heading; follows `render_feedback` directly."""
     return f"\n\n{IMPROVED_HEADING}\n{refinement}"

@@ -15,7 +15,7 @@ from srt_cli.models.chat import ChatFormat
 from srt_cli.models.weights import load_tokenizer
 from srt_cli.records import FeedbackRecord
 from srt_cli.training.rows import FEEDBACK_PARTS
-from srt_cli.training.sequences import feedback_sequences
+from srt_cli.training.sequences import feedback_sequences, judging_tokens
 
 ROWS = [
     row | {"response": "It is. " * (1 + 3 * (n % 3)), "refinement": "So it is. " * (1 + n % 4)}
@@ -72,6 +72,44 @@ def test_the_first_loss_of_each_subset_is_that_of_transformers_alone(
         total, count = total + float(losses), count + int(picked.sum())
     assert metrics[0]["loss"] == pytest.approx(total / count, abs=1e-5)
     assert metrics[0]["trained_tokens"] == count
+
+
+CHECKLIST = {
+    "weaknesses": "In words? 3: no. Short? It is: yes.",
+    "suggestions": "Words.",
+    "score": 5.5,
+}
+
+
+@pytest.mark.parametrize("packing", ["off", "bfd"])
+def test_verdicts_and_scores_weigh_as_often_as_they_are_told_to(
+    train, tmp_path, left_padding_model, packing
+):
+    """Half of the rows hold a checklist; the loss is the mean of all trained tokens by weight."""
+    rows = [row | ({"feedback": CHECKLIST} if n % 2 else {}) for n, row in enumerate(ROWS)]
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    metrics, _ = train(
+        "out", "--epochs", 1, "--verdict-weight", 5, "--packing", packing, "--micro-batch", 3
+    )
+    chat = ChatFormat(load_tokenizer(str(left_padding_model)))
+    model = AutoModelForCausalLM.from_pretrained(left_padding_model, dtype=torch.float32)
+    total, weight, said = 0.0, 0.0, []
+    for row in rows:
+        (sequence,) = feedback_sequences(chat, FeedbackRecord(**row), FEEDBACK_PARTS)
+        places = judging_tokens(chat, sequence)
+        said.append([chat.tokenizer.decode(sequence.input_ids[place]).strip() for place in places])
+        weights = torch.ones(len(sequence.labels), dtype=torch.double)
+        weights[places] = 5.0
+        picked = torch.tensor(sequence.labels)[1:] != -100
+        losses = torch.nn.functional.cross_entropy(
+            model(torch.tensor([sequence.input_ids])).logits[0, :-1].double()[picked],
+            torch.tensor(sequence.labels)[1:][picked],
+            reduction="none",
+        )
+        total += float((losses * weights[1:][picked]).sum())
+        weight += float(weights[1:][picked].sum())
+    assert ["".join(each) for each in said] == ["3", "noyes5.5"] * 3
+    assert metrics[0]["loss"] == pytest.approx(total / weight, abs=1e-5)
 
 
 @pytest.mark.parametrize(

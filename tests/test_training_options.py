@@ -48,6 +48,7 @@ SFT = SHARED | {
     "--drop": ((), ("--drop", "score")),
     "--refinement-only": ((), ("--refinement-only",)),
     "--compare": ((), ("--compare",)),
+    "--verdict-weight": ((), ("--verdict-weight", 6)),
     "--mix": ((), ("--mix", "chats.jsonl:0.5")),
     "--good-score": (("--refinement-feedback",), ("--good-score", 10)),
 }

@@ -316,6 +316,26 @@ def test_targets_that_contradict_one_another_are_refused(arguments, sentence):
         parse_targets(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--verdict-weight", 0), "--verdict-weight is a number above 0"),
+        (
+            ("--verdict-weight", 3, "--refinement-only"),
+            "weighs feedback, which would not be trained",
+        ),
+        (("--verdict-weight", 3, "--loss-on", "response"), "feedback, which would not be trained"),
+        (("--verdict-weight", 3, "--set", "label_smoothing_factor=0.1"), "Leave one of them out"),
+        (("--verdict-weight", 3, "--drop", "score"), "no feedback here holds a score, or an"),
+        (("--verdict-weight", 3, "--export", "trl"), "is nothing that --export can tell"),
+    ],
+)
+def test_a_weight_of_verdicts_that_would_do_nothing_is_refused(sft, arguments, sentence):
+    refused = sft(*arguments)
+    assert refused.code in (1, 2)
+    assert sentence in refused.stderr
+
+
 # --- Other chats -------------------------------------------------------------------------------
 
 CHAT = [

@@ -88,6 +88,10 @@ class Sft(TrainingOptions):
         False, "Also train to name the better of draft and refinement by a letter, in both orders; "
         "self-critique --compare asks for it (paper: no).", group="Loss",
     )  # fmt: skip
+    verdict_weight: float = setting(
+        1.0, "Let the tokens in which feedback judges (yes and no of a checklist, the score) weigh X "
+        "times in the loss (paper: 1).", group="Loss", metavar="X",
+    )  # fmt: skip
     thoughts: Thoughts = setting(
         "drop",
         "Leave recorded thoughts out, or train those of a turn with it (keep).",
@@ -123,6 +127,13 @@ def _fine_tune(options: Sft) -> None:
         options.loss_on, options.drop, options.refinement_only, options.refinement_feedback,
         options.balance,
     )  # fmt: skip
+    weighs = options.verdict_weight != 1
+    if options.verdict_weight <= 0:
+        raise UsageError("--verdict-weight is a number above 0; 1 is the paper's.")
+    if weighs and (targets.refinement_only or "feedback" not in targets.loss_on):
+        raise UsageError(
+            "--verdict-weight weighs feedback, which would not be trained. Leave it out."
+        )
     mixes = [parse_mix(text) for text in options.mix]
     data = [parse_data(text) for text in options.data]
     if options.export:
@@ -145,6 +156,7 @@ def _fine_tune(options: Sft) -> None:
         critic_check=options.critic_check,
         thoughts=options.thoughts,
         compare=options.compare,
+        verdict_weight=options.verdict_weight,
     )
     fine_tune(options, task)
 
@@ -182,6 +194,7 @@ def export_rows(
     untold = {
         "--refinement-feedback": targets.refinement_feedback,
         "--balance": targets.balance,
+        "--verdict-weight": options.verdict_weight != 1,
         "--thoughts keep": options.thoughts == "keep",
     }
     for flag, given in untold.items():

@@ -371,6 +371,8 @@ class SftTask:
     thoughts: Thoughts = "drop"
     compare: bool = False
     """Whether the model also learns to name the better of draft and refinement."""
+    verdict_weight: float = 1.0
+    """How many times a token that judges weighs in the loss."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ end-of-turn token. Where the template keeps earlier turns so, the conversation i
 where it rewrites them, each trained turn is a sequence of its own.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -22,6 +23,7 @@ from srt_cli.templates import (
     LETTERS,
     FeedbackField,
     judge_messages,
+    judgements_in,
     render_feedback,
     render_refinement,
 )
@@ -291,6 +293,22 @@ def _common_prefix(one: list[int], other: list[int]) -> int:
     pairs = zip(one, other, strict=False)
     shorter = min(len(one), len(other))
     return next((place for place, (a, b) in enumerate(pairs) if a != b), shorter)
+
+
+def judging_tokens(chat: ChatFormat, sequence: TokenSequence) -> list[int]:
+    """Places of the trained tokens in which feedback judges: `yes`, `no`, the digits of the score."""
+    found = list[int]()
+    for places in (places for part, places in sequence.parts if part == "feedback"):
+        ids = sequence.input_ids[places.start : places.stop]
+
+        def characters(tokens: int, ids: list[int] = ids) -> int:
+            return len(str(chat.tokenizer.decode(ids[:tokens])))
+
+        for span in judgements_in(str(chat.tokenizer.decode(ids))):
+            first = bisect_right(range(len(ids)), span.start, key=characters) - 1
+            last = bisect_left(range(len(ids)), span.end, key=characters)
+            found += range(places.start + first, places.start + last)
+    return [place for place in found if sequence.labels[place] != IGNORED]
 
 
 @dataclass(frozen=True)

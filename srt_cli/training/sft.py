@@ -5,26 +5,28 @@ SFTTrainer, save, check the critic that came of it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from datasets import Dataset
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from srt_cli import console
-from srt_cli.errors import SrtError
+from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic_check import FEWEST_SCORES, MOSTLY, check_critic
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.run import Run, read_manifest, why_not_whole
 from srt_cli.stats.hygiene import is_same_text
 from srt_cli.tables import many
 from srt_cli.training.batches import (
-    Columns,
     LengthGroupedOrder,
     decide_packing,
     keep_rows,
@@ -56,7 +58,7 @@ from srt_cli.training.rows import (
 )
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
-from srt_cli.training.sequences import IGNORED, TokenSequence
+from srt_cli.training.sequences import IGNORED, TokenSequence, judging_tokens
 from srt_cli.training.setup import (
     CONFIG_CLASSES,
     Setup,
@@ -69,6 +71,8 @@ from srt_cli.training.setup import (
 
 DROPPED: Final = "sft.jsonl"
 """The file of dropped rows stands beside it."""
+JUDGES: Final = "judges"
+"""A column of ones where feedback judges, beside ids and labels."""
 
 
 def fine_tune(options: TrainingOptions, task: SftTask) -> None:
@@ -220,7 +224,8 @@ def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run)
     )
     sampler = Sampler(ready.chat, prompts)
     training = Training(setup, ready.chat, run, sampler, packing.on)
-    tuned = train_sft(training, prepared.train, prepared.held_out)
+    weight = _verdict_weight(training, prepared.train, task.verdict_weight)
+    tuned = train_sft(training, prepared.train, prepared.held_out, weight)
     run.tally({"training": vars(tuned.trained)})
     loss_on = ", ".join(task.targets.loss_on)
     facts = {
@@ -237,16 +242,61 @@ def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run)
     return tuned.trained
 
 
+def _verdict_weight(
+    training: Training, sequences: list[TokenSequence], times: float
+) -> "VerdictWeight | None":
+    """What a token that judges weighs, and any other; None where all weigh the same.
+
+    The mean weight of a trained token is 1, so the loss keeps its size.
+    """
+    if times == 1:
+        return None
+    if training.setup.fields.get("label_smoothing_factor"):
+        raise UsageError(
+            "--verdict-weight weighs log-probabilities, of which --set label_smoothing_factor makes no "
+            "use. Leave one of them out."
+        )
+    places = [judging_tokens(training.chat, sequence) for sequence in sequences]
+    judging = sum(map(len, places))
+    if not judging:
+        raise SrtError(
+            "--verdict-weight: no feedback here holds a score, or an item that ends in yes or no. "
+            "Leave it out."
+        )
+    trained = sum(sum(sequence.trained.values()) for sequence in sequences)
+    whole = trained + (times - 1) * judging
+    console.say(
+        f"{judging} trained tokens are verdicts or scores; weighing {times:g} times, they make up "
+        f"{times * judging / whole:.0%} of the loss, and would {judging / trained:.0%}"
+    )
+    return VerdictWeight(places, times * trained / whole, trained / whole)
+
+
 # --- The training itself -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VerdictWeight:
+    """Where each sequence judges, and what its trained tokens weigh there and elsewhere."""
+
+    places: list[list[int]]
+    judging: float
+    other: float
 
 
 def train_sft(
     training: Training,
     sequences: list[TokenSequence],
     held_out: list[TokenSequence] | None = None,
+    weight: VerdictWeight | None = None,
 ) -> Tuned:
     """Fine-tune on the sequences' labels: TRL's SFTTrainer on our own token ids and masks."""
     columns, setup = _columns_of(sequences), training.setup
+    if weight is not None:
+        columns[JUDGES] = [
+            [int(place in judging) for place in range(len(sequence.input_ids))]
+            for sequence, judging in zip(sequences, map(set, weight.places), strict=True)
+        ]
     batches = {}
     if training.packed:
         columns = pack(columns, pack_length(_lengths(sequences), setup.micro_batch))
@@ -258,14 +308,17 @@ def train_sft(
                 len(sequences), packs, setup.values.global_batch, setup.processes
             ),
         }
-    rows = keep_rows(columns, training.out)
-    lengths = [len(ids) for ids in columns["input_ids"]]
-    tuned = _train_everywhere(training, rows, lengths, batches, held_out or [])
+    passes = _Passes(
+        keep_rows(columns, training.out), list(map(len, columns["input_ids"])), batches
+    )
+    if weight is not None:
+        passes = replace(passes, weights=(weight.other, weight.judging))
+    tuned = _train_everywhere(training, passes, held_out or [])
     assert tuned is not None
     return tuned
 
 
-def _columns_of(sequences: list[TokenSequence]) -> Columns:
+def _columns_of(sequences: list[TokenSequence]) -> dict[str, list[list[int]]]:
     """Ids and labels, as TRL names them."""
     return {
         "input_ids": [sequence.input_ids for sequence in sequences],
@@ -273,13 +326,20 @@ def _columns_of(sequences: list[TokenSequence]) -> Columns:
     }
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """Rows on disk, their lengths, and how they become forward passes, as TRL names it."""
+
+    rows: Dataset
+    lengths: list[int]
+    batches: dict[str, Any]
+    weights: tuple[float, float] | None = None
+    """Of a token, and of one that judges; None where all weigh 1."""
+
+
 @in_every_process
 def _train_everywhere(
-    training: Training,
-    rows: Dataset,
-    lengths: list[int],
-    batches: dict[str, Any],
-    held_out: list[TokenSequence],
+    training: Training, passes: _Passes, held_out: list[TokenSequence]
 ) -> Tuned | None:
     setup = training.setup
     arguments = trainer_arguments(training, evaluates=bool(held_out)) | {
@@ -288,13 +348,16 @@ def _train_everywhere(
         "packing": False,
     }
     # Before the model: ZeRO-3 splits weights while they are loaded, if it knows of the training.
-    config = SFTConfig(**arguments | batches | dict(setup.fields))
+    config = SFTConfig(**arguments | passes.batches | dict(setup.fields))
     trainer = _PartwiseTrainer(
         held_out=held_out,
-        order=LengthGroupedOrder(lengths, config.per_device_train_batch_size, setup.options.seed),
+        weights=passes.weights,
+        order=LengthGroupedOrder(
+            passes.lengths, config.per_device_train_batch_size, setup.options.seed
+        ),
         model=load_policy(setup),
         args=config,
-        train_dataset=rows,
+        train_dataset=passes.rows,
         eval_dataset=Dataset.from_dict(dict(_columns_of(held_out))) if held_out else None,
         processing_class=training.chat.tokenizer,
         peft_config=lora_config(setup.adapters),
@@ -308,18 +371,70 @@ def _train_everywhere(
 
 
 class _PartwiseTrainer(WatchedTrainer, SFTTrainer):
-    """An SFTTrainer that evaluates each part separately."""
+    """An SFTTrainer that evaluates each part separately, and may let verdicts weigh more."""
 
-    def __init__(self, *, held_out: list[TokenSequence], **arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        held_out: list[TokenSequence],
+        weights: tuple[float, float] | None = None,
+        **arguments: Any,
+    ) -> None:
         self._held_out = held_out
+        self._weights = weights
         super().__init__(**arguments)
         score_on_cpu(self.model, bf16=self.args.bf16, pairs=False)
+        if weights is not None:
+            self.data_collator = _collating_judges(self.data_collator)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: Any = self._signature_columns
+        if self._weights is not None and JUDGES not in known:
+            known.append(JUDGES)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        judges = inputs.pop(JUDGES, None)
+        if judges is None or self._weights is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        assert self.model is not None
+        other, judging = self._weights
+        weights = torch.where(judges[:, 1:] == 1, judging, other)  # (batch, tokens - 1)
+        with _weighing(self.model, weights):
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluation_loop(
         self, dataloader: DataLoader[Any], *_: Any, metric_key_prefix: str = "eval", **__: Any
     ) -> EvalLoopOutput:
         micro_batch = self.args.per_device_eval_batch_size
         return loss_by_part(self, self._held_out, micro_batch, metric_key_prefix)
+
+
+def _collating_judges(collate: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """A collator that lays the column of judging tokens out as it lays out labels."""
+
+    def collate_both(rows: list[Any]) -> Any:
+        inputs = collate(rows)
+        if JUDGES in rows[0]:
+            inputs[JUDGES] = collate([{**row, "labels": row[JUDGES]} for row in rows])["labels"]
+        return inputs
+
+    return collate_both
+
+
+@contextmanager
+def _weighing(model: nn.Module, weights: Tensor) -> Iterator[None]:
+    """Let a model answer with weighted log-probs, from which TRL makes its loss."""
+
+    def weigh(_: nn.Module, __: Any, outputs: Any) -> Any:
+        outputs.log_probs = outputs.log_probs * weights
+        return outputs
+
+    hook = model.register_forward_hook(weigh)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def loss_by_part(
