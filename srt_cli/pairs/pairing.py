@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 import orjson
+import xxhash
 
 from srt_cli.pairs.answers import FirstAnswers
 from srt_cli.pairs.rows import FeedbackRow, ScoredRow
@@ -25,6 +26,8 @@ NO_SCORE: Final[dict[ScoreKind, str]] = {
     "expected": "no expected score", "compared": "no comparison", "checklist": "no checklist",
 }  # fmt: skip
 """Why a row whose scores are of another kind can be in no pair."""
+BETWEEN: Final = "\x1d"
+"""Texts of one digest."""
 EVEN: Final = 0.5
 POINTS: Final = 10.0
 """Between a text that is surely better and one that is surely worse, by comparison."""
@@ -187,15 +190,16 @@ STRATEGIES: Final[Mapping[Strategy, Callable[[Sequence[Refined], float], Pairing
 }
 
 
-def group_key(row: FeedbackRow, strategy: Strategy) -> bytes:
+def group_key(row: FeedbackRow, strategy: Strategy, seed: int | None = None) -> bytes:
     """A digest that is equal for the rows that a strategy must see together.
 
-    It is of the prompt's text, not its id, which another file may give to another prompt.
+    It is of the prompt's text, not its id, which another file may give to another prompt. A seed that
+    nobody knows lets a faster hash do, whose order of keys means nothing.
     """
-    prompt = _transcript(row.prompt)
-    if strategy != "refine":
-        return digest(prompt)
-    return digest(prompt, (row.response or "").strip(), (row.refinement or "").strip())
+    text = _transcript(row.prompt)
+    if strategy == "refine":
+        text = f"{text}{BETWEEN}{(row.response or '').strip()}{BETWEEN}{(row.refinement or '').strip()}"
+    return digest(text) if seed is None else xxhash.xxh3_128_digest(text.encode(), seed)
 
 
 def against_first(pairing: Pairing, first: FirstAnswers) -> Pairing | None:
@@ -262,7 +266,7 @@ def text_key(text: str) -> str:
 
 def digest(*texts: str) -> bytes:
     """A 16-byte digest of texts."""
-    return hashlib.blake2b("\x1d".join(texts).encode(), digest_size=16).digest()
+    return hashlib.blake2b(BETWEEN.join(texts).encode(), digest_size=16).digest()
 
 
 def _transcript(prompt: str | Sequence[Message]) -> str:

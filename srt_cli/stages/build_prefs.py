@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -160,7 +161,9 @@ def run(options: BuildPrefs) -> None:
     if options.rejected is not None:
         inputs["rejected"] = options.rejected
     run = open_run(COMMAND, options, inputs=inputs)
-    key_of = partial(group_key, strategy=options.strategy)
+    # Near duplicates are looked for in the order of the keys, which must not change.
+    seed = secrets.randbits(64) if options.near_duplicates is None else None
+    key_of = partial(group_key, strategy=options.strategy, seed=seed)
     with run, GroupedRows(options.out.parent, key_of) as rows:
         plan = plan_of(options)
         counts = [run.manifest.inputs[name].rows for name in data]
