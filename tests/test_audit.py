@@ -280,7 +280,8 @@ def test_a_small_gain_may_be_wrong_where_a_large_one_is_right():
 
 
 def dpo(srt, folder, model, *flags):
-    return srt("dpo", "--prefs", "prefs.jsonl", "--model", model, "--global-batch", 4, *flags)
+    line = ("dpo", "--prefs", "prefs.jsonl", "--model", model, "--global-batch", 4, "--samples", 0)
+    return srt(*line, *flags)
 
 
 def test_dpo_allows_for_what_the_audit_found(srt, feedback, tiny_model):

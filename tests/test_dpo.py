@@ -28,7 +28,7 @@ def train(srt, tmp_path, tiny_model):
 
     def run(*extra):
         line = ["dpo", "--model", tiny_model, "--global-batch", 4, "--learning-rate", 1e-3]
-        return srt(*line, "--beta", 0.1, *extra)
+        return srt(*line, "--beta", 0.1, "--samples", 0, *extra)
 
     return run
 
@@ -54,7 +54,7 @@ def test_answers_of_the_same_tokens_are_no_pair(srt, tmp_path, tiny_model):
     trims = template.replace("message['content']", "message['content'] | trim")
     (tmp_path / "trims.jinja").write_text(trims)
     line = ("dpo", "--model", tiny_model, "--chat-template", "trims.jinja", "--learning-rate", 1e-3)
-    finished = srt(*line)
+    finished = srt(*line, "--samples", 0)
     assert finished.code == 0, finished.stderr
     assert "1 pairs prefer an answer to itself and teach nothing" in finished.stderr
     assert "the same tokens teach nothing; they were left out: 1." in finished.stderr
@@ -95,7 +95,7 @@ def test_a_live_reference_is_the_model_that_training_starts_from(srt, tmp_path, 
     line = ("dpo", "--model", "tuned", "--global-batch", 4, "--learning-rate", 1e-3, "--beta", 0.1)
     losses = []
     for out, more in (("before", ()), ("live", ("--set", "precompute_ref_log_probs=false"))):
-        finished = srt(*line, "--out", out, *more)
+        finished = srt(*line, "--out", out, "--samples", 0, *more)
         assert finished.code == 0, finished.stderr
         losses.append([row["loss"] for row in read_jsonl(tmp_path / out / "metrics.jsonl")])
     assert losses[1][0] == pytest.approx(math.log(2), abs=1e-6)
@@ -103,7 +103,7 @@ def test_a_live_reference_is_the_model_that_training_starts_from(srt, tmp_path, 
 
 
 def test_a_training_that_lies_in_its_warm_up_says_that_it_changed_nothing(train, tmp_path):
-    finished = train("--global-batch", 8, "--samples", 0)
+    finished = train("--global-batch", 8)
     assert "lay in the warm-up, at learning rate 0, and changed nothing" in finished.stderr
-    other = train("--global-batch", 8, "--samples", 0, "--warmup", 0, "--out", tmp_path / "other")
+    other = train("--global-batch", 8, "--warmup", 0, "--out", tmp_path / "other")
     assert "changed nothing" not in other.stderr

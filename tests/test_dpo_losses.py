@@ -137,7 +137,7 @@ def run_both(srt, tmp_path, tiny_model, loss_type, *extra, **weights):
         "dpo", "--model", tiny_model, "--loss-type", loss_type, *smoothing, "--beta", BETA,
         "--learning-rate", RATE, "--lr-schedule", "constant_with_warmup", "--warmup", 0,
         "--max-grad-norm", 1e9, "--global-batch", 4, "--micro-batch", 4, "--epochs", 2,
-        "--set", "optim=sgd", *extra,
+        "--samples", 0, "--set", "optim=sgd", *extra,
     )  # fmt: skip
     assert finished.code == 0, finished.stderr
     independent = Independent(tiny_model, rows)

@@ -62,7 +62,7 @@ def test_what_is_given_wins_and_is_called_given():
 def test_the_manifest_holds_the_values_and_the_next_run_is_held_to_them(srt, tmp_path, tiny_model):
     write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
     line = ("sft", "--model", tiny_model, "--critic-check", 0, "--global-batch", 4)
-    assert srt(*line, "--recipe", "zephyr").code == 0
+    assert srt(*line, "--recipe", "zephyr", "--samples", 0).code == 0
     settings = json.loads((tmp_path / "models/sft/run.json").read_text())["settings"]
     assert settings["learning_rate"] == 2e-5
     assert (settings["epochs"], settings["warmup"], settings["lr_schedule"]) == (1, 0.1, "cosine")

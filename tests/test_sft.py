@@ -36,14 +36,15 @@ def train(srt, tmp_path, tiny_model):
 
     def run(*extra):
         line = ["sft", "--model", tiny_model, "--global-batch", 4, "--learning-rate", 1e-2]
-        unchecked = () if "--critic-check" in extra else ("--critic-check", 0)
-        return srt(*line, *unchecked, *extra)
+        for option in ("--critic-check", "--samples"):
+            line += [] if option in extra else [option, 0]
+        return srt(*line, *extra)
 
     return run
 
 
 def test_a_model_directory_stands_alone(train, tmp_path):
-    finished = train("--epochs", 2)
+    finished = train("--epochs", 2, "--samples", 4)
     assert finished.code == 0, finished.stderr
     names = {path.name for path in (tmp_path / "models/sft").iterdir()}
     assert names == {
@@ -122,7 +123,7 @@ def test_rows_that_break_the_papers_rules_fall_out_with_their_reason(srt, tmp_pa
         feedback_rows(1, id="unread", status="unparsed", feedback=None)[0],
     ]
     write_jsonl(tmp_path / "feedback.jsonl", rows)
-    line = ("sft", "--model", tiny_model, "--epochs", 1, "--critic-check", 0)
+    line = ("sft", "--model", tiny_model, "--epochs", 1, "--critic-check", 0, "--samples", 0)
     finished = srt(*line)
     assert "4 rows: 2 kept; dropped: 1 refinement scored lower, 1 unparsed" in finished.stderr
     dropped = read_jsonl(tmp_path / "models/sft/sft.dropped.jsonl")
@@ -160,7 +161,7 @@ def test_the_model_comes_from_the_manifest_of_the_data(srt, tmp_path, tiny_model
         "runtime": {},
     }
     (tmp_path / "feedback.run.json").write_text(json.dumps(manifest))
-    assert srt("sft", "--epochs", 1, "--critic-check", 0).code == 0
+    assert srt("sft", "--epochs", 1, "--critic-check", 0, "--samples", 0).code == 0
 
 
 def test_the_first_loss_is_that_of_transformers_alone(train, tmp_path, tiny_model):

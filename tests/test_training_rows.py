@@ -33,7 +33,7 @@ from srt_cli.training.sequences import (
     refinement_sequence,
 )
 
-QUICK = ("--global-batch", 4, "--learning-rate", 1e-2, "--epochs", 1)
+QUICK = ("--global-batch", 4, "--learning-rate", 1e-2, "--epochs", 1, "--samples", 0)
 
 
 @pytest.fixture(scope="module")
