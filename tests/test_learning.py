@@ -20,9 +20,7 @@ def write(prompt):
 
 
 @pytest.mark.smollm2
-def test_the_loss_of_every_part_falls_on_unseen_rows_and_every_turn_ends(
-    srt, tmp_path, smollm2_gguf
-):
+def test_the_loss_of_every_part_falls_on_unseen_rows_and_every_turn_ends(srt, tmp_path, smollm2):
     (tmp_path / "writer.py").write_text(WRITER)
     collected = srt(
         "collect-feedback", "--prompts", QUICKSTART / "prompts.jsonl", "--limit", 64,
@@ -30,7 +28,7 @@ def test_the_loss_of_every_part_falls_on_unseen_rows_and_every_turn_ends(
     )  # fmt: skip
     assert collected.code == 0, collected.stderr
     tuned = srt(
-        "sft", "--model", smollm2_gguf, "--eval-split", 0.2, "--eval-every", 1000, "--epochs", 1,
+        "sft", "--model", smollm2, "--eval-split", 0.2, "--eval-every", 1000, "--epochs", 1,
         "--learning-rate", 2e-4, "--global-batch", 4, "--samples", 0, "--critic-check", 0,
     )  # fmt: skip
     assert tuned.code == 0, tuned.stderr
