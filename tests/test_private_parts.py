@@ -49,6 +49,10 @@ PRIVATE_PARTS = [
     ("torch.utils._python_dispatch", "TorchDispatchMode"),
     ("torch.utils._pytree", "tree_map_only"),
     ("torch", "UntypedStorage._cdata"),
+    ("torch", "ops.prim.device.default"),
+    # Used by models/weights.py, which makes each once a conversion; without them it takes twice as long.
+    ("gguf", "GGUFReader"),
+    ("gguf", "get_tensor_name_map"),
 ]
 CALLED_BY_THEMSELVES = [
     # Without the first, the order of rows would be transformers' own, and no resume exact.
