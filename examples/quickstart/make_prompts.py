@@ -31,8 +31,8 @@ class Rows(NamedTuple):
 
 FILES = {
     "prompts.jsonl": Rows(144, 240),
-    "more-prompts.jsonl": Rows(224, 256),
-    "self-prompts.jsonl": Rows(120, 240),
+    "more-prompts.jsonl": Rows(208, 256),
+    "self-prompts.jsonl": Rows(100, 240),
     "heldout.jsonl": Rows(200, 300),
 }
 WORDS = (
