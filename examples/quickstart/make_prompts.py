@@ -32,8 +32,8 @@ class Rows(NamedTuple):
 FILES = {
     "prompts.jsonl": Rows(144, 240),
     "more-prompts.jsonl": Rows(208, 256),
-    "self-prompts.jsonl": Rows(100, 240),
-    "heldout.jsonl": Rows(200, 300),
+    "self-prompts.jsonl": Rows(160, 240),
+    "heldout.jsonl": Rows(300, 300),
 }
 WORDS = (
     "without", "no_commas", "at_most", "two_sentences", "include", "number", "semicolon", "start", "end",

@@ -245,10 +245,11 @@ def is_same_text(one: str, other: str) -> bool:
     """Whether two texts are equal but for their form: line ends, spacing, Unicode's two spellings."""
     if one == other:
         return True
-    # Most texts differ early on.
+    # Most texts differ early on, many in their first letter.
+    letters = one[:1] + other[:1]
+    if letters[:1] != letters[1:] and letters.isalnum() and letters.isascii():
+        return False
     if one.isascii() and other.isascii():
-        if one.lstrip()[:1] != other.lstrip()[:1]:
-            return False
         first = one.split(None, FIRST_WORDS)[:FIRST_WORDS]
         return (
             first == other.split(None, FIRST_WORDS)[:FIRST_WORDS] and one.split() == other.split()
