@@ -5,6 +5,7 @@ import difflib
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -74,6 +75,9 @@ TRIED_SHAPE: Final = (256, 768, 1536)
 """Tokens, and the two widths of a layer of some 100M parameters: 0.6e9 multiply-adds."""
 
 
+TURNS: Final = 10
+
+
 def bf16_on_cpu() -> tuple[bool, str]:
     """Whether this CPU multiplies bfloat16 clearly faster than float32, with the reason.
 
@@ -94,18 +98,20 @@ def bf16_on_cpu() -> tuple[bool, str]:
 
 
 def _gain_of_bf16() -> float:
-    """How many times faster products are in bfloat16, their casts included: the best of three each."""
+    """How many times faster products are in bfloat16, their casts included: the best of many each.
+
+    They take turns, so that on a busy machine both are hindered alike.
+    """
     tokens, one, other = TRIED_SHAPE
     states, weights = torch.full((tokens, one), 0.5), torch.full((other, one), 0.5)
-    best = {}
+    best = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
     with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            seconds = []
-            for _ in range(4):  # the first warms up
+        for turn in range(TURNS):
+            for dtype in best:
                 started = time.perf_counter()
                 torch.nn.functional.linear(states.to(dtype), weights.to(dtype))
-                seconds.append(time.perf_counter() - started)
-            best[dtype] = min(seconds[1:])
+                if turn:  # the first warms up
+                    best[dtype] = min(best[dtype], time.perf_counter() - started)
     return best[torch.float32] / best[torch.bfloat16]
 
 
