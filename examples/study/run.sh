@@ -18,7 +18,7 @@ fi
 # An array each for what several lines share.
 critic=(--critic python:critic.py:critique --max-new-tokens 32)
 trained=(--global-batch 8 --micro-batch 8 --samples 0 --critic-check 0)
-whole=(--loss-on feedback,refinement --refinement-feedback --verdict-weight 6 --epochs 1 --learning-rate 3e-4 "${trained[@]}")
+whole=(--loss-on feedback,refinement --refinement-feedback --epochs 1 --learning-rate 3e-4 "${trained[@]}")
 check=(--check python:critic.py:check --max-new-tokens 32)
 own=(--prompts self-prompts.jsonl --samples 4 --temperature 1 --score checklist --critic-max-tokens 100 "${check[@]}")
 preferred=(--learning-rate 3e-5 --beta 0.1 --global-batch 8 --micro-batch 8 --epochs 1 --samples 0)
