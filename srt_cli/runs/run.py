@@ -583,9 +583,8 @@ def describe_input(path: Path) -> InputFile:
     manifest = read_manifest(path)
     digest = rows = None
     if path.is_file():
-        with ThreadPoolExecutor(
-            max_workers=1
-        ) as beside:  # hashing leaves the other core to the rows
+        # Hashing leaves the other core to the rows.
+        with ThreadPoolExecutor(max_workers=1) as beside:
             hashed = beside.submit(sha256_of, path)
             rows = _rows_of(path) if path.suffix == ".jsonl" else None
             digest = hashed.result()

@@ -7,7 +7,7 @@ SFTTrainer, save, check the critic that came of it.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -267,7 +267,7 @@ def _verdict_weight(
     whole = trained + (times - 1) * judging
     console.say(
         f"{judging} trained tokens are verdicts or scores; weighing {times:g} times, they make up "
-        f"{times * judging / whole:.0%} of the loss, and would {judging / trained:.0%}"
+        f"{times * judging / whole:.0%} of the loss instead of {judging / trained:.0%}"
     )
     return VerdictWeight(places, times * trained / whole, trained / whole)
 
@@ -308,11 +308,9 @@ def train_sft(
                 len(sequences), packs, setup.values.global_batch, setup.processes
             ),
         }
-    passes = _Passes(
-        keep_rows(columns, training.out), list(map(len, columns["input_ids"])), batches
-    )
-    if weight is not None:
-        passes = replace(passes, weights=(weight.other, weight.judging))
+    lengths = [len(ids) for ids in columns["input_ids"]]
+    weights = None if weight is None else (weight.other, weight.judging)
+    passes = _Passes(keep_rows(columns, training.out), lengths, batches, weights)
     tuned = _train_everywhere(training, passes, held_out or [])
     assert tuned is not None
     return tuned
@@ -333,7 +331,7 @@ class _Passes:
     rows: Dataset
     lengths: list[int]
     batches: dict[str, Any]
-    weights: tuple[float, float] | None = None
+    weights: tuple[float, float] | None
     """Of a token, and of one that judges; None where all weigh 1."""
 
 
