@@ -32,14 +32,13 @@ from srt_cli.pairs.answers import GIVEN, ScoredAnswers, read_scored
 from srt_cli.pairs.external_sort import ExternalSort
 from srt_cli.prompts import HUB_PREFIX, format_of, rows_at
 from srt_cli.records import MAX_SCORE, MIN_SCORE, FeedbackRecord, Message, Status
-from srt_cli.runs.jsonl import lines_of, naming_row, parse_lines, read_lines
+from srt_cli.runs.jsonl import BUFFER_BYTES, lines_of, naming_row, parse_lines, read_lines
 from srt_cli.stats.counting import Copied
 from srt_cli.stats.hygiene import is_same_text
 
 PLACE_BYTES: Final = 8
 _KEY: Final = itemgetter(slice(None, -PLACE_BYTES))
 STRETCH_BYTES: Final = 4 << 20
-BUFFER_BYTES: Final = 1 << 18
 GROUPS_AT_ONCE: Final = 256
 """Few enough for their places to fit into a pipe, which may not be read at once."""
 BYTES_FOR_PROCESSES: Final = 48 << 20

@@ -26,6 +26,8 @@ Parsed = TypeVar("Parsed")
 
 MOST_LEVELS: Final = 100
 TOO_DEEP: Final = f"is nested more than {MOST_LEVELS} levels deep. Leave the deep field out."
+BUFFER_BYTES: Final = 1 << 18
+"""Of a file that is read from end to end."""
 MOST_BYTES: Final = 2**28
 """In one line: a compressed file of a few megabytes may hold one that fills any memory."""
 DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")

@@ -29,6 +29,7 @@ from srt_cli.options import (
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import (
+    BUFFER_BYTES,
     NewFile,
     as_json,
     dropped_path,
@@ -42,7 +43,6 @@ from srt_cli.templates import template_digests
 
 RunStatus = Literal["started", "complete", "interrupted", "failed"]
 Figure = TypeVar("Figure")
-BUFFER_BYTES: Final = 1 << 18
 TEMPLATE_DAY: Final = "template_day"
 """The tally of a run whose chat template writes the date: when it was first asked, ISO 8601."""
 
