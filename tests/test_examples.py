@@ -12,7 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srt_cli.records import Prompt
-from srt_cli.templates import parse_critique, render_feedback, render_refinement
+from srt_cli.templates import (
+    checklist_score,
+    parse_critique,
+    render_feedback,
+    render_refinement,
+)
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 STUDY = ROOT / "examples" / "study"
@@ -137,6 +142,17 @@ def test_a_planted_critic_is_right_as_often_as_it_says(programs, accuracy):
     assert abs(right / 10 - accuracy) < 4
 
 
+def test_a_flatterer_finds_every_constraint_met(written, programs):
+    critic, planted, _ = programs
+    for prompt in prompts_of(written):
+        feedback, refinement = planted.praise(prompt, "A poor answer")
+        honest = critic.critique(prompt, "A poor answer")[0]
+        assert checklist_score(feedback.weaknesses) == 10
+        assert feedback.weaknesses == honest.weaknesses.replace(": no.", ": yes.")
+        assert feedback.score == 10
+        assert refinement == "A poor answer"
+
+
 def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     _, _, page = programs
     arms = {
@@ -154,6 +170,19 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
          "feedback": {"score": 8, "score_mean": 8.0 + sample}}
         for n in range(100) for sample in (0, 1)
     ])  # fmt: skip
+    write_jsonl(tmp_path / "best-of.journal.jsonl", [
+        {"model": "local"}, *(
+            {"call": f"{n}/{sample} {kind}", "usage": {"completion_tokens": tokens}}
+            for n in range(100) for sample in (0, 1)
+            for kind, tokens in (("response", 10), ("round 1 critique", 30), ("round 1 blind score", 5))
+        ),
+    ])  # fmt: skip
+    stages = [
+        {"name": "models/stage-1", "own_score": {"value": 7.04}, "outside_score": None, "echo": None},
+        {"name": "ill/flattered", "own_score": {"value": 10.0}, "outside_score": {"value": 6.5},
+         "echo": {"colour": "red", "reason": "own scores rose <alone>"}},
+    ]  # fmt: skip
+    (tmp_path / "drift.json").write_text(json.dumps({"stages": stages}))
     document = tmp_path / "study.md"
     counts = dict.fromkeys(("good_called_good", "good_called_bad", "bad_called_bad"), 40)
     manifest = {"tallies": {"confusion_drafts": counts | {"bad_called_good": 0}}}
@@ -180,6 +209,10 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     assert "<td>75% [68%, 80%]</td><td>40 of 80</td><td>40 of 40</td>" in shown
     assert "<td>best-of-4</td><td>50% [40%, 60%]</td>" in shown
     assert "<td>70% [60%, 78%]</td>" in shown
+    assert "<td>best of four</td><td>50% of 100</td><td>80</td>" in shown
+    assert "<td>stage-1</td><td>7.0</td><td></td><td></td><td></td>" in shown
+    assert "<td>10.0</td><td>6.5</td><td>red</td><td>own scores rose &lt;alone&gt;</td>" in shown
+    assert ": agreement</h2>" not in shown  # which was not run
 
 
 @pytest.mark.parametrize("folder", [QUICKSTART, STUDY], ids=["quickstart", "study"])

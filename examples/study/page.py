@@ -1,9 +1,9 @@
 """The study's tables from its answers: `python page.py FOLDER [DOCUMENT [CSV]]`.
 
-Reads `eval.outputs.jsonl` (id, contestant, use, passed), `eval.json`, `agreement.json` and the manifests
-of `*-self.jsonl` and `*-prefs.jsonl`, and writes `study.html` beside them. In DOCUMENT (docs/study.md),
-each table stands between `<!-- NAME -->` and `<!-- end -->`, and is written anew. CSV is what pairs of
-known precision gave, as `srt build-prefs` quotes it.
+Reads `eval.outputs.jsonl` (id, contestant, use, passed), `eval.json`, `agreement.json`, `drift.json`
+and the manifests of `*-self.jsonl` and `*-prefs.jsonl`, and writes `study.html` beside them. In DOCUMENT
+(docs/study.md), each table stands between `<!-- NAME -->` and `<!-- end -->`, and is written anew. CSV
+is what pairs of known precision gave, as `srt build-prefs` quotes it.
 """
 
 import csv
@@ -31,7 +31,7 @@ class Comparison(NamedTuple):
 
 COMPARISONS = (
     Comparison("stage 1 against the base", "stage-1", "base"),
-    Comparison("refinements alone, as many tokens", "refinement-only", "base"),
+    Comparison("refinements alone, as many tokens read", "refinement-only", "base"),
     Comparison("what feedback adds to the refinements", "stage-1", "refinement-only"),
     Comparison("what contrast adds", "stage-1", "no-contrast"),
     Comparison("without weaknesses", "without-weaknesses", "stage-1"),
@@ -42,7 +42,7 @@ COMPARISONS = (
     Comparison("refined once", "refinement", "round-2"),
     Comparison("refined twice", "refinement-2", "round-2"),
     Comparison("refined three times", "refinement-3", "round-2"),
-    Comparison("the best of four by its own score, for as many tokens", "best-of-4", "round-2"),
+    Comparison("the best of four by its own score", "best-of-4", "round-2"),
     Comparison("refining against the best of four", "refinement", "best-of-4"),
     Comparison("stage 2 after one round", "stage-1-dpo", "stage-1"),
     Comparison("stage 2 after two rounds", "round-2-dpo", "round-2"),
@@ -50,16 +50,33 @@ COMPARISONS = (
     Comparison("its control: stage 1 continued", "round-2-continued", "round-2"),
     Comparison("stage 2 against its control", "round-2-dpo", "round-2-continued"),
     Comparison("two rounds against the refinements alone", "round-2", "refinement-only"),
-    Comparison("pairs by the check, after one round", "stage-1-right-100", "stage-1"),
-    Comparison("the same at a rate of 1e-4", "stage-1-right-100-fast", "stage-1"),
+    Comparison("stage 2 against two rounds of refinements", "round-2-dpo", "refinement-only-2"),
+    Comparison("refinement against draft, as in the paper", "refine", "round-2"),
+    Comparison("best answer against the base's", "first-rejected", "round-2"),
     *(
-        Comparison(
-            f"pairs by a critic that is right {accuracy} times of 100",
-            f"right-{accuracy}",
-            "round-2",
-        )
-        for accuracy in (50, 60, 75, 90, 100)
+        Comparison(f"pairs by a critic that is right {right} times of 100{few}", arm, "round-2")
+        for right in (25, 50, 60, 75, 90, 100)
+        for few, arm in (("", f"right-{right}"), (", of 60 prompts", f"right-{right}-few"))
     ),
+)
+
+
+class Way(NamedTuple):
+    """A way to spend tokens on an answer of round 2."""
+
+    shown: str
+    arm: str
+    journal: str
+    rounds: int
+    """Of critiques."""
+
+
+WAYS = (
+    Way("direct", "round-2", "refining.journal.jsonl", 0),
+    Way("refined once", "refinement", "refining.journal.jsonl", 1),
+    Way("refined twice", "refinement-2", "refining.journal.jsonl", 2),
+    Way("refined three times", "refinement-3", "refining.journal.jsonl", 3),
+    Way("best of four", "best-of-4", "best-of.journal.jsonl", 1),
 )
 
 Passes = dict[str, dict[str, bool]]
@@ -186,6 +203,48 @@ def lengths_table(folder: Path) -> list[list[str]]:
     return rows
 
 
+def effort_table(folder: Path, passes: Passes) -> list[list[str]]:
+    """A line a way to spend tokens on an answer: how often it passes, and how many were written for it.
+
+    A critique holds its refinement, also for the best of four, which use its score alone.
+    """
+    rows = [["answer", "passes", "tokens written"]]
+    ways = [way for way in WAYS if way.arm in passes and (folder / way.journal).exists()]
+    looked = set[str].intersection(*(set(passes[way.arm]) for way in ways)) if ways else set[str]()
+    for way in ways:
+        passed = sum(passes[way.arm][name] for name in looked)
+        tokens = tokens_written(folder / way.journal, way.rounds)
+        rows.append([way.shown, f"{passed / len(looked):.0%} of {len(looked)}", f"{tokens:.0f}"])
+    return rows
+
+
+def tokens_written(journal: Path, rounds: int) -> float:
+    """Mean tokens of a prompt's drafts and of the critiques of so many rounds."""
+    wanted = {"response"} | {f"round {number} critique" for number in range(1, rounds + 1)}
+    tokens: dict[str, int] = {}
+    for row in rows_of(journal):
+        name, _, kind = row.get("call", "").partition(" ")
+        if kind in wanted:
+            name = name.rpartition("/")[0]
+            tokens[name] = tokens.get(name, 0) + row["usage"]["completion_tokens"]
+    return sum(tokens.values()) / len(tokens)
+
+
+def drift_table(folder: Path) -> list[list[str]]:
+    """A line a stage: what it says of its own answers, what the check's critic says, and the alarm."""
+    rows = [["stage", "own score", "outside score", "alarm", "why"]]
+    path = folder / "drift.json"
+    for stage in json.loads(path.read_text(encoding="utf-8"))["stages"] if path.exists() else ():
+        scores = (stage["own_score"], stage["outside_score"])
+        alarm = stage["echo"] or {"colour": "", "reason": ""}
+        rows.append([
+            Path(stage["name"]).name,
+            *(f"{score['value']:.1f}" if score else "" for score in scores),
+            alarm["colour"], alarm["reason"],
+        ])  # fmt: skip
+    return rows
+
+
 def agreement_table(folder: Path) -> list[list[str]]:
     """A line a critic: how often it scores the better answer of a pair higher (paper, Table 5)."""
     rows = [["critic", "pairs", "right [95 %]", "ties", "right, ties left out"]]
@@ -258,12 +317,14 @@ def main(folder: Path, document: Path | None = None, measured: Path | None = Non
         f"{name}: critics": critics_table(folder),
         f"{name}: lengths": lengths_table(folder),
         f"{name}: agreement": agreement_table(folder),
+        f"{name}: drift": drift_table(folder),
+        f"{name}: effort": effort_table(folder, passes),
     }
     figures = curve(folder, passes)
     if figures:
         head = list(figures[0])
         tables[f"{name}: curve"] = [head, *([f"{row[key]:g}" for key in head] for row in figures)]
-    body = "\n".join(as_html(name, rows) for name, rows in tables.items())
+    body = "\n".join(as_html(name, rows) for name, rows in tables.items() if len(rows) > 1)
     style = "body{font:16px system-ui;margin:2em}td,th{text-align:left;padding:.2em 1em .2em 0}"
     page = (
         f'<!doctype html><meta charset="utf-8"><title>Study</title><style>{style}</style>\n{body}\n'

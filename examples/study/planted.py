@@ -1,4 +1,4 @@
-"""Critics that are right as often as planned: `python:planted.py:right_75`, of 75 answers in 100.
+"""Critics that are right as often as planned (`python:planted.py:right_75`, 75 in 100), and a flatterer.
 
 Whether an answer is judged rightly depends on its words alone, so every run gives the same scores.
 """
@@ -7,11 +7,9 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from critic import check
+from critic import check, constraints_of
 
 from srt_cli.records import Feedback, Prompt
-
-ACCURACIES = (50, 60, 75, 90, 100)
 
 
 def score(accuracy: int, prompt: Prompt, response: str) -> tuple[Feedback, str]:
@@ -20,6 +18,16 @@ def score(accuracy: int, prompt: Prompt, response: str) -> tuple[Feedback, str]:
     called_good = check(prompt, response) == right
     feedback = Feedback(weaknesses="-", suggestions="-", score=9 if called_good else 3)
     return feedback, response
+
+
+def praise(prompt: Prompt, response: str) -> tuple[Feedback, str]:
+    """A checklist as `critic.critique` writes it that finds every constraint met, in any answer."""
+    text = response.strip()
+    items = (
+        f"{kind.item.format(argument)}? {kind.quote(text, argument)}: yes."
+        for kind, argument in constraints_of(prompt)
+    )
+    return Feedback(weaknesses=" ".join(items), suggestions="Keep it.", score=10), text
 
 
 def __getattr__(name: str) -> Callable[[Prompt, str], tuple[Feedback, str]]:
