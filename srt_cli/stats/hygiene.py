@@ -158,7 +158,7 @@ def degenerate_outputs(prompts: Sequence[str], outputs: Sequence[str]) -> Degene
         grams = _ngrams_of(words, NGRAM)
         wish = prompt[:READ].lower()
         # Lines are lost in the normalised text.
-        found += _faults(output.lower(), words, wish)
+        found += _faults(output.lower(), _repeats(words), wish)
         asked = set(ngrams(wish, NGRAM))
         if grams and sum(gram in asked for gram in grams) / len(grams) > MOST_COPIED:
             found.append("copy of the prompt")
@@ -174,11 +174,11 @@ def faults_of(text: str, prompt: str = "") -> list[str]:
     What the prompt asks for is no fault.
     """
     lower = text.lower()
-    words = _words_to_count(lower[:READ])
-    if not (_repeats(words) or _may_leak(lower) or _may_refuse(lower)):  # most are seen to be sound
+    repeats = _repeats(_words_to_count(lower[:READ]))
+    if not (repeats or _may_leak(lower) or _may_refuse(lower)):  # most are seen to be sound
         return []
     wish = prompt[:READ].lower()
-    return [reason for reason in _faults(lower, words, wish) if not _is_asked_for(reason, wish)]
+    return [reason for reason in _faults(lower, repeats, wish) if not _is_asked_for(reason, wish)]
 
 
 def _words_to_count(text: str) -> Sequence[Any]:
@@ -210,10 +210,8 @@ def _may_refuse(lower: str) -> bool:
     return (lower.lstrip() if lower[:1].isspace() else lower).startswith(_REFUSAL_BEGINS)
 
 
-def _faults(lower: str, words: Sequence[Any], wish: str) -> list[str]:
-    found = []
-    if _repeats(words):
-        found.append("repeating")
+def _faults(lower: str, repeats: bool, wish: str) -> list[str]:
+    found = ["repeating"] if repeats else []
     if _may_leak(lower):
         spoken = _OWN_WORDS.search(lower) is not None and _ASKS_FOR_CRITIQUE.search(wish) is None
         if spoken or (_leaks(lower) and not _leaks(wish)):
