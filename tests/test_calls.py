@@ -91,6 +91,57 @@ def test_a_batched_model_sees_the_same_waves_whatever_is_answered_already(tmp_pa
     assert 0 < len(resumed.asked) < len(straight.asked)
 
 
+def run_before(path, rows):
+    """A journal that holds rows called old, and its size."""
+    model = Echo()
+    with Journal(path) as journal:
+        list(conduct((row(model, f"old{n}") for n in range(rows)), journal, [model]))
+    return path.stat().st_size
+
+
+def test_rows_of_earlier_runs_take_no_place_in_a_wave(tmp_path):
+    """Nor in the waves of the same run when it was interrupted and goes on."""
+
+    def go_on(path, **how):
+        model = Echo(batched=True, in_flight=4, **how)
+        with Journal(path, before=before) as journal:
+            results = dict(conduct((row(model, name) for name in names), journal, [model]))
+        assert [results[n][0] for n in range(len(names))] == [f"{n.upper()}-0" for n in names]
+        return model
+
+    names = [name for n in range(12) for name in (f"old{n}", f"new{n}")]
+    before = run_before(tmp_path / "straight.jsonl", 12)
+    run_before(tmp_path / "broken.jsonl", 12)
+    straight = go_on(tmp_path / "straight.jsonl")
+    assert [len(wave) for wave in straight.waves] == [8, 8, 4, 4]
+    assert all(text.startswith("new") for wave in straight.waves for text in wave)
+    with pytest.raises(QuotaError):
+        go_on(tmp_path / "broken.jsonl", fail_at=11)
+    resumed = go_on(tmp_path / "broken.jsonl")
+    assert resumed.waves == straight.waves
+    assert 0 < len(resumed.asked) < len(straight.asked)
+
+
+def test_no_model_waits_while_rows_are_read_that_the_journal_holds(tmp_path):
+    class Noting(Echo):
+        def submit(self, requests, answered=()):
+            self.read.append(len(results))
+            return super().submit(requests, answered)
+
+    model, results = Noting(in_flight=64), {}
+    model.read = []
+    run_before(tmp_path / "x.jsonl", 500)
+    names = ["new0", *(f"old{n}" for n in range(500)), "new1"]
+    with Journal(tmp_path / "x.jsonl") as journal:
+        for index, result in conduct((row(model, name) for name in names), journal, [model]):
+            results[index] = result
+    # The first call goes out, is answered and followed by the second while the old rows are read.
+    assert [asked for wave in model.waves[:2] for asked in wave] == ["new0-0", "new0-1"]
+    assert model.read[0] <= 16
+    assert model.read[1] <= 32
+    assert len(results) == len(names)
+
+
 def test_replies_that_came_in_before_a_fatal_error_are_kept(tmp_path):
     with pytest.raises(QuotaError):
         run(tmp_path, Echo(in_flight=64, fail_at=4))

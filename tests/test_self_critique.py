@@ -211,6 +211,35 @@ def test_processes_write_the_file_that_one_would_and_so_does_the_other_engine(
     assert 0 < speed <= together["completion_tokens"] / max(seconds - 0.5, 0.1) + 1
 
 
+def test_prompts_that_are_added_fill_the_batches_alone_also_when_that_is_interrupted(
+    srt, folder, tiny_model
+):
+    def in_batches_of():
+        finished = criticise(
+            srt, "--max-new-tokens", 8, "--critic-max-tokens", 8, model=tiny_model, code=3
+        )
+        assert finished.stdout == ""
+        content = json.loads((folder / "self-feedback.run.json").read_text())
+        (model,) = content["models"].values()
+        return model["largest_batch"], content["tallies"]["calls_made"]
+
+    assert in_batches_of() == (3, 6)
+    names = [f"{kind} task {n}" for n in range(3) for kind in ("another", "")]
+    write_jsonl(
+        folder / "prompts.jsonl",
+        [{"id": n, "prompt": name.strip()} for n, name in enumerate(names)],
+    )
+    assert in_batches_of() == (3, 6)
+    whole = (folder / "self-feedback.jsonl").read_bytes()
+    # Half of a wave is lost: its other half shapes the batches again.
+    journal, manifest = folder / "self-feedback.journal.jsonl", folder / "self-feedback.run.json"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:-1]))
+    manifest.write_text(manifest.read_text().replace('"status": "failed"', '"status": "started"'))
+    (folder / "self-feedback.jsonl").unlink()
+    assert in_batches_of() == (3, 1)
+    assert (folder / "self-feedback.jsonl").read_bytes() == whole
+
+
 def what_was_made(manifest):
     content = json.loads(manifest.read_text())
     (model,) = content["models"].values()

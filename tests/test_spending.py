@@ -366,6 +366,18 @@ def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path
     assert len(server.asked) == 8
 
 
+def test_prompts_that_are_added_go_into_a_batch_without_those_that_are_paid_for(
+    srt, serve, prompts, tmp_path
+):
+    prompts(4)
+    server = serve(as_policy_and_critic, BatchServer)
+    assert collect(srt, server, *BATCH).code == 0
+    prompts(6)
+    assert collect(srt, server, *BATCH).code == 0
+    assert len(read_jsonl(tmp_path / "feedback.jsonl")) == 6
+    assert len(server.asked) == 2 * 4 + 2 * 2
+
+
 def test_a_model_served_only_by_responses_says_what_to_do_about_its_batch(
     srt, serve, prompts, tmp_path
 ):

@@ -251,6 +251,26 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
     assert (tmp_path / "x.jsonl").read_bytes() == b"1\n"
 
 
+def resident_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_rows_that_wait_for_one_before_them_do_not_fill_the_memory(tmp_path):
+    writer = OrderedWriter(tmp_path / "x.jsonl")
+    before = resident_bytes()
+    for number in [*range(1, 6000), 6001]:
+        writer.add_plain(number, [{"text": f"{number} {'x' * 10_000}"}])
+    # 60 MB wait for the first row.
+    assert resident_bytes() - before < 40 << 20
+    writer.add_plain(0, [{"text": "0 x"}])
+    writer.commit()
+    writer.discard()
+    lines = (tmp_path / "x.jsonl").read_bytes().splitlines()
+    assert [int(line.split()[0][9:]) for line in lines] == [*range(6000), 6001]
+    assert {path.name for path in tmp_path.iterdir()} == {"p.py", "prompts.jsonl", "x.jsonl"}
+
+
 def test_a_file_that_another_run_has_just_written_is_not_taken_for_the_users(tmp_path):
     from srt_cli.runs.run import open_run
     from srt_cli.stages.collect_feedback import CollectFeedback

@@ -6,6 +6,7 @@ sees it.
 """
 
 import heapq
+import math
 import queue
 import signal
 import threading
@@ -33,7 +34,7 @@ from srt_cli.runs.journal import Journal, request_key
 QUICK_FINISH_S: Final = 1.0
 LONG_FINISH_S: Final = 60.0
 MOST_AT_ONCE: Final = 16
-"""Replies that rows are sent before their next calls are handed over."""
+"""Replies that rows are sent, or rows that end without a call, before calls are handed over."""
 _STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Result = TypeVar("Result")
@@ -145,7 +146,10 @@ class _Conductor(Generic[Result]):
     models: dict[int, Model] = field(default_factory=dict)
     active: int = 0
     batching: bool = False
-    """A batched model is at work: rows then go in whole windows, so that batches repeat exactly."""
+    """A batched model is at work: rows then go in whole windows, so that batches repeat exactly.
+
+    Replies of earlier runs have no part in that: no batch of this run is theirs.
+    """
     under_way: dict[int, tuple[_Pending[Result], Future[Reply]]] = field(default_factory=dict)
     """Calls whose replies are not kept yet."""
     finished: "queue.SimpleQueue[int]" = field(default_factory=queue.SimpleQueue)
@@ -165,7 +169,7 @@ class _Conductor(Generic[Result]):
             known = reply_from_plain(kept) if kept is not None else None
             if known is not None:
                 self.tally.from_journal += 1
-            if known is not None and not call.model.batched:
+            if known is not None and (not call.model.batched or self.journal.was_there(key)):
                 reply = known
                 continue
             self.models[id(call.model)] = self.tally.models[id(call.model)] = call.model
@@ -311,14 +315,15 @@ def conduct(
     """Run the scripts with the models at work; yields (row index, result) as rows finish.
 
     Enough rows are under way for each model to have its fill while others wait elsewhere: all of
-    them, where a model takes everything at once. Failed calls are not journalled, so a later run
+    them, where a model takes everything at once. Rows that the journal holds whole are not among
+    them, and no model waits while they are read. Failed calls are not journalled, so a later run
     owes them again. Raises what a model raises for good (`QuotaError`, unknown model); rows yielded
     until then stay valid.
     """
     window = 2 * max((model.in_flight for model in models), default=1)
     conductor: _Conductor[Result] = _Conductor(journal, window, tally or Tally())
     try:
-        yield from _run(conductor, enumerate(scripts))
+        yield from _run(conductor, enumerate(scripts), models)
     finally:
         try:
             conductor.finish()
@@ -327,18 +332,25 @@ def conduct(
 
 
 def _run(
-    conductor: _Conductor[Result], source: Iterator[tuple[int, Script[Result]]]
+    conductor: _Conductor[Result],
+    source: Iterator[tuple[int, Script[Result]]],
+    models: Sequence[Model],
 ) -> Iterator[tuple[int, Result]]:
     more = True
     while more or conductor.active:
         window_is_open = not (conductor.batching and conductor.active)
-        while more and window_is_open and conductor.active < conductor.window:
+        # A wave is handed over whole; any other model is not kept waiting for rows that ask nothing.
+        most_read = math.inf if any(model.batched for model in models) else MOST_AT_ONCE
+        read = 0
+        while more and window_is_open and conductor.active < conductor.window and read < most_read:
             index, script = next(source, (-1, None))
             if script is None:
                 more = False
                 break
             conductor.active += 1
-            yield from conductor.advance(_Row(index, script), None)
+            ended = conductor.advance(_Row(index, script), None)
+            read += len(ended)
+            yield from ended
         if not conductor.active:
             continue
         answered = conductor.dispatch()
@@ -347,6 +359,8 @@ def _run(
         # What has come in together goes on together: each handing over wakes the models' threads.
         for _ in range(MOST_AT_ONCE):
             if not any(conductor.in_flight.values()):
+                break
+            if read >= most_read and conductor.finished.empty():
                 break
             yield from conductor.receive()
             if conductor.finished.empty():

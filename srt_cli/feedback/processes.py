@@ -40,6 +40,8 @@ class Share(Generic[Options]):
     of: int
     part: Path
     main: Path
+    before: int
+    """Bytes of `main` that are from earlier runs."""
     parent: int
     accelerator: str | None
 
@@ -78,6 +80,7 @@ def answer_in_processes(
             processes,
             part=journal.part(str(index + 1)),
             main=journal.path,
+            before=journal.before,
             parent=os.getpid(),
             accelerator=places[index % len(places)],
         )
@@ -177,7 +180,7 @@ def _answer(share: Share[Options], sender: Any) -> None:
         mine = itertools.islice(scripts, share.index, None, share.of)
         before = 0
         with (
-            Journal(share.part, beside=share.main) as journal,
+            Journal(share.part, beside=share.main, before=share.before) as journal,
             Asking(journal, models) as asking,
             closing(asking.answers(mine)) as answers,
         ):

@@ -40,9 +40,13 @@ class Journal:
     parse, such as a torn last one, is skipped and its call is owed again; `unreadable` counts them.
     """
 
-    def __init__(self, path: Path, *, beside: Path | None = None) -> None:
-        """Open for writing; `get` also finds replies in the journal `beside`, which is only read."""
+    def __init__(self, path: Path, *, beside: Path | None = None, before: int = 0) -> None:
+        """Open for writing; `get` also finds replies in the journal `beside`, which is only read.
+
+        The first `before` bytes of that one, or without it of this one, are from earlier runs.
+        """
         self.path = path
+        self.before = before
         self.unreadable = 0
         self.spent: dict[str, Counter[str]] = {}
         """Calls and tokens of all replies in the file, by model identity; `estimated` calls too."""
@@ -59,6 +63,7 @@ class Journal:
         if beside is not None and beside.exists():
             self._beside = open(beside, "rb")  # noqa: SIM115  held until close()
             self._beside_offsets = _offsets_in(self._beside, lambda entry: None)
+        self._main_offsets = self._offsets if beside is None else self._beside_offsets
 
     def __enter__(self) -> "Journal":
         return self
@@ -87,6 +92,10 @@ class Journal:
             self._beside.seek(self._beside_offsets[key])
             return _entry_in(self._beside.readline())
         return None
+
+    def was_there(self, key: bytes) -> bool:
+        """Whether a reply is from earlier runs, and not of this one, interrupted though it was."""
+        return self._main_offsets.get(key, self.before) < self.before
 
     def part(self, name: str) -> Path:
         """Where another process of the run keeps its replies until they are absorbed."""

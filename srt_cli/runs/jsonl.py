@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ MOST_LEVELS: Final = 100
 TOO_DEEP: Final = f"is nested more than {MOST_LEVELS} levels deep. Leave the deep field out."
 BUFFER_BYTES: Final = 1 << 18
 """Of a file that is read from end to end."""
+WAITING_BYTES: Final = 1 << 24
+"""Of rows that wait in memory for those before them."""
 MOST_BYTES: Final = 2**28
 """In one line: a compressed file of a few megabytes may hold one that fills any memory."""
 DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")
@@ -364,13 +367,13 @@ def named(error: OSError, path: Path) -> OSError:
 class OrderedWriter:
     """Writes rows in index order, whatever order they finish in; renamed into place at the end.
 
-    A row waits in memory, as bytes, only until the rows before it have come.
+    A row waits, as bytes, only until the rows before it have come.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = NewFile(path)
-        self._waiting: dict[int, bytes] = {}
+        self._waiting = _WaitingRows(path)
         self._next = 0
         self.rows = 0
 
@@ -385,9 +388,9 @@ class OrderedWriter:
 
     def _add(self, index: int, lines: list[bytes]) -> None:
         self.rows += len(lines)
-        self._waiting[index] = b"".join(lines)
+        self._waiting.add(index, b"".join(lines))
         while self._next in self._waiting:
-            self._file.write(self._waiting.pop(self._next))
+            self._file.write(self._waiting.take(self._next))
             self._next += 1
 
     def append(self, lines: bytes) -> None:
@@ -397,12 +400,63 @@ class OrderedWriter:
     def commit(self) -> None:
         """Write the rows that still wait behind a gap, sync, and rename the file into place."""
         for index in sorted(self._waiting):
-            self._file.write(self._waiting[index])
+            self._file.write(self._waiting.take(index))
         self._file.commit()
 
     def discard(self) -> None:
         """Delete what was written, unless it is in place."""
         self._file.discard()
+        self._waiting.close()
+
+
+class _WaitingRows:
+    """Rows by their index: in memory as far as there is room, the others in a file without a name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rows: dict[int, bytes | tuple[int, int]] = {}
+        self._bytes = 0
+        self._file: IO[bytes] | None = None
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._rows)
+
+    def add(self, index: int, row: bytes) -> None:
+        """Keep a row until it is taken."""
+        if self._bytes + len(row) <= WAITING_BYTES:
+            self._rows[index] = row
+            self._bytes += len(row)
+            return
+        with naming(self._path):
+            self._file = self._file or tempfile.TemporaryFile(  # noqa: SIM115  held until close()
+                dir=os.path.dirname(os.path.realpath(self._path))
+            )
+            self._rows[index] = self._file.seek(0, os.SEEK_END), len(row)
+            self._file.write(row)
+
+    def take(self, index: int) -> bytes:
+        """A row that is kept no longer."""
+        row = self._rows.pop(index)
+        if isinstance(row, bytes):
+            self._bytes -= len(row)
+            return row
+        assert self._file is not None
+        start, length = row
+        with naming(self._path):
+            self._file.seek(start)
+            content = self._file.read(length)
+            if not self._rows:
+                self._file.truncate(0)
+            return content
+
+    def close(self) -> None:
+        """Forget all rows."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what it still holds is of no use
+                self._file.close()
 
 
 def to_line(record: Record) -> bytes:

@@ -105,6 +105,8 @@ class Manifest(BaseModel):
     inputs: dict[str, InputFile] = {}
     outputs: dict[str, str] = {}
     """Paths, by what they are: `out`, `report`."""
+    journal_bytes: int = 0
+    """Of the journal when the run was first begun, however often it was interrupted since."""
     output_sha256: str | None = None
     """Of a data file, as the run left it; None for a model directory."""
     written: dict[str, list[str]] | None = None
@@ -128,6 +130,19 @@ class Manifest(BaseModel):
     def says_the_same(self, earlier: "Manifest") -> bool:
         """Whether all that an earlier run said to models is said in the same words now."""
         return earlier.templates.items() <= self.templates.items()
+
+    def goes_on(self, earlier: "Manifest") -> bool:
+        """Whether it takes up a run that did not get to its end, with its settings and inputs."""
+        return (
+            earlier.status != "complete"
+            and earlier.settings == self.settings
+            and earlier.digests == self.digests
+        )
+
+    @property
+    def digests(self) -> dict[str, str | None]:
+        """SHA-256 of the inputs, by name."""
+        return {name: file.sha256 for name, file in self.inputs.items()}
 
     def tally(self, name: str, kind: type[Figure]) -> Figure | None:
         """One of the tallies; None where the run has none of that name and kind."""
@@ -276,11 +291,10 @@ class Run:
         if self.earlier is None or not self.complete or not self.out.is_file():
             return False
         now, then = self.manifest, self.earlier
-        inputs = {name: file.sha256 for name, file in now.inputs.items()}
         return (
-            bool(inputs)
-            and None not in inputs.values()
-            and inputs == {name: file.sha256 for name, file in then.inputs.items()}
+            bool(now.digests)
+            and None not in now.digests.values()
+            and now.digests == then.digests
             and now.settings == then.settings
             and now.says_the_same(then)
             and now.versions["srt"] == then.versions.get("srt")
@@ -294,7 +308,7 @@ class Run:
 
     def journal(self) -> Journal:
         """The journal beside the output, open for this run alone."""
-        journal = Journal(self.journal_path)
+        journal = Journal(self.journal_path, before=self.manifest.journal_bytes)
         self._cleanup.enter_context(journal)
         if journal.unreadable:
             self.warn(f"{journal.path}: {journal.unreadable} torn lines; their calls are repeated.")
@@ -504,6 +518,11 @@ def open_run(
         hardware=Hardware.here(),
         tallies={} if day is None else {TEMPLATE_DAY: day},
     )
+    if earlier is not None and manifest.goes_on(earlier):
+        manifest.journal_bytes = earlier.journal_bytes
+    else:
+        with contextlib.suppress(OSError):
+            manifest.journal_bytes = journal_path(out).stat().st_size
     run = Run(manifest, out, earlier, overwrite=options.overwrite)
     if earlier is not None:
         run.claim(out)
