@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
+from srt_cli.runs.jsonl import BUFFER_BYTES
+
 MEMORY_BYTES: Final = 80 << 20
 BYTES_BESIDES: Final = 48
 """Memory that an entry takes beyond its bytes."""
 MOST_RUNS: Final = 64
-BUFFER_BYTES: Final = 1 << 18
 _LENGTH: Final = struct.Struct("<I")
 
 
