@@ -204,10 +204,9 @@ def _parameters(field: dataclasses.Field[Any]) -> Iterator[inspect.Parameter]:
     is_list = typing.get_origin(declared) is tuple
     item: Any = typing.get_args(declared)[0] if is_list else declared
     knob, flag = knob_of(field), flag_of(field)
-    completed = None
-    if is_list and choices_of(field.type):
-        item = str  # typer takes no list of choices; the values are checked with the others
-        completed = _completion(choices_of(field.type))
+    completed = _completion(choices) if (choices := choices_of(field.type)) else None
+    if choices or item in (int, float):
+        item = str  # checked with the values of files, and refused in the same words
     taken = list[item] if is_list else item
     off = f"--no-{flag.removeprefix('--')}"
     spelled = f"{flag}/{off}" if declared is bool and field.default else flag

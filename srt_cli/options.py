@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
@@ -65,6 +66,8 @@ class Declared(TypedDict, total=False):
     metavar: str
     extends: bool
     """A changed value adds rows to a run instead of contradicting it (`--limit`)."""
+    positive: bool
+    """Zero is refused, too; no number may be negative."""
     formerly: Former
 
 
@@ -80,6 +83,7 @@ class Knob:
     flag: str | None = None
     metavar: str | None = None
     extends: bool = False
+    positive: bool = False
     formerly: Former | None = None
 
 
@@ -388,9 +392,43 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
         try:
             typed[name] = _read_as(fields[name].type, value)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise UsageError(f"{flag_of(fields[name])} {value!r}: {reason}.") from error
+            given = error.errors()[0]["input"]
+            raise UsageError(
+                f"{flag_of(fields[name])} {given!r}: {_wanted_instead(error)}"
+            ) from None
+        _refuse_senseless(fields[name], typed[name])
     return typed
+
+
+def _wanted_instead(error: ValidationError) -> str:
+    """What a value must be, in a user's words."""
+    faults = error.errors()
+    wanted = [_wanted(fault) for fault in faults]
+    if not all(wanted):
+        return f"{faults[0]['msg']}."
+    choices = re.split(", | or ", wanted[-1])
+    near = difflib.get_close_matches(str(faults[0]["input"]), choices, n=1)
+    return f"must be {' or '.join(wanted)}." + (f" Did you mean {near[0]}?" if near else "")
+
+
+def _wanted(fault: ErrorDetails) -> str:
+    if fault["type"] == "literal_error":
+        return str(fault["ctx"]["expected"]).replace("'", "")
+    numbers = {"int": "a whole number", "float": "a number"}
+    return numbers.get(fault["type"].partition("_")[0], "")
+
+
+def _refuse_senseless(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `UsageError` for a negative number, and for zero where an option needs more."""
+    if without_none(field.type) not in (int, float) or value is None:
+        return
+    positive = knob_of(field).positive
+    if value > 0 or (value == 0 and not positive):
+        return
+    least = "above 0" if isinstance(value, float) else "1 or more"
+    raise UsageError(
+        f"{flag_of(field)} {value:.12g}: must be {least if positive else '0 or more'}."
+    )
 
 
 def _expanded(given: Any) -> list[Any]:

@@ -111,7 +111,7 @@ def test_a_judge_that_fails_half_way_keeps_what_was_judged(srt, feedback):
         (("--min-gain", "auto"), "--min-gain auto needs --audit N --audit-judge SPEC"),
         (("--min-gain", "auto", "--audit", 5, "--label-page", "l.html"), "--min-gain auto needs"),
         ((*AUDIT, "--min-precision", 80), "--min-precision is a share above 0, at most 1"),
-        (("--min-gain", "much"), "--min-gain 'much': Input should be a valid number"),
+        (("--min-gain", "much"), "--min-gain 'much': must be a number or auto."),
         ((*AUDIT, "--audit-labels", "l.jsonl"), "--audit-labels stands in for --audit-judge"),
         (
             ("--audit-labels", "l.jsonl", "--audit", 5, "--label-page", "l.html"),

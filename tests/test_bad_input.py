@@ -164,7 +164,41 @@ def test_a_bad_value_in_a_configuration_names_option_and_reason(srt, folder):
     (folder / "mine.toml").write_text('temperature = "hot"\n')
     finished = collect(srt, "--config", "mine.toml")
     assert finished.code == 2
-    assert "--temperature 'hot': Input should be a valid number" in finished.stderr
+    assert "--temperature 'hot': must be a number." in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (("--temperature", "-1"), "--temperature -1: must be 0 or more."),
+        (("--temperature", "nan"), "--temperature nan: must be 0 or more."),
+        (("--max-new-tokens", 0), "--max-new-tokens 0: must be 1 or more."),
+        (("--max-cost", "-5"), "--max-cost -5: must be 0 or more."),
+        (("--rpm", 0), "--rpm 0: must be above 0."),
+        (("--concurrency", "-2"), "--concurrency -2: must be 1 or more."),
+        (("--max-reasks", "-1"), "--max-reasks -1: must be 0 or more."),
+        (("--seed", "-1"), "--seed -1: must be 0 or more."),
+        (("--limit", "few"), "--limit 'few': must be a whole number."),
+        (("--limit", "1.5"), "--limit '1.5': must be a whole number."),
+        (("--engine", "statik"), "--engine 'statik': must be auto, static or continuous. Did you "
+         "mean static?"),
+    ],
+)  # fmt: skip
+def test_a_number_or_word_that_makes_no_sense_is_refused(srt, folder, line, said):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    finished = collect(srt, *line)
+    assert finished.code == 2
+    assert finished.stderr == f"error: {said}\n"
+    assert not (folder / "feedback.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["collect-feedback", "sft", "build-prefs", "dpo", "eval"])
+def test_no_command_takes_no_rows(srt, command):
+    for rows in (0, -1):
+        finished = srt(command, "--limit", rows)
+        assert (finished.code, finished.stderr) == (
+            2, f"error: --limit {rows}: must be 1 or more.\n"
+        )  # fmt: skip
 
 
 def test_a_full_disk_is_said_and_the_run_can_go_on(folder):

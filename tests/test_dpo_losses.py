@@ -214,7 +214,7 @@ def test_with_a_likelihood_the_first_loss_is_not_known_beforehand():
             "does nothing under --loss-type sigmoid. Pass --loss-type robust",
         ),
         (("--loss-type", "exo_pair"), "exo_pair needs a --label-smoothing above 0"),
-        (("--nll-weight", -1), "--nll-weight: is a weight"),
+        (("--nll-weight", -1), "--nll-weight -1: must be 0 or more"),
         (("--ld-alpha", 1.5), "--ld-alpha: lies between 0"),
     ],
 )

@@ -253,7 +253,7 @@ def what_was_made(manifest):
     [
         (("--model", "http://localhost:1/v1#m"), "--num-processes is for models in process"),
         (("--prompts", "-"), "give a file, not -"),
-        (("--rounds", "0"), "start at 1"),
+        (("--rounds", "0"), "--rounds 0: must be 1 or more"),
     ],
 )
 def test_processes_that_cannot_be_are_refused(srt, flags, said):

@@ -319,7 +319,7 @@ def test_targets_that_contradict_one_another_are_refused(arguments, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--verdict-weight", 0), "--verdict-weight is a number above 0"),
+        (("--verdict-weight", 0), "--verdict-weight 0: must be above 0"),
         (
             ("--verdict-weight", 3, "--refinement-only"),
             "weighs feedback, which would not be trained",

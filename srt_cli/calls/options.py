@@ -27,19 +27,20 @@ class ApiOptions:
     """Speed and caps of model calls."""
 
     concurrency: int | None = runtime(
-        None, "Requests in flight.", otherwise="finds its own level", group="Calls and money"
-    )
+        None, "Requests in flight.",
+        otherwise="finds its own level", positive=True, group="Calls and money",
+    )  # fmt: skip
     rpm: float | None = runtime(
         None, "Requests per minute.", otherwise="what the server's headers say",
-        group="Calls and money",
+        positive=True, group="Calls and money",
     )  # fmt: skip
     tpm: float | None = runtime(
         None, "Tokens per minute.", otherwise="what the server's headers say",
-        group="Calls and money",
+        positive=True, group="Calls and money",
     )  # fmt: skip
     timeout: float = runtime(
         600.0, "Give up on a request after this many seconds.",
-        group="Calls and money", metavar="SECONDS",
+        positive=True, group="Calls and money", metavar="SECONDS",
     )  # fmt: skip
     give_up_after: float = runtime(
         600.0, "End the run when a server has admitted nothing for this many seconds.",
@@ -112,7 +113,7 @@ class ApiOptions:
     )  # fmt: skip
     batch_size: int | None = runtime(
         None, "Rows per batch of a model in process.", otherwise="what memory holds",
-        group="Model",
+        positive=True, group="Model",
     )  # fmt: skip
     engine: Engine = runtime(
         "auto", "How models in process batch: static (CPU) or continuous (GPU).", group="Model"
@@ -220,8 +221,9 @@ class PromptOptions:
     )  # fmt: skip
     unique: bool = setting(False, "Use a prompt that stands several times once.", group="Data")
     limit: int | None = setting(
-        None, "Use only the first N prompts.", group="Data", common=True, extends=True
-    )
+        None, "Use only the first N prompts.",
+        positive=True, group="Data", common=True, extends=True,
+    )  # fmt: skip
     system: str | None = setting(
         None, "A system turn for drafts, which are trained with it. A prompt's own stays.",
         group="Sampling", metavar="TEXT|FILE",
@@ -240,13 +242,15 @@ class CallOptions(ApiOptions, PromptOptions):
     temperature: float = setting(
         0.7, "Sampling temperature of the drafts (paper: 0.7).", group="Sampling", common=True
     )
-    max_new_tokens: int = setting(512, "Maximum tokens in a draft.", group="Sampling", common=True)
+    max_new_tokens: int = setting(
+        512, "Maximum tokens in a draft.", positive=True, group="Sampling", common=True
+    )
     seed: int = setting(
         42, "Seed of the drafts. The same seed gives the same drafts.",
         group="Sampling", common=True,
     )  # fmt: skip
     critic_max_tokens: int = setting(
-        2048, "Maximum tokens in a critic's reply (paper: 2048).", group="Critic"
+        2048, "Maximum tokens in a critic's reply (paper: 2048).", positive=True, group="Critic"
     )
     report: Path | None = runtime(
         None, "Write a page about the quality of the critic.",

@@ -138,13 +138,13 @@ class BuildPrefs(ApiOptions):
         None, "The answers a person gave on such a page.", group="Audit", metavar="FILE"
     )
     min_precision: float = runtime(
-        0.8, "RowShare of right labels that --min-gain auto looks for.", group="Audit"
+        0.8, "Share of right labels that --min-gain auto looks for.", group="Audit"
     )
     seed: int = setting(
         42, "Seed of the audit's sample. Building pairs draws nothing.", group="Run", common=True
     )
     limit: int | None = setting(
-        None, "Use only the first N rows.", group="Data", common=True, extends=True
+        None, "Use only the first N rows.", positive=True, group="Data", common=True, extends=True
     )
     overwrite: bool = runtime(
         False, "Replace an output made with other settings.", group="Run", common=True

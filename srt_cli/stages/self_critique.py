@@ -55,17 +55,21 @@ class SelfCritique(CallOptions):
         Path("self-feedback.jsonl"), "Where to write the feedback.",
         group="Output", common=True, metavar="FILE",
     )  # fmt: skip
-    samples: int = setting(1, "Drafts per prompt (paper: 1).", group="Sampling", common=True)
-    rounds: int = setting(
-        1, "Refine this many times in a row, scoring each blind (paper: 1).", group="Sampling"
+    samples: int = setting(
+        1, "Drafts per prompt (paper: 1).", positive=True, group="Sampling", common=True
     )
+    rounds: int = setting(
+        1, "Refine this many times in a row, scoring each blind (paper: 1).",
+        positive=True, group="Sampling",
+    )  # fmt: skip
     stop_when_worse: bool = setting(
         False, "Stop refining once a refinement scores lower than what it refines.",
         group="Sampling",
     )  # fmt: skip
     # Not named critic: the critic of stage 1, set in srt.toml for every command, is not meant.
     other_critic: str | None = setting(
-        None, "Another critic, e.g. the one of stage 1.", otherwise="the model itself",
+        None, "Another critic for the scores, or with --critic-for everything for all feedback.",
+        otherwise="the model itself",
         group="Model", common=True, flag="--critic", metavar="SPEC",
     )  # fmt: skip
     critic_for: Literal["scores", "everything"] = setting(
@@ -86,7 +90,7 @@ class SelfCritique(CallOptions):
         group="Critic",
     )  # fmt: skip
     score_samples: int = setting(
-        1, "Judgements to average for each answer's expected score.", group="Critic"
+        1, "Judgements to average for each answer's expected score.", positive=True, group="Critic"
     )
     compare: bool = setting(
         False, "Also record how likely a refinement is better than its draft, and a draft than those "
@@ -101,14 +105,12 @@ class SelfCritique(CallOptions):
     )
     num_processes: int = runtime(
         1, "Split the rows over N processes, each with its own GPU.",
-        group="Many processes", common=True,
+        positive=True, group="Many processes", common=True,
     )  # fmt: skip
 
 
 def run(options: SelfCritique) -> None:
     """Read prompts, let the model criticise itself, write `self-feedback.jsonl`."""
-    if min(options.samples, options.rounds, options.score_samples, options.num_processes) < 1:
-        raise UsageError("--samples, --rounds, --score-samples and --num-processes start at 1.")
     if options.num_processes > 1:
         _refuse_processes(options)
     job, prompts = _open_job(options)

@@ -90,7 +90,7 @@ class Sft(TrainingOptions):
     )  # fmt: skip
     verdict_weight: float = setting(
         1.0, "Let the tokens in which feedback judges (yes and no of a checklist, the score) weigh X "
-        "times in the loss (paper: 1).", group="Loss", metavar="X",
+        "times in the loss (paper: 1).", positive=True, group="Loss", metavar="X",
     )  # fmt: skip
     thoughts: Thoughts = setting(
         "drop",
@@ -128,8 +128,6 @@ def _fine_tune(options: Sft) -> None:
         options.balance,
     )  # fmt: skip
     weighs = options.verdict_weight != 1
-    if options.verdict_weight <= 0:
-        raise UsageError("--verdict-weight is a number above 0; 1 is the paper's.")
     if weighs and (targets.refinement_only or "feedback" not in targets.loss_on):
         raise UsageError(
             "--verdict-weight weighs feedback, which would not be trained. Leave it out."

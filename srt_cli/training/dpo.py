@@ -252,8 +252,6 @@ def objective_of(task: DpoTask, setup: Setup) -> Objective:
         )
     if loss_type == "exo_pair" and not share:
         raise UsageError("--loss-type exo_pair needs a --label-smoothing above 0, such as 0.001.")
-    if task.nll_weight < 0:
-        raise UsageError("--nll-weight: is a weight, 0 or more.")
     if task.ld_alpha is not None and not 0 <= task.ld_alpha <= 1:
         raise UsageError(
             "--ld-alpha: lies between 0 (cut at the shorter length) and 1 (plain DPO)."

@@ -44,11 +44,12 @@ class TrainingOptions:
     )
     global_batch: int | None = setting(
         None, "Rows per step over all processes.", otherwise="the recipe's (paper: 32)",
-        group="Training",
+        positive=True, group="Training",
     )  # fmt: skip
     micro_batch: int | None = setting(
-        None, "Rows per forward pass.", otherwise="2 on a CPU, 8 on a GPU", group="Training"
-    )
+        None, "Rows per forward pass.",
+        otherwise="2 on a CPU, 8 on a GPU", positive=True, group="Training",
+    )  # fmt: skip
     lr_schedule: LearningRateSchedule | None = setting(
         None, "Schedule of the learning rate.", otherwise="the recipe's (paper: cosine)",
         group="Training",
@@ -69,17 +70,18 @@ class TrainingOptions:
         "machine; a run goes on as it began.", group="Training",
     )  # fmt: skip
     max_length: int | None = setting(
-        None, "Maximum tokens in a row.", otherwise="the recipe's (paper: 8192)", group="Data"
-    )
+        None, "Maximum tokens in a row.",
+        otherwise="the recipe's (paper: 8192)", positive=True, group="Data",
+    )  # fmt: skip
     truncation: Literal["refuse", "drop"] = setting(
         "refuse", "What to do with rows that do not fit: refuse to train, or drop them.",
         group="Data",
     )  # fmt: skip
     lora_r: int | None = setting(
-        None, "Rank of the adapters.", otherwise="the recipe's", group="Adapters"
+        None, "Rank of the adapters.", otherwise="the recipe's", positive=True, group="Adapters"
     )
     lora_alpha: int | None = setting(
-        None, "Scale of the adapters.", otherwise="the recipe's", group="Adapters"
+        None, "Scale of the adapters.", otherwise="the recipe's", positive=True, group="Adapters"
     )
     lora_dropout: float | None = setting(
         None, "Dropout of the adapters.", otherwise="the recipe's", group="Adapters"
@@ -108,13 +110,15 @@ class TrainingOptions:
     )  # fmt: skip
     eval_every: int | None = setting(
         None, "Steps between evaluations.", otherwise="ten evaluations in all",
-        group="Training", metavar="STEPS",
+        positive=True, group="Training", metavar="STEPS",
     )  # fmt: skip
     seed: int = setting(42, "Seed of the data order and of dropout.", group="Training", common=True)
-    limit: int | None = setting(None, "Use only the first N rows.", group="Data", common=True)
+    limit: int | None = setting(
+        None, "Use only the first N rows.", positive=True, group="Data", common=True
+    )
     num_processes: int | None = runtime(
         None, "Train in N processes on this machine, one per GPU; also on a CPU.",
-        group="Many processes", common=True,
+        positive=True, group="Many processes", common=True,
     )  # fmt: skip
     accelerate_config: str | None = runtime(
         None, "How processes share the work: multi_gpu, fsdp2, zero2, zero3, or an "
@@ -132,11 +136,11 @@ class TrainingOptions:
     )
     save_every: int | None = runtime(
         None, "Steps between checkpoints.", otherwise="every ten minutes",
-        group="Run", metavar="STEPS",
+        positive=True, group="Run", metavar="STEPS",
     )  # fmt: skip
     early_stopping: int | None = setting(
         None, "Stop when the validation loss has not fallen for N evaluations, and keep the best "
-        "weights. Needs --eval-split.", group="Training",
+        "weights. Needs --eval-split.", positive=True, group="Training",
     )  # fmt: skip
     deterministic: bool = setting(
         False, "Use only kernels that give the same result every time. Slower on a GPU.",

@@ -61,8 +61,6 @@ def run_in_processes(options: TrainingOptions, work: Callable[[], None]) -> None
     the exit code of processes that failed.
     """
     wanted = options.num_processes
-    if wanted is not None and wanted < 1:
-        raise UsageError(f"--num-processes {wanted}: must be 1 or more.")
     launched = ASKED_FOR in os.environ
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
         size = int(os.environ["WORLD_SIZE"])

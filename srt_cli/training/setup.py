@@ -359,8 +359,6 @@ def check_early_stopping(options: TrainingOptions) -> None:
             "--early-stopping looks at the validation loss: hold rows out with --eval-split, "
             "such as 0.1."
         )
-    if options.early_stopping < 1:
-        raise UsageError("--early-stopping waits for 1 evaluation or more.")
 
 
 # --- The model itself --------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Evaluate(ApiOptions, PromptOptions):
         "reasons. auto: weighted where the judge gives log-probabilities.", group="Judge",
     )  # fmt: skip
     judge_max_tokens: int = setting(
-        1024, "Maximum tokens in a judge's reasons and verdict.", group="Judge"
+        1024, "Maximum tokens in a judge's reasons and verdict.", positive=True, group="Judge"
     )
     judge_template: Path | None = setting(
         None, "Your own prompt for the judge, with {instruction}, {answer_M} and {answer_m}.",
@@ -112,8 +112,9 @@ class Evaluate(ApiOptions, PromptOptions):
         None, "Also write outputs and judgments in another tool's format.", group="Output"
     )
     rounds: int = setting(
-        1, "Refine this many times for --use refinement. Each round is reported.", group="Sampling"
-    )
+        1, "Refine this many times for --use refinement. Each round is reported.",
+        positive=True, group="Sampling",
+    )  # fmt: skip
     out: Path = runtime(
         Path("eval.json"), "Where to write the figures; report.html goes beside it.",
         group="Output", common=True, metavar="FILE",
@@ -122,10 +123,10 @@ class Evaluate(ApiOptions, PromptOptions):
         0.0, "Sampling temperature of the answers (paper: greedy).", group="Sampling"
     )
     max_new_tokens: int = setting(
-        512, "Maximum tokens in an answer.", group="Sampling", common=True
+        512, "Maximum tokens in an answer.", positive=True, group="Sampling", common=True
     )
     critic_max_tokens: int = setting(
-        2048, "Maximum tokens in feedback and refinement together.", group="Critic"
+        2048, "Maximum tokens in feedback and refinement together.", positive=True, group="Critic"
     )
     min_coverage: float = setting(
         0.95, "Exit with status 3 if fewer than this share of the pairs have valid verdicts in both "
