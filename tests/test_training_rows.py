@@ -331,9 +331,10 @@ def test_targets_that_contradict_one_another_are_refused(arguments, sentence):
     ],
 )
 def test_a_weight_of_verdicts_that_would_do_nothing_is_refused(sft, arguments, sentence):
-    refused = sft(*arguments)
-    assert refused.code in (1, 2)
-    assert sentence in refused.stderr
+    for dry in ((), ("--dry-run",)):
+        refused = sft(*arguments, *dry)
+        assert refused.code in (1, 2), dry
+        assert sentence in refused.stderr, dry
 
 
 # --- Other chats -------------------------------------------------------------------------------

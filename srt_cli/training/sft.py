@@ -22,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic_check import FEWEST_SCORES, MOSTLY, check_critic
+from srt_cli.models.chat import ChatFormat
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.run import Run, read_manifest, why_not_whole
 from srt_cli.stats.hygiene import is_same_text
@@ -78,6 +79,11 @@ JUDGES: Final = "judges"
 def fine_tune(options: TrainingOptions, task: SftTask) -> None:
     """Read feedback, keep what teaches, prepare, fit, train, check, save."""
     setup = set_up(options, "sft", task.model)
+    if task.verdict_weight != 1 and setup.fields.get("label_smoothing_factor"):
+        raise UsageError(
+            "--verdict-weight weighs log-probabilities, of which --set label_smoothing_factor makes no "
+            "use. Leave one of them out."
+        )
     files = read_feedback(task.data, options.limit)
     _say_where_it_starts(task.model)
     if options.dry_run:
@@ -201,6 +207,7 @@ def _show_plan(setup: Setup, task: SftTask, files: Sequence[FeedbackFile]) -> No
     ready = _prepare(setup, task, files)
     prepared = ready.prepared
     prepared.warnings += [setup.advice] if setup.advice else []
+    _verdict_weight(ready.chat, prepared.train, task.verdict_weight)
     measured = None
     if setup.options.probe:
         measured = probe(ready, _lengths(prepared.train), train_sft)
@@ -224,7 +231,7 @@ def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run)
     )
     sampler = Sampler(ready.chat, prompts)
     training = Training(setup, ready.chat, run, sampler, packing.on)
-    weight = _verdict_weight(training, prepared.train, task.verdict_weight)
+    weight = _verdict_weight(ready.chat, prepared.train, task.verdict_weight)
     tuned = train_sft(training, prepared.train, prepared.held_out, weight)
     run.tally({"training": vars(tuned.trained)})
     loss_on = ", ".join(task.targets.loss_on)
@@ -243,20 +250,16 @@ def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run)
 
 
 def _verdict_weight(
-    training: Training, sequences: list[TokenSequence], times: float
+    chat: ChatFormat, sequences: list[TokenSequence], times: float
 ) -> "VerdictWeight | None":
     """What a token that judges weighs, and any other; None where all weigh the same.
 
-    The mean weight of a trained token is 1, so the loss keeps its size.
+    The mean weight of a trained token is 1, so the loss keeps its size. Raises `SrtError` where no
+    feedback judges.
     """
     if times == 1:
         return None
-    if training.setup.fields.get("label_smoothing_factor"):
-        raise UsageError(
-            "--verdict-weight weighs log-probabilities, of which --set label_smoothing_factor makes no "
-            "use. Leave one of them out."
-        )
-    places = [judging_tokens(training.chat, sequence) for sequence in sequences]
+    places = [judging_tokens(chat, sequence) for sequence in sequences]
     judging = sum(map(len, places))
     if not judging:
         raise SrtError(
