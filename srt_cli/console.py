@@ -140,10 +140,15 @@ def finish(where: str, then: str | None = None) -> None:
 
 
 def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], things: int = 0
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    things: int = 0,
+    *,
+    prose: bool = False,
 ) -> None:
     """A result as a table; what the columns mean is told in `tables.Table`."""
-    _print_table(_result, Table(title, list(columns), [list(row) for row in rows], things))
+    _print_table(_result, Table(title, list(columns), [list(row) for row in rows], things, prose))
 
 
 def talk_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -173,7 +178,8 @@ def _print_table(console: Console, shown: Table) -> None:
     for part in shown.fitted(console.width):
         grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(part.columns):
-            grid.add_column(_plain(column), justify="left" if place < part.names else "right")
+            is_text = place < part.names or (part.prose and place == len(part.columns) - 1)
+            grid.add_column(_plain(column), justify="left" if is_text else "right")
         for row in part.cells:
             grid.add_row(*(_plain(cell) for cell in row))
         # Not the grid's own title, which is folded to the width of its columns.

@@ -28,13 +28,15 @@ def many(count: float, noun: str, plural: str = "s") -> str:
 class Table:
     """A table for the terminal and the report; columns without a heading hold names.
 
-    The `things` columns behind the first have names as their headings.
+    The `things` columns behind the first have names as their headings. With `prose` the last column
+    holds words, too.
     """
 
     title: str
     columns: list[str]
     cells: list[list[str]]
     things: int = 0
+    prose: bool = False
 
     @property
     def names(self) -> int:

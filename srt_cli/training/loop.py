@@ -29,6 +29,7 @@ from srt_cli import console
 from srt_cli.console import ProgressLine
 from srt_cli.errors import SrtError
 from srt_cli.report.training import write_training_page
+from srt_cli.tables import many
 from srt_cli.training import health
 from srt_cli.training.batches import LengthGroupedOrder
 from srt_cli.training.checkpoints import (
@@ -91,7 +92,7 @@ class Trained:
 
     def sentence(self) -> str:
         """For the terminal."""
-        text = f"{self.steps} steps in {self.seconds:.0f} s"
+        text = f"{many(self.steps, 'step')} in {self.seconds:.0f} s"
         if self.tokens_per_second:
             text += (
                 f", {self.tokens_per_second:,.0f} tokens/s "

@@ -233,7 +233,7 @@ def _show_values(setup: Setup) -> None:
         for name, value in setup.values.settings(setup.stage).items()
         if setup.adapters is not None or not name.startswith("lora_")
     ]
-    console.table("values", ["", "value", "from"], rows)
+    console.table("values", ["", "value", "from"], rows, prose=True)
 
 
 def _plain(value: object) -> str:

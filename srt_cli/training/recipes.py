@@ -174,6 +174,6 @@ def advise_on_size(
         return None
     rate = RECIPES[stage]["smol"].learning_rate
     return (
-        f"this model has {(parameters or 0) / 1e6:.0f}M parameters, and the recipe's learning rate is "
+        f"this model has {(parameters or 0) / 1e6:.3g}M parameters, and the recipe's learning rate is "
         f"for 7B and more; SmolLM2's recipe trains such models at {rate:g} (--recipe smol)."
     )
