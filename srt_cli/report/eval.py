@@ -15,7 +15,7 @@ from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, S
 from srt_cli.report.html import Interval, bar_plot, interval_plot, write_page
 from srt_cli.runs.jsonl import write_atomically
 from srt_cli.stats.rates import Estimate
-from srt_cli.tables import Table
+from srt_cli.tables import Table, many
 
 SHOWN_LENGTHS: Final = {
     "shorter by more than 10%": "shorter",
@@ -80,9 +80,12 @@ def _headline(contest: Contest) -> str:
     if compared:
         found, best = max(compared, key=lambda each: each[0].value)
         sure = "" if found.low > 0 or found.high < 0 else ", which is within the noise"
-        points = f"{abs(100 * found.value):.0f} points"
-        side = "above" if found.value >= 0 else "below"
-        return f"{contest.labels[best.entrant]} passes {points} {side} the reference{sure}."
+        points = round(abs(100 * found.value))
+        if not points:
+            return f"{contest.labels[best.entrant]} passes as often as the reference."
+        side = "above" if found.value > 0 else "below"
+        told = f"{many(points, 'point')} {side} the reference{sure}"
+        return f"{contest.labels[best.entrant]} passes {told}."
     judged = [(rate, row) for row in sound if row.judged and (rate := row.judged[0].win_rate)]
     if judged:
         rate, best = max(judged, key=lambda each: each[0].value)
