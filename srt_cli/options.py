@@ -333,7 +333,9 @@ def _read_preset(
     """Options from a TOML file (top level, then the command's table) or from a `run.json`."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
+        raise SrtError(f"{path}: no such file. Check the path.") from None
+    except UnicodeDecodeError as error:
         raise SrtError(f"{path}: cannot be read as a configuration ({error}).") from error
     known = every_name(config_class)
     if path.suffix == ".json":

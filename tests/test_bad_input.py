@@ -10,7 +10,13 @@ import tracemalloc
 import pytest
 from conftest import write_jsonl
 
-CRITIC = "def critique(prompt, response):\n    raise AssertionError('never called')\n"
+CRITIC = """
+from pathlib import Path
+def critique(prompt, response):
+    raise AssertionError('never called')
+def _not_for_others(prompt, response):
+    pass
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +131,9 @@ def test_a_directory_where_a_file_is_expected(srt, folder):
         ("model.gguf", 2, "model.gguf: no such file or directory."),
         ("http://127.0.0.1:1/v1", 2, "which model? Write http://127.0.0.1:1/v1#NAME."),
         ("what is this", 2, "is no model"),
+        ("critic.py", 2, "critic.py: this file is no model. Name python:critic.py:CALLABLE."),
+        ("prompts.jsonl", 2, "this file is no model. Name a directory or a FILE.gguf."),
+        ("localhost:8000", 2, "a server is http://HOST:PORT/v1#NAME."),
         ("python:critic.py:nothing", 2, "critic.py has no callable 'nothing' (it has: critique)."),
         ("python:critic.py", 2, "write python:FILE_OR_MODULE:CALLABLE"),
         ("python:missing.py:f", 1, "missing.py: no such file."),
@@ -271,10 +280,41 @@ def test_a_traceback_comes_back_on_request(srt, folder, monkeypatch):
         collect(srt)
 
 
+def test_a_configuration_that_is_not_there_is_said_once(srt):
+    finished = collect(srt, "--config", "nope.toml")
+    assert (finished.code, finished.stderr) == (
+        1, "error: nope.toml: no such file. Check the path.\n"
+    )  # fmt: skip
+
+
+def test_outputs_that_are_not_there_are_said_before_their_manifest_is_missed(srt):
+    finished = srt("eval", "--model", "outputs.jsonl", "--judge", "python:critic.py:critique")
+    assert (finished.code, finished.stderr) == (
+        2, "error: outputs.jsonl: no such file. Check the path.\n"
+    )  # fmt: skip
+
+
+def test_a_run_that_stopped_before_its_first_reply_binds_no_other(srt, folder, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-a-test")
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    stopped = srt("collect-feedback", "--critic", "gpt-4", "--max-requests", 0)
+    assert stopped.code == 4
+    assert (folder / "feedback.jsonl").read_bytes() == b""
+    (folder / "critic.py").write_text(
+        "def critique(prompt, response):\n"
+        "    return {'weaknesses': 'w', 'suggestions': 's', 'score': 3}, 'better'\n"
+    )
+    finished = collect(srt)
+    assert finished.code == 0, finished.stderr
+    assert "feedback.jsonl: 1 row" in finished.stdout
+    refused = srt("collect-feedback", "--critic", "gpt-4", "--max-requests", 0)
+    assert (refused.code, "belongs to a run with other settings" in refused.stderr) == (1, True)
+
+
 @pytest.mark.parametrize(
     "line",
-    [("self-critique",), ("eval", "--pairs", "prompts.jsonl")],
-    ids=["self-critique", "eval"],
+    [("self-critique",), ("eval",), ("eval", "--pairs", "prompts.jsonl")],
+    ids=["self-critique", "eval", "eval of pairs"],
 )
 def test_a_model_that_was_never_made_is_not_sought_on_the_hub(srt, tmp_path, line):
     write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])

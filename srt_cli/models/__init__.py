@@ -357,6 +357,11 @@ def parse_spec(spec: str) -> Spec:
     if colon and name and prefix in providers():
         return Spec("api", name, prefix)
     path = Path(spec)
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        instead = (
+            f"python:{spec}:CALLABLE" if path.suffix == ".py" else "a directory or a FILE.gguf"
+        )
+        raise UsageError(f"{spec}: this file is no model. Name {instead}.")
     if path.exists():
         return Spec("local", spec)
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
@@ -372,7 +377,8 @@ def parse_spec(spec: str) -> Spec:
         return Spec("api", spec, "openai")
     if colon and _BARE_NAME.fullmatch(prefix):
         raise UsageError(
-            f"{spec}: no provider is called {prefix!r}. There are {', '.join(providers())}."
+            f"{spec}: no provider is called {prefix!r}. There are {', '.join(providers())}; a server is "
+            "http://HOST:PORT/v1#NAME."
         )
     raise UsageError(
         f"{spec!r} is no model: give an OpenAI name, PROVIDER:NAME, a directory, ORG/NAME, FILE.gguf, "

@@ -106,7 +106,13 @@ def _load(location: str) -> tuple[Callable[..., Any], str]:
     module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
     found = getattr(module, name, None)
     if not callable(found):
-        offered = ", ".join(key for key, value in vars(module).items() if callable(value))
+        offered = ", ".join(
+            key
+            for key, value in vars(module).items()
+            if callable(value)
+            and not key.startswith("_")
+            and getattr(value, "__module__", None) == module.__name__
+        )
         raise UsageError(f"{where} has no callable {name!r} (it has: {offered or 'none'}).")
     source = getattr(module, "__file__", None)
     digest = hashlib.sha256(Path(source).read_bytes() if source else where.encode())

@@ -556,7 +556,7 @@ def _refuse_other_run(
                 "Choose another --out, or replace it with --overwrite."
             )
         return
-    if not out.exists() or (out.is_dir() and _holds_only_notes(out)):
+    if not out.exists() or _holds_nothing(out):
         return
     if earlier.command != command:
         raise SrtError(
@@ -574,10 +574,13 @@ def _refuse_other_run(
         )
 
 
-def _holds_only_notes(directory: Path) -> bool:
-    """Whether a training stopped before it wrote weights or a checkpoint."""
+def _holds_nothing(out: Path) -> bool:
+    """Whether a run stopped before a reply came, or before it wrote weights or a checkpoint."""
+    if not out.is_dir():
+        journal = journal_path(out)
+        return not out.stat().st_size and not (journal.exists() and journal.stat().st_size)
     notes = ("run.json", ".dropped.jsonl")
-    return all(path.name.endswith(notes) for path in directory.iterdir())
+    return all(path.name.endswith(notes) for path in out.iterdir())
 
 
 def clear_directory(path: Path) -> None:

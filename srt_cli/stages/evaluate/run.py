@@ -262,6 +262,10 @@ def base_of(model: str) -> str:
         seen.add(earlier)
         current = earlier
     if current == model:
+        if not is_outputs_file(model):
+            parse_spec(model)  # one that is not there has no manifest either
+        elif not Path(model).exists():
+            raise UsageError(f"{model}: no such file. Check the path.")
         raise UsageError(
             f"{model}: no manifest tells its base. Pass --reference, or --check to measure it alone."
         )
