@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final, Literal, Required, TypedDict, TypeVar, Unpack, cast
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
@@ -405,7 +404,7 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
 def _wanted_instead(error: ValidationError) -> str:
     """What a value must be, in a user's words."""
     faults = error.errors()
-    wanted = [_wanted(fault) for fault in faults]
+    wanted = [_wanted(fault["type"], fault.get("ctx", {})) for fault in faults]
     if not all(wanted):
         return f"{faults[0]['msg']}."
     choices = re.split(", | or ", wanted[-1])
@@ -413,11 +412,12 @@ def _wanted_instead(error: ValidationError) -> str:
     return f"must be {' or '.join(wanted)}." + (f" Did you mean {near[0]}?" if near else "")
 
 
-def _wanted(fault: ErrorDetails) -> str:
-    if fault["type"] == "literal_error":
-        return str(fault["ctx"]["expected"]).replace("'", "")
+def _wanted(fault: str, told: Mapping[str, Any]) -> str:
+    """For a fault as pydantic names it; "" for those that it tells well itself."""
+    if fault == "literal_error":
+        return str(told["expected"]).replace("'", "")
     numbers = {"int": "a whole number", "float": "a number"}
-    return numbers.get(fault["type"].partition("_")[0], "")
+    return numbers.get(fault.partition("_")[0], "")
 
 
 def _refuse_senseless(field: dataclasses.Field[Any], value: Any) -> None:
