@@ -37,6 +37,8 @@ def page(srt, tmp_path):
                    "--critique-page", "page.html")  # fmt: skip
     assert finished.code == 0, finished.stderr
     assert "page.html: 3 rows to criticise by hand" in finished.stdout
+    assert "srt collect-feedback --critic file:page.critiques.jsonl" in finished.stdout
+    assert "--critic-for score=SPEC\n" in finished.stdout
     return tmp_path / "page.html"
 
 

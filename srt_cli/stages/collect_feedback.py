@@ -324,9 +324,10 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
         run.reached(f"{len(rows)} of {prompts.count}")
     if len(rows) < prompts.count:
         console.warn(f"{prompts.count - len(rows)} prompts have no usable draft, and are left out.")
+    whose = f" --model {options.model}" if options.model is not None else ""
     console.finish(
         f"{page}: {many(len(rows), 'row')} to criticise by hand",
-        f"open {page}, then srt collect-feedback --critic file:{file}",
+        f"open {page}, then srt collect-feedback --critic file:{file}{whose} --critic-for score=SPEC",
     )
 
 
