@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import srt_cli
 from srt_cli import console, help
-from srt_cli.errors import Ended, Interrupted, SrtError
+from srt_cli.errors import Ended, Interrupted, SrtError, UsageError
 from srt_cli.options import (
     choices_of,
     every_name,
@@ -105,7 +105,14 @@ class _Command(TyperCommand):
         return self.page(everything=False)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(_each_with_its_flag(args, files_flags(self._options))))
+        ctx.allow_extra_args = True  # which are refused here, with the option that they lack
+        words = _each_with_its_flag(args, files_flags(self._options))
+        stray = super().parse_args(ctx, list(words))
+        if stray and not ctx.resilient_parsing:
+            raise UsageError(
+                f"{stray[0]}: belongs to no option. Did you mean {_reads(self._options)} {stray[0]}?"
+            )
+        return stray
 
     @property
     def _options(self) -> type[Any]:
@@ -186,6 +193,12 @@ def _command(command: str) -> Callable[..., None]:
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return invoke
+
+
+def _reads(options_class: type[Any]) -> str:
+    """The option that names what a command reads."""
+    flags = [flag_of(field) for field in dataclasses.fields(options_class)]
+    return next(flag for flag in ("--prompts", "--data", "--prefs") if flag in flags)
 
 
 def _show_every_option(context: typer.Context, asked: bool) -> None:

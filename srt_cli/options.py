@@ -258,8 +258,10 @@ def resolve(
         for field in dataclasses.fields(cast(Any, config_class)):
             if field.name in values:
                 _allow_found(found_file, field, values[field.name])
+        values = _typed(config_class, values, f"{found_file}: ")
     if config_file is not None:
-        values |= _read_preset(config_file, config_class, command, shared, notes)
+        preset = _read_preset(config_file, config_class, command, shared, notes)
+        values |= _typed(config_class, preset, f"{config_file}: ")
     values |= _renamed(config_class, flags, notes)
     for note in notes:
         console.warn(note)
@@ -354,12 +356,25 @@ def _read_preset(
                 _refuse_unknown(path, key, name, {*known, *shared()})
         elif _fits(known[name], value) or not any(_fits(kind, value) for kind in shared()[name]):
             top[name] = value  # else it is meant for a command that takes other values
-    for key, value in document.get(command, {}).items():
+    for key, value in _table_of(path, document, command).items():
         name = key.replace("-", "_")
         if name not in known:
             _refuse_unknown(path, f"[{command}] {key}", name, set(known))
         table[name] = value
     return _renamed(config_class, top, notes) | _renamed(config_class, table, notes)
+
+
+def _table_of(path: Path, document: Mapping[str, Any], command: str) -> Mapping[str, Any]:
+    """A command's table, under its name with hyphens or underscores; refuses one close to it."""
+    own: dict[str, Any] = {}
+    for key, value in document.items():
+        if not isinstance(value, dict):
+            continue
+        if (name := key.replace("_", "-")) == command:
+            own |= value
+        elif difflib.get_close_matches(name, [command], cutoff=0.8):
+            raise UsageError(f"{path}: unknown table [{key}]. Did you mean [{command}]?")
+    return own
 
 
 def _options_of_manifest(path: Path, text: str, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -382,8 +397,11 @@ def _refuse_unknown(path: Path, shown: str, name: str, known: set[str]) -> None:
     raise UsageError(f"{path}: unknown option {shown}.{hint}")
 
 
-def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring TOML, JSON and command-line values to the types the dataclass declares."""
+def _typed(config_class: type[Any], values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Bring TOML, JSON and command-line values to the types the dataclass declares.
+
+    Raises `UsageError` for one that has another; `where` it stands comes first.
+    """
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     typed = {}
     for name, value in values.items():
@@ -395,9 +413,10 @@ def _typed(config_class: type[Any], values: Mapping[str, Any]) -> dict[str, Any]
         except ValidationError as error:
             given = error.errors()[0]["input"]
             raise UsageError(
-                f"{flag_of(fields[name])} {given!r}: {_wanted_instead(error)}"
+                f"{where}{flag_of(fields[name])} {given!r}: {_wanted_instead(error)}"
             ) from None
-        _refuse_senseless(fields[name], typed[name])
+        if told := _senseless(fields[name], typed[name]):
+            raise UsageError(f"{where}{flag_of(fields[name])} {told}")
     return typed
 
 
@@ -420,17 +439,18 @@ def _wanted(fault: str, told: Mapping[str, Any]) -> str:
     return numbers.get(fault.partition("_")[0], "")
 
 
-def _refuse_senseless(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `UsageError` for a negative number, and for zero where an option needs more."""
-    if without_none(field.type) not in (int, float) or value is None:
-        return
-    positive = knob_of(field).positive
-    if value > 0 or (value == 0 and not positive):
-        return
-    least = "above 0" if isinstance(value, float) else "1 or more"
-    raise UsageError(
-        f"{flag_of(field)} {value:.12g}: must be {least if positive else '0 or more'}."
-    )
+def _senseless(field: dataclasses.Field[Any], value: Any) -> str | None:
+    """What is wrong with a value that has the right type; None with one that makes sense."""
+    kind, knob = without_none(field.type), knob_of(field)
+    is_output = knob.kind == "runtime" and (knob.metavar or "").startswith("FILE")
+    if kind is Path and is_output and value is not None and value.is_dir():
+        return f"{value}: is a directory, where a file is expected."
+    if kind not in (int, float) or value is None or value > 0:
+        return None
+    if value == 0 and not knob.positive:
+        return None
+    least = "above 0" if kind is float else "1 or more"
+    return f"{value:.12g}: must be {least if knob.positive else '0 or more'}."
 
 
 def _expanded(given: Any) -> list[Any]:

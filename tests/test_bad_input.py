@@ -280,6 +280,54 @@ def test_a_traceback_comes_back_on_request(srt, folder, monkeypatch):
         collect(srt)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('limit = "two"', "srt.toml: --limit 'two': must be a whole number."),
+        ("temperature = -1", "srt.toml: --temperature -1: must be 0 or more."),
+        ("[colect-feedback]", "unknown table [colect-feedback]. Did you mean [collect-feedback]?"),
+        ("[collect_feedback]\nlimit = 0", "srt.toml: --limit 0: must be 1 or more."),
+    ],
+)
+def test_a_fault_in_srt_toml_is_said_with_the_file(srt, folder, content, said):
+    (folder / "srt.toml").write_text(content + "\n")
+    finished = collect(srt)
+    assert finished.code == 2
+    assert said in finished.stderr
+
+
+def test_the_table_of_another_command_is_none_of_this_ones_business(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    (folder / "srt.toml").write_text("[sft]\nepochs = 2\n[self-critique]\nsamples = 4\n")
+    assert collect(srt, "--dry-run").code == 0
+
+
+def test_a_page_that_would_be_a_directory_is_refused_before_any_work(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    (folder / "pages").mkdir()
+    finished = collect(srt, "--report", "pages")
+    assert (finished.code, finished.stderr) == (
+        2, "error: --report pages: is a directory, where a file is expected.\n"
+    )  # fmt: skip
+    assert not (folder / "feedback.run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("collect-feedback", "--prompts"),
+        ("sft", "--data"),
+        ("dpo", "--prefs"),
+        ("eval", "--prompts"),
+    ],
+)
+def test_a_file_without_an_option_is_told_its_option(srt, command, flag):
+    finished = srt(command, "mine.jsonl")
+    assert (finished.code, finished.stderr) == (
+        2, f"error: mine.jsonl: belongs to no option. Did you mean {flag} mine.jsonl?\n"
+    )  # fmt: skip
+
+
 def test_a_configuration_that_is_not_there_is_said_once(srt):
     finished = collect(srt, "--config", "nope.toml")
     assert (finished.code, finished.stderr) == (
