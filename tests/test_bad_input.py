@@ -202,12 +202,14 @@ def test_a_number_or_word_that_makes_no_sense_is_refused(srt, folder, line, said
 
 
 @pytest.mark.parametrize("command", ["collect-feedback", "sft", "build-prefs", "dpo", "eval"])
-def test_no_command_takes_no_rows(srt, command):
+def test_no_command_takes_no_rows_and_no_training_no_epochs(srt, command):
     for rows in (0, -1):
         finished = srt(command, "--limit", rows)
         assert (finished.code, finished.stderr) == (
             2, f"error: --limit {rows}: must be 1 or more.\n"
         )  # fmt: skip
+    if command in ("sft", "dpo"):
+        assert srt(command, "--epochs", 0).stderr == "error: --epochs 0: must be above 0.\n"
 
 
 def test_a_full_disk_is_said_and_the_run_can_go_on(folder):

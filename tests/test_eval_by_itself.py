@@ -101,6 +101,7 @@ def test_a_baseline_is_measured_alone(srt, folder):
     (row,) = compared(folder)["rows"]
     assert row["pass_rate"]["value"] == 0.5
     assert "is measured alone, by the check" in finished.stderr
+    assert "n = 24 prompts.\n" in finished.stdout  # no reference, and nothing paired
     assert json.loads((folder / "eval.run.json").read_text())["warnings"] == []
 
 

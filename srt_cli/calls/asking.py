@@ -154,7 +154,7 @@ class Asking:
             for answer in answers:
                 yield answer
                 cost = self.cost.note() if self.cost is not None else ""
-                progress.advance(note=" ".join(filter(None, [note(), cost])))
+                progress.advance(note=", ".join(filter(None, [note(), cost])))
 
     def ask(self, label: str, scripts: Iterable[Script[Result]], total: int) -> list[Result]:
         """Run scripts and give their results in the order of the scripts."""

@@ -88,10 +88,11 @@ def footnotes_of(findings: Findings) -> list[str]:
         return [
             "n = 1 prompt: no error, no test and no length control can be given for a single one."
         ]
-    notes = [
-        f"n = {contest.prompts} prompts; reference: {contest.rows[0].name}, direct; differences in "
-        "points, paired over the same prompts."
-    ]
+    compared = (
+        f"; reference: {contest.rows[0].name}, direct; differences in points, paired over the same "
+        "prompts"
+    )
+    notes = [f"n = {contest.prompts} prompts{compared if len(contest.rows) > 1 else ''}."]
     first = next((row.judged[0] for row in contest.rows if row.judged), None)
     if first is not None:
         if first.length_controlled is not None:

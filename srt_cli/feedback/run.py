@@ -173,7 +173,7 @@ def run_critiques(
         asking.offline = options.sends_nothing or interrupted
 
         def note() -> str:
-            return " ".join(filter(None, [summary.note(), asking.tally.speed()]))
+            return ", ".join(filter(None, [summary.note(), asking.tally.speed()]))
 
         writer = OrderedWriter(run.out)
         try:

@@ -40,8 +40,9 @@ class TrainingOptions:
         group="Training", common=True,
     )  # fmt: skip
     epochs: float | None = setting(
-        None, "Passes over the data.", otherwise="the recipe's", group="Training", common=True
-    )
+        None, "Passes over the data.", otherwise="the recipe's",
+        positive=True, group="Training", common=True,
+    )  # fmt: skip
     global_batch: int | None = setting(
         None, "Rows per step over all processes.", otherwise="the recipe's (paper: 32)",
         positive=True, group="Training",

@@ -172,8 +172,9 @@ def advise_on_size(
     small = parameters is not None and parameters < SMALL_PARAMETERS
     if not small or options.learning_rate is not None or options.recipe == "smol":
         return None
-    rate = RECIPES[stage]["smol"].learning_rate
+    rate, count = RECIPES[stage]["smol"].learning_rate, parameters or 0
+    size = f"{count / 1e6:.0f}M" if count >= 1e6 else f"{count:,}"
     return (
-        f"this model has {(parameters or 0) / 1e6:.3g}M parameters, and the recipe's learning rate is "
+        f"this model has {size} parameters, and the recipe's learning rate is "
         f"for 7B and more; SmolLM2's recipe trains such models at {rate:g} (--recipe smol)."
     )
