@@ -188,7 +188,7 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     manifest = {"tallies": {"confusion_drafts": counts | {"bad_called_good": 0}}}
     (tmp_path / "round-2-self.run.json").write_text(json.dumps(manifest))
     document.write_text(f"# S\n<!-- {tmp_path.name}: comparisons -->\nold\n<!-- end -->\nkept\n")
-    tallies = {"kept": 150, "labels": {"precision": 0.8}}
+    tallies = {"kept": 150, "labels": {"precision": 0.8, "right": 80, "decided": 100}}
     (tmp_path / "stage-1-prefs.run.json").write_text(json.dumps({"tallies": tallies}))
     page.main(tmp_path, document, tmp_path / "study.csv")
     assert (tmp_path / "study.csv").read_text().splitlines() == [
@@ -212,6 +212,7 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     assert "<td>best of four</td><td>50% of 100</td><td>80</td>" in shown
     assert "<td>stage-1</td><td>7.0</td><td></td><td></td><td></td>" in shown
     assert "<td>10.0</td><td>6.5</td><td>red</td><td>own scores rose &lt;alone&gt;</td>" in shown
+    assert "<td>stage-1</td><td>150</td><td>80% [71%, 87%], 80 of 100</td>" in shown
     assert ": agreement</h2>" not in shown  # which was not run
 
 

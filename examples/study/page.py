@@ -38,6 +38,7 @@ COMPARISONS = (
     Comparison("without suggestions", "without-suggestions", "stage-1"),
     Comparison("without score", "without-score", "stage-1"),
     Comparison("a second round on its own drafts", "round-2", "stage-1"),
+    Comparison("comparisons beside it", "round-2-compare", "round-2"),
     Comparison("what feedback adds in two rounds", "round-2", "refinement-only-2"),
     Comparison("refined once", "refinement", "round-2"),
     Comparison("refined twice", "refinement-2", "round-2"),
@@ -261,6 +262,22 @@ def agreement_table(folder: Path) -> list[list[str]]:
     return rows
 
 
+def labels_table(folder: Path) -> list[list[str]]:
+    """A line a file of pairs: how many of its labels are right, by the check."""
+    rows = [["pairs of", "pairs", "right [95 %], of those of which one passes"]]
+    for manifest in sorted(folder.glob("*-prefs.run.json")):
+        tallies = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]
+        labels = tallies.get("labels")
+        if labels:
+            low, high = wilson(labels["right"], labels["decided"])
+            share = f"{labels['precision']:.0%} [{low:.0%}, {high:.0%}]"
+            rows.append([
+                manifest.name.removesuffix("-prefs.run.json"), str(tallies["kept"]),
+                f"{share}, {labels['right']} of {labels['decided']}",
+            ])  # fmt: skip
+    return rows
+
+
 def curve(folder: Path, passes: Passes) -> list[dict[str, float]]:
     """What pairs of known precision gave: a row for each file of pairs whose model was evaluated.
 
@@ -316,6 +333,7 @@ def main(folder: Path, document: Path | None = None, measured: Path | None = Non
         f"{name}: comparisons": comparisons_table(passes, COMPARISONS),
         f"{name}: critics": critics_table(folder),
         f"{name}: lengths": lengths_table(folder),
+        f"{name}: labels": labels_table(folder),
         f"{name}: agreement": agreement_table(folder),
         f"{name}: drift": drift_table(folder),
         f"{name}: effort": effort_table(folder, passes),

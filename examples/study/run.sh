@@ -24,7 +24,7 @@ check=(--check python:critic.py:check --max-new-tokens 32 "${seed[@]}")
 checklist=(--score checklist --critic-max-tokens 100)
 own=(--prompts self-prompts.jsonl --samples 4 --temperature 1 "${checklist[@]}" "${check[@]}")
 preferred=(--learning-rate 3e-5 --beta 0.1 --global-batch 8 --micro-batch 8 --epochs 1 --samples 0 "${seed[@]}")
-looked=300 # held-out prompts of the slow comparisons, 5 and 6
+looked=200 # held-out prompts of the slow comparisons, 5 and 6
 if [ -n "$quick" ]; then looked=80; fi
 
 # 1. What language feedback is worth: against the refinements alone, for as many tokens read; without
@@ -65,10 +65,16 @@ if [ -z "$quick" ]; then
   for pairs in refine first-rejected; do
     srt dpo --prefs "$pairs-prefs.jsonl" --out "models/$pairs" "${preferred[@]}" || echo "no stage 2 by $pairs"
   done
+  # How often the labels are right by each kind of score, of a model that was also taught to compare.
+  srt sft --data own-feedback.jsonl --model models/stage-1 --out models/round-2-compare --compare "${whole[@]}" --learning-rate 2e-4
+  srt self-critique --model models/round-2-compare --compare "${own[@]}" --limit 120 --out compared-self.jsonl
+  for score in integer expected compared; do
+    srt build-prefs --data compared-self.jsonl --strategy best-worst --score "$score" --out "by-$score-prefs.jsonl"
+  done
 fi
 
 # 4. When can self-evaluation be trusted? Critics of known accuracy score the same drafts.
-planted=(right-25 right-50 right-60 right-75 right-90 right-100)
+planted=(right-25 right-50 right-75 right-90 right-100)
 if [ -n "$quick" ]; then planted=(right-50 right-100); fi
 for name in "${planted[@]}"; do
   cp -n round-2-self.journal.jsonl "$name.journal.jsonl"
