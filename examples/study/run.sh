@@ -9,8 +9,10 @@ quick=${2:-}
 mkdir -p "$1"
 cd "$1"
 cp "$here/../quickstart/critic.py" "$here/planted.py" .
-if [ -n "$quick" ]; then # the quickstart's twelve kinds of constraints
+if [ -n "$quick" ]; then # the quickstart's twelve kinds of constraints, and fewer prompts for what is slow
   cp "$here/../quickstart/"*.jsonl .
+  head -n 100 "$here/../quickstart/self-prompts.jsonl" >self-prompts.jsonl
+  head -n 200 "$here/../quickstart/heldout.jsonl" >heldout.jsonl
 else # all 27
   python "$here/../quickstart/make_prompts.py" . --study
 fi
@@ -25,7 +27,7 @@ checklist=(--score checklist --critic-max-tokens 100)
 own=(--prompts self-prompts.jsonl --samples 4 --temperature 1 "${checklist[@]}" "${check[@]}")
 preferred=(--learning-rate 3e-5 --beta 0.1 --global-batch 8 --micro-batch 8 --epochs 1 --samples 0 "${seed[@]}")
 looked=200 # held-out prompts of the slow comparisons, 5 and 6
-if [ -n "$quick" ]; then looked=80; fi
+if [ -n "$quick" ]; then looked=60; fi
 
 # 1. What language feedback is worth: against the refinements alone, for as many tokens read; without
 #    contrast; without a part of it.
