@@ -135,6 +135,29 @@ def test_outputs_without_scores_count_as_much_as_the_draft_they_replace(against,
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["outputs", "feedback"])
+def test_what_a_check_said_of_the_first_answers_tells_how_many_labels_are_right(
+    srt, tmp_path, form
+):
+    rows = [
+        record(id=name, prompt=f"{name}?", refinement_passes=float(good)).model_dump()
+        for name, good in zip("abc", (True, True, False), strict=True)
+    ]
+    write_jsonl(tmp_path / "self-feedback.jsonl", rows)
+    passed = dict(zip("abc", (False, True, True), strict=True))
+    write_jsonl(tmp_path / "first.jsonl", [
+        {"id": name, "contestant": "base", "use": "response", "response": "Mud.", "status": "ok",
+         "passed": good}
+        if form == "outputs" else
+        record(id=name, prompt=f"{name}?", response="Mud.", response_passes=float(good)).model_dump()
+        for name, good in passed.items()
+    ])  # fmt: skip
+    finished = srt("build-prefs", "--rejected", "first.jsonl")
+    assert finished.code == 0, finished.stderr
+    labels = json.loads((tmp_path / "prefs.run.json").read_text())["tallies"]["labels"]
+    assert (labels["right"], labels["decided"], labels["equal"]) == (1, 2, 1)
+
+
 def test_alpaca_eval_outputs_and_the_worst_of_several_answers_are_taken(against, tmp_path):
     first = [
         {"instruction": "One?", "output": "Mud.", "generator": "m0", "score": 3},

@@ -116,6 +116,8 @@ class FirstAnswer:
     text: str
     score: float | None
     model: str
+    passes: float | None = None
+    """What a check said of it; None where none was asked."""
 
 
 class FirstAnswers:
@@ -154,6 +156,11 @@ def _worse(answer: FirstAnswer) -> tuple[float, int, str]:
     return (-(answer.score or 0.0), len(answer.text), answer.text)
 
 
+def _passes(said: Any) -> float | None:
+    """What a check said: yes or no, or a share."""
+    return float(said) if isinstance(said, bool) else _number(said)
+
+
 def _plain_id(prompt: str | list[Message]) -> str:
     """The same for prompts that differ in white space or Unicode form alone."""
     turns = as_messages(prompt)
@@ -170,7 +177,8 @@ def _read_answers(
             if "contestant" in row and "use" in row:
                 if row["use"] == "response":
                     text = text_of(row.get("response"), "response").strip()
-                    answer = FirstAnswer(text, None, str(row["contestant"]))
+                    model, passes = str(row["contestant"]), _passes(row.get("passed"))
+                    answer = FirstAnswer(text, None, model, passes)
                     yield str(row["id"]), None, answer
                 continue
             given = next(
@@ -188,5 +196,6 @@ def _read_answers(
             score = feedback.get("score") if isinstance(feedback, Mapping) else _score_of(row)
             model = row.get("policy") or row.get("generator") or row.get("model") or path.name
             if prompt.response and prompt.response.strip():
-                answer = FirstAnswer(prompt.response.strip(), _number(score), str(model))
+                passes = _passes(row.get("response_passes"))
+                answer = FirstAnswer(prompt.response.strip(), _number(score), str(model), passes)
                 yield read.id, prompt.prompt, answer

@@ -213,7 +213,8 @@ def against_first(pairing: Pairing, first: FirstAnswers) -> Pairing | None:
         return None
     scored = answer.score is not None
     score = pairing.rejected.score if answer.score is None else answer.score
-    rejected = Candidate(answer.text, score, record, is_scored=scored, by=answer.model)
+    passes, by = answer.passes, answer.model
+    rejected = Candidate(answer.text, score, record, passes, is_scored=scored, by=by)
     return Pairing(pairing.chosen, rejected)
 
 
