@@ -172,9 +172,13 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     ])  # fmt: skip
     write_jsonl(tmp_path / "best-of.journal.jsonl", [
         {"model": "local"}, *(
-            {"call": f"{n}/{sample} {kind}", "usage": {"completion_tokens": tokens}}
+            {"call": f"{n}/{sample} {kind}", "model": model, "usage": {"completion_tokens": tokens}}
             for n in range(100) for sample in (0, 1)
-            for kind, tokens in (("response", 10), ("round 1 critique", 30), ("round 1 blind score", 5))
+            for kind, model, tokens in (
+                ("response", "round-2", 10), ("response", "base", 70),
+                ("round 1 critique", "round-2", 30),
+                ("round 1 blind score", "round-2", 5), ("round 2 critique", "round-2", 7),
+            )
         ),
     ])  # fmt: skip
     stages = [
@@ -190,9 +194,12 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     document.write_text(f"# S\n<!-- {tmp_path.name}: comparisons -->\nold\n<!-- end -->\nkept\n")
     tallies = {"kept": 150, "labels": {"precision": 0.8, "right": 80, "decided": 100}}
     (tmp_path / "stage-1-prefs.run.json").write_text(json.dumps({"tallies": tallies}))
+    other = "90,1.0,4.2,2.0,6.5,another"
+    head = "pairs,precision,gain,low,high,study"
+    (tmp_path / "study.csv").write_text(f"{head}\n{other}\n9,0.5,1.0,1.0,1.0,{tmp_path.name}\n")
     page.main(tmp_path, document, tmp_path / "study.csv")
     assert (tmp_path / "study.csv").read_text().splitlines() == [
-        "pairs,precision,gain,low,high", "150,0.8,-50.0,-60.0,-40.0",
+        head, other, f"150,0.8,-50.0,-60.0,-40.0,{tmp_path.name}",
     ]  # fmt: skip
     assert document.read_text().splitlines() == [
         "# S",

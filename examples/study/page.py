@@ -220,12 +220,17 @@ def effort_table(folder: Path, passes: Passes) -> list[list[str]]:
 
 
 def tokens_written(journal: Path, rounds: int) -> float:
-    """Mean tokens of a prompt's drafts and of the critiques of so many rounds."""
+    """Mean tokens of a prompt's drafts and of the critiques of so many rounds, by one model.
+
+    A critique of the same text as before is not asked for again.
+    """
     wanted = {"response"} | {f"round {number} critique" for number in range(1, rounds + 1)}
+    calls = [row for row in rows_of(journal) if "call" in row]
+    critics = {row["model"] for row in calls if row["call"].endswith("critique")}
     tokens: dict[str, int] = {}
-    for row in rows_of(journal):
-        name, _, kind = row.get("call", "").partition(" ")
-        if kind in wanted:
+    for row in calls:
+        name, _, kind = row["call"].partition(" ")
+        if kind in wanted and row["model"] in critics:
             name = name.rpartition("/")[0]
             tokens[name] = tokens.get(name, 0) + row["usage"]["completion_tokens"]
     return sum(tokens.values()) / len(tokens)
@@ -289,7 +294,9 @@ def curve(folder: Path, passes: Passes) -> list[dict[str, float]]:
         itself = f"{name}-dpo" in passes  # else a planted critic, on drafts of round 2
         arm, control = (f"{name}-dpo", name) if itself else (name, "round-2")
         tallies = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]
-        if arm not in passes or control not in passes or not tallies.get("labels"):
+        # Where the base's answers are rejected, the critic of the pairs is not asked about these.
+        others = name == "first-rejected" or not tallies.get("labels")
+        if arm not in passes or control not in passes or others:
             continue
         mean, low, high = difference(passes, arm, control)
         found.append({
@@ -351,10 +358,17 @@ def main(folder: Path, document: Path | None = None, measured: Path | None = Non
     if document is not None:
         write_into(document, tables)
     if measured is not None and figures:
-        with measured.open("w", encoding="utf-8", newline="") as lines:
-            writer = csv.DictWriter(lines, list(figures[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(figures)
+        write_curve(measured, name, figures)
+
+
+def write_curve(path: Path, study: str, figures: Sequence[dict[str, float]]) -> None:
+    """Write what a study gave in place of what it gave before; what others gave stays."""
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    others = [row for row in csv.DictReader(before) if row["study"] != study]
+    with path.open("w", encoding="utf-8", newline="") as lines:
+        writer = csv.DictWriter(lines, [*figures[0], "study"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*others, *(row | {"study": study} for row in figures)])
 
 
 if __name__ == "__main__":
