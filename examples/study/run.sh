@@ -26,6 +26,8 @@ check=(--check python:critic.py:check --max-new-tokens 32 "${seed[@]}")
 checklist=(--score checklist --critic-max-tokens 100)
 own=(--prompts self-prompts.jsonl --samples 4 --temperature 1 "${checklist[@]}" "${check[@]}")
 preferred=(--learning-rate 3e-5 --beta 0.1 --global-batch 8 --micro-batch 8 --epochs 1 --samples 0 "${seed[@]}")
+# A critic that tells nothing apart leaves no pair (exit 1), and its arm is left out. What else fails ends all.
+attempt() { "$@" || [ $? -eq 1 ]; }
 looked=200 # held-out prompts of the slow comparisons, 5 and 6
 if [ -n "$quick" ]; then looked=60; fi
 
@@ -53,25 +55,24 @@ rounds=(stage-1 round-2)
 if [ -n "$quick" ]; then rounds=(round-2); fi
 for model in "${rounds[@]}"; do
   srt self-critique --model "models/$model" "${own[@]}" --out "$model-self.jsonl"
-  srt build-prefs --data "$model-self.jsonl" --strategy best-worst --score expected --out "$model-prefs.jsonl"
-  # A critic that tells nothing apart may leave no pair.
-  srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}" || echo "no stage 2 after $model"
+  attempt srt build-prefs --data "$model-self.jsonl" --strategy best-worst --score expected --out "$model-prefs.jsonl"
+  attempt srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}"
 done
 # Its control: stage 1 continued on as many refinements.
 srt sft --data own-feedback.jsonl --limit "$(wc -l < round-2-prefs.jsonl)" --refinement-only --model models/round-2 --out models/round-2-continued --epochs 1 --learning-rate 3e-5 "${trained[@]}"
 if [ -z "$quick" ]; then
   # The paper's pairs, a refinement against its draft; and the best answer against the base's.
-  srt build-prefs --data round-2-self.jsonl --strategy refine --score expected --out refine-prefs.jsonl
+  attempt srt build-prefs --data round-2-self.jsonl --strategy refine --score expected --out refine-prefs.jsonl
   srt eval --prompts self-prompts.jsonl --model "$base" "${check[@]}" --out first.json
   srt build-prefs --data round-2-self.jsonl --strategy best-worst --score expected --rejected first.outputs.jsonl --out first-rejected-prefs.jsonl
   for pairs in refine first-rejected; do
-    srt dpo --prefs "$pairs-prefs.jsonl" --out "models/$pairs" "${preferred[@]}" || echo "no stage 2 by $pairs"
+    attempt srt dpo --prefs "$pairs-prefs.jsonl" --out "models/$pairs" "${preferred[@]}"
   done
   # How often the labels are right by each kind of score, of a model that was also taught to compare.
   srt sft --data own-feedback.jsonl --model models/stage-1 --out models/round-2-compare --compare "${whole[@]}" --learning-rate 2e-4
   srt self-critique --model models/round-2-compare --compare "${own[@]}" --limit 120 --out compared-self.jsonl
   for score in integer expected compared; do
-    srt build-prefs --data compared-self.jsonl --strategy best-worst --score "$score" --out "by-$score-prefs.jsonl"
+    attempt srt build-prefs --data compared-self.jsonl --strategy best-worst --score "$score" --out "by-$score-prefs.jsonl"
   done
 fi
 
