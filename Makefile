@@ -76,7 +76,7 @@ bench: $(INSTALLED)
 bench-prefs: $(INSTALLED)
 	$(BIN)/python bench/prefs.py $(ONLY)
 
-# `srt sft` and `srt dpo` beside `trl sft` and `trl dpo`, some 8 minutes on an idle machine.
+# `srt sft` and `srt dpo` beside `trl sft` and `trl dpo`, some 13 minutes on an idle machine.
 bench-train: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python bench/train.py
 
