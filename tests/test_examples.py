@@ -28,6 +28,7 @@ DRAFTS = (
     '"Quoted," she said. "Twice."',
     '{"answer": "Bread is old."}',
     "- one\n- two\n- three",
+    "A balloon's day, 100000000.",
     "Today ... 12 3.5 items; silver, silver and the end every day",
 )
 

@@ -54,6 +54,11 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[A-Za-z0-9']+", text)
 
 
+def longest_letters(text: str) -> str:
+    """The longest word, in small letters, without what is no letter."""
+    return re.sub("[^a-z]", "", max(words_of(text), key=len).lower()) or "topic"
+
+
 def sentences_of(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if words_of(part)]
 
@@ -314,7 +319,7 @@ KINDS: dict[str, Kind] = {
     "hashtag": Kind(
         "End with a hashtag.", "A hashtag at the end", lambda text, _: last(text), "End with a hashtag.",
         lambda text, _: bool(re.search(r"\s#[A-Za-z]\w*$", text)),
-        lambda text, _: f"{text} #{max(words_of(text), key=len).lower()}",
+        lambda text, _: f"{text} #{longest_letters(text)}",
         lambda text, _, draw: draw.choice([re.sub(r"\s#\w+$", "", text), text.replace(" #", " ")]),
     ),
     "lower": Kind(
