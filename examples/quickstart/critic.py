@@ -384,15 +384,20 @@ def broken_constraints(prompt: Prompt, response: str) -> list[tuple[Kind, str]]:
     ]
 
 
-def critique(prompt: Prompt, response: str) -> tuple[Feedback, str]:
-    """Honest feedback on a response, item by item, and a refinement that meets every constraint."""
-    text = response.strip()
-    broken = broken_constraints(prompt, text)
-    weaknesses = " ".join(
+def checklist(prompt: Prompt, text: str, broken: list[tuple[Kind, str]]) -> str:
+    """Every constraint with a quotation from the text, and no for those that are broken."""
+    return " ".join(
         f"{kind.item.format(argument)}? {kind.quote(text, argument)}: "
         f"{'no' if (kind, argument) in broken else 'yes'}."
         for kind, argument in constraints_of(prompt)
     )
+
+
+def critique(prompt: Prompt, response: str) -> tuple[Feedback, str]:
+    """Honest feedback on a response, item by item, and a refinement that meets every constraint."""
+    text = response.strip()
+    broken = broken_constraints(prompt, text)
+    weaknesses = checklist(prompt, text, broken)
     if not broken:
         return Feedback(weaknesses=weaknesses, suggestions="Keep it.", score=10), text
     met = 1 - len(broken) / len(constraints_of(prompt))

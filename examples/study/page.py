@@ -12,7 +12,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +84,14 @@ Passes = dict[str, dict[str, bool]]
 """By arm, whether its answer to a prompt (by id) passes the check."""
 
 
+def tallies_of(folder: Path, kind: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The name and the tallies of each run of a kind: `self`, or `prefs`."""
+    ending = f"-{kind}.run.json"
+    for manifest in sorted(folder.glob(f"*{ending}")):
+        tallies = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]
+        yield manifest.name.removesuffix(ending), tallies
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -126,6 +134,12 @@ def wilson(passed: int, of: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+def shown_share(passed: int, of: int) -> str:
+    """A share with its interval."""
+    low, high = wilson(passed, of)
+    return f"{passed / of:.0%} [{low:.0%}, {high:.0%}]"
+
+
 def paired(arm: Sequence[bool], control: Sequence[bool]) -> tuple[float, float, float]:
     """The difference of two pass rates, and its 95 % interval by a bootstrap over prompts."""
     gains = [a - c for a, c in zip(arm, control, strict=True)]
@@ -138,9 +152,7 @@ def arms_table(passes: Passes) -> list[list[str]]:
     """A line an arm: how often it passes."""
     rows = [["arm", "passes [95 %]", "prompts"]]
     for arm, said in passes.items():
-        low, high = wilson(sum(said.values()), len(said))
-        rate = sum(said.values()) / len(said)
-        rows.append([arm, f"{rate:.0%} [{low:.0%}, {high:.0%}]", str(len(said))])
+        rows.append([arm, shown_share(sum(said.values()), len(said)), str(len(said))])
     return rows
 
 
@@ -166,8 +178,8 @@ def comparisons_table(passes: Passes, comparisons: Sequence[Comparison]) -> list
 def critics_table(folder: Path) -> list[list[str]]:
     """A line a model that judged drafts of its own: what `self-critique --check` counted."""
     rows = [["critic", "balanced accuracy [95 %]", "good kept", "bad found"]]
-    for manifest in sorted(folder.glob("*-self.run.json")):
-        counts = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]["confusion_drafts"]
+    for name, tallies in tallies_of(folder, "self"):
+        counts = tallies["confusion_drafts"]
         kept, good = (
             counts["good_called_good"],
             counts["good_called_good"] + counts["good_called_bad"],
@@ -179,7 +191,7 @@ def critics_table(folder: Path) -> list[list[str]]:
             below = sqrt((kept / good - lows[0]) ** 2 + (found / bad - lows[1]) ** 2) / 2
             above = sqrt((highs[0] - kept / good) ** 2 + (highs[1] - found / bad) ** 2) / 2
             rows.append([
-                manifest.name.removesuffix("-self.run.json"),
+                name,
                 f"{balanced:.0%} [{balanced - below:.0%}, {balanced + above:.0%}]",
                 f"{kept} of {good}",
                 f"{found} of {bad}",
@@ -270,16 +282,11 @@ def agreement_table(folder: Path) -> list[list[str]]:
 def labels_table(folder: Path) -> list[list[str]]:
     """A line a file of pairs: how many of its labels are right, by the check."""
     rows = [["pairs of", "pairs", "right [95 %], of those of which one passes"]]
-    for manifest in sorted(folder.glob("*-prefs.run.json")):
-        tallies = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]
-        labels = tallies.get("labels")
-        if labels:
-            low, high = wilson(labels["right"], labels["decided"])
-            share = f"{labels['precision']:.0%} [{low:.0%}, {high:.0%}]"
-            rows.append([
-                manifest.name.removesuffix("-prefs.run.json"), str(tallies["kept"]),
-                f"{share}, {labels['right']} of {labels['decided']}",
-            ])  # fmt: skip
+    for name, tallies in tallies_of(folder, "prefs"):
+        if labels := tallies.get("labels"):
+            right, decided = labels["right"], labels["decided"]
+            told = f"{shown_share(right, decided)}, {right} of {decided}"
+            rows.append([name, str(tallies["kept"]), told])
     return rows
 
 
@@ -289,11 +296,9 @@ def curve(folder: Path, passes: Passes) -> list[dict[str, float]]:
     The precision is the check's word on pairs of which one answer passes; the gain is in points.
     """
     found = []
-    for manifest in sorted(folder.glob("*-prefs.run.json")):
-        name = manifest.name.removesuffix("-prefs.run.json")
+    for name, tallies in tallies_of(folder, "prefs"):
         itself = f"{name}-dpo" in passes  # else a planted critic, on drafts of round 2
         arm, control = (f"{name}-dpo", name) if itself else (name, "round-2")
-        tallies = json.loads(manifest.read_text(encoding="utf-8"))["tallies"]
         # Where the base's answers are rejected, the critic of the pairs is not asked about these.
         others = name == "first-rejected" or not tallies.get("labels")
         if arm not in passes or control not in passes or others:

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from critic import check, constraints_of
+from critic import check, checklist
 
 from srt_cli.records import Feedback, Prompt
 
@@ -23,11 +23,8 @@ def score(accuracy: int, prompt: Prompt, response: str) -> tuple[Feedback, str]:
 def praise(prompt: Prompt, response: str) -> tuple[Feedback, str]:
     """A checklist as `critic.critique` writes it that finds every constraint met, in any answer."""
     text = response.strip()
-    items = (
-        f"{kind.item.format(argument)}? {kind.quote(text, argument)}: yes."
-        for kind, argument in constraints_of(prompt)
-    )
-    return Feedback(weaknesses=" ".join(items), suggestions="Keep it.", score=10), text
+    weaknesses = checklist(prompt, text, broken=[])
+    return Feedback(weaknesses=weaknesses, suggestions="Keep it.", score=10), text
 
 
 def __getattr__(name: str) -> Callable[[Prompt, str], tuple[Feedback, str]]:

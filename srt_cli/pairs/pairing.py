@@ -213,8 +213,9 @@ def against_first(pairing: Pairing, first: FirstAnswers) -> Pairing | None:
         return None
     scored = answer.score is not None
     score = pairing.rejected.score if answer.score is None else answer.score
-    passes, by = answer.passes, answer.model
-    rejected = Candidate(answer.text, score, record, passes, is_scored=scored, by=by)
+    rejected = Candidate(
+        answer.text, score, record, answer.passes, is_scored=scored, by=answer.model
+    )
     return Pairing(pairing.chosen, rejected)
 
 
