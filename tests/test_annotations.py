@@ -87,7 +87,7 @@ def test_missing_verdicts_are_counted_and_a_low_coverage_exits_3(srt, tmp_path):
     finished = srt("eval", "--annotations", "mine.json")
     assert finished.code == 3
     assert "6 of 30 pairs have no valid verdict of gpt (6 unparsed)" in finished.stderr
-    assert srt("eval", "--annotations", "mine.json", "--min-coverage", 0.5, "--overwrite").code == 0
+    assert srt("eval", "--annotations", "mine.json", "--min-coverage", 0.5).code == 0
 
 
 def test_one_row_and_equal_lengths_are_labelled_never_nan(srt, tmp_path):

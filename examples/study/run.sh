@@ -24,6 +24,7 @@ trained=(--global-batch 8 --micro-batch 8 --samples 0 --critic-check 0 "${seed[@
 whole=(--loss-on feedback,refinement --refinement-feedback --epochs 1 --learning-rate 3e-4 "${trained[@]}")
 check=(--check python:critic.py:check --max-new-tokens 32 "${seed[@]}")
 checklist=(--score checklist --critic-max-tokens 100)
+anyhow=(--min-coverage 0.5) # replies that cannot be read are counted in the tables, and end nothing
 own=(--prompts self-prompts.jsonl --samples 4 --temperature 1 "${checklist[@]}" "${check[@]}")
 preferred=(--learning-rate 3e-5 --beta 0.1 --global-batch 8 --micro-batch 8 --epochs 1 --samples 0 "${seed[@]}")
 # A critic that tells nothing apart leaves no pair (exit 1), and its arm is left out. What else fails ends all.
@@ -96,18 +97,18 @@ fi
 #    stage by stage, where the last stage is ill: it was taught that every draft of its own is good.
 srt collect-feedback --prompts more-prompts.jsonl --limit 128 --model models/round-2 --temperature 1 --critic python:planted.py:praise --max-new-tokens 32 "${seed[@]}" --out praise.jsonl
 srt sft --data praise.jsonl --model models/round-2-dpo --out ill/flattered "${whole[@]}"
-srt eval --pairs right-100-prefs.jsonl --model models/stage-1 --model models/round-2 --model models/round-2-dpo "${checklist[@]}" --out agreement.json
+srt eval --pairs right-100-prefs.jsonl --model models/stage-1 --model models/round-2 --model models/round-2-dpo "${checklist[@]}" "${anyhow[@]}" --out agreement.json
 if [ -z "$quick" ]; then
   srt self-critique --model models/round-2-dpo "${own[@]}" --samples 1 --out round-2-dpo-self.jsonl
 fi
-srt eval --prompts heldout.jsonl --limit "$looked" --reference models/stage-1 --model models/round-2 --model models/round-2-dpo --model ill/flattered --scorer python:critic.py:critique "${checklist[@]}" "${check[@]}" --out drift.json
+srt eval --prompts heldout.jsonl --limit "$looked" --reference models/stage-1 --model models/round-2 --model models/round-2-dpo --model ill/flattered --scorer python:critic.py:critique "${checklist[@]}" "${check[@]}" "${anyhow[@]}" --out drift.json
 
 # 6. Refining an answer, against choosing the best of four.
 srt self-critique --model models/round-2 "${own[@]}" --prompts heldout.jsonl --limit "$looked" --temperature 0.7 --out best-of.jsonl
-srt eval --prompts heldout.jsonl --limit "$looked" --model models/round-2 "${check[@]}" "${checklist[@]}" --use response --use refinement --rounds 3 --out refining.json
+srt eval --prompts heldout.jsonl --limit "$looked" --model models/round-2 "${check[@]}" "${checklist[@]}" "${anyhow[@]}" --use response --use refinement --rounds 3 --out refining.json
 
 # 7. All of them on prompts whose topics appear nowhere in training; the judge is for the length control.
 models=(models/*)
-srt eval --prompts heldout.jsonl --reference "$base" "${models[@]/#/--model=}" --judge python:critic.py:judge "${check[@]}"
+srt eval --prompts heldout.jsonl --reference "$base" "${models[@]/#/--model=}" --judge python:critic.py:judge "${check[@]}" "${anyhow[@]}"
 python "$here/page.py" .
 echo "$PWD/study.html"

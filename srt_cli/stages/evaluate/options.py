@@ -128,7 +128,7 @@ class Evaluate(ApiOptions, PromptOptions):
     critic_max_tokens: int = setting(
         2048, "Maximum tokens in feedback and refinement together.", positive=True, group="Critic"
     )
-    min_coverage: float = setting(
+    min_coverage: float = runtime(
         0.95, "Exit with status 3 if fewer than this share of the pairs have valid verdicts in both "
         "orders.", group="Judge", metavar="SHARE",
     )  # fmt: skip
