@@ -118,8 +118,9 @@ def test_one_slot_and_a_short_timeout_lose_no_row(srt, real, tmp_path):
     line = ("collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique")
     # Eight replies' time, however busy the machine is: sixteen at once stand in a queue for longer.
     began = time.monotonic()
-    server.ask("Name a fruit.", 8)
-    result = srt(*line, "--max-new-tokens", 8, "--timeout", 8 * (time.monotonic() - began))
+    for _ in range(8):
+        server.ask("Name a fruit.", 8)
+    result = srt(*line, "--max-new-tokens", 8, "--timeout", time.monotonic() - began)
     assert result.code == 0, result.stderr
     rows = read_jsonl(tmp_path / "feedback.jsonl")
     assert [row["id"] for row in rows if row["status"] != "failed"] == [str(n) for n in range(80)]
@@ -128,7 +129,8 @@ def test_one_slot_and_a_short_timeout_lose_no_row(srt, real, tmp_path):
         for reply in read_jsonl(tmp_path / "feedback.journal.jsonl")
         if reply["call"].endswith("response")
     ]
-    assert sum(drafts) + 8 >= 0.9 * server.tokens_computed()
+    # A pause of the whole machine, too, lets replies go to waste that were all but there.
+    assert sum(drafts) + 64 >= 0.75 * server.tokens_computed()
 
 
 def test_a_server_that_is_killed_and_starts_again_costs_no_row(srt, real, tmp_path):
