@@ -31,7 +31,7 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
     """Begin or continue the run that trains into `--out`.
 
     `resolved` are settings that the command line left open. Raises `SrtError` when the model there
-    was trained with other settings, data or templates.
+    was trained with other settings, data or templates. A dry run touches nothing.
     """
     options = setup.options
     start = Path(setup.model)
@@ -46,9 +46,9 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
         directory=True,
         resolved={"model": setup.model} | setup.values.settings(setup.stage) | dict(resolved),
     )
-    if not run.complete:
+    if not run.complete and not options.dry_run:
         chat_of(setup, None).check()  # a refusal leaves nothing behind, and costs no model
-    if options.overwrite:
+    if options.overwrite and not options.dry_run:
         run.refuse_another()
         clear_directory(options.out)
     if run.earlier is not None:  # how it computes is kept, whenever this run is killed

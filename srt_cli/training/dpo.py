@@ -66,10 +66,11 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
         console.say(said)
     if options.dry_run:
         _show_plan(setup, task, pairs, objective)
-        return
     smoothing = objective.label_smoothing
     resolved = {"label_smoothing": repr(smoothing)} if smoothing else {}
     run = open_training(setup, source.inputs, resolved)
+    if options.dry_run:
+        return
     if not run.complete:
         with run:
             if setup.advice is not None:

@@ -88,10 +88,11 @@ def fine_tune(options: TrainingOptions, task: SftTask) -> None:
     _say_where_it_starts(task.model)
     if options.dry_run:
         _show_plan(setup, task, files)
-        return
     inputs = data_inputs(task.data)
     inputs |= {f"mix_{number}": mix.path for number, mix in enumerate(task.mixes, start=1)}
     run = open_training(setup, inputs, {})
+    if options.dry_run:
+        return
     if not run.complete:
         with run:
             if setup.advice is not None:
