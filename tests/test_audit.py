@@ -85,6 +85,10 @@ def test_a_judge_that_fails_leaves_the_pairs_and_says_so(srt, feedback):
     finished = srt(*line)
     assert finished.code == 0
     assert "60 unread; nothing can be said of the labels" in finished.stderr
+    assert (
+        "120 of 120 replies hold no verdict (120 failed); the first one says: " in finished.stderr
+    )
+    assert "no opinion" in finished.stderr
     assert len(read_jsonl(feedback / "prefs.jsonl")) == 60
 
 
@@ -92,7 +96,9 @@ def test_a_judge_that_fails_half_way_keeps_what_was_judged(srt, feedback):
     line = ("build-prefs", "--audit", 60, "--audit-judge", "python:judge.py:half")
     first = srt(*line)
     assert first.code == 0
-    assert "30 audited pairs have no verdict; the same line asks for them again" in first.stderr
+    assert (
+        "30 audited pairs have no verdict; where a call failed, the same line asks" in first.stderr
+    )
     journal = feedback / "prefs.journal.jsonl"
     assert journal.read_bytes().count(b"\n") == 60
     (feedback / "mended").touch()

@@ -5,6 +5,7 @@ a robust loss can then take into account (`srt dpo --loss-type robust --label-sm
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError
 from srt_cli.evaluation.judging import Judge, Order, Shown, judge_pairs
 from srt_cli.pairs.pairing import Picker, Sample, Wanted, fingerprint_of, pair_key, text_key
-from srt_cli.records import HandLabel, Output, Preference, Prompt
+from srt_cli.records import HandLabel, Judgment, Output, Preference, Prompt
 from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run
 from srt_cli.stats.rates import Estimate, pass_rate
@@ -24,6 +25,8 @@ from srt_cli.tables import Table, share_with_interval
 FEWEST_FOR_A_BAND = 10
 BAND_WIDTH = 0.25
 """Expected scores have gains of any size; whole ones are bands of their own."""
+SAID_CHARACTERS = 100
+"""Of a reply that holds no verdict."""
 BothOrders = tuple[float | None, float | None]
 """Preferences for the chosen answer of a pair, shown first and shown second."""
 
@@ -88,7 +91,8 @@ class Audit:
             warnings.append(f"{self.judge}: none of its pairs is among the kept ones.")
         if self.invalid:
             warnings.append(
-                f"{self.invalid} audited pairs have no verdict; the same line asks for them again."
+                f"{self.invalid} audited pairs have no verdict; where a call failed, the same line asks "
+                "for them again."
             )
         if self.precision is None or self.precision.value >= self.min_precision:
             return warnings
@@ -142,7 +146,11 @@ def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions
         if any(pair.source == spec for pair in pairs):
             run.warn(f"{spec} judges pairs that it scored itself: that it agrees says little.")
         with Asking.begin(run, options) as asking:
-            return _ask_judge(asking, spec, pairs)
+            judgments = _ask_judge(asking, spec, pairs)
+        if without := why_without_verdict(judgments):
+            run.warn(without)
+        found = [judgment.preference for judgment in judgments]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     return Auditor(spec, min_precision, ask)
 
@@ -192,7 +200,8 @@ def people(path: Path, min_precision: float) -> Auditor:
     return Auditor(str(path), min_precision, ask, labels.fingerprints)
 
 
-def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[BothOrders]:
+def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[Judgment]:
+    """The verdicts on each pair, in one order and then in the other."""
     orders: tuple[Order, ...] = ("ab", "ba")
     shown = [
         Shown(_prompt_of(pair), _output(pair, "chosen"), _output(pair, "rejected"), order)
@@ -200,9 +209,21 @@ def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[B
         for order in orders
     ]
     with asking.open(spec, as_critic=True) as model:
-        judgments = judge_pairs(asking, "auditing", Judge(model), shown)
-    found = [judgment.preference for judgment in judgments]
-    return list(zip(found[::2], found[1::2], strict=True))
+        return judge_pairs(asking, "auditing", Judge(model), shown)
+
+
+def why_without_verdict(judgments: Sequence[Judgment]) -> str | None:
+    """How many replies hold no verdict, and what the first of them says; None where all hold one."""
+    without = [judgment for judgment in judgments if judgment.preference is None]
+    if not without:
+        return None
+    counts = Counter(judgment.status for judgment in without)
+    by_status = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    said = " ".join(without[0].raw.split())
+    return (
+        f"{without[0].judge}: {len(without)} of {len(judgments)} replies hold no verdict ({by_status}); "
+        f"the first one says: {said[:SAID_CHARACTERS]!r}"
+    )
 
 
 def count_audit(
