@@ -187,6 +187,16 @@ def _print_table(console: Console, shown: Table) -> None:
         console.print(grid)
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Show on a terminal, while it lasts, what takes a moment before anything can be counted."""
+    if _talk.is_terminal and not _talk.is_dumb_terminal:
+        with _talk.status(_plain(what)):
+            yield
+    else:
+        yield
+
+
 class ProgressLine(Protocol):
     """A running count of finished work."""
 

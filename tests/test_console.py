@@ -90,6 +90,18 @@ def test_our_own_styling_stays(terminal):
     assert terminal().startswith("\x1b[33mwarning: \x1b[0m")
 
 
+def test_what_is_waited_for_is_shown_cleaned_and_does_not_stay(terminal, monkeypatch, capsys):
+    with console.waiting(EVIL), console.progress("in it", 1) as line:
+        line.advance()
+    assert SHOWN in without_style(terminal())
+    assert "\x07" not in terminal()
+    assert terminal().endswith("\x1b[1A\x1b[2K")  # up, and the line is cleared
+    monkeypatch.setattr(console, "_talk", Console(stderr=True, highlight=False))
+    with console.waiting("loading"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
 def test_progress_cleans_what_it_shows_on_a_terminal(terminal):
     with console.progress(f"by {EVIL}", 2) as line:
         line.advance(note=EVIL, figures={EVIL: EVIL})

@@ -410,7 +410,8 @@ def open_model(spec: str, options: ModelOptions | None = None) -> Model:
     if parsed.kind == "local":
         from srt_cli.models.local.local import LocalModel
 
-        return LocalModel(spec, parsed.name, options)
+        with console.waiting(f"{spec}: loading torch and the tokenizer"):
+            return LocalModel(spec, parsed.name, options)
     if options.export_to is not None:
         from srt_cli.models.api.batch import ExportModel
 

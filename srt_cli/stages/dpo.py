@@ -80,7 +80,8 @@ def _prefer(options: Dpo) -> None:
         )
     if options.model is None:
         console.say(f"model: {model}, by the manifests of {', '.join(options.prefs)}")
-    from srt_cli.training.dpo import prefer
+    with console.waiting("loading torch and trl"):
+        from srt_cli.training.dpo import prefer
 
     task = DpoTask(
         prefs=options.prefs,

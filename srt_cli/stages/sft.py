@@ -142,7 +142,8 @@ def _fine_tune(options: Sft) -> None:
         raise UsageError(f"--model {model}: a program has no weights to train. Name a model.")
     if options.model is None:
         console.say(f"model: {model}, by the manifest of {data[0].path}")
-    from srt_cli.training.sft import fine_tune
+    with console.waiting("loading torch and trl"):
+        from srt_cli.training.sft import fine_tune
 
     task = SftTask(
         data=data,
