@@ -16,7 +16,7 @@ import orjson
 import xxhash
 
 from srt_cli.pairs.answers import FirstAnswers
-from srt_cli.pairs.rows import FeedbackRow, ScoredRow
+from srt_cli.pairs.rows import PairRow, ScoredRow
 from srt_cli.records import Message, Preference
 from srt_cli.templates import checklist_score
 
@@ -38,7 +38,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
     text: str
     score: float
-    record: FeedbackRow
+    record: PairRow
     passes: float | None = None
     """What a check said of it; None where none was asked."""
     is_scored: bool = True
@@ -76,7 +76,7 @@ class Pairing(NamedTuple):
         return digest(_transcript(self.chosen.record.prompt), self.chosen.text, self.rejected.text)
 
 
-def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
+def refined_of(row: PairRow, kind: ScoreKind) -> Refined | str:
     """The draft and refinement of a row, or the reason why the row can be in no pair."""
     if row.status != "ok":
         return row.status
@@ -111,7 +111,7 @@ def refined_of(row: FeedbackRow, kind: ScoreKind) -> Refined | str:
     )
 
 
-def answers_of(row: FeedbackRow, kind: ScoreKind, strategy: Strategy) -> list[Refined] | str:
+def answers_of(row: PairRow, kind: ScoreKind, strategy: Strategy) -> list[Refined] | str:
     """What a row brings to a strategy, or the reason why the row can be in no pair."""
     if not isinstance(row, ScoredRow):
         found = refined_of(row, kind)
@@ -190,7 +190,7 @@ STRATEGIES: Final[Mapping[Strategy, Callable[[Sequence[Refined], float], Pairing
 }
 
 
-def group_key(row: FeedbackRow, strategy: Strategy, seed: int | None = None) -> bytes:
+def group_key(row: PairRow, strategy: Strategy, seed: int | None = None) -> bytes:
     """A digest that is equal for the rows that a strategy must see together.
 
     It is of the prompt's text, not its id, which another file may give to another prompt. A seed that
@@ -245,7 +245,7 @@ def line_of(pairing: Pairing) -> bytes:
     return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def pair_id(record: FeedbackRow) -> str:
+def pair_id(record: PairRow) -> str:
     """The id of the pair whose chosen answer is in a record."""
     first = record.sample == 0 and record.round == 1
     return record.id if first else f"{record.id}/{record.sample}/{record.round}"

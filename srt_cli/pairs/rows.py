@@ -75,12 +75,8 @@ class UsagePart(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=Fals
     reasoning_tokens: int = 0
 
 
-class FeedbackRow(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=False):
-    """A `FeedbackRecord`, field by field, in the form that is read fastest.
-
-    What msgspec accepts pydantic accepts, too; what else pydantic accepts (`"7"` for 7) comes by way of
-    the record.
-    """
+class PairRow(msgspec.Struct, frozen=True, gc=False):
+    """What pairs are made of: the fields of a `FeedbackRecord` that matter once it has been read."""
 
     id: str
     prompt: str | list[Message]
@@ -90,15 +86,10 @@ class FeedbackRow(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=Fa
     refinement_score: Score | None
     refinement_feedback: FeedbackPart | None
     status: Status
-    reason: str | None
-    raw: dict[str, str]
-    policy: str
     critic: str
     sample: int
     round: int
-    usage: UsagePart
     refinement_score_mean: Score | None = None
-    thoughts: dict[str, str] = {}
     response_cut: bool = False
     odds: dict[str, tuple[float, float]] = {}
     response_passes: Passed | None = None
@@ -112,7 +103,21 @@ class FeedbackRow(msgspec.Struct, forbid_unknown_fields=True, frozen=True, gc=Fa
         return sum(found) / len(found) if found else None
 
 
-class ScoredRow(FeedbackRow, frozen=True, gc=False, kw_only=True):
+class FeedbackRow(PairRow, forbid_unknown_fields=True, frozen=True, gc=False, kw_only=True):
+    """A `FeedbackRecord`, field by field, in the form that is read fastest.
+
+    What msgspec accepts pydantic accepts, too; what else pydantic accepts (`"7"` for 7) comes by way of
+    the record.
+    """
+
+    reason: str | None
+    raw: dict[str, str]
+    policy: str
+    usage: UsagePart
+    thoughts: dict[str, str] = {}
+
+
+class ScoredRow(PairRow, frozen=True, gc=False, kw_only=True):
     """A row of answers that others scored, in place of a draft and its refinement."""
 
     answers: tuple[tuple[str, float], ...]
@@ -122,8 +127,8 @@ class ScoredRow(FeedbackRow, frozen=True, gc=False, kw_only=True):
         """Such a row as it was read."""
         return cls(
             row.id, row.prompt, response=None, feedback=None, refinement=None, refinement_score=None,
-            refinement_feedback=None, status="ok", reason=None, raw={}, policy="", critic=GIVEN,
-            sample=0, round=1, usage=UsagePart(), answers=row.answers,
+            refinement_feedback=None, status="ok", critic=GIVEN, sample=0, round=1,
+            answers=row.answers,
         )  # fmt: skip
 
 
@@ -132,9 +137,10 @@ def _of_pydantic(kind: type, value: object) -> object:
 
 
 _decode: Final = msgspec.json.Decoder(FeedbackRow, dec_hook=_of_pydantic).decode
+_decode_again: Final = msgspec.json.Decoder(PairRow, dec_hook=_of_pydantic).decode
 
 
-def read_row(line: bytes) -> FeedbackRow:
+def read_row(line: bytes) -> PairRow:
     """A row of feedback, or of scored answers; raises `ValueError` for any other."""
     try:
         return _decode(line)
@@ -142,7 +148,15 @@ def read_row(line: bytes) -> FeedbackRow:
         return _row_of(orjson.loads(line))
 
 
-def _row_of(row: dict[str, Any]) -> FeedbackRow:
+def read_again(line: bytes) -> PairRow:
+    """A row that `read_row` has accepted, without what pairs have no use for."""
+    try:
+        return _decode_again(line)
+    except ValueError:
+        return _row_of(orjson.loads(line))
+
+
+def _row_of(row: dict[str, Any]) -> PairRow:
     scored = None if "feedback" in row else read_scored(row)
     if scored:
         return ScoredRow.of(scored)
@@ -150,7 +164,7 @@ def _row_of(row: dict[str, Any]) -> FeedbackRow:
     return msgspec.convert(record.model_dump(), FeedbackRow, dec_hook=_of_pydantic)
 
 
-KeyOf = Callable[[FeedbackRow], bytes]
+KeyOf = Callable[[PairRow], bytes]
 
 
 @dataclass
@@ -162,7 +176,7 @@ class Seen:
     copied: Copied = field(default_factory=Copied)
     """Refinements that repeat their draft."""
 
-    def add(self, row: FeedbackRow) -> None:
+    def add(self, row: PairRow) -> None:
         """Count one row."""
         if row.feedback is None or row.refinement_score is None:
             return
@@ -180,7 +194,7 @@ class Seen:
 class InputRow(msgspec.Struct, frozen=True, gc=False):
     """A row of the input, its line, and its place among all rows."""
 
-    record: FeedbackRow
+    record: PairRow
     line: bytes
     place: int
 
@@ -292,7 +306,7 @@ RowShare = Alone | Several
 
 def _row_at(source: Source, place: int, line: bytes) -> InputRow:
     try:
-        return InputRow(read_row(line), line, place)
+        return InputRow(read_again(line), line, place)
     except (ValueError, TypeError):
         source.refuse()
         raise
