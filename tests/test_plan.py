@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import statistics
 import subprocess
@@ -94,6 +95,17 @@ def test_the_plan_of_sft_names_rows_tokens_values_memory_and_steps(srt, data, tm
     assert done.code == 0, done.stderr
     steps = sum("loss" in row for row in read_jsonl(tmp_path / "models/sft/metrics.jsonl"))
     assert f"{steps} steps: 2 epochs of" in plan.stdout
+    before = files_in(tmp_path)
+    again = srt("sft", *line, "--dry-run", "--eval-split", 0.3)
+    assert again.code == 0
+    assert "trained already under these settings" in again.stderr
+    other = ("sft", *line, "--dry-run", "--eval-split", 0.5)
+    refused = srt(*other)
+    assert refused.code == 1
+    assert "--eval-split was 0.3, now 0.5" in refused.stderr
+    assert "together" in refused.stdout
+    assert srt(*other, "--overwrite").code == 0
+    assert files_in(tmp_path) == before
 
 
 def test_the_plan_of_dpo_leaves_nothing_behind_not_even_with_a_probe(
@@ -255,7 +267,9 @@ def test_checkpointing_is_chosen_only_where_memory_needs_it(tiny_model):
             decided[free] = memory.fit(setup, largest)
     roomy, tight = decided[2**40], decided[2**20]
     assert not roomy.setup.place.checkpointing
+    assert roomy.setup.place.keeps_freed
     assert tight.setup.place.checkpointing
+    assert not tight.setup.place.keeps_freed
     assert not tight.fits
     assert tight.memory.activations < roomy.memory.activations
     assert "GiB without it, and 1024.0 are free" in roomy.setup.place.checkpointing_reason
@@ -263,6 +277,35 @@ def test_checkpointing_is_chosen_only_where_memory_needs_it(tiny_model):
     place = replace(setup.place, placement=on_gpu, bf16=True)
     gpu = estimate_memory(replace(setup, place=place), largest)
     assert 0 < gpu.activations < roomy.memory.activations
+
+
+KEEPING = """
+import resource, sys, torch
+from srt_cli.training.memory import keep_freed_memory
+
+def faults_of(steps):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        blocks = [torch.ones(size << 18) for size in (100, 50, 30)]  # 180 MiB
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if "keep" in sys.argv:
+    keep_freed_memory()
+faults_of(2)
+print(faults_of(4))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's mallopt")
+def test_what_a_step_frees_is_not_cleared_again_for_the_next():
+    line = [sys.executable, "-c", KEEPING]
+    given_back, kept = (
+        int(subprocess.run([*line, *flag], capture_output=True, text=True, check=True).stdout)
+        for flag in ([], ["keep"])
+    )
+    assert given_back > 4 * 150 * 2**20 / 4096  # pages of most of it, in each of four steps
+    assert kept < given_back / 5
 
 
 def test_the_parts_of_memory_follow_from_the_number_of_parameters(tiny_model, monkeypatch):

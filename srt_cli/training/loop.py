@@ -39,6 +39,7 @@ from srt_cli.training.checkpoints import (
     newest_checkpoint,
     refuse_other_training,
 )
+from srt_cli.training.memory import keep_freed_memory
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import AgreedStop, is_main, team
 from srt_cli.training.samples import SAMPLES, summarise
@@ -206,6 +207,8 @@ def train(
     sampler = training.sampler
     sampler.rows = _keep_until(run.out / SAMPLES, done) if is_main() else []
     frozen = setup.adapters is not None
+    if setup.place.keeps_freed:
+        keep_freed_memory()
     trainer.meter = meter_for(trainer.model, setup.place, setup.processes, base_frozen=frozen)
     started = time.monotonic()
     trackers = options.report_to if is_main() else ()

@@ -103,6 +103,8 @@ class TrainingPlace:
     checkpointing: bool
     """Whether activations are recomputed in the backward pass instead of kept."""
     checkpointing_reason: str = "not decided yet"
+    keeps_freed: bool = False
+    """Whether the process keeps the memory that a step frees for the next one."""
 
     def describe(self) -> dict[str, Any]:
         """Device, weights' dtype, autocast, attention, and why."""
@@ -111,6 +113,7 @@ class TrainingPlace:
             "attention": self.attention,
             "activation_checkpointing": self.checkpointing,
             "activation_checkpointing_reason": self.checkpointing_reason,
+            "keeps_freed_memory": self.keeps_freed,
         }
 
     def sentence(self) -> str:
