@@ -17,7 +17,7 @@ from test_sft import feedback_rows
 
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions, Request, is_loop, open_model
-from srt_cli.models.local import static
+from srt_cli.models.local import local, static
 from srt_cli.models.local.sampling import Draw, choose_tokens, draw_key, gumbel_noise
 from srt_cli.models.weights import fingerprint_of, load_weights
 from srt_cli.records import Message
@@ -271,6 +271,27 @@ def test_nothing_is_loaded_when_all_is_answered(tiny_model):
     model.submit(requests(TEXTS), [True] * len(TEXTS))
     assert "dtype" not in model.describe()
     model.close()
+
+
+def test_loading_starts_no_threads_that_would_be_in_the_engines_way(tiny_model, monkeypatch):
+    counts = []
+    load = local._load
+
+    def counted(*given):
+        counts.append(torch.get_num_threads())
+        return load(*given)
+
+    monkeypatch.setattr(local, "_load", counted)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        model = open_model(str(tiny_model))
+        ask(model, requests(["q"], max_tokens=2))
+        model.close()
+        assert counts == [1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_closing_stops_at_the_next_token_and_cancels_the_rest(tiny_model):

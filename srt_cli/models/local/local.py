@@ -5,8 +5,9 @@ transformers' continuous batching, where a new request enters as an old one leav
 (`continuous.py`), so that a row's critique starts when its draft ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -153,8 +154,11 @@ class LocalModel:
             # Loaded here and not in the engine's thread, so that a bad model is the caller's error.
             self._chat = self._chat or chat_of(self.name, self.options, anyhow=True)
             assert self._chat is not None
-            self._loaded = _load(self.name, self._chat, self.options)
-            self._engine = _open_engine(self._loaded, self._meter, self.options, self._continuous)
+            with _single_threaded():
+                self._loaded = _load(self.name, self._chat, self.options)
+                self._engine = _open_engine(
+                    self._loaded, self._meter, self.options, self._continuous
+                )
             self._placement = self._loaded.placement
         return self._engine
 
@@ -177,6 +181,23 @@ class LocalModel:
         if not answered:
             future.set_result(Reply(text="", finish_reason="failed", error=reason))
         return None
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Let torch's operations start no OpenMP threads here, which would stay.
+
+    Once a process has more of them than cores, GNU's OpenMP puts those that wait to sleep, and to wake
+    them takes a tenth of the engine's time on two cores.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _encode(loaded: Any, request: Request) -> list[int]:
