@@ -273,22 +273,26 @@ def test_nothing_is_loaded_when_all_is_answered(tiny_model):
     model.close()
 
 
-def test_loading_starts_no_threads_that_would_be_in_the_engines_way(tiny_model, monkeypatch):
+def test_a_model_is_loaded_by_one_thread_and_answers_with_all(tiny_model, monkeypatch):
+    """Threads that loading starts would stay, and be in the way of the engine's."""
     counts = []
-    load = local._load
 
-    def counted(*given):
-        counts.append(torch.get_num_threads())
-        return load(*given)
+    def counting(work):
+        def counted(*given):
+            counts.append(torch.get_num_threads())
+            return work(*given)
 
-    monkeypatch.setattr(local, "_load", counted)
+        return counted
+
+    monkeypatch.setattr(local, "_load", counting(local._load))
+    monkeypatch.setattr(static, "plan_batches", counting(static.plan_batches))
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         model = open_model(str(tiny_model))
         ask(model, requests(["q"], max_tokens=2))
         model.close()
-        assert counts == [1]
+        assert counts == [1, 3]
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

@@ -69,7 +69,7 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
     smoothing = objective.label_smoothing
     resolved = {"label_smoothing": repr(smoothing)} if smoothing else {}
     run = open_training(setup, source.inputs, resolved)
-    if options.dry_run:
+    if options.dry_run:  # all that would be refused has been
         return
     if not run.complete:
         with run:

@@ -91,7 +91,7 @@ def fine_tune(options: TrainingOptions, task: SftTask) -> None:
     inputs = data_inputs(task.data)
     inputs |= {f"mix_{number}": mix.path for number, mix in enumerate(task.mixes, start=1)}
     run = open_training(setup, inputs, {})
-    if options.dry_run:
+    if options.dry_run:  # all that would be refused has been
         return
     if not run.complete:
         with run:

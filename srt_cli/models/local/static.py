@@ -53,6 +53,7 @@ class StaticEngine:
     """Whether linear layers multiply in 8 bits; on a CPU alone."""
     _waves: "queue.SimpleQueue[list[Generation] | None]" = field(default_factory=queue.SimpleQueue)
     _cancelled: threading.Event = field(default_factory=threading.Event)
+    _worker: threading.Thread | None = None
     batched: bool = True
     _most_rows: int = 1 << 30
     """What memory was found to hold; falls when a batch runs out of it."""
@@ -63,20 +64,28 @@ class StaticEngine:
             self.loaded.placement |= {"weights": "int8 in linear layers (--cpu-int8)"}
         elif pack_weights(self.loaded.model):
             self.loaded.placement |= {"weights": "packed for oneDNN"}
-        self._worker = threading.Thread(target=self._work, name="static-engine", daemon=True)
-        self._worker.start()
 
     def add(self, wave: list[Generation]) -> None:
         """Take a wave; the rows' futures resolve as they end."""
+        if self._worker is None:
+            self._worker = threading.Thread(
+                target=self._work,
+                args=(torch.get_num_threads(),),
+                name="static-engine",
+                daemon=True,
+            )
+            self._worker.start()
         self._waves.put(wave)
 
     def close(self) -> None:
         """Stop at the next token; what has not ended is cancelled."""
         self._cancelled.set()
         self._waves.put(None)
-        self._worker.join(timeout=30)
+        if self._worker is not None:
+            self._worker.join(timeout=30)
 
-    def _work(self) -> None:
+    def _work(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # while another model is loaded, new threads would get one
         while (wave := self._waves.get()) is not None:
             try:
                 self._run_wave(wave)
