@@ -44,15 +44,20 @@ def prompts(rows: int) -> list[str]:
     ]
 
 
-def timed(work: Callable[[], list[Found]]) -> tuple[float, list[Found]]:
-    """Seconds that some work took, and its result.
+def apart(work: Callable[[], Found]) -> Found:
+    """What some work in a thread of its own gives.
 
-    In a thread of its own: OpenMP's helpers of one way end with it, and are not in the next one's way.
+    OpenMP's helpers of one way end with its thread, and are not in the next one's way.
     """
-    with ThreadPoolExecutor(max_workers=1) as apart:
-        started = time.perf_counter()
-        result = apart.submit(work).result()
-        return time.perf_counter() - started, result
+    with ThreadPoolExecutor(max_workers=1) as alone:
+        return alone.submit(work).result()
+
+
+def timed(work: Callable[[], Found]) -> tuple[float, Found]:
+    """Seconds that some work took, and its result."""
+    started = time.perf_counter()
+    result = apart(work)
+    return time.perf_counter() - started, result
 
 
 class Transformers:
@@ -102,14 +107,14 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--runs", type=int, default=1)
     chosen = parser.parse_args()
-    _, (hand,) = timed(lambda: [Transformers(chosen.model, chosen.max_tokens)])
+    hand = apart(lambda: Transformers(chosen.model, chosen.max_tokens))
     texts = prompts(chosen.rows)
     encoded = [hand.encode(text) for text in texts]
     requests = [
         Request((Message(role="user", content=text),), max_tokens=chosen.max_tokens)
         for text in texts
     ]
-    timed(partial(hand.batch, encoded[:1]))
+    apart(partial(hand.batch, encoded[:1]))
 
     def fixed() -> list[list[int]]:
         size = chosen.batch_size

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 GAP: Final = 3
 """Characters between two columns on a terminal."""
 SHORTEST_NAME: Final = 8
+SHOWN_CHARACTERS: Final = 100
+"""Of a text that is shown in one line."""
 
 
 def many(count: float, noun: str, plural: str = "s") -> str:
@@ -148,6 +150,12 @@ def shorten(name: str, longest: int = 22) -> str:
         return name
     kept = longest - 1
     return name[: kept - kept // 3] + "…" + name[-(kept // 3) :]
+
+
+def one_line(text: str) -> str:
+    """A text in one line, cut at its end where it is long."""
+    plain = " ".join(text.split())
+    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def short_names(specs: Sequence[str]) -> dict[str, str]:

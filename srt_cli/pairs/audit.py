@@ -20,13 +20,11 @@ from srt_cli.records import HandLabel, Judgment, Output, Preference, Prompt
 from srt_cli.runs.jsonl import read_records
 from srt_cli.runs.run import Run
 from srt_cli.stats.rates import Estimate, pass_rate
-from srt_cli.tables import Table, share_with_interval
+from srt_cli.tables import Table, one_line, share_with_interval
 
 FEWEST_FOR_A_BAND = 10
 BAND_WIDTH = 0.25
 """Expected scores have gains of any size; whole ones are bands of their own."""
-SAID_CHARACTERS = 100
-"""Of a reply that holds no verdict."""
 BothOrders = tuple[float | None, float | None]
 """Preferences for the chosen answer of a pair, shown first and shown second."""
 
@@ -219,10 +217,9 @@ def why_without_verdict(judgments: Sequence[Judgment]) -> str | None:
         return None
     counts = Counter(judgment.status for judgment in without)
     by_status = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    said = " ".join(without[0].raw.split())
     return (
         f"{without[0].judge}: {len(without)} of {len(judgments)} replies hold no verdict ({by_status}); "
-        f"the first one says: {said[:SAID_CHARACTERS]!r}"
+        f"the first one says: {one_line(without[0].raw)!r}"
     )
 
 

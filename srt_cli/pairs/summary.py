@@ -13,10 +13,9 @@ from srt_cli.pairs.pairing import Pairing, preference_of
 from srt_cli.pairs.worth import CheckedPairs
 from srt_cli.records import Preference
 from srt_cli.stats.counting import Moments
-from srt_cli.tables import Table
+from srt_cli.tables import SHOWN_CHARACTERS, Table, one_line
 
 EXAMPLES: Final = 6
-SHOWN_CHARACTERS: Final = 100
 LONGER_TO_WARN_AT: Final = 1.3
 
 
@@ -241,10 +240,10 @@ class PairSummary:
                 f"({self.cut / self.kept:.0%})"
             )
         for pair in self.examples[:1]:
-            lines.append(f"for example {pair.id}: {_short(pair.prompt[-1].content)}")
-            lines.append(f"  chosen {pair.chosen_score:g}: {_short(pair.chosen[0].content)}")
+            lines.append(f"for example {pair.id}: {one_line(pair.prompt[-1].content)}")
+            lines.append(f"  chosen {pair.chosen_score:g}: {one_line(pair.chosen[0].content)}")
             score = "?" if pair.rejected_score is None else f"{pair.rejected_score:g}"
-            lines.append(f"  rejected {score}: {_short(pair.rejected[0].content)}")
+            lines.append(f"  rejected {score}: {one_line(pair.rejected[0].content)}")
         return lines
 
     def dropped_table(self) -> Table:
@@ -320,11 +319,6 @@ class _Few:
 def _in_line(counts: Mapping[int, int]) -> str:
     """Counts in one line, smallest value first: 1: 120 · 2: 80."""
     return " · ".join(f"{value}: {count}" for value, count in sorted(counts.items()))
-
-
-def _short(text: str) -> str:
-    plain = " ".join(text.split())
-    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 1] + "…"
 
 
 def _plain(counts: Mapping[int, int]) -> dict[str, int]:
