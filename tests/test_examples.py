@@ -224,6 +224,46 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     assert ": agreement</h2>" not in shown  # which was not run
 
 
+def test_a_second_seed_stands_beside_the_first_and_must_not_contradict_it(programs, tmp_path):
+    _, _, page = programs
+    folders = tmp_path / "study", tmp_path / "study-seed-7"
+    for folder, better, gained, alone in zip(
+        folders, (range(60), range(20)), (range(50), range(29, 30)), (None, range(90)), strict=True
+    ):
+        folder.mkdir()
+        arms = {
+            "base": range(10), "models/stage-1": better, "models/round-2": gained,
+            **({} if alone is None else {"models/refinement-only": alone}),
+        }  # fmt: skip
+        write_jsonl(folder / "eval.outputs.jsonl", [
+            {"id": str(n), "contestant": arm, "use": "response", "passed": n in passed}
+            for arm, passed in arms.items() for n in range(100)
+        ])  # fmt: skip
+    document = tmp_path / "study.md"
+    document.write_text("<!-- study: comparisons -->\n<!-- end -->\n")
+    page.main(folders[0], document)
+    _, head, _, *lines, _ = document.read_text().splitlines()
+    assert head.strip("| ").split(" | ")[1:] == [
+        "seed 42", "seed 7", "all: difference in points, paired [95 %]", "verdict",
+    ]  # fmt: skip
+    told = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in lines}
+    # Of 100 answers 60 pass by the one seed and 20 by the other; the base passes 10.
+    first, second, both, verdict = told["stage 1 against the base (stage-1 − base)"]
+    assert [cell.split()[0] for cell in (first, second, both)] == ["+50.0", "+10.0", "+30.0"]
+    assert verdict == "better"
+    # -10 and -19: both worse.
+    first, second, both, verdict = told["a second round on its own drafts (round-2 − stage-1)"]
+    assert [cell.split()[0] for cell in (first, second, both)] == ["-10.0", "-19.0", "-14.5"]
+    assert verdict == "worse"
+    # Run with one seed alone.
+    first, second, both, verdict = told[
+        "refinements alone, as many tokens read (refinement-only − base)"
+    ]
+    assert (first, second.split()[0], both, verdict) == ("", "+80.0", second, "better")
+    assert page.verdict_of([-0.1, 0.5], 0.05, 0.3) == "cannot be told"  # the seeds disagree
+    assert page.verdict_of([0.1, 0.5], 0.05, 0.3) == "better"
+
+
 @pytest.mark.parametrize("folder", [QUICKSTART, STUDY], ids=["quickstart", "study"])
 def test_every_option_in_run_sh_is_one_of_ours(srt, folder):
     text = (folder / "run.sh").read_text()

@@ -4,6 +4,8 @@ Reads `eval.outputs.jsonl` (id, contestant, use, passed), `eval.json`, `agreemen
 and the manifests of `*-self.jsonl` and `*-prefs.jsonl`, and writes `study.html` beside them. In DOCUMENT
 (docs/study.md), each table stands between `<!-- NAME -->` and `<!-- end -->`, and is written anew. CSV
 is what pairs of known precision gave, as `srt build-prefs` quotes it.
+
+A study made again with `SEED=N` that stands beside FOLDER as `FOLDER-seed-N` is compared with it.
 """
 
 import csv
@@ -19,6 +21,8 @@ from typing import Any, NamedTuple
 
 DRAWS = 4000
 NORMAL = 1.96
+FIRST_SEED = "42"
+"""Of `run.sh`, unless it is told another."""
 
 
 class Comparison(NamedTuple):
@@ -140,9 +144,8 @@ def shown_share(passed: int, of: int) -> str:
     return f"{passed / of:.0%} [{low:.0%}, {high:.0%}]"
 
 
-def paired(arm: Sequence[bool], control: Sequence[bool]) -> tuple[float, float, float]:
-    """The difference of two pass rates, and its 95 % interval by a bootstrap over prompts."""
-    gains = [a - c for a, c in zip(arm, control, strict=True)]
+def paired(gains: Sequence[float]) -> tuple[float, float, float]:
+    """The mean of what each prompt gains, and its 95 % interval by a bootstrap over prompts."""
     draw = random.Random(1)
     means = sorted(sum(draw.choices(gains, k=len(gains))) / len(gains) for _ in range(DRAWS))
     return sum(gains) / len(gains), means[round(0.025 * DRAWS)], means[round(0.975 * DRAWS) - 1]
@@ -156,22 +159,55 @@ def arms_table(passes: Passes) -> list[list[str]]:
     return rows
 
 
+def gains_of(passes: Passes, arm: str, control: str) -> dict[str, float]:
+    """What each prompt gains (1, 0 or -1) that both arms answered; in a fixed order."""
+    ids = sorted(passes[arm].keys() & passes[control].keys())
+    return {name: float(passes[arm][name] - passes[control][name]) for name in ids}
+
+
 def difference(passes: Passes, arm: str, control: str) -> tuple[float, float, float]:
     """`paired` over the prompts that both arms answered."""
-    ids = sorted(passes[arm].keys() & passes[control].keys())
-    return paired([passes[arm][name] for name in ids], [passes[control][name] for name in ids])
+    return paired(list(gains_of(passes, arm, control).values()))
 
 
-def comparisons_table(passes: Passes, comparisons: Sequence[Comparison]) -> list[list[str]]:
-    """A line a comparison whose two arms were run, over the prompts that both answered."""
-    rows = [["question", "difference in points, paired [95 %]", "verdict"]]
+def shown_difference(mean: float, low: float, high: float) -> str:
+    """A difference in points, with its interval."""
+    return f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def verdict_of(means: Sequence[float], low: float, high: float) -> str:
+    """What an interval says, where no seed says the opposite."""
+    if low > 0 and min(means) > 0:
+        return "better"
+    return "worse" if high < 0 and max(means) < 0 else "cannot be told"
+
+
+def comparisons_table(
+    by_seed: dict[str, Passes], comparisons: Sequence[Comparison]
+) -> list[list[str]]:
+    """A line a comparison whose two arms were run, over the prompts that both answered.
+
+    With several seeds, the last column but one is of each prompt's mean gain over them.
+    """
+    head = "difference in points, paired [95 %]"
+    seeds = [f"seed {seed}" for seed in by_seed]
+    rows = [["question", *((*seeds, f"all: {head}") if len(seeds) > 1 else (head,)), "verdict"]]
     for question, arm, control in comparisons:
-        if arm not in passes or control not in passes:
+        found = [
+            gains_of(passes, arm, control) if {arm, control} <= passes.keys() else {}
+            for passes in by_seed.values()
+        ]
+        ran = [gains for gains in found if gains]
+        if not ran:
             continue
-        mean, low, high = difference(passes, arm, control)
-        verdict = "better" if low > 0 else "worse" if high < 0 else "cannot be told"
-        shown = f"{100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        rows.append([f"{question} ({arm} − {control})", shown, verdict])
+        shared = [name for name in ran[0] if all(name in gains for gains in ran)]
+        each = [paired(list(gains.values())) if gains else None for gains in found]
+        together = paired([sum(gains[name] for gains in ran) / len(ran) for name in shared])
+        shown = [shown_difference(*one) if one else "" for one in each] if len(each) > 1 else []
+        verdict = verdict_of([one[0] for one in each if one], *together[1:])
+        rows.append([
+            f"{question} ({arm} − {control})", *shown, shown_difference(*together), verdict,
+        ])  # fmt: skip
     return rows
 
 
@@ -340,9 +376,12 @@ def main(folder: Path, document: Path | None = None, measured: Path | None = Non
     """Write the page, and the document's tables and the curve where they are named."""
     passes = read_passes(folder)
     name = folder.resolve().name
+    by_seed = {FIRST_SEED: passes}
+    for other in sorted(folder.resolve().parent.glob(f"{name}-seed-*")):
+        by_seed[other.name.rpartition("-")[2]] = read_passes(other)
     tables = {
         f"{name}: arms": arms_table(passes),
-        f"{name}: comparisons": comparisons_table(passes, COMPARISONS),
+        f"{name}: comparisons": comparisons_table(by_seed, COMPARISONS),
         f"{name}: critics": critics_table(folder),
         f"{name}: lengths": lengths_table(folder),
         f"{name}: labels": labels_table(folder),
