@@ -205,6 +205,12 @@ def test_what_such_pairs_gave_is_quoted_from_the_study_where_it_has_a_figure(tmp
     assert worth.lines(study)[1] == (
         "in the study (docs/study.md) 100 pairs, 80% of them right, gave +3.1 points [+0.4, +5.8]"
     )
+    with study.open("a") as figures:
+        figures.write("60,0.85,1.5,-2,5\n170,0.74,-0.5,-4,3\n80,0.7,-9,-12,-6\n")
+    assert worth.lines(study)[1] == (
+        "in the study (docs/study.md) 3 models gained -0.5 to +3.1 points by such pairs (60 to 170, "
+        "74% to 85% of them right), +1.4 in the mean; intervals above 0: 1 of 3"
+    )
     assert len(Worth(90, Labels("the check", 30, 50)).lines(study)) == 1
     assert "right is not known" in Worth(90, None).lines(study)[0]
     (warning,) = Worth(90, Labels("the check", 11, 20)).warnings()

@@ -129,12 +129,9 @@ class Worth:
                 "SPEC)."
             ]
         found = [f"{asked}; {self.labels.sentence()}"]
-        near = _nearest(study, self.pairs, self.labels.precision)
-        if near is not None:
-            found.append(
-                f"in the study (docs/study.md) {near.pairs} pairs, {near.precision:.0%} of them right, "
-                f"gave {near.gain:+.1f} points [{near.low:+.1f}, {near.high:+.1f}]"
-            )
+        near = _figures_near(study, self.pairs, self.labels.precision)
+        if near:
+            found.append(f"in the study (docs/study.md) {_what_they_gave(near)}")
         return found
 
     def warnings(self) -> list[str]:
@@ -179,16 +176,33 @@ class _Figure:
     high: float
 
 
-def _nearest(study: Path, pairs: int, precision: float) -> _Figure | None:
-    """The study's figure for about so many pairs of about this precision."""
+def _figures_near(study: Path, pairs: int, precision: float) -> list[_Figure]:
+    """The study's figures for about so many pairs of about this precision."""
 
-    def distance(figure: _Figure) -> float:
+    def is_near(figure: _Figure) -> bool:
         times = abs(math.log(figure.pairs / pairs)) / math.log(NEAR_PAIRS)
-        apart = abs(figure.precision - precision) / NEAR_PRECISION
-        return max(times, apart)
+        return max(times, abs(figure.precision - precision) / NEAR_PRECISION) <= 1
 
-    near = min(_read(study), key=distance, default=None)
-    return near if near is not None and distance(near) <= 1 else None
+    return [figure for figure in _read(study) if is_near(figure)]
+
+
+def _what_they_gave(figures: Sequence[_Figure]) -> str:
+    """One figure with its interval; the span and the mean of several."""
+    pairs = sorted(figure.pairs for figure in figures)
+    right = sorted(figure.precision for figure in figures)
+    gains = sorted(figure.gain for figure in figures)
+    if len(figures) == 1:
+        (only,) = figures
+        return (
+            f"{only.pairs} pairs, {only.precision:.0%} of them right, gave {only.gain:+.1f} points "
+            f"[{only.low:+.1f}, {only.high:+.1f}]"
+        )
+    surely = sum(figure.low > 0 for figure in figures)
+    return (
+        f"{len(figures)} models gained {gains[0]:+.1f} to {gains[-1]:+.1f} points by such pairs "
+        f"({pairs[0]} to {pairs[-1]}, {right[0]:.0%} to {right[-1]:.0%} of them right), "
+        f"{sum(gains) / len(gains):+.1f} in the mean; intervals above 0: {surely} of {len(figures)}"
+    )
 
 
 def _read(study: Path) -> Sequence[_Figure]:
