@@ -5,11 +5,12 @@ import json
 import pytest
 from conftest import read_jsonl, write_jsonl
 from loopback_server import Answer, as_policy_and_critic
-from provider_servers import AnthropicServer, ResponsesServer
+from provider_servers import AnthropicServer, EveryServer, ResponsesServer
 from test_api import ask, requests
 
 from srt_cli.errors import QuotaError
-from srt_cli.models import ModelOptions, Request, open_model
+from srt_cli.models import ModelOptions, Request, Thinks, open_model
+from srt_cli.models.api.openai_chat import OpenAiChat
 from srt_cli.records import Message
 
 CLAUDE = "anthropic:claude-sonnet-4-5"
@@ -252,6 +253,67 @@ def test_effort_and_fields_of_ones_own_are_sent_in_each_dialect(serve, kind, fie
     ask(spec, requests(), effort="low", extra_body=extra)
     assert server.requests[-1][field] == value
     assert server.requests[-1]["metadata"] == {"user": "me"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "said"),
+    [
+        (EveryServer, {"temperature": 0.3}, "'temperature' does not support 0.3 with this model."),
+        (EveryServer, {"top_logprobs": 25}, "Invalid 'top_logprobs': Expected <= 20, got 25."),
+        (EveryServer, {"max_tokens": 9}, "'max_tokens' is not supported, use max_completion_tokens"),
+        (ResponsesServer, {"temperature": 0.3}, "Unsupported parameter: 'temperature'."),
+        (AnthropicServer, {"thinking": {"type": "enabled", "budget_tokens": 2000}},
+         '"thinking.type.enabled" is not supported for this model.'),
+        (AnthropicServer, {"thinking": {"budget_tokens": 2000}}, "thinking.type: Field required"),
+    ],
+)  # fmt: skip
+def test_a_refused_field_of_the_users_own_stays_and_is_said(serve, kind, extra, said):
+    refusal = Answer(status=400, error={"type": "invalid_request_error", "message": said})
+    server = serve(kind, lambda body, number: refusal)
+    spec = CLAUDE if kind is AnthropicServer else server.spec
+    asked = requests(thinks=Thinks("on"), top_logprobs=5)
+    (reply,) = ask(spec, asked, extra_body=extra)
+    (field,) = extra
+    assert (reply.status, len(server.requests)) == ("failed", 1)
+    assert reply.error.endswith(f"{said.rstrip('.')}; --extra-body asks for {field}")
+
+
+def test_a_field_that_a_critic_is_sent_by_the_user_ends_the_run_when_all_rows_are_refused(
+    srt, serve, tmp_path
+):
+    said = "Unsupported value: 'temperature' does not support 0.3 with this model."
+    server = serve(EveryServer, lambda body, number: Answer(status=400, error={"message": said}))
+    rows = [{"id": n, "prompt": f"q{n}", "response": "A draft."} for n in range(30)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    own = ("--critic-extra-body", '{"temperature": 0.3}')
+    finished = srt("collect-feedback", "--critic", server.spec, "--concurrency", 2, *own)
+    assert finished.code == 1
+    assert "with this model; --critic-extra-body asks for temperature)" in finished.stderr
+    assert len(server.requests) <= 6
+
+
+def test_an_error_while_a_refusal_is_read_ends_the_run(serve, monkeypatch):
+    def broken(self, refused, request, sent):
+        raise KeyError("type")
+
+    monkeypatch.setattr("srt_cli.models.api.openai_chat.OpenAiChat.adapt", broken)
+    server = serve(EveryServer, lambda body, number: Answer(status=400, error={"message": "no"}))
+    with pytest.raises(KeyError, match="type"):
+        ask(server.spec, requests(3), concurrency=1)
+
+
+def test_a_dialect_that_never_ends_to_change_its_request_is_stopped(serve, monkeypatch):
+    def body(self, request, before=OpenAiChat.body):
+        self.tries = getattr(self, "tries", 0) + 1
+        return before(self, request) | {"user": str(self.tries)}
+
+    monkeypatch.setattr("srt_cli.models.api.openai_chat.OpenAiChat.body", body)
+    monkeypatch.setattr(
+        "srt_cli.models.api.openai_chat.OpenAiChat.adapt", lambda self, *refused: self
+    )
+    server = serve(EveryServer, lambda body, number: Answer(status=400, error={"message": "no"}))
+    (reply,) = ask(server.spec, requests())
+    assert (reply.status, len(server.requests)) == ("failed", 17)
 
 
 def test_what_is_asked_otherwise_is_another_model_to_the_journal(serve):

@@ -166,11 +166,12 @@ class ApiOptions:
 
     def for_critics(self, door: ModelOptions) -> ModelOptions:
         """The same door, as critics, judges and scorers are opened through it."""
-        extra = _extra_body("--critic-extra-body", self.critic_extra_body)
+        flag = "--critic-extra-body"
         return replace(
             door,
             effort=self.critic_reasoning_effort,
-            extra_body=extra,
+            extra_body=_extra_body(flag, self.critic_extra_body),
+            extra_flag=flag,
             chat_template=self.critic_chat_template,
             template_flag="--critic-chat-template",
         )

@@ -297,6 +297,8 @@ class ModelOptions:
     """How hard a reasoning model is told to think, in its provider's word."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of every request, as the provider's documents name them."""
+    extra_flag: str = field(default="--extra-body", compare=False)
+    """The option that gives them, for sentences."""
     offline: bool = False
     """Nothing will be sent: an API model then needs no key."""
     batch_poll_s: float | None = None

@@ -135,16 +135,17 @@ class Anthropic:
             return None
         if set(sent) != set(self.body(request)):
             return self  # learnt already from a request that was under way beside this one
-        if "thinking" in sent and "thinking" in refused.said:
+        ours = sent.keys() - self.manner.extra.keys()
+        if "thinking" in ours and "thinking" in refused.said:
             # Newer models take no budget; some think always, or never.
-            if sent["thinking"]["type"] == "enabled":
+            if sent["thinking"].get("type") == "enabled":
                 self.adaptive = True
                 return self
             self.dropped.add("thinking")
             warn_of_switch(self.manner.model)
             return self
         for name in OPTIONAL_FIELDS:
-            if name in sent and refused.names(name):
+            if name in ours and refused.names(name):
                 self.dropped.add(name)
                 return self
         return None

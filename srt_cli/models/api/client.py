@@ -36,6 +36,8 @@ from srt_cli.records import Usage
 
 MOST_ATTEMPTS: Final = 5
 ATTEMPTS_BEFORE_FIRST_SUCCESS: Final = 3
+MOST_CHANGES: Final = 16
+"""So often a request goes again without what was refused, or in another form."""
 FIRST_BACKOFF_S: Final = 0.5
 LONGEST_BACKOFF_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.02
@@ -55,6 +57,7 @@ class _Job:
     most: Usage
     likely_tokens: float = 0.0
     attempts: int = 0
+    changes: int = 0
     throttled_since: float | None = None
     sent: Mapping[str, Any] = field(default_factory=dict)
 
@@ -298,51 +301,57 @@ class ApiModel:
 
     async def _serve(self, job: _Job, started: float) -> None:
         """One request once: answer its future, or put it back for another try."""
-        endpoint = self._choose_endpoint()
-        endpoint.in_flight += 1
-        used = Usage()
-        dialect = self._dialect
         try:
-            body = dialect.body(job.request)
-            job.sent = body
-            answer = await endpoint.post(dialect.path, body)
-            if not 200 <= answer.status < 300:
-                raise dialect.refusal(answer)
-            reply = _read(dialect, answer, job)
+            await self._ask(job, started)
         except asyncio.CancelledError:
             job.future.cancel()
             raise
+        except Exception as error:  # a task has no caller: the future carries it
+            if not job.future.done():
+                job.future.set_exception(error)
+        finally:
+            self._notify()
+
+    async def _ask(self, job: _Job, started: float) -> None:
+        endpoint = self._choose_endpoint()
+        try:
+            reply, headers = await self._exchange(endpoint, job)
         except Redirected as fatal:
-            endpoint.in_flight -= 1
-            self._budget.settle(self.price, job.most, used)
+            self._budget.settle(self.price, job.most, Usage())
             self._limit.troubled()
             self._give_up(fatal, job)
         except Refused as refused:
-            endpoint.in_flight -= 1
-            self._budget.settle(self.price, job.most, used)
+            self._budget.settle(self.price, job.most, Usage())
             await self._handle_refusal(refused, endpoint, job, started)
         except NoAnswer as trouble:
-            endpoint.in_flight -= 1
             # A request that went out and came to nothing may have been paid for.
             sent = trouble.cause != "no connection"
-            self._budget.settle(self.price, job.most, job.most if sent else used)
+            self._budget.settle(self.price, job.most, job.most if sent else Usage())
             if trouble.cause != "timeout":
                 self._limit.troubled()
             elif self._limit.timed_out(started):
                 job.attempts -= 1  # it stood in a queue that our own haste made
             await self._try_later(trouble, endpoint, job)
-        except Exception as error:  # a task has no caller: the future carries it
-            endpoint.in_flight -= 1
+        except Exception:
             self._budget.settle(self.price, job.most, job.most)
             self._limit.troubled()
-            if not job.future.done():
-                job.future.set_exception(error)
+            raise
         else:
-            endpoint.in_flight -= 1
             endpoint.successes += 1
-            self._take_in(job, reply, answer.headers, started)
+            self._take_in(job, reply, headers, started)
+
+    async def _exchange(self, endpoint: Endpoint, job: _Job) -> tuple[Reply, Mapping[str, str]]:
+        """Send a request and read what comes back, with its headers."""
+        dialect = self._dialect
+        endpoint.in_flight += 1
+        try:
+            job.sent = dialect.body(job.request)
+            answer = await endpoint.post(dialect.path, job.sent)
         finally:
-            self._notify()
+            endpoint.in_flight -= 1
+        if not 200 <= answer.status < 300:
+            raise dialect.refusal(answer)
+        return _read(dialect, answer, job), answer.headers
 
     def _take_in(self, job: _Job, reply: Reply, headers: Mapping[str, str], started: float) -> None:
         used, reply = reply.usage, priced(reply, self.price)
@@ -397,13 +406,29 @@ class ApiModel:
             self._resolve(
                 job, Reply("", "refused", error=refused.message, attempts=job.attempts + 1)
             )
-        elif (learnt := self._dialect.adapt(refused, job.request, job.sent)) is not None:
-            self._dialect = learnt
-            self._jobs.appendleft(job)
+        elif self._learns(refused, job):
+            self._put_back(job)
         elif kind in SAME_REFUSALS:
             self._fail(job, refused, kind, endpoint)
         else:
             self._give_up(await self._fatal_error(refused, endpoint), job)
+
+    def _learns(self, refused: Refused, job: _Job) -> bool:
+        """Whether a request may go again, which is never in the form that was just refused."""
+        learnt = self._dialect.adapt(refused, job.request, job.sent)
+        if learnt is None or job.changes == MOST_CHANGES:
+            return False
+        if learnt is self._dialect and learnt.body(job.request) == job.sent:
+            return False
+        self._dialect = learnt
+        job.changes += 1
+        return True
+
+    def _asked_for(self, refused: Refused) -> str:
+        """A clause that names those fields of the user's own that a refusal is about."""
+        said = f"{refused.param} {refused.said}"
+        named = [name for name in self.options.extra_body if name in said]
+        return f"; {self.options.extra_flag} asks for {', '.join(named)}" if named else ""
 
     def _fail(self, job: _Job, refused: Refused, kind: str, endpoint: Endpoint) -> None:
         """A row's own trouble; when the first replies all say the same, everyone's."""
@@ -413,11 +438,12 @@ class ApiModel:
             if alike:
                 error = SrtError(
                     f"{endpoint.url}: the first {self._refusals.total()} requests are all refused "
-                    f"with the same words ({refused.message}). Check the model's name and the settings."
+                    f"with the same words ({refused.message}{self._asked_for(refused)}). "
+                    "Check the model's name and the settings."
                 )
                 self._give_up(error, job)
                 return
-        reason = f"the server refuses the request: {refused.message}"
+        reason = f"the server refuses the request: {refused.message}{self._asked_for(refused)}"
         self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts + 1))
 
     async def _throttle(self, refused: Refused, job: _Job, started: float) -> None:
@@ -510,7 +536,7 @@ class ApiModel:
         return SrtError(f"{', '.join(self._place.urls)}: {said}")
 
     async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
-        message = refused.message
+        message = f"{refused.message}{self._asked_for(refused)}"
         if is_of_key(refused):
             return QuotaError(
                 f"{endpoint.url}: the key is refused ({message}). {self._place.how_to_give_a_key()}"
@@ -531,7 +557,7 @@ class ApiModel:
                     else ", and its list of models is empty. Is a model loaded there?"
                 )
             )
-            said = f" ({refused.message})" if refused.status != 404 else ""
+            said = f" ({message})" if refused.status != 404 else ""
             return SrtError(
                 f"{endpoint.url}: does not know the model {self.parsed.name!r}{said}{offer}"
             )

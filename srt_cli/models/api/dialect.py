@@ -358,7 +358,8 @@ class Dialect(Protocol):
     ) -> "Dialect | None":
         """Learn how not to be refused again: how to go on, None when nothing can be learnt.
 
-        `sent` is the body of the request that was refused.
+        `sent` is the body of the request that was refused; what stands in it as the user's own field
+        stays.
         """
         ...
 

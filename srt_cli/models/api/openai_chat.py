@@ -161,19 +161,20 @@ class OpenAiChat:
             return None
         if set(sent) != set(self.body(request)):
             return self  # learnt already from a request that was under way beside this one
-        if refused.names(self.token_field) and _WANTS_OTHER_FIELD.search(refused.said):
+        ours = sent.keys() - self.manner.extra.keys()
+        if self.token_field in ours and refused.names(self.token_field):
             other = TOKEN_FIELDS[self.token_field == TOKEN_FIELDS[0]]
-            if other not in self.dropped:
+            if other not in self.dropped and _WANTS_OTHER_FIELD.search(refused.said):
                 self.dropped.add(self.token_field)
                 self.token_field = other
                 return self
-        if self._wants_fewer_logprobs(refused, sent.get("top_logprobs", 0)):
+        if "top_logprobs" in ours and self._wants_fewer_logprobs(refused, sent["top_logprobs"]):
             return self
         switches = set(self.manner.told(request))
         for name in (*OPTIONAL_FIELDS, *switches):
             sent_as = self.manner.renames.get(name, name)
             named = refused.names(sent_as) or (name in switches and name in refused.said.lower())
-            if sent_as in sent and named:
+            if sent_as in ours and named:
                 self.dropped |= set(LOGPROB_FIELDS) if name in LOGPROB_FIELDS else {name}
                 if name in switches:
                     warn_of_switch(self.manner.model)

@@ -117,7 +117,7 @@ class OpenAiResponses:
         if set(sent) != set(self.body(request)):
             return self
         for name in OPTIONAL_FIELDS:
-            if name not in self.dropped and refused.names(name):
+            if name in sent and name not in self.manner.extra and refused.names(name):
                 self.dropped.add(name)
                 return self
         return None
