@@ -19,6 +19,8 @@ class BatchServer(LoopbackServer):
         self.asked: list[str] = []
         self.told: list[dict[str, str]] = []
         """The headers of every request, in small letters."""
+        self.lose_answers = 0
+        """To so many new batches, which are taken all the same."""
         self.looks = looks
         self.fate = fate or (lambda identifier, times: "ok")
         super().__init__(behaviour)
@@ -62,6 +64,9 @@ class BatchServer(LoopbackServer):
             "endpoint": body["endpoint"], "input_file_id": body["input_file_id"],
             "completion_window": body["completion_window"], "metadata": body["metadata"],
         }  # fmt: skip
+        if self.lose_answers > 0:
+            self.lose_answers -= 1
+            return web.json_response({"error": {"message": "gateway timeout"}}, status=504)
         return web.json_response(self.batches[name])
 
     async def _all(self, request: web.Request) -> web.Response:
@@ -100,3 +105,11 @@ class BatchServer(LoopbackServer):
                 batch[f"{kind}_file_id"] = f"{batch['id']}-{kind}"
                 self.files[f"{batch['id']}-{kind}"] = lines.encode()
         batch["status"] = "completed" if all(row["response"] for row in broken) else "expired"
+
+    def cancel(self, name: str, done: int) -> None:
+        """End a batch when so many of its requests are answered."""
+        batch = self.batches[name]
+        lines = self.files[batch["input_file_id"]].splitlines(keepends=True)
+        self.files[batch["input_file_id"]] = b"".join(lines[:done])
+        self._finish(batch)
+        batch["status"] = "cancelled"

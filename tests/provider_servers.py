@@ -31,6 +31,9 @@ class AnthropicServer(LoopbackServer):
         self.looks = looks
         self.batches: dict[str, dict[str, Any]] = {}
         self.expire_first = 0
+        self.lose_answers = 0
+        """To so many new batches, which are taken all the same."""
+        self.cancelled: set[str] = set()
         super().__init__(behaviour)
 
     @property
@@ -40,6 +43,7 @@ class AnthropicServer(LoopbackServer):
     def routes(self, app: web.Application) -> None:
         app.router.add_post("/v1/messages", self._message)
         app.router.add_post("/v1/messages/batches", self._create)
+        app.router.add_get("/v1/messages/batches", self._all)
         app.router.add_get("/v1/messages/batches/{id}", self._look)
         app.router.add_get("/v1/messages/batches/{id}/results", self._results)
 
@@ -91,7 +95,13 @@ class AnthropicServer(LoopbackServer):
                 return _error(400, "invalid_request_error", str(problem))
         name = f"msgbatch_{len(self.batches)}"
         self.batches[name] = {"requests": body["requests"], "looks": 0}
+        if self.lose_answers > 0:
+            self.lose_answers -= 1
+            return _error(504, "timeout_error", "The request timed out.")
         return web.json_response(self._told(name))
+
+    async def _all(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [self._told(name) for name in reversed(self.batches)]})
 
     def _told(self, name: str) -> dict[str, Any]:
         batch = self.batches[name]
@@ -114,11 +124,16 @@ class AnthropicServer(LoopbackServer):
 
     async def _results(self, request: web.Request) -> web.Response:
         lines = []
-        for each in reversed(self.batches[request.match_info["id"]]["requests"]):
+        name = request.match_info["id"]
+        for each in reversed(self.batches[name]["requests"]):
+            if name in self.cancelled:
+                result: dict[str, Any] = {"type": "canceled"}
+                lines.append(json.dumps({"custom_id": each["custom_id"], "result": result}))
+                continue
             self.requests.append(each["params"])
             if self.expire_first > 0:
                 self.expire_first -= 1
-                result: dict[str, Any] = {"type": "expired"}
+                result = {"type": "expired"}
             else:
                 message = message_body(self.answer_to(each["params"]))
                 result = {"type": "succeeded", "message": message}

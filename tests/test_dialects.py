@@ -179,6 +179,46 @@ def test_claude_in_batches_asks_again_for_what_expired_and_finds_its_own(
     assert [len(batch["requests"]) for batch in server.batches.values()] == [6, 2, 6]
 
 
+@pytest.mark.parametrize("lost", ["the answer", "the client"])
+def test_a_batch_of_claudes_that_has_no_name_here_is_looked_for(
+    srt, serve, tmp_path, monkeypatch, lost
+):
+    monkeypatch.setattr("srt_cli.models.api.batch.FIRST_BACKOFF_S", 0.001)
+    server = serve(AnthropicServer)
+    rows = [{"id": n, "prompt": f"q{n}", "response": "A draft."} for n in range(3)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    line = ("collect-feedback", "--critic", CLAUDE, *BATCH)
+    if lost == "the answer":
+        server.lose_answers = 1
+    else:
+
+        def killed(told):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("srt_cli.models.api.anthropic._batch", killed)
+            assert srt(*line).code == 130
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    assert [len(batch["requests"]) for batch in server.batches.values()] == [3, 3]
+
+
+def test_a_batch_that_was_cancelled_at_anthropic_is_asked_anew_by_the_next_run(
+    srt, serve, tmp_path
+):
+    server = serve(AnthropicServer)
+    rows = [{"id": n, "prompt": f"q{n}", "response": "A draft."} for n in range(3)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    line = ("collect-feedback", "--critic", CLAUDE, *BATCH)
+    server.cancelled.add("msgbatch_0")
+    cancelled = srt(*line)
+    assert cancelled.code == 3
+    assert "in a batch: canceled" in cancelled.stderr
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    assert [len(batch["requests"]) for batch in server.batches.values()] == [3, 3, 3]
+
+
 def test_an_export_for_claude_is_answered_elsewhere_and_imported(srt, serve, tmp_path):
     server = serve(AnthropicServer)
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "q", "response": "A draft."}])

@@ -127,3 +127,15 @@ def test_a_full_disk_tears_no_line(tmp_path):
     with Journal(path) as journal:
         assert len(journal) == 2
         assert journal.unreadable == 0
+
+
+def test_parts_are_found_whatever_the_journal_is_called(tmp_path):
+    name = "fb[1]*?.journal.jsonl"
+    with Journal(tmp_path / name) as journal:
+        with Journal(journal.part("1"), beside=journal.path) as part:
+            part.append(b"k" * 16, "p1 critique", {"text": "x"})
+        with Journal(tmp_path / "fb1.journal.part-1.jsonl") as other:
+            other.append(b"o" * 16, "p2 critique", {"text": "y"})
+        journal.absorb_parts()
+        assert list(journal) == [b"k" * 16]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fb1.journal.part-1.jsonl", name]

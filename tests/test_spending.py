@@ -13,6 +13,7 @@ from loopback_server import CRITIQUE, Answer, LoopbackServer, as_policy_and_crit
 from srt_cli.models import Reply, parse_spec
 from srt_cli.models.budget import Budget, Price, parse_prices, price_of, priced
 from srt_cli.records import Usage
+from srt_cli.runs.journal import Journal
 
 PRICE = ("--price", "tester=10/1000")
 GOOD = CRITIQUE.format(score=4)
@@ -364,6 +365,147 @@ def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path
     assert "batch batch_0: found again" in again.stderr
     assert len(server.batches) == 2
     assert len(server.asked) == 8
+
+
+def kill_before_collecting(monkeypatch):
+    def killed(self, wire, part, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("srt_cli.models.api.batch.BatchModel._collect", killed)
+
+
+def kill_while_replies_are_kept(monkeypatch, keeping=[Journal.append]):  # noqa: B006
+    kept = []
+
+    def append(journal, *reply):
+        keeping[0](journal, *reply)
+        kept.append(reply)
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "append", append)
+    monkeypatch.setattr("srt_cli.calls.conduct._Conductor.keep_finished", lambda self: None)
+
+
+@pytest.mark.parametrize("kill", [None, kill_before_collecting, kill_while_replies_are_kept])
+def test_an_interrupted_run_goes_on_in_batches_and_pays_for_nothing_twice(
+    srt, serve, prompts, tmp_path, monkeypatch, kill
+):
+    prompts(8)
+    late = set()
+
+    def fate(identifier, times):
+        late.update([identifier] if len(late) < 2 else [])
+        return "expired" if identifier in late and times == 1 else "ok"
+
+    server = serve(as_policy_and_critic, BatchServer, fate=fate)
+    # Four rows are whole, and a fifth has its critique.
+    assert collect(srt, server, "--max-requests", 9, "--concurrency", 2).code == 4
+    line = (*BATCH, "--max-requests", 16)
+    if kill is not None:
+        with monkeypatch.context() as patch:
+            kill(patch)
+            assert collect(srt, server, *line).code == 130
+    finished = collect(srt, server, *line)
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert [row["status"] for row in rows] == ["ok"] * 8
+    # Nine one by one; the others in batches, of which two expired and were asked for once more.
+    assert len(server.requests) == 9
+    assert len(server.asked) == 7 + 2
+    assert len(set(server.asked)) == 7
+    assert ("found again" in finished.stderr) is (kill is not None)
+
+
+@pytest.mark.parametrize("kill", [kill_before_collecting, kill_while_replies_are_kept])
+def test_a_batch_that_a_cap_made_smaller_is_found_again(
+    srt, serve, prompts, tmp_path, monkeypatch, kill
+):
+    prompts(8)
+    server = serve(as_policy_and_critic, BatchServer)
+    with monkeypatch.context() as patch:
+        kill(patch)
+        assert collect(srt, server, *BATCH, "--max-requests", 5).code == 130
+    stopped = collect(srt, server, *BATCH, "--max-requests", 5)
+    assert stopped.code == 4
+    assert len(server.asked) == len(set(server.asked)) == 5
+    finished = collect(srt, server, *BATCH, "--max-requests", 16)
+    assert finished.code == 0, finished.stderr
+    assert len(server.asked) == len(set(server.asked)) == 16
+
+
+def test_batches_that_expire_whole_are_not_taken_for_new_ones(srt, serve, prompts, tmp_path):
+    prompts(3)
+    server = serve(as_policy_and_critic, BatchServer, fate=lambda name, times: "expired")
+    failed = collect(srt, server, *BATCH)
+    assert failed.code == 3
+    assert len(server.batches) == 5
+    assert "asking again, round 5" in failed.stderr
+    assert "round 6" not in failed.stderr
+    assert "found again" not in failed.stderr
+    server.fate = lambda name, times: "ok"
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    assert len(server.batches) == 5 + 2
+
+
+def test_what_is_asked_again_is_asked_in_a_new_batch_each_time(srt, serve, prompts, tmp_path):
+    prompts(3)
+    server = serve(as_policy_and_critic, BatchServer)
+    server.behaviour = lambda body, number: (
+        Answer(text="no critique at all")
+        if "q1" in body["messages"][0]["content"]
+        else as_policy_and_critic(body, number)
+    )
+    line = (*BATCH, "--max-reasks", 0)
+    collect(srt, server, *line)
+    made = len(server.batches)
+    again = (*line, "--retry-failed", "unparsed")
+    for times in (1, 2):
+        collect(srt, server, *again)
+        assert len(server.batches) == made + times
+    server.behaviour = as_policy_and_critic
+    assert collect(srt, server, *again).code == 0
+    assert len(server.batches) == made + 4
+    assert {row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")} == {"ok"}
+
+
+def test_a_batch_that_was_taken_though_its_answer_was_lost_is_looked_for(
+    srt, serve, prompts, monkeypatch
+):
+    monkeypatch.setattr("srt_cli.models.api.batch.FIRST_BACKOFF_S", 0.001)
+    prompts(3)
+    server = serve(as_policy_and_critic, BatchServer)
+    server.lose_answers = 1
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    assert len(server.batches) == 2
+    assert len(server.asked) == 6
+
+
+def test_a_cancelled_batch_gives_what_it_has_and_is_asked_anew_by_the_next_run(
+    srt, serve, prompts, tmp_path, monkeypatch
+):
+    prompts(4)
+    look = BatchServer._look
+
+    async def cancel(self, request):
+        if self.batches["batch_0"]["status"] == "in_progress":
+            self.cancel("batch_0", 1)
+        return await look(self, request)
+
+    monkeypatch.setattr(BatchServer, "_look", cancel)
+    server = serve(as_policy_and_critic, BatchServer)
+    cancelled = collect(srt, server, *BATCH)
+    assert cancelled.code == 0, cancelled.stderr
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert sorted(row["status"] for row in rows) == ["failed"] * 3 + ["ok"]
+    assert {row["reason"] for row in rows if row["status"] == "failed"} == {
+        "critique: batch batch_0 was cancelled"
+    }
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    assert len(server.asked) == len(set(server.asked)) == 8
 
 
 def test_prompts_that_are_added_go_into_a_batch_without_those_that_are_paid_for(

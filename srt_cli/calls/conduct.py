@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
@@ -172,6 +172,8 @@ class _Conductor(Generic[Result]):
             if known is not None and (not call.model.batched or self.journal.was_there(key)):
                 reply = known
                 continue
+            if again := self.journal.forgotten[key]:
+                call = replace(call, request=replace(call.request, again=again))
             self.models[id(call.model)] = self.tally.models[id(call.model)] = call.model
             self.batching |= call.model.batched
             pending = _Pending(row, call, key, known)

@@ -70,7 +70,7 @@ VERDICTS: Final = ("yes", "no")
 
 @dataclass(frozen=True)
 class Request:
-    """One model call; everything here but `task` is sent to the model, so all of it is in the key."""
+    """One model call; all but `task` and `again` is sent to the model, so it is in the key."""
 
     messages: tuple[Message, ...]
     max_tokens: int
@@ -87,6 +87,8 @@ class Request:
     thinks: Thinks = Thinks()
     """Its tokens stand in `max_tokens` already."""
     task: Task | None = None
+    again: int = 0
+    """How often a reply to it was thrown away; a batch must not give the same one once more."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ dropped. kill -9 loses at most the calls in flight: each append is one write, sy
 """
 
 import fcntl
+import glob
 import hashlib
 import os
 import time
@@ -52,6 +53,8 @@ class Journal:
         """Calls and tokens of all replies in the file, by model identity; `estimated` calls too."""
         self.told: dict[str, Counter[str]] = {}
         """The same, and the dollars, of those replies whose server told what they cost."""
+        self.forgotten: Counter[bytes] = Counter()
+        """How often a call was made owed again."""
         self._unsynced = 0
         self._synced_at = time.monotonic()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +106,8 @@ class Journal:
 
     def absorb_parts(self) -> None:
         """Take over what processes of this run, or of one that was killed, have answered."""
-        for part in sorted(self.path.parent.glob(self.part("*").name)):
+        ours = glob.escape(self.path.name.removesuffix(".jsonl"))
+        for part in sorted(self.path.parent.glob(f"{ours}.part-*.jsonl")):
             self._absorb(part)
 
     def _absorb(self, part: Path) -> None:
@@ -127,6 +131,7 @@ class Journal:
     def forget(self, key: bytes) -> None:
         """Make a call owed again; its old reply stays in the file and still counts as paid."""
         if self._offsets.pop(key, None) is not None:
+            self.forgotten[key] += 1
             self._append_line({"key": key.hex(), FORGOTTEN: True})
 
     def catch_up(self) -> None:
@@ -205,7 +210,9 @@ class Journal:
     def _note(self, entry: Mapping[str, Any] | None) -> None:
         if entry is None:
             self.unreadable += 1
-        elif FORGOTTEN not in entry:
+        elif FORGOTTEN in entry:
+            self.forgotten[bytes.fromhex(entry["key"])] += 1
+        else:
             self._count(entry)
 
 

@@ -189,10 +189,18 @@ class AnthropicBatches:
         return orjson.dumps({"custom_id": name, "params": body}) + b"\n"
 
     async def found(self, wire: Wire, plan: str) -> Batch | None:
-        """The batch that was submitted for a plan from this machine, if the server still has it."""
+        """The batch that was submitted for a plan from this machine, if the server still has it.
+
+        Where no answer told its name, it is one that the server has had since, with as many requests.
+        """
         note = _note(plan)
         if not note.is_file():
             return None
+        if (sent := _sent(note)) is not None:
+            notes = [other for other in note.parent.iterdir() if not other.suffix]
+            named = {*sent["there"], *(other.read_text() for other in notes)}
+            since = [batch for batch in await self._listed(wire) if batch.name not in named]
+            return next((batch for batch in since if batch.total == sent["requests"]), None)
         try:
             return await self.look(wire, note.read_text())
         except Refused as refused:
@@ -201,15 +209,26 @@ class AnthropicBatches:
             raise
 
     async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
-        """Post all requests at once, and note the batch's name."""
-        body = {"requests": [orjson.Fragment(line) for line in lines]}
-        batch = _batch(checked(await wire.post(f"{PATH}/batches", body)))
+        """Post all requests at once, and note the batch's name; before, which there are already."""
         note = _note(plan)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        half = note.with_suffix(f".{os.getpid()}")
-        half.write_text(batch.name)
-        half.rename(note)
+        sent = _sent(note)
+        if sent is None or sent["requests"] != len(lines):
+            there = [batch.name for batch in await self._listed(wire)]
+            _write(note, orjson.dumps({"there": there, "requests": len(lines)}).decode())
+        body = {"requests": [orjson.Fragment(line) for line in lines]}
+        try:
+            batch = _batch(checked(await wire.post(f"{PATH}/batches", body)))
+        except Refused as refused:
+            if refused.status < 500:
+                note.unlink()  # nothing was taken
+            raise
+        _write(note, batch.name)
         return batch
+
+    async def _listed(self, wire: Wire) -> list[Batch]:
+        """The newest thousand batches."""
+        told = checked(await wire.get(f"{PATH}/batches?limit=1000"))
+        return [_batch(as_mapping(each)) for each in as_list(told.get("data"))]
 
     async def look(self, wire: Wire, name: str) -> Batch:
         """How a batch stands."""
@@ -239,6 +258,19 @@ class AnthropicBatches:
 
 def _note(plan: str) -> Path:
     return cache_folder() / "batches" / plan
+
+
+def _sent(note: Path) -> Mapping[str, Any] | None:
+    """What a note says of a batch that was sent, and whose name is not known."""
+    told = note.read_text() if note.is_file() else ""
+    return as_mapping(orjson.loads(told)) if told.startswith("{") else None
+
+
+def _write(note: Path, text: str) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    half = note.with_suffix(f".{os.getpid()}")
+    half.write_text(text)
+    half.rename(note)
 
 
 def _batch(told: Mapping[str, Any]) -> Batch:

@@ -1,7 +1,8 @@
 """Batches: half the price for patience; and requests written to files, to be answered elsewhere.
 
-A batch is found again by what it asks: its plan's digest goes with it, so a client that was killed
-adopts its own batches instead of paying for them twice.
+A batch is found again by the wave that it is of: the wave's digest goes with it, so a client that was
+killed adopts its own batches instead of paying for them twice. The wave is whole, with what is known
+already: that grows from run to run, and is in no batch.
 """
 
 import asyncio
@@ -57,6 +58,33 @@ class _Ask:
     request: Request
     futures: list[Future[Reply]]
     known: bool
+    reserved: bool = False
+    """Whether the budget has set aside what it may cost."""
+
+    @property
+    def owed(self) -> bool:
+        """Whether somebody waits for its reply."""
+        return not self.known and not all(future.done() for future in self.futures)
+
+
+@dataclass
+class _Part:
+    """What one batch has room for of a wave: what none of its batches has answered, by name."""
+
+    asks: dict[str, _Ask]
+    round: int = 1
+
+    @property
+    def owed(self) -> list[_Ask]:
+        """Those that somebody waits for."""
+        return [ask for ask in self.asks.values() if ask.owed]
+
+    @property
+    def label(self) -> str:
+        """By which the batch of this round is found: the same whatever is known already."""
+        salt = f" round {self.round}" if self.round > 1 else ""
+        digest = hashlib.blake2b(("".join(sorted(self.asks)) + salt).encode(), digest_size=16)
+        return digest.hexdigest()
 
 
 @dataclass
@@ -108,8 +136,9 @@ class BatchModel:
         asks: dict[str, _Ask] = {}
         for request, future, known in zip(requests, futures, answered, strict=True):
             body = self._dialect.body(request)
-            digest = hashlib.blake2b(orjson.dumps([body, request.sample]), digest_size=16)
-            name = digest.hexdigest()
+            # What is asked again has another name: its old batch is not to answer it.
+            told = [body, request.sample, *([request.again] if request.again else [])]
+            name = hashlib.blake2b(orjson.dumps(told), digest_size=16).hexdigest()
             ask = asks.setdefault(name, _Ask(self._batches.line(name, body), request, [], True))
             ask.known &= known
             ask.futures.append(future)
@@ -146,7 +175,11 @@ class BatchModel:
                 fatal = SrtError(f"{self.spec}: its batches answer: {refused.message}.")
             _fail(asks, fatal)
         except NoAnswer as trouble:
-            _fail(asks, SrtError(f"{self.spec}: its batches cannot be reached ({trouble})."))
+            fatal = SrtError(
+                f"{self.spec}: its batches cannot be reached ({trouble}). Run the same line again: a "
+                "batch that was taken all the same is found."
+            )
+            _fail(asks, fatal)
         except BaseException as error:  # a thread has no caller: the futures carry it
             _fail(asks, error)
 
@@ -158,44 +191,72 @@ class BatchModel:
             await wire.close()
 
     async def _run(self, wire: Endpoint, asks: dict[str, _Ask]) -> None:
-        left = self._reserved(asks)
+        parts = list(_cut(asks, self._batches))
         for round_number in range(1, MOST_ROUNDS + 1):
-            plans = list(_cut(left, self._batches))
-            batches = [await self._adopt_or_submit(wire, plan) for plan in plans]
-            for plan, batch in zip(plans, batches, strict=True):
-                await self._collect(wire, plan, batch)
-            left = {name: ask for name, ask in left.items() if not _settled(ask)}
-            if not left or self._closing.is_set():
+            under_way = [
+                (part, batch)
+                for part in parts
+                if (batch := await self._adopt_or_submit(wire, part)) is not None
+            ]
+            for part, batch in under_way:
+                await self._collect(wire, part, batch)
+            if self._closing.is_set():
+                return
+            again = [ask for part in parts for ask in part.owed if ask.reserved]
+            if not again:
                 break
-            self._resubmitted += len(left)
-            console.say(f"{len(left)} requests expired; asking again, round {round_number + 1}")
-        for ask in left.values():
+            if round_number < MOST_ROUNDS:
+                self._resubmitted += len(again)
+                console.say(
+                    f"{len(again)} requests are still owed; asking again, round {round_number + 1}"
+                )
+        for ask in again:
             self._settle(ask, Reply("", "failed", error="expired in every batch"))
-        unsent = [ask for ask in asks.values() if not _settled(ask)]
+        unsent = [ask for part in parts for ask in part.owed]
         if unsent:
             _fail(asks, self._budget.error(self.price, most_tokens(unsent[0].request)))
 
-    def _reserved(self, asks: dict[str, _Ask]) -> dict[str, _Ask]:
-        """The requests that the budget allows; those known already cost nothing again."""
-        return {
-            name: ask
-            for name, ask in asks.items()
-            if ask.known or self._budget.reserve(self.price, most_tokens(ask.request))
-        }
+    async def _adopt_or_submit(self, wire: Endpoint, part: _Part) -> Batch | None:
+        """The batch at work on a part; None where nothing is owed any more, or may be sent.
 
-    async def _adopt_or_submit(self, wire: Endpoint, plan: dict[str, _Ask]) -> Batch:
-        digest = hashlib.blake2b("".join(sorted(plan)).encode(), digest_size=16).hexdigest()
-        batch = await _patiently(self._batches.found, wire, digest)
-        if batch is not None:
+        Batches that have ended give what they have; a new one is only for what none of them answers.
+        """
+        while part.owed:
+            batch = await _patiently(self._batches.found, wire, part.label)
+            if batch is None:
+                return await self._submit(wire, part)
             console.say(f"batch {batch.name}: found again, {batch.status}")
-        else:
-            lines = [ask.line for ask in plan.values()]
-            batch = await _patiently(self._batches.submit, wire, digest, lines)
-            console.say(f"batch {batch.name}: {len(plan)} requests submitted")
+            self._names.append(batch.name)
+            if not batch.over:
+                self._reserve(part)
+                return batch
+            await self._take_results(wire, part, batch, late=True)
+        return None
+
+    def _reserve(self, part: _Part) -> None:
+        for ask in part.owed:
+            ask.reserved = ask.reserved or self._budget.reserve(
+                self.price, most_tokens(ask.request)
+            )
+
+    async def _submit(self, wire: Endpoint, part: _Part) -> Batch | None:
+        """Hand in what is owed of a part, as far as the budget allows."""
+        self._reserve(part)
+        lines = [ask.line for ask in part.owed if ask.reserved]
+        if not lines:
+            return None
+
+        async def look_and_submit() -> Batch:
+            # A try that came to nothing here may have come to a batch there.
+            found = await self._batches.found(wire, part.label)
+            return found or await self._batches.submit(wire, part.label, lines)
+
+        batch = await _patiently(look_and_submit)
+        console.say(f"batch {batch.name}: {len(lines)} requests submitted")
         self._names.append(batch.name)
         return batch
 
-    async def _collect(self, wire: Endpoint, plan: dict[str, _Ask], batch: Batch) -> None:
+    async def _collect(self, wire: Endpoint, part: _Part, batch: Batch) -> None:
         """Wait for a batch to end, and give its replies to those who asked."""
         shown = None
         while not batch.over:
@@ -212,23 +273,47 @@ class BatchModel:
                 f"{self.spec}: batch {batch.name} failed ({batch.error or 'no reason given'}). For a "
                 "limit on enqueued tokens, use --limit, or run without --batch."
             )
-        for place in batch.results:
-            for line in (await _patiently(self._batches.results, wire, place)).splitlines():
-                outcome = self._batches.outcome(orjson.loads(line))
-                if outcome is not None:
-                    self._take_in(plan, outcome)
+        await self._take_results(wire, part, batch)
+        if batch.status == "cancelled":  # by the user, who wants nothing sent anew
+            for ask in part.owed:
+                self._settle(ask, Reply("", "failed", error=f"batch {batch.name} was cancelled"))
 
-    def _take_in(self, plan: dict[str, _Ask], outcome: BatchResult) -> None:
-        ask = plan.get(outcome.name)
-        if ask is None or _settled(ask):
-            return
-        reply = reply_of(outcome, ask.request)
-        if reply is not None:
-            self._settle(ask, priced(reply, self.price))
+    async def _take_results(
+        self, wire: Endpoint, part: _Part, batch: Batch, *, late: bool = False
+    ) -> None:
+        """Hand out a batch's replies; what it did not answer is for the part's next round.
+
+        What failed in it is the row's error, but in one that ended in the time of an earlier run
+        (`late`): then it is asked again.
+        """
+        answered = set()
+        for place in batch.results:
+            try:
+                content = await _patiently(self._batches.results, wire, place)
+            except Refused as refused:
+                if late and refused.status == 404:  # servers keep results for a month
+                    continue
+                raise
+            for line in content.splitlines():
+                outcome = self._batches.outcome(orjson.loads(line))
+                ask = part.asks.get(outcome.name) if outcome is not None else None
+                if outcome is None or ask is None:
+                    continue
+                if outcome.is_final:
+                    answered.add(outcome.name)
+                reply = reply_of(outcome, ask.request) if ask.owed else None
+                if reply is not None and (outcome.is_final or not late):
+                    self._settle(ask, priced(reply, self.price))
+        part.asks = {name: ask for name, ask in part.asks.items() if name not in answered}
+        part.round += 1
 
     def _settle(self, ask: _Ask, reply: Reply) -> None:
-        if not ask.known:
-            self._budget.settle(self.price, most_tokens(ask.request), reply.usage, reply.cost)
+        used, price = reply.usage, self.price
+        if ask.reserved:
+            self._budget.settle(price, most_tokens(ask.request), used, reply.cost)
+        else:  # an earlier run sent it
+            dollars = price.of_call(used) if price and reply.cost is None else reply.cost
+            self._budget.spent_before(dollars or 0.0, used, 1)
         for future in ask.futures:
             if not future.cancelled() and not future.done():
                 future.set_result(reply)
@@ -260,10 +345,6 @@ async def _patiently(call: Callable[..., Awaitable[Found]], *arguments: object) 
     raise AssertionError  # the last try returns or raises
 
 
-def _settled(ask: _Ask) -> bool:
-    return all(future.done() for future in ask.futures)
-
-
 def _fail(asks: Mapping[str, _Ask], error: BaseException) -> None:
     for ask in asks.values():
         for future in ask.futures:
@@ -271,7 +352,7 @@ def _fail(asks: Mapping[str, _Ask], error: BaseException) -> None:
                 future.set_exception(error)
 
 
-def _cut(asks: dict[str, _Ask], batches: Batches) -> Iterator[dict[str, _Ask]]:
+def _cut(asks: dict[str, _Ask], batches: Batches) -> Iterator[_Part]:
     """Parts that fit one batch file each."""
     part: dict[str, _Ask] = {}
     size = 0
@@ -279,12 +360,12 @@ def _cut(asks: dict[str, _Ask], batches: Batches) -> Iterator[dict[str, _Ask]]:
         if part and (
             len(part) >= batches.most_requests or size + len(ask.line) > batches.most_bytes
         ):
-            yield part
+            yield _Part(part)
             part, size = {}, 0
         part[name] = ask
         size += len(ask.line)
     if part:
-        yield part
+        yield _Part(part)
 
 
 # --- Files to take elsewhere -------------------------------------------------------------------

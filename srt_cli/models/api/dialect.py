@@ -246,8 +246,6 @@ class Batch:
     name: str
     status: str
     over: bool = False
-    dead: bool = False
-    """It ended without being worked on."""
     done: int | None = None
     total: int | None = None
     results: tuple[str, ...] = ()
@@ -266,6 +264,11 @@ class BatchResult:
     """For good: its text is not wanted."""
     owed: bool = False
     """It expired, and may be asked again."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again would tell nothing else."""
+        return self.heard is not None or self.refused
 
 
 class Wire(Protocol):
@@ -297,7 +300,7 @@ class Batches(Protocol):
         ...
 
     async def found(self, wire: Wire, plan: str) -> Batch | None:
-        """A batch that was submitted for a plan, if the server can tell."""
+        """The batch that was submitted for a plan, also where `submit` came to nothing here."""
         ...
 
     async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:

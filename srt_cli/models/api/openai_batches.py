@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 CHAT: Final = "/v1/chat/completions"
 RESPONSES: Final = "/v1/responses"
 PLAN: Final = "srt_plan"
-DEAD: Final = ("failed", "cancelled", "cancelling")
 OVER: Final = ("completed", "expired", "failed", "cancelled")
 
 
@@ -56,10 +55,10 @@ class OpenAiBatches:
         return orjson.dumps(line) + b"\n"
 
     async def found(self, wire: Wire, plan: str) -> Batch | None:
-        """The newest batch whose metadata names the plan, unless it died."""
+        """The newest batch whose metadata names the plan, but none that failed before it began."""
         async with _client(wire) as client:
             async for each in client.batches.list(limit=100):
-                if (each.metadata or {}).get(PLAN) == plan and each.status not in DEAD:
+                if (each.metadata or {}).get(PLAN) == plan and each.status != "failed":
                     return _batch(each)
         return None
 
@@ -124,7 +123,6 @@ def _batch(told: "ToldBatch") -> Batch:
         told.id,
         told.status,
         over=told.status in OVER,
-        dead=told.status in DEAD,
         done=counts.completed if counts else None,
         total=counts.total if counts else None,
         results=tuple(file for file in files if file),
