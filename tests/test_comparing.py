@@ -84,6 +84,39 @@ def test_samples_are_compared_with_each_other(srt, folder):
     assert "complete since" in again.stdout
 
 
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_sample_that_failed_is_asked_for_again_wherever_it_stands(srt, folder, bad):
+    asked, drafts, mended = [], [], []
+
+    def answer(body, number):
+        text = body["messages"][-1]["content"]
+        if "### Answer M" in text:
+            asked.append("comparison")
+            return Answer(text="M")
+        if len(body["messages"]) == 1 and "### Requirements" not in text:
+            drafts.append(body)
+            return Answer(text=f"Draft {len(drafts)}.")
+        asked.append("critique")
+        unread = not mended and len(drafts) == bad + 1  # one sample is drafted after the other
+        return Answer(text="Hm." if unread else CRITIQUE)
+
+    server = LoopbackServer(answer)
+    line = ("self-critique", "--model", server.spec, "--limit", 1, "--samples", 3, "--compare")
+    assert srt(*line).code == 0
+    rows = read_jsonl(folder / "self-feedback.jsonl")
+    assert [row["status"] for row in rows] == ["unparsed" if n == bad else "ok" for n in range(3)]
+    asked.clear()
+    mended.append(True)
+    again = srt(*line, "--retry-failed", "unparsed")
+    server.close()
+    assert again.code == 0, again.stderr
+    assert "owed again: 1 row that ended unparsed" in again.stderr
+    assert {row["status"] for row in read_jsonl(folder / "self-feedback.jsonl")} == {"ok"}
+    # Of that sample alone: its critique (the same refinement is scored already), and comparisons with
+    # its refinement and with the two others.
+    assert (asked.count("critique"), asked.count("comparison"), len(drafts)) == (1, 6, 3)
+
+
 def test_a_server_is_asked_for_one_letter_and_its_odds_are_read(srt, folder):
     letters = []
 

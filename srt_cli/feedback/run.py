@@ -29,6 +29,7 @@ from srt_cli.feedback.story import (
     CheckedRow,
     Roles,
     complete,
+    step_that_failed,
     tell_and_check,
     tell_and_compare,
 )
@@ -304,18 +305,15 @@ def forget_rows(
     """Owe again the step at which rows came to one of these ends; returns how many rows."""
     rows = 0
     for row in replay(scripts, journal.get):
-        if row.result is None or row.result.records[-1].status not in statuses:
-            continue
-        rows += 1
-        # A row ends at the step that failed: the trailing calls of one kind, its repeats included.
-        steps = [
-            (call.request.task.kind, key)
-            for call, key in row.answered
-            if call.request.task is not None and call.request.task.kind != "check"
-        ]
-        while steps:
-            kind, key = steps.pop()
-            journal.forget(key)
-            if not steps or steps[-1][0] != kind:
-                break
+        records = row.result.records if row.result is not None else []
+        failed = {step_that_failed(record) for record in records if record.status in statuses}
+        for step in failed:
+            again = [
+                key
+                for call, key in row.answered
+                if call.name == step or call.name.startswith(f"{step}, ")  # its repeats
+            ]
+            rows += bool(again)
+            for key in again:
+                journal.forget(key)
     return rows

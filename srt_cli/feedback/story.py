@@ -181,6 +181,20 @@ def refine(roles: Roles, draft: Draft) -> Generator[Call, Reply, list[FeedbackRe
     return records
 
 
+def step_that_failed(record: FeedbackRecord) -> str:
+    """The name of the call at which a record ended that is not ok; its repeats add to that name."""
+    step = (record.reason or "").partition(":")[0]
+    if step == "response":
+        planted = record.policy == PLANTED
+        sample = -1 - record.sample if planted else record.sample
+        return f"{record.id}/{sample} {'contrast' if planted else step}"
+    return _name_of(record, next(asked for asked in CALL_NAMES if asked == step))
+
+
+def _name_of(row: "FeedbackRecord | _Round", step: Asked) -> str:
+    return f"{row.id}/{row.sample} round {row.round} {CALL_NAMES[step]}"
+
+
 def is_worse(record: FeedbackRecord) -> bool:
     """Whether the refinement is scored lower than its draft: by belief where known, else by score."""
     assert record.feedback is not None
@@ -216,7 +230,7 @@ class _Round:
 
     def name(self, step: Asked) -> str:
         """What a call is for, in words."""
-        return f"{self.id}/{self.sample} round {self.round} {CALL_NAMES[step]}"
+        return _name_of(self, step)
 
     def hear(self, step: Asked, said: Criticism) -> bool:
         """Take in what a critic said; False when that ends the row."""
