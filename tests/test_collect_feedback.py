@@ -28,6 +28,11 @@ def other(prompt, response):
 def plant(prompt, response):
     return {"0": response.rstrip("!") + ".", "1": response, "2": "!" + response}.get(prompt.id, "")
 
+def leaving(prompt, response):
+    if "2" in response:
+        exit()
+    return critique(prompt, response)
+
 def broken(prompt, response):
     if "2" in response:
         raise RuntimeError("out of ideas")
@@ -168,6 +173,9 @@ def test_a_row_whose_critic_fails_is_data_with_a_status(srt, folder):
     statuses = [row["status"] for row in read_jsonl(folder / "feedback.jsonl")]
     assert statuses == ["ok", "ok", "failed", "ok"]
     assert "out of ideas" in read_jsonl(folder / "feedback.jsonl")[2]["reason"]
+    # As code does that a critic runs: a unit test of what a model wrote.
+    assert collect(srt, "--out", "left.jsonl", critic="leaving").code == 0
+    assert "raised SystemExit" in read_jsonl(folder / "left.jsonl")[2]["reason"]
 
 
 def test_more_failures_than_allowed_exit_3(srt):

@@ -72,7 +72,7 @@ class ProgramModel:
             raise SrtError(f"{self.spec} is a program; it cannot continue a chat.")
         try:
             text = _render(request.task, self._callable(request.task.prompt, *request.task.texts))
-        except Exception as error:  # user code may raise anything; the row says what
+        except (Exception, SystemExit) as error:  # user code may raise anything; the row says what
             reason = f"{type(error).__name__}: {error}"
             return Reply(text="", finish_reason="failed", error=f"{self.spec} raised {reason}")
         return part_reply(Reply(text=text, finish_reason="stop"))
