@@ -122,8 +122,11 @@ def test_outputs_without_scores_count_as_much_as_the_draft_they_replace(against,
         {"id": name, "contestant": "base", "use": use, "response": f"{use} {name}", "status": "ok"}
         for name in "abd" for use in ("response", "refinement")
     ]  # fmt: skip
-    finished = against(outputs, "--strategy", "best-worst", "--export", "ms-swift")
+    finished = against(
+        outputs, "--strategy", "best-worst", "--export", "ms-swift", "--report", "page.html"
+    )
     assert finished.code == 0, finished.stderr
+    assert "rejected, no score" in (tmp_path / "page.html").read_text()
     pairs = read_jsonl(tmp_path / "prefs.jsonl")
     assert [(p["id"], p["rejected"][0]["content"], p["rejected_score"]) for p in pairs] == [
         ("a", "response a", None), ("b", "response b", None),

@@ -271,6 +271,17 @@ def test_strategies_choose_among_all_answers_to_a_prompt(
     assert pair["rejected"][0]["content"] == rejected
 
 
+@pytest.mark.parametrize("score", [3.25, 7.75, 43 / 7, 9.9])
+def test_no_rounding_leaves_a_tier_without_answers(prefs, tmp_path, score):
+    alike = samples(("Blue.", score, "Navy blue.", score))
+    finished = prefs(GROUP + [row.model_copy(update={"prompt": "Other?"}) for row in alike],
+                     "--strategy", "tiers")  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    assert [row["reason"] for row in read_jsonl(tmp_path / "prefs.dropped.jsonl")] == [
+        "not chosen by tiers", "tie",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("strategy", ["refine", "best-worst", "refine-best", "tiers"])
 def test_used_and_dropped_rows_add_up_under_every_strategy(prefs, tmp_path, strategy):
     other = samples(("Blue.", 2, "Navy.", 2), ("Red.", 2, "Crimson.", 2), identifier="2")

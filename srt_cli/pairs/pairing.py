@@ -169,14 +169,16 @@ def tiers(rows: Sequence[Refined], rho: float) -> Pairing | None:
 
     With scores from s_low to s_high, the top tier holds those of at least (1 - rho) s_high +
     rho s_low, the bottom tier those of at most (1 - rho) s_low + rho s_high; rho 0 keeps the
-    extremes (Meta-Rewarding, arXiv 2407.19594, section 2.2).
+    extremes (Meta-Rewarding, arXiv 2407.19594, section 2.2). Written so that no rounding leaves an
+    extreme out of its tier.
     """
     candidates = candidates_of(rows)
     if len(candidates) < 2:
         return None
     high, low = candidates[0].score, candidates[-1].score
-    top = [c for c in candidates if c.score >= (1 - rho) * high + rho * low]
-    bottom = [c for c in candidates if c.score <= (1 - rho) * low + rho * high]
+    width = rho * (high - low)
+    top = [c for c in candidates if c.score >= high - width]
+    bottom = [c for c in candidates if c.score <= low + width]
     chosen = min(top, key=lambda c: (len(c.text), c.order))
     rejected = max(bottom, key=lambda c: (len(c.text), c.order))
     return Pairing(chosen, rejected)
