@@ -436,6 +436,11 @@ def test_what_a_manifest_names_and_nobody_typed_is_said(srt, folder):
         "judge: http://127.0.0.1:9/v1#m, the critic of feedback.jsonl; --judge takes another\n"
         in said
     )
+    (folder / "c.py").write_text("def check(prompt, response):\n    return True\n")
+    line = ("eval", "--model", "tuned", "--prompts", "none.jsonl")
+    assert "judge:" not in srt(*line, "--check", "python:c.py:check").stderr
+    by_manifest(folder / "feedback.run.json", model="their/policy", critic="file:written.jsonl")
+    assert "Nobody to judge. Pass --judge SPEC" in srt(*line).stderr
     typed = (
         "eval",
         "--model",

@@ -24,6 +24,7 @@ from srt_cli.evaluation.judging import Judge, Shown, Twice, ask_again, judge_pai
 from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pairs, read_pairs
 from srt_cli.feedback.critic import Sampling, asked_in_conversation
 from srt_cli.feedback.story import Policy
+from srt_cli.feedback.written import FILE_PREFIX
 from srt_cli.models import Model, names_program, open_model, parse_spec, refuse_unfit
 from srt_cli.models.budget import likely_prompt_tokens
 from srt_cli.prompts import read_system
@@ -48,7 +49,7 @@ def run(options: Evaluate) -> None:
     from srt_cli.stages.evaluate.figures import close_contest, write_figures
 
     reference = _reference(options)
-    judges = tuple(dict.fromkeys(options.judge)) or critic_as_judge()
+    judges = judges_of(options)
     _refuse_contradictions(options, judges)
     pairs = list(read_pairs(options.pairs, options.limit)) if options.pairs else []
     prompts = options.open_prompts()
@@ -272,10 +273,15 @@ def base_of(model: str) -> str:
     return current
 
 
-def critic_as_judge() -> tuple[str, ...]:
-    """The critic of `feedback.jsonl` in this folder, unless it is a program: those run code."""
+def judges_of(options: Evaluate) -> tuple[str, ...]:
+    """Those that were named; where nothing else measures, the critic of `feedback.jsonl` here.
+
+    A program is not taken unasked, for it runs code, and critiques in a file are no judge.
+    """
+    if options.judge or options.check or options.scorer is not None:
+        return tuple(dict.fromkeys(options.judge))
     critic = inherited(Path("feedback.jsonl"), "critic")
-    if critic is None or names_program(critic):
+    if critic is None or names_program(critic) or critic.startswith(FILE_PREFIX):
         return ()
     console.say(f"judge: {critic}, the critic of feedback.jsonl; --judge takes another")
     return (critic,)
