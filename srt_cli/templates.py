@@ -851,7 +851,7 @@ def render_preference(preference: float) -> str:
     """A program's verdict as text: 1 prefers the first, 0 the second."""
     if not 0 <= preference <= 1:
         raise ValueError(f"a preference lies between 0 and 1, not {preference}")
-    return f"Preference: {preference!r}"
+    return f"Preference: {abs(preference)!r}"  # -0.0 has a sign
 
 
 def render_parts(parts: Mapping[str, float]) -> str:

@@ -89,6 +89,10 @@ def test_two_ways_at_once_are_a_usage_error(srt, folder):
     finished = srt("eval", "--feedback", "feedback.jsonl", "--pairs", "feedback.jsonl")
     assert finished.code == 2
     assert "choose one of them" in finished.stderr
+    for extra in (("--judge", "gpt-4"), ("--check", "python:s.py:strict")):
+        finished = srt("eval", "--feedback", "feedback.jsonl", *extra)
+        assert finished.code == 2
+        assert "--feedback looks at critiques alone: no --judge or --check" in finished.stderr
 
 
 def test_grounded_is_a_quotation_or_four_words_in_a_row():

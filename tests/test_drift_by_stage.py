@@ -6,8 +6,12 @@ import re
 import pytest
 from conftest import read_jsonl, write_jsonl
 from loopback_server import Answer, LoopbackServer
+from test_build_prefs import record
 
 from srt_cli import console
+from srt_cli.errors import SrtError
+from srt_cli.evaluation.contestants import read_critiques
+from srt_cli.records import Prompt
 
 OWN = {"base": 4, "sft": 6, "dpo": 10}
 RIGHT = {"base": 30, "sft": 34, "dpo": 12}
@@ -170,3 +174,10 @@ def test_stages_that_cannot_be_scored_are_refused_before_any_work(srt, spec, tmp
     assert rounds.code == 2
     assert "Pass --use refinement too" in rounds.stderr
     assert not (tmp_path / "eval.journal.jsonl").exists()
+
+
+def test_feedback_with_a_field_of_ones_own_is_named_with_its_row(tmp_path):
+    row = record(id="a", prompt="q").model_dump() | {"note": "mine"}
+    write_jsonl(tmp_path / "mine.jsonl", [row])
+    with pytest.raises(SrtError, match=r"mine\.jsonl: row 'a': .*note"):
+        read_critiques(tmp_path / "mine.jsonl", [Prompt(id="a", prompt="q")])

@@ -181,6 +181,10 @@ def test_a_preference_is_read_back(preference):
     assert parse_preference(render_preference(preference)) == pytest.approx(preference)
 
 
+def test_nought_with_a_sign_is_nought():
+    assert render_preference(-0.0) == "Preference: 0.0"
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_a_preference_outside_0_and_1_is_refused(value):
     with pytest.raises(ValueError, match="between 0 and 1"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import orjson
+from pydantic import ValidationError
 
 from srt_cli import console
 from srt_cli.calls.conduct import Call
@@ -18,7 +19,7 @@ from srt_cli.models import Model, Reply
 from srt_cli.prompts import format_of, read_file
 from srt_cli.reading import part_thoughts
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
-from srt_cli.runs.jsonl import open_bytes
+from srt_cli.runs.jsonl import describe_invalid, open_bytes
 from srt_cli.stats.hygiene import is_same_text, plain_form
 from srt_cli.templates import parse_parts, parse_preference
 
@@ -259,5 +260,8 @@ def read_critiques(path: Path, prompts: Sequence[Prompt]) -> list[FeedbackRecord
     for row in _rows_of(path, wanted):
         if row.get("id") not in wanted or row["id"] in found or not row.keys() >= FEEDBACK_FIELDS:
             continue
-        found[row["id"]] = FeedbackRecord.model_validate(row)
+        try:
+            found[row["id"]] = FeedbackRecord.model_validate(row)
+        except ValidationError as error:
+            raise SrtError(f"{path}: row {row['id']!r}: {describe_invalid(error)}") from None
     return list(found.values())

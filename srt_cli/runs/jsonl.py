@@ -14,6 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final, Protocol, TypeVar, cast
 
@@ -176,9 +177,7 @@ def read_records(
     path: Path, parse: Callable[[Mapping[str, Any]], Parsed], *, limit: int | None = None
 ) -> Iterator[Parsed]:
     """Read one of our artifacts; `SrtError` names file and line of a record that `parse` refuses."""
-    for position, (number, row) in enumerate(read_rows(path)):
-        if limit is not None and position >= limit:
-            return
+    for number, row in islice(read_rows(path), limit):
         try:
             yield parse(row)
         except ValidationError as error:

@@ -81,6 +81,11 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
 
 def judge_feedback(options: Evaluate, command: str) -> None:
     """`--feedback`: what critiques are like, and what a scorer from outside makes of their scores."""
+    if options.judge or options.check:
+        raise UsageError(
+            "--feedback looks at critiques alone: no --judge or --check. --scorer SPEC scores "
+            "their answers."
+        )
     inputs = {f"feedback {n}": path for n, path in enumerate(options.feedback, start=1)}
     run = open_run(command, options, inputs=inputs)
     found = []
