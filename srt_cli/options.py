@@ -384,7 +384,9 @@ def _options_of_manifest(path: Path, text: str, known: Mapping[str, Any]) -> dic
         raise SrtError(f"{path}: not valid JSON ({error}).") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("settings"), dict):
         raise SrtError(f"{path}: not the run.json of an earlier run (it has no settings).")
-    options: dict[str, Any] = dict(manifest["settings"])
+    # An option that the command has no more, and that was not given, says nothing.
+    told = manifest["settings"].items()
+    options = {name: value for name, value in told if name in known or value is not None}
     for name in options:
         if name not in known:
             _refuse_unknown(path, name, name, set(known))

@@ -5,6 +5,7 @@ import random
 
 import pytest
 from conftest import read_jsonl, write_jsonl
+from loopback_server import Answer, LoopbackServer
 from test_build_prefs import record
 
 from srt_cli.pairs.audit import count_audit
@@ -130,6 +131,41 @@ def test_options_of_the_audit_that_mean_nothing_together_are_refused(srt, feedba
     assert finished.code == 2
     assert message in finished.stderr
     assert not (feedback / "prefs.run.json").exists()
+
+
+def test_the_audits_judge_is_told_to_think_and_no_policys_option_is_offered(srt, feedback):
+    server = LoopbackServer(lambda body, number: Answer(text="Verdict: [[M]]"))
+    judge = ("--audit", 1, "--audit-judge", server.spec)
+    told = ("--critic-thinking", "on", "--thinking-tokens", 9)
+    finished = srt("build-prefs", *judge, *told)
+    server.close()
+    assert finished.code == 0, finished.stderr
+    switches = [body["chat_template_kwargs"]["enable_thinking"] for body in server.requests]
+    assert (switches, {body["max_tokens"] for body in server.requests}) == ([True] * 2, {1024 + 9})
+    page = srt("build-prefs", "--help-all").stdout
+    for flag in (
+        "--thinking ",
+        "--reasoning-effort",
+        "--extra-body",
+        "--chat-template",
+        "--max-fail",
+    ):
+        assert f"  {flag}" not in page
+    assert "  --critic-thinking" in page
+
+
+def test_the_settings_of_an_older_run_may_hold_options_that_are_no_more(srt, feedback):
+    assert srt("build-prefs", "--out", "old.jsonl").code == 0
+    manifest = json.loads((feedback / "old.run.json").read_text())
+    manifest["settings"] |= {"thinking": None, "extra_body": None}
+    (feedback / "old.run.json").write_text(json.dumps(manifest))
+    assert srt("build-prefs", "--out", "old.jsonl").code == 0
+    assert srt("build-prefs", "--config", "old.run.json", "--out", "new.jsonl").code == 0
+    manifest["settings"] |= {"thinking": "on"}
+    (feedback / "old.run.json").write_text(json.dumps(manifest))
+    refused = srt("build-prefs", "--config", "old.run.json", "--out", "new.jsonl")
+    assert refused.code == 2
+    assert "thinking" in refused.stderr
 
 
 def test_a_judge_of_its_own_pairs_is_warned_of(srt, feedback):

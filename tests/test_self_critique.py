@@ -312,3 +312,13 @@ def test_a_checklist_without_verdicts_has_no_score(srt, folder):
         (row,) = read_jsonl(folder / "self-feedback.jsonl")
     assert row["status"] == "unparsed"
     assert 'no item that ends in ": yes." or ": no."' in row["reason"]
+
+
+@pytest.mark.parametrize("check", ["gpt-4", "http://127.0.0.1:9/v1#tester", "other/model"])
+@pytest.mark.parametrize("command", ["self-critique", "eval"])
+def test_a_check_that_is_no_program_is_refused(srt, tmp_path, command, check):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "q"}])
+    finished = srt(command, "--model", "http://127.0.0.1:9/v1#tester", "--check", check)
+    assert finished.code == 2
+    assert f"--check {check}: is no program. Name one: python:FILE:CALLABLE." in finished.stderr
+    assert not list(tmp_path.glob("*.run.json"))

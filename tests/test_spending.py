@@ -9,10 +9,12 @@ from conftest import read_jsonl, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from loopback_server import CRITIQUE, Answer, LoopbackServer, as_policy_and_critic
+from provider_servers import AnthropicServer
 
-from srt_cli.models import Reply, parse_spec
+from srt_cli.errors import BudgetReached
+from srt_cli.models import ModelOptions, Reply, Request, Thinks, open_model, parse_spec
 from srt_cli.models.budget import Budget, Price, parse_prices, price_of, priced
-from srt_cli.records import Usage
+from srt_cli.records import Message, Usage
 from srt_cli.runs.journal import Journal
 
 PRICE = ("--price", "tester=10/1000")
@@ -91,6 +93,39 @@ def test_other_caps_hold_too(srt, serve, prompts, cap, most):
     stopped = collect(srt, server, "--critic-max-tokens", 50, *cap)
     assert stopped.code == 4
     assert 0 < len(server.requests) <= most
+
+
+@pytest.mark.parametrize("batch_poll_s", [None, 0.01])
+@pytest.mark.parametrize(
+    ("thinks", "extra", "asked"),
+    [(Thinks("on", tokens=100), {}, 1536), (Thinks(), {"max_tokens": 3000}, 3000)],
+)
+def test_what_is_asked_for_beyond_the_answers_own_limit_is_reserved_too(
+    serve, monkeypatch, tmp_path, batch_poll_s, thinks, extra, asked
+):
+    monkeypatch.setenv("SRT_CACHE", str(tmp_path))
+    server = serve(lambda body, number: Answer(), AnthropicServer)
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", server.address)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", server.key)
+    request = Request(
+        (Message(role="user", content="Hi"),), 512 + thinks.tokens, thinks=thinks
+    )  # fmt: skip
+
+    def ask(cap):
+        told = ModelOptions(
+            extra_body=extra, budget=Budget(max_tokens=cap), batch_poll_s=batch_poll_s
+        )
+        model = open_model("anthropic:claude-sonnet-4-5", told)
+        (future,) = model.submit([request])
+        future.result(20)
+        model.close()
+
+    read = 2 + 2 * 16
+    with pytest.raises(BudgetReached, match=f"may take up to {read + asked} tokens"):
+        ask(read + asked - 1)
+    assert not server.requests
+    ask(read + asked)
+    assert [body["max_tokens"] for body in server.requests] == [asked]
 
 
 def test_a_cap_on_an_unknown_price_is_refused(srt, serve, prompts):

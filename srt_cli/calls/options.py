@@ -1,7 +1,7 @@
 """The knobs that the commands which ask models share; each is declared here once.
 
-`ApiOptions`: speed and caps. `PromptOptions`: where prompts come from. `CallOptions`: what the
-two feedback stages have in common.
+`ApiOptions`: speed, caps, and how critics are asked; `PolicyOptions` the policy, too. `PromptOptions`:
+where prompts come from. `CallOptions`: what the two feedback stages have in common.
 """
 
 import json
@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from srt_cli import console
 from srt_cli.errors import UsageError
 from srt_cli.forms import FieldNames
 from srt_cli.models import Engine, ModelOptions, Thinking, Thinks
@@ -24,7 +25,7 @@ THINKING_TOKENS: Final = 2048
 
 @dataclass(frozen=True)
 class ApiOptions:
-    """Speed and caps of model calls."""
+    """Speed and caps of model calls, and how critics, judges and scorers are asked."""
 
     concurrency: int | None = runtime(
         None, "Requests in flight.",
@@ -60,43 +61,30 @@ class ApiOptions:
         (), "Dollars per million tokens of a model. Repeatable.",
         group="Calls and money", metavar="NAME=IN/OUT[/CACHED]",
     )  # fmt: skip
-    reasoning_effort: str | None = setting(
-        None, "How hard a reasoning model thinks, as its provider calls it: low, high, ...",
-        group="Model", metavar="EFFORT",
-    )  # fmt: skip
-    extra_body: str | None = setting(
-        None, "More fields for every request to a server, as a JSON object or a file of one.",
-        group="Model", metavar="JSON|FILE",
-    )  # fmt: skip
-    chat_template: str | None = setting(
-        None, "Another chat template for a model in process: a .jinja file, one of the model's own by "
-        "name, or one that TRL ships (such as qwen3).", group="Model", metavar="NAME|FILE",
-    )  # fmt: skip
     cpu_int8: bool = setting(
         False, "Let models in process multiply in 8 bits on a CPU: faster drafts, but other texts.",
         group="Model",
     )  # fmt: skip
-    critic_reasoning_effort: str | None = setting(
-        None, "The same for critics, judges and scorers.", group="Critic", metavar="EFFORT"
-    )
-    critic_extra_body: str | None = setting(
-        None, "The same for critics, judges and scorers.", group="Critic", metavar="JSON|FILE"
-    )
-    thinking: Thinking | None = setting(
-        None, "Whether the policy is told to think before it answers.",
-        otherwise="off, where it can be told", group="Sampling",
-    )  # fmt: skip
     thinking_tokens: int | None = setting(
-        None, "Tokens for thoughts, on top of the answer's.",
+        None, "Tokens for thoughts, on top of the answer's, of each model that is told to think or, as "
+        "critics are, left to decide.",
         otherwise=f"{THINKING_TOKENS} with thinking on", group="Sampling",
     )  # fmt: skip
+    critic_reasoning_effort: str | None = setting(
+        None, "How hard critics, judges and scorers think.", group="Critic", metavar="EFFORT"
+    )
+    critic_extra_body: str | None = setting(
+        None, "More fields for every request to critics, judges and scorers.",
+        group="Critic", metavar="JSON|FILE",
+    )  # fmt: skip
     critic_thinking: Thinking | None = setting(
-        None, "The same for critics, judges and scorers.",
-        otherwise="auto; as --thinking for a model that criticises itself", group="Critic",
+        None, "Whether critics, judges and scorers are told to think before they answer.",
+        otherwise="auto; as for its drafts, where a policy is its own", group="Critic",
     )  # fmt: skip
     critic_chat_template: str | None = setting(
-        None, "The same for critics, judges and scorers.", group="Critic", metavar="NAME|FILE"
-    )
+        None, "Another chat template for critics, judges and scorers in process.",
+        group="Critic", metavar="NAME|FILE",
+    )  # fmt: skip
     batch: bool = runtime(
         False, "Use the Batch API: half the price, within 24 hours.", group="Calls and money"
     )
@@ -104,9 +92,6 @@ class ApiOptions:
         60.0, "Seconds between checks on a batch.",
         group="Calls and money", metavar="SECONDS",
     )  # fmt: skip
-    max_failures: int | None = runtime(
-        None, "Exit with status 3 if more than this many rows fail.", group="Run"
-    )
     api_key: tuple[str, ...] = runtime(
         (), "The environment variable that holds the key of a host. Repeatable.",
         group="Calls and money", metavar="HOST=VARIABLE",
@@ -140,22 +125,12 @@ class ApiOptions:
             tpm=self.tpm,
             prices=parse_prices(self.price),
             api_keys=parse_api_keys(self.api_key),
-            effort=self.reasoning_effort,
-            extra_body=_extra_body("--extra-body", self.extra_body),
-            chat_template=self.chat_template,
             budget=Budget(self.max_cost, self.max_tokens_total, self.max_requests),
             batch_poll_s=self.batch_poll if self.batch else None,
         )
 
-    @property
-    def policy_thinks(self) -> Thinks:
-        """What the policy is told of thinking."""
-        return self._thinks(self.thinking or "off", by_default=self.thinking is None)
-
-    def critic_thinks(self, *, itself: bool = False) -> Thinks:
-        """What critics, judges and scorers are told of thinking; `itself` is the policy as its own."""
-        if itself and self.critic_thinking is None:
-            return self.policy_thinks
+    def critic_thinks(self) -> Thinks:
+        """What critics, judges and scorers are told of thinking."""
         return self._thinks(None if self.critic_thinking == "auto" else self.critic_thinking)
 
     def _thinks(self, told: Thinking | None, *, by_default: bool = False) -> Thinks:
@@ -175,6 +150,57 @@ class ApiOptions:
             chat_template=self.critic_chat_template,
             template_flag="--critic-chat-template",
         )
+
+
+@dataclass(frozen=True)
+class PolicyOptions(ApiOptions):
+    """The same, and how the policy is asked."""
+
+    reasoning_effort: str | None = setting(
+        None, "How hard a reasoning model thinks, as its provider calls it: low, high, ...",
+        group="Model", metavar="EFFORT",
+    )  # fmt: skip
+    extra_body: str | None = setting(
+        None, "More fields for every request to a server, as a JSON object or a file of one.",
+        group="Model", metavar="JSON|FILE",
+    )  # fmt: skip
+    chat_template: str | None = setting(
+        None, "Another chat template for a model in process: a .jinja file, one of the model's own by "
+        "name, or one that TRL ships (such as qwen3).", group="Model", metavar="NAME|FILE",
+    )  # fmt: skip
+    thinking: Thinking | None = setting(
+        None, "Whether the policy is told to think before it answers.",
+        otherwise="off, where it can be told", group="Sampling",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        told = {self.thinking or "off", self.critic_thinking or "off"}
+        if self.thinking_tokens is not None and told == {"off"}:
+            console.warn(
+                "--thinking-tokens: nobody is told to think, so only a critic that does so by itself "
+                "has them. Pass --thinking on, or --critic-thinking on or auto."
+            )
+
+    def door(self) -> ModelOptions:
+        """The knobs as the door takes them that the policy is opened through."""
+        return replace(
+            super().door(),
+            effort=self.reasoning_effort,
+            extra_body=_extra_body("--extra-body", self.extra_body),
+            chat_template=self.chat_template,
+        )
+
+    @property
+    def policy_thinks(self) -> Thinks:
+        """What the policy is told of thinking."""
+        return self._thinks(self.thinking or "off", by_default=self.thinking is None)
+
+    def critic_thinks(self, *, itself: bool = False) -> Thinks:
+        """What critics, judges and scorers are told of thinking; `itself` is the policy as its own."""
+        if itself and self.critic_thinking is None:
+            return self.policy_thinks
+        return super().critic_thinks()
 
 
 OURS: Final = frozenset({"messages", "input", "model", "stream", "n"})
@@ -237,7 +263,7 @@ class PromptOptions:
 
 
 @dataclass(frozen=True)
-class CallOptions(ApiOptions, PromptOptions):
+class CallOptions(PolicyOptions, PromptOptions):
     """The knobs of the feedback stages: how drafts are made, and what to redo or take elsewhere."""
 
     temperature: float = setting(
@@ -252,6 +278,9 @@ class CallOptions(ApiOptions, PromptOptions):
     )  # fmt: skip
     critic_max_tokens: int = setting(
         2048, "Maximum tokens in a critic's reply (paper: 2048).", positive=True, group="Critic"
+    )
+    max_failures: int | None = runtime(
+        None, "Exit with status 3 if more than this many rows fail.", group="Run"
     )
     report: Path | None = runtime(
         None, "Write a page about the quality of the critic.",

@@ -341,6 +341,12 @@ def names_program(spec: str) -> bool:
     return spec.startswith(RUNS_CODE_PREFIX)
 
 
+def refuse_unless_program(flag: str, spec: str) -> None:
+    """Raise `UsageError` for a model where only code of the user's will do."""
+    if not names_program(spec):
+        raise UsageError(f"{flag} {spec}: is no program. Name one: python:FILE:CALLABLE.")
+
+
 def parse_spec(spec: str) -> Spec:
     """Tell what a `--model`, `--critic`, `--judge` or `--reference` means, without opening it.
 

@@ -15,6 +15,8 @@ from srt_cli.records import Usage
 MILLION: Final = 1_000_000
 # What a chat template adds to a turn's own text, generously.
 TOKENS_A_TURN: Final = 16
+TOKEN_LIMITS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+"""What the limit of a reply is called in a request's body."""
 BYTES_A_TOKEN: Final = 4.0
 BATCH_SHARE: Final = 0.5
 """Of the price, through the batches of OpenAI and Anthropic."""
@@ -157,10 +159,15 @@ def priced(reply: Reply, price: Price | None) -> Reply:
     return reply if dollars == price.cost(reply.usage) else replace(reply, cost=dollars)
 
 
-def most_tokens(request: Request) -> Usage:
-    """An upper bound of what a request can use: a token is at least one byte."""
-    written = sum(len(turn.content.encode()) + TOKENS_A_TURN for turn in request.messages)
-    return Usage(prompt_tokens=written + TOKENS_A_TURN, completion_tokens=request.max_tokens)
+def most_tokens(request: Request, body: Mapping[str, object] | None = None) -> Usage:
+    """An upper bound of what a request can use: a token is at least one byte.
+
+    Its `body` may allow the reply more: a least budget of thoughts, or a field of the user's own.
+    """
+    read = sum(len(turn.content.encode()) + TOKENS_A_TURN for turn in request.messages)
+    allowed = [limit for name in TOKEN_LIMITS if type(limit := (body or {}).get(name)) is int]
+    written = max(request.max_tokens, *allowed, 0)
+    return Usage(prompt_tokens=read + TOKENS_A_TURN, completion_tokens=written)
 
 
 def likely_prompt_tokens(request: Request) -> int:

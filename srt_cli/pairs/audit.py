@@ -15,6 +15,7 @@ from srt_cli.calls.asking import Asking
 from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError
 from srt_cli.evaluation.judging import Judge, Order, Shown, judge_pairs
+from srt_cli.models import Thinks
 from srt_cli.pairs.pairing import Picker, Sample, Wanted, fingerprint_of, pair_key, text_key
 from srt_cli.records import HandLabel, Judgment, Output, Preference, Prompt
 from srt_cli.runs.jsonl import read_records
@@ -144,7 +145,7 @@ def outside_judge(spec: str, min_precision: float, run: Run, options: ApiOptions
         if any(pair.source == spec for pair in pairs):
             run.warn(f"{spec} judges pairs that it scored itself: that it agrees says little.")
         with Asking.begin(run, options) as asking:
-            judgments = _ask_judge(asking, spec, pairs)
+            judgments = _ask_judge(asking, spec, options.critic_thinks(), pairs)
         if without := why_without_verdict(judgments):
             run.warn(without)
         found = [judgment.preference for judgment in judgments]
@@ -198,7 +199,9 @@ def people(path: Path, min_precision: float) -> Auditor:
     return Auditor(str(path), min_precision, ask, labels.fingerprints)
 
 
-def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[Judgment]:
+def _ask_judge(
+    asking: Asking, spec: str, thinks: Thinks, pairs: Sequence[Preference]
+) -> list[Judgment]:
     """The verdicts on each pair, in one order and then in the other."""
     orders: tuple[Order, ...] = ("ab", "ba")
     shown = [
@@ -207,7 +210,7 @@ def _ask_judge(asking: Asking, spec: str, pairs: Sequence[Preference]) -> list[J
         for order in orders
     ]
     with asking.open(spec, as_critic=True) as model:
-        return judge_pairs(asking, "auditing", Judge(model), shown)
+        return judge_pairs(asking, "auditing", Judge(model, thinks=thinks), shown)
 
 
 def why_without_verdict(judgments: Sequence[Judgment]) -> str | None:

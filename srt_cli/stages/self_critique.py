@@ -20,7 +20,7 @@ from srt_cli.feedback.critic import (
 from srt_cli.feedback.processes import answer_in_processes
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Check, CheckedRow, Policy, Roles
-from srt_cli.models import Model, ModelOptions, open_model, parse_spec
+from srt_cli.models import Model, ModelOptions, open_model, parse_spec, refuse_unless_program
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import PromptSource, with_system
 from srt_cli.report.critic import write_critic_report
@@ -176,6 +176,8 @@ def _refuse_processes(options: SelfCritique) -> None:
 
 def _open_job(options: SelfCritique) -> tuple[Job, PromptSource]:
     """The models and what they are to do, and the prompts."""
+    if options.check is not None:
+        refuse_unless_program("--check", options.check)
     prompts = with_system(options.open_prompts(), options.system)
     if options.other_critic is None or options.critic_for == "scores":
         refuse_partial_critic(Path(options.model))

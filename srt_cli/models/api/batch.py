@@ -38,6 +38,7 @@ from srt_cli.models.api.dialect import (
 from srt_cli.models.api.limits import LONGEST_PAUSE_S
 from srt_cli.models.api.transport import Endpoint, Place, dialects, place_of
 from srt_cli.models.budget import Budget, Price, most_tokens, price_of, priced
+from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal, request_key
 from srt_cli.runs.jsonl import read_rows
 
@@ -56,8 +57,9 @@ class _Ask:
 
     line: bytes
     request: Request
-    futures: list[Future[Reply]]
-    known: bool
+    most: Usage
+    futures: list[Future[Reply]] = field(default_factory=list)
+    known: bool = True
     reserved: bool = False
     """Whether the budget has set aside what it may cost."""
 
@@ -139,7 +141,8 @@ class BatchModel:
             # What is asked again has another name: its old batch is not to answer it.
             told = [body, request.sample, *([request.again] if request.again else [])]
             name = hashlib.blake2b(orjson.dumps(told), digest_size=16).hexdigest()
-            ask = asks.setdefault(name, _Ask(self._batches.line(name, body), request, [], True))
+            line, most = self._batches.line(name, body), most_tokens(request, body)
+            ask = asks.setdefault(name, _Ask(line, request, most))
             ask.known &= known
             ask.futures.append(future)
         threading.Thread(target=self._work, args=(asks,), name="batch", daemon=True).start()
@@ -214,7 +217,7 @@ class BatchModel:
             self._settle(ask, Reply("", "failed", error="expired in every batch"))
         unsent = [ask for part in parts for ask in part.owed]
         if unsent:
-            _fail(asks, self._budget.error(self.price, most_tokens(unsent[0].request)))
+            _fail(asks, self._budget.error(self.price, unsent[0].most))
 
     async def _adopt_or_submit(self, wire: Endpoint, part: _Part) -> Batch | None:
         """The batch at work on a part; None where nothing is owed any more, or may be sent.
@@ -235,9 +238,7 @@ class BatchModel:
 
     def _reserve(self, part: _Part) -> None:
         for ask in part.owed:
-            ask.reserved = ask.reserved or self._budget.reserve(
-                self.price, most_tokens(ask.request)
-            )
+            ask.reserved = ask.reserved or self._budget.reserve(self.price, ask.most)
 
     async def _submit(self, wire: Endpoint, part: _Part) -> Batch | None:
         """Hand in what is owed of a part, as far as the budget allows."""
@@ -310,7 +311,7 @@ class BatchModel:
     def _settle(self, ask: _Ask, reply: Reply) -> None:
         used, price = reply.usage, self.price
         if ask.reserved:
-            self._budget.settle(price, most_tokens(ask.request), used, reply.cost)
+            self._budget.settle(price, ask.most, used, reply.cost)
         else:  # an earlier run sent it
             dollars = price.of_call(used) if price and reply.cost is None else reply.cost
             self._budget.spent_before(dollars or 0.0, used, 1)

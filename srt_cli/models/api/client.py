@@ -127,9 +127,12 @@ class ApiModel:
     ) -> list[Future[Reply]]:
         self._deaf = self._deaf or warn_if_deaf(self, requests)
         self._told.update(each.thinks.told for each in requests if each.thinks.told)
-        jobs = [_Job(request, Future(), most_tokens(request)) for request in requests]
         if self.options.offline:
             raise SrtError(f"{self.spec}: a call is owed, and nothing may be sent.")
+        jobs = [
+            _Job(request, Future(), most_tokens(request, self._dialect.body(request)))
+            for request in requests
+        ]
         self._start()
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._accept, jobs)

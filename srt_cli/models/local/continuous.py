@@ -101,7 +101,7 @@ class ContinuousEngine:
                     self._receive()
                     self._admit()
                     if self._under_way:
-                        with self.meter.timing(len(self._under_way)):
+                        with self.meter.timing(len(self._under_way), batches=0):
                             self._listen()
         except BaseException as error:  # a thread has no caller: the futures carry it
             self._error = error

@@ -20,14 +20,17 @@ class Throughput:
     halvings: int = 0
 
     @contextmanager
-    def timing(self, rows: int) -> Iterator[None]:
-        """Count a batch and the seconds it takes, also when it fails."""
+    def timing(self, rows: int, *, batches: int = 1) -> Iterator[None]:
+        """Count a batch and the seconds it takes, also when it fails.
+
+        A continuous engine has none: rows come and go.
+        """
         started = time.perf_counter()
         try:
             yield
         finally:
             self.seconds += time.perf_counter() - started
-            self.batches += 1
+            self.batches += batches
             self.largest_batch = max(self.largest_batch, rows)
 
     def describe(self) -> dict[str, float | int]:
@@ -36,7 +39,7 @@ class Throughput:
         return {
             "completion_tokens": self.tokens,
             "tokens_per_second": per_second,
-            "batches": self.batches,
+            **({"batches": self.batches} if self.batches else {}),
             "largest_batch": self.largest_batch,
             "halved_for_memory": self.halvings,
         }
@@ -48,7 +51,8 @@ def together(described: Sequence[Mapping[str, Any]], seconds: float) -> dict[str
     for one in described:
         whole |= one
     if "completion_tokens" in whole:
-        whole |= {name: sum(one[name] for one in described) for name in ADDED}
+        added = [name for name in ADDED if name in whole]
+        whole |= {name: sum(one.get(name, 0) for one in described) for name in added}
         whole["largest_batch"] = max(one["largest_batch"] for one in described)
         whole["tokens_per_second"] = round(whole["completion_tokens"] / max(seconds, 1e-3), 1)
     return whole

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from srt_cli.calls.options import ApiOptions, PromptOptions
+from srt_cli.calls.options import PolicyOptions, PromptOptions
 from srt_cli.evaluation.contestants import Use
 from srt_cli.evaluation.judging import Orders, Verdicts
 from srt_cli.feedback.critic import (
@@ -19,7 +19,7 @@ from srt_cli.options import Former, runtime, setting
 
 
 @dataclass(frozen=True)
-class Evaluate(ApiOptions, PromptOptions):
+class Evaluate(PolicyOptions, PromptOptions):
     """Compare models with a reference on held-out prompts, and write a report.
 
     Every contestant answers every prompt, or brings a file of outputs. A judge compares each

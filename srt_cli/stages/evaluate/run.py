@@ -25,7 +25,14 @@ from srt_cli.evaluation.labelled_pairs import LabelledPair, ScoredPair, ask_pair
 from srt_cli.feedback.critic import Sampling, asked_in_conversation
 from srt_cli.feedback.story import Policy
 from srt_cli.feedback.written import FILE_PREFIX
-from srt_cli.models import Model, names_program, open_model, parse_spec, refuse_unfit
+from srt_cli.models import (
+    Model,
+    names_program,
+    open_model,
+    parse_spec,
+    refuse_unfit,
+    refuse_unless_program,
+)
 from srt_cli.models.budget import likely_prompt_tokens
 from srt_cli.prompts import read_system
 from srt_cli.records import Entrant, FeedbackRecord, Judgment, Output, Prompt, Scored
@@ -209,6 +216,8 @@ def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
         raise UsageError("--rounds starts at 1.")
     if options.rounds > 1 and "refinement" not in options.use:
         raise UsageError("--rounds refines answers several times. Pass --use refinement too.")
+    for check in options.check:
+        refuse_unless_program("--check", check)
     if not judges and not options.check and options.scorer is None:
         raise UsageError("Nobody to judge. Pass --judge SPEC, or --check python:FILE:CALLABLE.")
     if options.repeat and not judges:
