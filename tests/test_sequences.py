@@ -1,6 +1,9 @@
 """Which tokens are trained, on literal ids; text that looks like a control token never becomes one."""
 
 import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AddedToken
 
 from srt_cli.errors import SrtError
@@ -225,6 +228,30 @@ def test_the_end_of_a_turn_is_the_token_behind_the_words(tiny_model, template, a
     assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == end
     (sequence,) = feedback_sequences(ChatFormat(tokenizer), record(), ("response",))
     assert trained_text(tokenizer, sequence) == [f"A carrot.{end}"]
+
+
+@pytest.fixture(scope="module")
+def with_added_tokens():
+    """A chat whose control tokens are added and not special, one of them within another."""
+    tokenizer = load_tokenizer(str(ROOT / "tests/tiny_tokenizer"))
+    texts = ("<tool_call>", "<<tool_call>", "</think>")
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in texts])
+    return ChatFormat(tokenizer)
+
+
+parts_of_tokens = st.sampled_from(
+    ["\0", "<", ">", "<tool_call>", "<<tool_call>", "<tool_", "call>", "</think>", "a", " \n"]
+)
+
+
+@settings(max_examples=60)
+@given(st.lists(parts_of_tokens | st.text(max_size=3), max_size=8).map("".join))
+def test_no_text_at_all_becomes_an_added_token(with_added_tokens, text):
+    tokenizer = with_added_tokens.tokenizer
+    ids = with_added_tokens.prompt_ids([Message(role="user", content=f"a{text}a")])
+    forged = {tokenizer.convert_tokens_to_ids(each) for each in ("<tool_call>", "<<tool_call>")}
+    assert forged.isdisjoint(ids)
+    assert f"a{text}a" in tokenizer.decode(ids)
 
 
 def test_a_template_that_ends_no_turn_is_refused(tiny_model):

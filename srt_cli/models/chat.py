@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, Final
 
 import jinja2
@@ -437,13 +437,10 @@ class ChatFormat:
     def _as_plain_text(self, piece: str, shown: Mapping[str, str]) -> list[int]:
         """A token that is added but not special is cut in two, so that no tokenizer finds it."""
         text = _replace(piece, shown)
-        if not self._not_special:
-            parts = [text]
-        else:
-            cut = re.sub(
-                _any_of(self._not_special), lambda found: f"{found[0][0]}\0{found[0][1:]}", text
-            )
-            parts = cut.split("\0") if "\0" not in text else [text]
+        # Where each begins, also within another: every one is cut behind its first character.
+        begins = re.finditer(f"(?={_any_of(self._not_special)})", text) if self._not_special else ()
+        cuts = [0, *(found.start() + 1 for found in begins), len(text)]
+        parts = [text[start:end] for start, end in pairwise(cuts)]
         return [
             token
             for part in parts
