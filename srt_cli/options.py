@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import glob
 import json
+import os
 import re
 import tomllib
 import types
@@ -38,6 +39,9 @@ SIDE_FILES: Final = (".run.json", ".journal.jsonl", ".dropped.jsonl")
 _BEFORE_SPEC: Final = re.compile(r"^[a-z]+=")
 """What a spec is for, where an option says that too: refinement=gpt-4."""
 _WEIGHTED: Final = re.compile(r":[0-9.]+$")
+_BEFORE_FILE: Final = re.compile(r"^([^=]*=)?(hf:|file:)?")
+_BEHIND_FILE: Final = re.compile(r":[^:/]*$")
+"""A weight, or a split."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +252,8 @@ def resolve(
     """Layer the knobs: flags over `--config` over a found `srt.toml` over the defaults.
 
     `shared` gives the options of all commands: what may stand at a file's top level. What runs code,
-    replaces or uploads something, or leads out of the folder counts only from a flag or `--config`.
+    replaces or uploads something, or names a file out of the folder counts only from a flag or
+    `--config`.
     """
     notes: dict[str, None] = {}
     values: dict[str, Any] = {}
@@ -291,11 +296,8 @@ def _same_file(one: Path, other: Path) -> bool:
 def _allow_found(file: Path, field: dataclasses.Field[Any], value: Any) -> None:
     """Raise `SrtError` for what a file may not choose that nobody named; say what it sends where."""
     name = field.name
-    specs = [
-        _BEFORE_SPEC.sub("", spec)
-        for spec in (value if isinstance(value, list) else [value])
-        if isinstance(spec, str)
-    ]
+    texts = [each for each in (value if isinstance(value, list) else [value]) if each is not None]
+    specs = [_BEFORE_SPEC.sub("", spec) for spec in texts if isinstance(spec, str)]
     does = None
     if name == "api_key":
         does = f"{file}: api-key sends a key to a host"
@@ -307,11 +309,15 @@ def _allow_found(file: Path, field: dataclasses.Field[Any], value: Any) -> None:
         does = f"{file}: overwrite replaces outputs"
     elif name == "push_to_hub":
         does = f"{file}: {name} = {value!r} uploads a model"
-    elif (
-        knob_of(field).kind == "runtime"
-        and without_none(field.type) is Path
-        and not _is_inside(Path(str(value)))
-    ):
+    elif name == "hub_public" and value:
+        does = f"{file}: hub_public shows a model to everybody"
+    elif name == "report_to" and set(texts) - {"tensorboard"}:
+        does = f"{file}: {name} = {value!r} sends figures to a service"
+    elif name == "set" and value:
+        does = f"{file}: set reaches fields of TRL that upload, load or run something"
+    elif name == "accelerate_config" and Path(str(value)).is_file():
+        does = f"{file}: {name} = {value!r} chooses with which machines to compute"
+    elif any(_leads_out(field, str(text)) for text in texts):
         does = f"{file}: {name} = {value!r} leads out of its folder"
     if does is not None:
         raise SrtError(
@@ -323,9 +329,27 @@ def _allow_found(file: Path, field: dataclasses.Field[Any], value: Any) -> None:
             console.say(f"{file}: {name} is {spec}")
 
 
-def _is_inside(path: Path) -> bool:
+def _leads_out(field: dataclasses.Field[Any], text: str) -> bool:
+    """Whether a value names an output, or anything that exists, outside the working folder.
+
+    Links and globs are followed. Weights may lie anywhere: they are read, and sent to nobody.
+    """
+    knob = knob_of(field)
+    if knob.kind == "runtime" and without_none(field.type) is Path:
+        return not _is_inside(text)
+    bare = _BEFORE_FILE.sub("", text)
+    named = {os.path.expanduser(each) for each in (text, bare, _BEHIND_FILE.sub("", bare))}
+    metavar = knob.metavar or ""
+    if metavar.startswith("FILE"):
+        named |= {found for each in named for found in glob.iglob(each, recursive=True)}
+    if metavar.endswith("SPEC") and not text.startswith("file:"):
+        named = {each for each in named if not (os.path.isdir(each) or each.endswith(".gguf"))}
+    return any(os.path.exists(each) and not _is_inside(each) for each in named)
+
+
+def _is_inside(path: str) -> bool:
     """Whether a path, links followed, stays within the working folder."""
-    return path.resolve().is_relative_to(Path.cwd().resolve())
+    return Path(path).resolve().is_relative_to(Path.cwd().resolve())
 
 
 def _read_preset(

@@ -408,10 +408,49 @@ def test_a_found_srt_toml_replaces_nothing_and_stays_in_its_folder(srt, folder, 
     assert len(read_jsonl(folder / "inside/feedback.jsonl")) == 3
 
 
-def test_a_found_srt_toml_uploads_nothing_and_its_addresses_are_said(srt, folder):
-    (folder / "srt.toml").write_text('push-to-hub = "me/mine"\n')
-    refused = srt("sft", "--data", "feedback.jsonl")
-    assert "srt.toml: push_to_hub = 'me/mine' uploads a model, which" in refused.stderr
+@pytest.mark.parametrize(
+    ("command", "preset", "said"),
+    [
+        ("collect-feedback", 'system = "/etc/passwd"', "leads out of its folder"),
+        ("collect-feedback", 'system = "link"', "leads out of its folder"),
+        ("collect-feedback", 'chat-template = "~/passwd"', "leads out of its folder"),
+        ("collect-feedback", 'critic-extra-body = "/etc/passwd"', "leads out of its folder"),
+        ("collect-feedback", 'prompts = "/etc/pass*"', "leads out of its folder"),
+        ("collect-feedback", 'prompts = "hf:/etc:train"', "leads out of its folder"),
+        ("collect-feedback", 'critic = "file:/etc/passwd"', "leads out of its folder"),
+        ("sft", 'data = ["feedback.jsonl", "link:2"]', "leads out of its folder"),
+        ("sft", 'mix = ["/etc/passwd:2"]', "leads out of its folder"),
+        ("eval", 'objective = ["m=/etc/passwd"]', "leads out of its folder"),
+        ("eval", 'model = ["name=/etc/passwd"]', "leads out of its folder"),
+        ("sft", 'push-to-hub = "me/mine"', "uploads a model"),
+        ("sft", "hub-public = true", "shows a model to everybody"),
+        ("sft", 'report-to = ["wandb"]', "sends figures to a service"),
+        ("sft", 'set = ["push_to_hub=true"]', "upload, load or run something"),
+        ("sft", 'accelerate-config = "p.py"', "chooses with which machines to compute"),
+    ],
+)
+def test_a_found_srt_toml_reads_nothing_of_yours_and_uploads_nothing(
+    srt, folder, monkeypatch, command, preset, said
+):
+    monkeypatch.setenv("HOME", "/etc")
+    (folder / "link").symlink_to("/etc/passwd")
+    (folder / "srt.toml").write_text(f"[{command}]\n{preset}\n")
+    refused = srt(command)
+    assert refused.code == 1
+    assert refused.stderr.startswith("error: srt.toml: ")
+    assert f"{said}, which a file that was merely found may not do." in refused.stderr
+
+
+def test_a_found_srt_toml_may_name_weights_anywhere_and_texts_of_any_form(srt, folder, tiny_model):
+    (folder / "srt.toml").write_text(
+        f'system = "/no_think"\nmodel = "{tiny_model}"\nreport-to = "tensorboard"\n'
+        'extra-body = \'{"stop": ["/etc/*"]}\'\n'
+    )
+    finished = srt("collect-feedback", "--critic", "python:p.py:critique", "--dry-run")
+    assert finished.code == 0, finished.stderr
+
+
+def test_the_addresses_in_a_found_srt_toml_are_said(srt, folder):
     (folder / "srt.toml").write_text('critic = "http://127.0.0.1:9/v1#m"\n')
     said = srt("collect-feedback", "--dry-run").stderr
     assert "srt.toml: critic is http://127.0.0.1:9/v1#m\n" in said
