@@ -71,9 +71,10 @@ def hub():
 
 
 def test_a_finished_model_is_uploaded_for_its_owners_eyes_only(hub, srt, tmp_path, tiny_model):
-    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
+    failed = feedback_rows(1, id="failed", status="failed")
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4) + failed)
     line = ["sft", "--model", str(tiny_model), "--epochs", "1", "--critic-check", "0",
-            "--samples", "0"]  # fmt: skip
+            "--samples", "1"]  # fmt: skip
     assert srt(*line).code == 0
     out = tmp_path / "models/sft"
 
@@ -99,6 +100,9 @@ def test_a_finished_model_is_uploaded_for_its_owners_eyes_only(hub, srt, tmp_pat
     assert kept <= set(hub.files)
     assert hub.files["model.safetensors"] == (out / "model.safetensors").read_bytes()
     assert not [name for name in hub.files if "journal" in name or "checkpoints" in name]
+    rows_of_the_data = {"sft.dropped.jsonl", "samples.jsonl", "training.html"}
+    assert rows_of_the_data <= {path.name for path in out.iterdir()}
+    assert rows_of_the_data.isdisjoint(hub.files)
 
     hub.refuses = True
     refused = push("--hub-public")

@@ -94,6 +94,8 @@ def test_a_small_model_gets_advice_and_a_large_one_none(srt, tmp_path, tiny_mode
         ("learning_rate=1", "--set learning_rate: --learning-rate decides this."),
         ("adam_beta2=much", "--set adam_beta2=much: the value is not float."),
         ("adam_beta2", "--set adam_beta2: write KEY=VALUE."),
+        ("push_to_hub=true", "--set push_to_hub: --push-to-hub decides this."),
+        ("hub_model_id=me/mine", "--set hub_model_id: --push-to-hub decides this."),
     ],
 )
 def test_a_field_that_cannot_be_set_is_refused_before_any_work(

@@ -8,8 +8,11 @@ from typing import Final
 from srt_cli.errors import SrtError
 
 CACHE_VARIABLE: Final = "SRT_CACHE"
-# What a run needs and a reader of the model does not.
-KEPT_HERE: Final = ("checkpoints/*", "tensorboard/*", "*.journal.jsonl", "*.lock", "*.tmp")
+# What a run needs and a reader of the model does not, and what holds rows of the training data.
+KEPT_HERE: Final = (
+    "checkpoints/*", "tensorboard/*", "*.journal.jsonl", "*.dropped.jsonl", "samples.jsonl",
+    "training.html", "*.lock", "*.tmp",
+)  # fmt: skip
 
 
 def cache_folder() -> Path:

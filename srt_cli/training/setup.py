@@ -85,6 +85,10 @@ DECIDED: Final[Mapping[str, str]] = {
     "eval_on_start": "--eval-split",
     "save_strategy": "--save-every", "save_steps": "--save-every",
     "trust_remote_code": "--trust-remote-code", "bf16": "--precision",
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo",
+         "hub_always_push", "hub_revision"), "--push-to-hub",
+    ),
 }  # fmt: skip
 
 
