@@ -55,7 +55,7 @@ def test_ultrafeedback_as_parquet_makes_pairs_with_scores_and_every_row_has_its_
     assert dropped["reason"] == "no pair by best-worst"
     assert dropped["row"]["instruction"] == "q1"
     refused = srt("build-prefs", "--data", "uf.parquet", "--out", "other.jsonl")
-    assert refused.code == 1
+    assert refused.code == 3
     assert "(3 no refinement). Answers that others scored have none: pass --str" in refused.stderr
 
 

@@ -123,7 +123,7 @@ def test_when_all_is_dropped_the_filter_to_relax_is_named(prefs, tmp_path, chang
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": row.id, "prompt": row.prompt} for row in rows])
     flags = flags if changes.get("response") is None else (*flags, "--max-length-ratio", 99)
     finished = prefs(rows, *flags)
-    assert finished.code == 1
+    assert finished.code == 3
     assert message in finished.stderr
     assert not (tmp_path / "prefs.jsonl").exists()
     assert len(read_jsonl(tmp_path / "prefs.dropped.jsonl")) == 4
@@ -131,7 +131,7 @@ def test_when_all_is_dropped_the_filter_to_relax_is_named(prefs, tmp_path, chang
 
 def test_pairs_of_other_settings_do_not_stay_where_none_are_left(prefs, tmp_path):
     assert prefs(ROWS, "--export", "kto").code == 0
-    assert prefs(ROWS, "--export", "kto", "--min-gain", 9, "--overwrite").code == 1
+    assert prefs(ROWS, "--export", "kto", "--min-gain", 9, "--overwrite").code == 3
     assert not (tmp_path / "prefs.jsonl").exists()
     assert not (tmp_path / "prefs.kto.jsonl").exists()
 
@@ -184,7 +184,7 @@ def test_records_of_an_older_version_stand_beside_newer_ones(srt, tmp_path):
 
 
 def test_a_larger_gain_keeps_fewer_pairs(prefs, tmp_path):
-    assert prefs(ROWS, "--min-gain", "5").code == 1
+    assert prefs(ROWS, "--min-gain", "5").code == 3
     assert not (tmp_path / "prefs.jsonl").exists()
 
 
@@ -192,13 +192,13 @@ def test_when_no_pair_is_left_the_message_says_which_filter_took_them(prefs):
     rows = [record(id=str(n), score=8, prompt=f"p{n}") for n in range(2)]
     rows += [record(id=row.id, prompt=row.prompt, status="unparsed") for row in rows]
     finished = prefs(rows)
-    assert finished.code == 1
+    assert finished.code == 3
     assert "no pair is left (2 tie, 2 unparsed)" in finished.stderr
     assert "--score expected" in finished.stderr
 
 
 def test_a_negative_gain_never_makes_a_worse_refinement_the_chosen_one(prefs):
-    assert prefs([record(score=9)], "--min-gain", "-5").code == 1
+    assert prefs([record(score=9)], "--min-gain", "-5").code == 3
 
 
 def test_pairs_of_several_samples_and_rounds_have_their_own_ids(prefs, tmp_path):

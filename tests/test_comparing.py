@@ -55,7 +55,7 @@ def test_odds_in_both_orders_are_recorded_and_make_pairs_where_scores_tie(srt, f
     )
     # Where both are as good as each other, it names the one that is shown first.
     assert "both orders name the same of draft and refinement in 14 of 24" in finished.stderr
-    assert srt("build-prefs").code == 1
+    assert srt("build-prefs").code == 3
     built = srt("build-prefs", "--score", "compared")
     assert built.code == 0, built.stderr
     pairs = read_jsonl(folder / "prefs.jsonl")

@@ -27,8 +27,8 @@ checklist=(--score checklist --critic-max-tokens 100)
 anyhow=(--min-coverage 0.5) # replies that cannot be read are counted in the tables, and end nothing
 own=(--prompts self-prompts.jsonl --samples 4 --temperature 1 "${checklist[@]}" "${check[@]}")
 preferred=(--learning-rate 3e-5 --beta 0.1 --global-batch 8 --micro-batch 8 --epochs 1 --samples 0 "${seed[@]}")
-# A critic that tells nothing apart leaves no pair (exit 1), and its arm is left out. What else fails ends all.
-attempt() { "$@" || [ $? -eq 1 ]; }
+# A critic that tells nothing apart leaves no pair (exit 3), and its arm is left out. What else fails ends all.
+attempt() { "$@" || [ $? -eq 3 ]; }
 looked=200 # held-out prompts of the slow comparisons, 5 and 6
 if [ -n "$quick" ]; then looked=60; fi
 
@@ -57,7 +57,9 @@ if [ -n "$quick" ]; then rounds=(round-2); fi
 for model in "${rounds[@]}"; do
   srt self-critique --model "models/$model" "${own[@]}" --out "$model-self.jsonl"
   attempt srt build-prefs --data "$model-self.jsonl" --strategy best-worst --score expected --out "$model-prefs.jsonl"
-  attempt srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}"
+  if [ -e "$model-prefs.jsonl" ]; then
+    srt dpo --prefs "$model-prefs.jsonl" --out "models/$model-dpo" "${preferred[@]}"
+  fi
 done
 # Its control: stage 1 continued on as many refinements.
 srt sft --data own-feedback.jsonl --limit "$(wc -l < round-2-prefs.jsonl)" --refinement-only --model models/round-2 --out models/round-2-continued --epochs 1 --learning-rate 3e-5 "${trained[@]}"
@@ -67,7 +69,9 @@ if [ -z "$quick" ]; then
   srt eval --prompts self-prompts.jsonl --model "$base" "${check[@]}" --out first.json
   srt build-prefs --data round-2-self.jsonl --strategy best-worst --score expected --rejected first.outputs.jsonl --out first-rejected-prefs.jsonl
   for pairs in refine first-rejected; do
-    attempt srt dpo --prefs "$pairs-prefs.jsonl" --out "models/$pairs" "${preferred[@]}"
+    if [ -e "$pairs-prefs.jsonl" ]; then
+      srt dpo --prefs "$pairs-prefs.jsonl" --out "models/$pairs" "${preferred[@]}"
+    fi
   done
   # How often the labels are right by each kind of score, of a model that was also taught to compare.
   srt sft --data own-feedback.jsonl --model models/stage-1 --out models/round-2-compare --compare "${whole[@]}" --learning-rate 2e-4

@@ -13,7 +13,7 @@ import orjson
 
 from srt_cli import console
 from srt_cli.calls.options import ApiOptions
-from srt_cli.errors import SrtError, UsageError
+from srt_cli.errors import SrtError, TooManyFailures, UsageError
 from srt_cli.exports import EXPORTS, LLAMAFACTORY, RANKING, Format, export_path, how, register
 from srt_cli.feedback.critic_check import CriticFigures, checked_before, doubts_of
 from srt_cli.options import Former, Group, runtime, setting
@@ -181,7 +181,7 @@ def run(options: BuildPrefs) -> None:
         run.tally(summary.describe())
         known = tell_of_critic(run, options, rows)
         if not summary.kept:
-            raise SrtError(all_dropped(summary, options.data))
+            raise TooManyFailures(all_dropped(summary, options.data))
         show(summary, options)
         for warning in summary.warnings():
             run.warn(warning)
