@@ -23,10 +23,10 @@ from srt_cli.errors import Ended, Interrupted, SrtError, UsageError
 from srt_cli.options import (
     choices_of,
     every_name,
-    files_flags,
     flag_named,
     flag_of,
     knob_of,
+    repeatable_flags,
     resolve,
     without_none,
 )
@@ -106,7 +106,7 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.allow_extra_args = True  # which are refused here, with the option that they lack
-        words = _each_with_its_flag(args, files_flags(self._options))
+        words = _each_with_its_flag(args, repeatable_flags(self._options))
         stray = super().parse_args(ctx, list(words))
         if stray and not ctx.resilient_parsing:
             raise UsageError(
@@ -126,7 +126,7 @@ class _Command(TyperCommand):
 def _each_with_its_flag(words: Sequence[str], flags: frozenset[str]) -> Iterator[str]:
     """The words of a line, with `--data a b`, as a shell makes it of `--data *`, as `--data a --data b`.
 
-    No command takes a word that belongs to no option, so the words after a file are files too.
+    No command takes a word that belongs to no option, so the words after a value are values too.
     """
     flag, values = "", 0
     for word in words:

@@ -113,16 +113,20 @@ def flag_of(field: dataclasses.Field[Any]) -> str:
     return knob_of(field).flag or flag_named(field.name)
 
 
+def takes_several(field: dataclasses.Field[Any]) -> bool:
+    """Whether an option may be given again and again."""
+    return typing.get_origin(without_none(field.type)) is tuple
+
+
 def takes_files(field: dataclasses.Field[Any]) -> bool:
     """Whether an option takes files, each given once."""
-    several = typing.get_origin(without_none(field.type)) is tuple
-    return several and (knob_of(field).metavar or "").startswith("FILE")
+    return takes_several(field) and (knob_of(field).metavar or "").startswith("FILE")
 
 
-def files_flags(config_class: type[Any]) -> frozenset[str]:
-    """The options of a class that take several files."""
+def repeatable_flags(config_class: type[Any]) -> frozenset[str]:
+    """The options of a class that take several values."""
     return frozenset(
-        flag_of(each) for each in dataclasses.fields(config_class) if takes_files(each)
+        flag_of(each) for each in dataclasses.fields(config_class) if takes_several(each)
     )
 
 
@@ -213,11 +217,7 @@ def as_declared(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 
     One value of an option that takes several today is a list of it, and None is an empty one.
     """
-    several = {
-        field.name
-        for field in dataclasses.fields(config)
-        if typing.get_origin(without_none(field.type)) is tuple
-    }
+    several = {field.name for field in dataclasses.fields(config) if takes_several(field)}
     return {
         name: [value]
         if name in several and isinstance(value, str)

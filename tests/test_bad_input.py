@@ -165,7 +165,8 @@ def test_a_manifest_that_is_not_ours_is_left_alone(srt, folder):
     (folder / "feedback.run.json").write_text("{}")
     finished = collect(srt)
     assert finished.code == 1
-    assert "feedback.run.json: not a manifest of srt" in finished.stderr
+    said = "feedback.run.json: not a manifest of srt, and stands where one would. Rename it."
+    assert said in finished.stderr
 
 
 def test_a_bad_value_in_a_configuration_names_option_and_reason(srt, folder):
@@ -328,6 +329,11 @@ def test_a_file_without_an_option_is_told_its_option(srt, command, flag):
     assert (finished.code, finished.stderr) == (
         2, f"error: mine.jsonl: belongs to no option. Did you mean {flag} mine.jsonl?\n"
     )  # fmt: skip
+
+
+def test_values_behind_a_repeatable_option_are_its_own(srt):
+    refused = srt("eval", "--model", "./a", "./b", "--judge", "gpt-4")
+    assert "error: ./a: no such file" in refused.stderr
 
 
 def test_a_configuration_that_is_not_there_is_said_once(srt):

@@ -1,5 +1,6 @@
 """Models in this process: company changes nothing, stop texts stop, and nothing is forged."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -315,6 +316,25 @@ def test_a_retrained_directory_is_another_model(tiny_model, tmp_path):
     assert fingerprint_of(str(copy)) != fingerprint_of(str(tiny_model))
 
 
+def test_an_adapter_on_a_retrained_base_is_another_model(tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+
+    def fingerprint_on(name):
+        config = {"base_model_name_or_path": str(name)}
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        return fingerprint_of(str(adapter))
+
+    before = fingerprint_on(base)
+    (base / "generation_config.json").write_text("{}")
+    assert fingerprint_on(base) != before
+    config = adapter / "adapter_config.json"
+    by_name = fingerprint_on("org/base")  # as ever: the journals of such runs are read on
+    digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16]
+    assert by_name == hashlib.sha256(f"{config.name}:{digest};".encode()).hexdigest()[:16]
+
+
 def half_a_file(weights):
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
@@ -394,10 +414,13 @@ def test_pickled_weights_are_refused_by_every_command_and_never_read(
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_directory_without_a_model_is_said(tmp_path):
+def test_a_directory_without_a_model_is_said(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(SrtError, match=r"not a model directory \(it holds notes.txt\)"):
         open_model(str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    with pytest.raises(SrtError, match=r"not a model directory \(it holds notes.txt\)"):
+        open_model(f"hf:~/{tmp_path.name}")
 
 
 def test_a_hub_name_out_of_reach_is_one_clear_sentence():
@@ -405,6 +428,36 @@ def test_a_hub_name_out_of_reach_is_one_clear_sentence():
         SrtError, match="not in the local cache, and the model hub cannot be reached"
     ):
         load_weights("nobody/no-such-model")
+
+
+ODD = {
+    "architectures": ["Odd"], "model_type": "odd",
+    "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.Odd"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (
+            {"model_type": "of-tomorrow"},
+            r"cannot be loaded \(The checkpoint you are trying to load ",
+        ),
+        (ODD, "brings code of its own, .* pass --trust-remote-code if you trust it"),
+        ({"model_type": "gpt2"}, r"cannot be loaded \(.*safetensors"),  # a .bin alone
+    ],
+)
+def test_why_a_model_of_the_hub_cannot_be_loaded_is_said(tmp_path, monkeypatch, config, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--odd"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (snapshot / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(SrtError, match=f"^me/odd: {said}"):
+        load_weights("me/odd")
 
 
 @pytest.mark.smollm2

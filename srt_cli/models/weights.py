@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -301,11 +302,17 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
             return f"{name}: not a model directory (no config.json; it holds {held})."
         if not list(Path(source).glob("*.safetensors")):
             return f"{name}: {NO_SAFETENSORS}"
-        return f"{name}: cannot be loaded ({first_line})."
-    return (
-        f"{name}: not in the local cache, and the model hub cannot be reached. Check the name and "
-        "the connection, or give a directory or a FILE.gguf."
-    )
+    elif isinstance(error.__cause__, LocalEntryNotFoundError | ConnectionError):
+        return (
+            f"{name}: not in the local cache, and the model hub cannot be reached. Check the name and "
+            "the connection, or give a directory or a FILE.gguf."
+        )
+    if "trust_remote_code" in str(error):
+        return (
+            f"{name}: brings code of its own, which has to run to load it. Read it, and pass "
+            "--trust-remote-code if you trust it."
+        )
+    return f"{name}: cannot be loaded ({first_line.rstrip('.')})."
 
 
 @contextlib.contextmanager
@@ -441,7 +448,7 @@ def _each_made_once() -> Iterator[None]:
 
 
 def fingerprint_of(name: str) -> str:
-    """A short digest of a model's weights: a retrained directory is another model.
+    """A short digest of a model's weights, of an adapter's with its base: a retrained one is another.
 
     Of a hub name it is the name: what the hub serves under it is not ours to read beforehand.
     """
@@ -456,6 +463,11 @@ def fingerprint_of(name: str) -> str:
         if file.name == "run.json":
             continue
         digest.update(f"{file.name}:{_digest_of_file(file)};".encode())
+    # The name of a base on the hub stands in the adapter's own configuration.
+    if (base := base_of(name)) != name and (weights := fingerprint_of(base)) != base.removeprefix(
+        "hf:"
+    ):
+        digest.update(f"base:{weights};".encode())
     return digest.hexdigest()[:16]
 
 

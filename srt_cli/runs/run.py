@@ -179,7 +179,7 @@ def read_manifest(artifact: Path) -> Manifest | None:
         return None
     except ValidationError:
         raise SrtError(
-            f"{path}: not a manifest of srt. Move it away, or choose another --out."
+            f"{path}: not a manifest of srt, and stands where one would. Rename it."
         ) from None
 
 
@@ -536,7 +536,7 @@ def _refuse_reading_output(out: Path, name: str, path: Path) -> None:
     read, written = path.resolve(), out.resolve()
     files = [out, manifest_path(out), journal_path(out), dropped_path(out)]
     if read in (file.resolve() for file in files) or written in read.parents:
-        flag = flag_named(name.rstrip(" 0123456789").replace(" ", "_"))
+        flag = flag_named(name.rstrip(" _0123456789").replace(" ", "_"))
         raise UsageError(
             f"--out {out}: would replace {path}, the input of {flag}. Choose another --out."
         )

@@ -59,8 +59,9 @@ class LocalModel:
     _engine: _Engine | None = None
 
     def __post_init__(self) -> None:
-        if Path(self.name).expanduser().is_dir() and not (Path(self.name) / "config.json").exists():
-            self._refuse_directory()
+        directory = Path(self.name).expanduser()
+        if directory.is_dir() and not (directory / "config.json").exists():
+            self._refuse_directory(directory)
         from srt_cli.models.weights import decide_placement, digest_of_template, fingerprint_of
 
         self.identity = f"local:{fingerprint_of(self.name)}"
@@ -137,8 +138,7 @@ class LocalModel:
             self._engine.close()
         self._engine = self._loaded = None
 
-    def _refuse_directory(self) -> None:
-        directory = Path(self.name)
+    def _refuse_directory(self, directory: Path) -> None:
         if (directory / "adapter_config.json").exists():
             return
         held = ", ".join(sorted(path.name for path in directory.iterdir())[:6]) or "nothing"
