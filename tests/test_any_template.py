@@ -460,6 +460,19 @@ def test_a_row_that_the_template_does_not_take_is_named_or_dropped(
     assert failed["reason"] == f"response: {words}"
 
 
+def test_no_sample_is_drawn_from_a_row_that_was_dropped(srt, tmp_path, model_with):
+    model = model_with(STRICT)
+    rows = feedback_rows(3)
+    write_jsonl(tmp_path / "feedback.jsonl", [rows[0] | {"prompt": SYSTEM}, *rows[1:]])
+    pair = json.loads(pair_of("An apple.", "A carrot.").model_dump_json())
+    write_jsonl(tmp_path / "prefs.jsonl", [pair | {"id": "2", "prompt": SYSTEM}, pair])
+    for line in (("sft", "--critic-check", 0), ("dpo",)):
+        trained = srt(*line, "--model", model, "--unfit", "drop", "--epochs", 1, "--samples", 1)
+        assert trained.code == 0, trained.stderr
+        for sample in read_jsonl(tmp_path / "models" / line[0] / "samples.jsonl"):
+            assert [turn["role"] for turn in sample["prompt"]] == ["user"]
+
+
 PARTS_ONLY = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}"
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"

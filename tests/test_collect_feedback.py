@@ -217,6 +217,12 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(srt, folder):
     assert "unknown option temprature. Did you mean temperature?" in finished.stderr
 
 
+def test_a_scale_without_written_critiques_is_refused(srt, folder):
+    refused = collect(srt, "--critique-scale", "1-5")
+    assert refused.code == 2
+    assert "--critique-scale is that of critiques that others wrote" in refused.stderr
+
+
 def test_a_found_srt_toml_may_not_run_code(srt, folder):
     (folder / "srt.toml").write_text('critic = "python:critic.py:critique"\n')
     finished = srt("collect-feedback", "--model", "python:critic.py:respond")

@@ -67,6 +67,16 @@ def test_answers_of_the_same_tokens_are_no_pair(srt, tmp_path, tiny_model):
     }
 
 
+def test_without_a_pair_to_train_on_the_exit_code_is_3(srt, tmp_path, tiny_model):
+    rows = pair_rows(2)
+    for row in rows:
+        row["chosen"] = row["rejected"]
+    write_jsonl(tmp_path / "prefs.jsonl", rows)
+    finished = srt("dpo", "--model", tiny_model)
+    assert finished.code == 3
+    assert "none of the pairs is left to train on" in finished.stderr
+
+
 def test_manifest_and_terminal_say_which_weights_were_the_reference(train, tmp_path, tiny_model):
     finished = train()
     assert f"reference: {tiny_model}" in finished.stderr

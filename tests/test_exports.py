@@ -14,7 +14,7 @@ from datasets import load_dataset
 from test_build_prefs import record
 from test_data_forms import samples
 
-from srt_cli.records import Message
+from srt_cli.records import PLANTED, Message
 from srt_cli.templates import CRITIQUE_REQUEST
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -257,6 +257,11 @@ def test_what_flags_cannot_tell_and_files_of_others_are_refused(srt, rows):
         ),
         (("--refinement-feedback",), "--refinement-feedback is nothing that --export can tell"),
         (("--balance",), "--balance is nothing that --export can tell"),
+        (("--compare",), "--compare is nothing that --export can tell"),
+        (("--truncation", "drop"), "--truncation drop is nothing that --export can tell"),
+        (("--unfit", "drop"), "--unfit drop is nothing that --export can tell"),
+        (("--dry-run",), "--export trains nothing, so --dry-run goes without it."),
+        (("--push-to-hub", "me/m"), "--export trains nothing, so --push-to-hub goes without it."),
     ):
         refused = export(srt, *flags)
         assert refused.code == 2
@@ -268,6 +273,17 @@ def test_what_flags_cannot_tell_and_files_of_others_are_refused(srt, rows):
     assert "sft.trl.jsonl: exists, with other rows." in refused.stderr
     assert (rows / "models/sft.trl.jsonl").read_text() == "mine\n"
     assert export(srt, "--overwrite").code == 0
+
+
+def test_a_planted_fault_is_exported_as_it_is_trained_and_never_as_an_answer(srt, rows):
+    planted = ROWS[0].model_copy(update={"policy": PLANTED, "sample": -1})
+    write_jsonl(rows / "feedback.jsonl", [planted.model_dump()])
+    assert srt("sft", "--export", "axolotl", "trl", "--refinement-only").code == 3
+    assert srt("sft", "--export", "axolotl", "trl", "--loss-on", "response").code == 3
+    assert srt("sft", "--export", "axolotl", "trl").code == 0  # one flag, two values
+    (chat,) = read_jsonl(rows / "models/sft.axolotl.jsonl")
+    assert [turn["train"] for turn in chat["messages"][-3:]] == [False, False, True]
+    assert len(read_jsonl(rows / "models/sft.trl.jsonl")) == 1
 
 
 def test_the_document_shows_what_is_written(srt, tmp_path):

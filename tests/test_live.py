@@ -12,7 +12,7 @@ from killing import command, environment
 from test_dpo import pair_rows
 from test_sft import feedback_rows
 
-from srt_cli.training.loop import count_tokens, mfu, throughput
+from srt_cli.training.loop import Best, best_evaluation, count_tokens, mfu, throughput
 
 SFT = ("sft", "--global-batch", 4, "--learning-rate", 1e-2, "--critic-check", 0)
 DPO = ("dpo", "--global-batch", 4, "--learning-rate", 1e-3, "--beta", 0.1)
@@ -259,6 +259,14 @@ def test_early_stopping_keeps_the_best_weights(srt, tmp_path, tiny_model):
     assert shorter.code == 0, shorter.stderr
     one, other = (tmp_path / name / "model.safetensors" for name in (out, "models/shorter"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best():
+    on_disk = [{"step": step, "eval_loss": loss} for step, loss in enumerate((9, 2, None, 3))]
+    assert best_evaluation(on_disk) == (best := Best(step=1, loss=2, waited=2))
+    on_disk[2]["eval_loss"] = math.nan
+    assert best_evaluation(on_disk) == best
+    assert best_evaluation(on_disk[2:3]) is None
 
 
 def test_early_stopping_needs_held_out_rows(sft):

@@ -154,6 +154,13 @@ def test_another_critic_does_everything(srt, folder):
     assert row["feedback"]["score"] == 2
 
 
+@pytest.mark.parametrize("flags", ["--critic-for everything", "--critic-prompt table-1"])
+def test_what_is_for_another_critic_is_refused_without_one(srt, folder, flags):
+    refused = srt("self-critique", "--model", "python:p.py:model", *flags.split())
+    assert refused.code == 2
+    assert "is for another critic. Pass --critic SPEC" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "in_conversation"),
     [

@@ -133,6 +133,14 @@ def test_rows_that_break_the_papers_rules_fall_out_with_their_reason(srt, tmp_pa
     }
 
 
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_without_a_row_to_train_on_the_exit_code_is_3(srt, tmp_path, tiny_model, more):
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(2, status="unparsed"))
+    finished = srt("sft", "--model", tiny_model, *more)
+    assert finished.code == 3
+    assert "no row is left to train on" in finished.stderr
+
+
 def test_a_row_that_does_not_fit_is_refused_or_dropped_never_cut(train, tmp_path):
     long = feedback_rows(1, id="long", response="word " * 300)[0]
     write_jsonl(tmp_path / "feedback.jsonl", [*feedback_rows(4), long])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -117,6 +118,21 @@ def test_a_split_that_leaves_a_side_empty_is_refused(sft):
     assert "give a share of the prompts" in sft("--eval-split", 1).stderr
 
 
+def test_a_validation_loss_whose_rows_all_fall_out_is_refused(sft, dpo, tmp_path):
+    rows, pairs = feedback_rows(24), pair_rows(24)
+    for row in rows:
+        row["response"] *= 2500 if is_held_out(row["prompt"], 0.2) else 1
+    for pair in pairs:
+        is_long = is_held_out(pair["prompt"][0]["content"], 0.2)
+        pair["chosen"][0]["content"] *= 2500 if is_long else 1
+    write_jsonl(tmp_path / "feedback.jsonl", rows)
+    write_jsonl(tmp_path / "prefs.jsonl", pairs)
+    for train in (sft, dpo):
+        finished = train("--eval-split", 0.2, "--early-stopping", 2, "--truncation", "drop")
+        assert finished.code == 1
+        assert "rows leaves none to hold out. Raise it" in finished.stderr
+
+
 # --- Validation loss ---------------------------------------------------------------------------
 
 
@@ -229,6 +245,38 @@ def test_several_files_are_trained_on_and_no_prompt_is_on_both_sides(sft, rounds
 def test_a_weight_that_is_no_share_is_refused(weight):
     with pytest.raises(UsageError, match="a weight is a number above 0"):
         parse_data(f"feedback.jsonl:{weight}")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sft --data no.jsonl --model m", "no.jsonl: no such file. Check the path."),
+        ("sft --mix no.jsonl:1 --model m", "no.jsonl: no such file. Check the path."),
+        ("dpo --prefs no.jsonl --model m", "no.jsonl: no such file. Check the path."),
+        ("sft", "http://h:8000/v1#llama answers on a server. Pass --model with its weights:"),
+        ("dpo", "http://h:8000/v1#llama answers on a server. Pass --model with its weights:"),
+        ("sft --model openrouter:m", "openrouter:m answers on a server."),
+        ("sft --model python:p.py:f", "python:p.py:f: a program has no weights to train."),
+        ("dpo --model python:p.py:f", "python:p.py:f: a program has no weights to train."),
+        ("sft --model m --probe", "--probe is a part of the plan, and nothing is trained."),
+        ("dpo --model m --show-masks 2", "--show-masks is a part of the plan, and nothing is"),
+        ("sft --model m --hub-public", "--hub-public is for what --push-to-hub uploads."),
+    ],
+)
+def test_what_cannot_be_trained_is_said_before_torch_is_loaded(
+    srt, tmp_path, monkeypatch, line, message
+):
+    for module in ("sft", "dpo"):
+        monkeypatch.setitem(sys.modules, f"srt_cli.training.{module}", None)
+    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(2))
+    write_jsonl(tmp_path / "prefs.jsonl", pair_rows(2))
+    manifest = {"command": "", "settings": {"model": "http://h:8000/v1#llama"}, "runtime": {}}
+    data = {"data": {"path": "feedback.jsonl"}}
+    (tmp_path / "feedback.run.json").write_text(json.dumps(manifest))
+    (tmp_path / "prefs.run.json").write_text(json.dumps(manifest | {"inputs": data}))
+    refused = srt(*line.split())
+    assert refused.code in (1, 2)
+    assert refused.stderr.startswith(f"error: {message}")
 
 
 def test_the_policy_is_that_of_all_files_or_is_asked_for(srt, tmp_path):
@@ -381,6 +429,13 @@ def test_mixed_in_chats_have_a_validation_loss_of_their_own(sft, tmp_path):
     sft("--mix", "chats.jsonl:0.5", "--eval-split", 0.3)
     first = read_jsonl(tmp_path / "models/sft/metrics.jsonl")[0]
     assert first["eval_loss_mix"] > 0
+
+
+def test_a_mixed_in_file_that_would_be_overwritten_is_named_with_its_option(sft, tmp_path):
+    (tmp_path / "models").mkdir()
+    write_jsonl(tmp_path / "models/chats.jsonl", [{"prompt": "p", "response": "r"}])
+    refused = sft("--mix", "models/chats.jsonl:1", "--out", "models")
+    assert "would replace models/chats.jsonl, the input of --mix." in refused.stderr
 
 
 def test_chats_are_drawn_without_repeating_before_all_were_taken(tmp_path):

@@ -117,6 +117,10 @@ def run(options: CollectFeedback) -> None:
         return
     if options.critic_for_parts:
         raise UsageError("--critic-for completes critiques that others wrote: --critic file:FILE.")
+    if options.critique_scale != CollectFeedback.critique_scale:
+        raise UsageError(
+            "--critique-scale is that of critiques that others wrote: --critic file:FILE."
+        )
     prompts = _with_responses(options)
     door = replace(options.door(), day=first_day(options.out))
     critics = options.for_critics(door)

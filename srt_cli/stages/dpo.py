@@ -6,11 +6,11 @@ from typing import Literal
 
 from srt_cli import console
 from srt_cli.errors import UsageError
-from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
+from srt_cli.prompts import HUB_PREFIX
 from srt_cli.training.options import LossType, TrainingOptions
 from srt_cli.training.processes import run_in_processes
-from srt_cli.training.rows import DpoTask, model_that_wrote
+from srt_cli.training.rows import DpoTask, model_that_wrote, refuse_without_weights, require_files
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,13 @@ def run(options: Dpo) -> None:
 
 
 def _prefer(options: Dpo) -> None:
+    require_files(Path(name) for name in options.prefs if not name.startswith(HUB_PREFIX))
     model = options.model or model_that_wrote(options.prefs)
-    if model is None or names_program(model):
+    if model is None:
         raise UsageError(
             f"{', '.join(options.prefs)} does not tell which model wrote its drafts. Pass --model."
         )
+    refuse_without_weights(model, given=options.model is not None)
     if options.model is None:
         console.say(f"model: {model}, by the manifests of {', '.join(options.prefs)}")
     with console.waiting("loading torch and trl"):

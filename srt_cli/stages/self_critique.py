@@ -113,6 +113,13 @@ def run(options: SelfCritique) -> None:
     """Read prompts, let the model criticise itself, write `self-feedback.jsonl`."""
     if options.num_processes > 1:
         _refuse_processes(options)
+    idle = {
+        "--critic-for everything": options.critic_for == "everything",
+        "--critic-prompt": options.critic_prompt != "auto",
+    }
+    for flag, given in idle.items():
+        if given and options.other_critic is None:
+            raise UsageError(f"{flag} is for another critic. Pass --critic SPEC, or leave it out.")
     job, prompts = _open_job(options)
     run = open_run(COMMAND, options, inputs=prompts.inputs)
     if options.dry_run:

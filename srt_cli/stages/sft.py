@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from srt_cli import console
-from srt_cli.errors import SrtError, UsageError
+from srt_cli.errors import TooManyFailures, UsageError
 from srt_cli.exports import (
     TrainingFormat,
     answered_chat,
@@ -17,6 +17,7 @@ from srt_cli.exports import (
 )
 from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
+from srt_cli.records import PLANTED
 from srt_cli.runs.run import inherited
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import run_in_processes
@@ -24,7 +25,6 @@ from srt_cli.training.rows import (
     SftTask,
     Targets,
     Thoughts,
-    WeightedFile,
     by_weight,
     draw_rows,
     parse_data,
@@ -32,6 +32,8 @@ from srt_cli.training.rows import (
     parse_targets,
     read_chats,
     read_feedback,
+    refuse_without_weights,
+    require_files,
     split_rows,
 )
 
@@ -118,15 +120,18 @@ class Sft(TrainingOptions):
 
 
 def run(options: Sft) -> None:
-    """Fine-tune in this process, or in as many as --num-processes says."""
-    run_in_processes(options, lambda: _fine_tune(options))
-
-
-def _fine_tune(options: Sft) -> None:
+    """Fine-tune in this process, or in as many as --num-processes says; or export."""
     targets = parse_targets(
         options.loss_on, options.drop, options.refinement_only, options.refinement_feedback,
         options.balance,
     )  # fmt: skip
+    if options.export:
+        export_rows(options, targets)
+    else:
+        run_in_processes(options, lambda: _fine_tune(options, targets))
+
+
+def _fine_tune(options: Sft, targets: Targets) -> None:
     weighs = options.verdict_weight != 1
     if weighs and (targets.refinement_only or "feedback" not in targets.loss_on):
         raise UsageError(
@@ -134,12 +139,9 @@ def _fine_tune(options: Sft) -> None:
         )
     mixes = [parse_mix(text) for text in options.mix]
     data = [parse_data(text) for text in options.data]
-    if options.export:
-        export_rows(options, data, mixes, targets)
-        return
+    require_files(file.path for file in [*data, *mixes])
     model = options.model or policy_behind([file.path for file in data])
-    if names_program(model):
-        raise UsageError(f"--model {model}: a program has no weights to train. Name a model.")
+    refuse_without_weights(model, given=options.model is not None)
     if options.model is None:
         console.say(f"model: {model}, by the manifest of {data[0].path}")
     with console.waiting("loading torch and trl"):
@@ -177,13 +179,13 @@ def policy_behind(data: Sequence[Path]) -> str:
     return next(iter(policies))
 
 
-def export_rows(
-    options: Sft, data: Sequence[WeightedFile], mixes: Sequence[WeightedFile], targets: Targets
-) -> None:
+def export_rows(options: Sft, targets: Targets) -> None:
     """Write what would be trained as chats with loss flags for other trainers; no model is read.
 
-    Raises `UsageError` for options that flags of whole turns cannot tell.
+    Raises `UsageError` for options that flags of whole turns cannot tell, or that need a training.
     """
+    data = [parse_data(text) for text in options.data]
+    mixes = [parse_mix(text) for text in options.mix]
     critique = {"feedback", "refinement"} & set(targets.loss_on)
     if len(critique) == 1 and not targets.refinement_only:
         raise UsageError(
@@ -193,6 +195,9 @@ def export_rows(
     untold = {
         "--refinement-feedback": targets.refinement_feedback,
         "--balance": targets.balance,
+        "--compare": options.compare,
+        "--unfit drop": options.unfit == "drop",
+        "--truncation drop": options.truncation == "drop",
         "--verdict-weight": options.verdict_weight != 1,
         "--thoughts keep": options.thoughts == "keep",
     }
@@ -201,25 +206,34 @@ def export_rows(
             raise UsageError(
                 f"{flag} is nothing that --export can tell other trainers. Leave it out."
             )
+    for flag, needs in {
+        "--dry-run": options.dry_run, "--push-to-hub": options.push_to_hub is not None
+    }.items():  # fmt: skip
+        if needs:
+            raise UsageError(
+                f"--export trains nothing, so {flag} goes without it. Pass one of them."
+            )
     trained = "response" in targets.loss_on, bool(critique)
     chats = []
     for file in read_feedback(data, options.limit):
         rows, _ = split_rows(file.kept, lambda record: record.prompt, options.eval_split)
         for record in by_weight(rows, file.file.weight, options.seed):
-            if targets.refinement_only:
+            own = record.policy != PLANTED  # a planted fault is criticised, and never an answer
+            if targets.refinement_only and own:
                 chats.append(answered_chat(record.prompt, record.refinement or ""))
-            else:
-                chats.append(feedback_chat(record, trained, targets.drop))
+            elif not targets.refinement_only and (own or trained[1]):
+                flags = (trained[0] and own, trained[1])
+                chats.append(feedback_chat(record, flags, targets.drop))
     if not chats:
-        raise SrtError(
+        raise TooManyFailures(
             f"{', '.join(options.data)}: no row is left to export. Try srt sft --dry-run."
         )
-    own = len(chats)
+    count = len(chats)
     for mix in mixes:
         others, _ = split_rows(
             read_chats(mix.path), lambda chat: chat.messages[:-1], options.eval_split
         )
-        drawn = draw_rows(others, max(1, round(mix.weight * own)), options.seed) if others else []
+        drawn = draw_rows(others, max(1, round(mix.weight * count)), options.seed) if others else []
         chats += [whole_chat(chat.messages) for chat in drawn]
     for name in options.export:
         path = write_chats(options.out, name, chats, anew=options.overwrite)

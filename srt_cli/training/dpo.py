@@ -34,7 +34,7 @@ from srt_cli.training.options import LossType, TrainingOptions
 from srt_cli.training.plan import Ready, plan_dpo, show_plan
 from srt_cli.training.probe import probe
 from srt_cli.training.processes import in_every_process
-from srt_cli.training.rows import DpoTask, prompts_to_sample, writers_of
+from srt_cli.training.rows import DpoTask, writers_of
 from srt_cli.training.samples import Sampler
 from srt_cli.training.saving import finish_training, keep_model, model_card, whole_model
 from srt_cli.training.sequences import PairIds
@@ -155,10 +155,8 @@ def _train(
     )
     run.save()
     console.say(setup.place.sentence())
-    prompts = prompts_to_sample(
-        [pair.prompt for pair in pairs], setup.options.eval_split, setup.options.samples
-    )
-    training = Training(setup, ready.chat, run, Sampler(ready.chat, prompts))
+    sampler = Sampler(ready.chat, prepared.prompts[: setup.options.samples])
+    training = Training(setup, ready.chat, run, sampler)
     tuned = train_dpo(training, prepared.train, prepared.held_out, objective)
     run.tally({"reference_seconds": tuned.reference_seconds, "training": vars(tuned.trained)})
     values = setup.values

@@ -7,10 +7,17 @@ from itertools import chain, compress, cycle, islice
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
-from srt_cli.errors import SrtError
+from srt_cli.errors import SrtError, TooManyFailures
 from srt_cli.models.chat import ChatFormat, UnfitChat
 from srt_cli.pairs.worth import why_too_few
-from srt_cli.records import PLANTED, FeedbackRecord, Preference, Record
+from srt_cli.records import (
+    PLANTED,
+    FeedbackRecord,
+    Message,
+    Preference,
+    Record,
+    as_messages,
+)
 from srt_cli.stats.hygiene import is_same_text
 from srt_cli.training.rows import (
     PARTS,
@@ -136,13 +143,15 @@ def prepare_sft(
     feedback = list(chain.from_iterable(encoded))
     if task.targets.balance:
         feedback = _balanced(feedback)
+    limit = length_limit(setup)
     prepared = _within(
-        length_limit(setup),
+        limit,
         feedback + encode_chats(chats),
         held + encode_chats(held_chats),
         lambda sequence: len(sequence.input_ids),
         "sequences",
     )
+    _require_both_sides_still(prepared, share, limit)
     check_labels(prepared.train + prepared.held_out, chat.end_id)
     if len(files) > 1:
         file_of = {id(s): n for n, some in enumerate(encoded) for s, _ in some}
@@ -345,7 +354,9 @@ def prepare_dpo(
         same.extend(Fallen(ids.id, reason, row) for ids, row in compress(examples, equal))
         return [example for example, drop in zip(examples, equal, strict=True) if not drop]
 
-    prepared = _within(length_limit(setup), encode(train), encode(held_out), longest_side, "pairs")
+    limit = length_limit(setup)
+    prepared = _within(limit, encode(train), encode(held_out), longest_side, "pairs")
+    _require_both_sides_still(prepared, share, limit)
     prepared.fallen = fallen + same + prepared.fallen
     prepared.warnings = warnings + prepared.warnings
     if same:
@@ -451,14 +462,20 @@ def _within(
             f"{len(long)} of {len(everything)} {kind} exceed {limit.named} "
             f"(the longest, {worst.id}: {length_of(worst)} tokens). {limit.advice}"
         )
-    kept = [example for example, _ in train if length_of(example) <= limit.tokens]
+    kept, held = (
+        [(example, row) for example, row in side if length_of(example) <= limit.tokens]
+        for side in (train, held_out)
+    )
     if not everything:
-        raise SrtError(f"none of the {kind} is left to train on.")
+        raise TooManyFailures(f"none of the {kind} is left to train on.")
     if not kept:
-        raise SrtError(f"none of {len(everything)} {kind} fits {limit.named}. Raise --max-length.")
+        raise TooManyFailures(
+            f"none of {len(everything)} {kind} fits {limit.named}. Raise --max-length."
+        )
     prepared = Prepared(
-        train=kept,
-        held_out=[example for example, _ in held_out if length_of(example) <= limit.tokens],
+        train=[example for example, _ in kept],
+        held_out=[example for example, _ in held],
+        prompts=_prompts(held) or _prompts(kept),
         fallen=[Fallen(example.id, f"longer than {limit.named}", row) for example, row in long],
         tallies={kind: len(kept), f"{kind}_too_long": len(long)},
     )
@@ -475,3 +492,19 @@ def _within(
                 f"{len(long)} rows exceed {limit.named}: a run would refuse them. {limit.advice}"
             )
     return prepared
+
+
+def _require_both_sides_still(prepared: Prepared[Any], share: float, limit: LengthLimit) -> None:
+    """What is dropped may be all that was held out; a plan that drops nothing only counts it."""
+    if limit.drops or limit.refuses:
+        require_both_sides(prepared.train, prepared.held_out, share)
+
+
+def _prompts(examples: Sequence[tuple[Ids, Record]]) -> list[list[Message]]:
+    """The prompts of the examples' rows, once each; of chats mixed in there are none."""
+    prompts = {
+        repr(row.prompt): as_messages(row.prompt)
+        for _, row in examples
+        if isinstance(row, FeedbackRecord | Preference)
+    }
+    return list(prompts.values())

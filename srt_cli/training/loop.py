@@ -1,5 +1,6 @@
 """Run a TRL trainer so that it can be watched, stopped, killed and resumed bit for bit."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -393,13 +394,15 @@ def best_evaluation(rows: Sequence[Mapping[str, Any]]) -> Best | None:
 
     Step 0 is left out: its weights are the ones that training began with.
     """
-    evaluated = [
-        (row["eval_loss"], row["step"]) for row in rows if "eval_loss" in row and row["step"]
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row and row["step"]}
+    # None is what stands on disk for a loss that is no number.
+    finite = [
+        (loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)
     ]
-    if not evaluated:
+    if not finite:
         return None
-    loss, step = min(evaluated)
-    return Best(step, loss, sum(later > step for _, later in evaluated))
+    loss, step = min(finite)
+    return Best(step, loss, sum(later > step for later in losses))
 
 
 def figures_of(row: Mapping[str, Any]) -> dict[str, str]:

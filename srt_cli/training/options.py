@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from srt_cli.errors import UsageError
 from srt_cli.options import runtime, setting
 
 Method = Literal["full", "lora", "qlora"]
@@ -176,3 +177,12 @@ class TrainingOptions:
     overwrite: bool = runtime(
         False, "Delete the output directory and start over.", group="Run", common=True
     )
+
+    def __post_init__(self) -> None:
+        if not self.dry_run and (self.probe or self.show_masks):
+            flag = "--probe" if self.probe else "--show-masks"
+            raise UsageError(
+                f"{flag} is a part of the plan, and nothing is trained. Pass --dry-run."
+            )
+        if self.hub_public and self.push_to_hub is None:
+            raise UsageError("--hub-public is for what --push-to-hub uploads. Pass both.")

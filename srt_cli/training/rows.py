@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.forms import read_row
+from srt_cli.models import names_program, parse_spec
 from srt_cli.reading import part_thoughts
 from srt_cli.records import FeedbackRecord, Message, Prompt, Record, as_messages, content_id
-from srt_cli.runs.jsonl import DroppedRows, read_records, read_rows
+from srt_cli.runs.jsonl import DroppedRows, is_stream, read_lines, read_records, read_rows
 from srt_cli.runs.run import Run, inherited, read_manifest
 from srt_cli.templates import FEEDBACK_FIELDS, FeedbackField
 from srt_cli.training.options import PackingChoice
@@ -61,6 +62,8 @@ class Prepared(Generic[Example]):
 
     train: list[Example]
     held_out: list[Example] = field(default_factory=list)
+    prompts: list[list[Message]] = field(default_factory=list)
+    """Of the rows held out, or of those trained if none is: what samples may be drawn from."""
     fallen: list[Fallen] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     tallies: dict[str, Any] = field(default_factory=dict)
@@ -293,14 +296,6 @@ def by_weight(rows: Sequence[AnyRow], weight: float, seed: int) -> list[AnyRow]:
     return draw_rows(rows, max(1, round(weight * len(rows))), seed)
 
 
-def prompts_to_sample(
-    prompts: Sequence[str | list[Message]], share: float, count: int
-) -> list[list[Message]]:
-    """The first `count` of the prompts that are held out, or of all if none is."""
-    held_out = [prompt for prompt in prompts if is_held_out(prompt, share)]
-    return [as_messages(prompt) for prompt in (held_out or prompts)[:count]]
-
-
 # --- Other chats, mixed in ---------------------------------------------------------------------
 
 
@@ -396,6 +391,27 @@ def model_that_wrote(prefs: Sequence[str]) -> str | None:
         each = ", ".join(f"{name} of {model}" for name, model in writers.items())
         raise UsageError(f"Several models wrote the preferences ({each}). Pass --model.")
     return next(iter(writers.values()), None)
+
+
+def refuse_without_weights(model: str, *, given: bool) -> None:
+    """Raise `UsageError` for a model that cannot be trained: a program, or one that a server runs.
+
+    A bare name that is `given` is one of the hub's.
+    """
+    if names_program(model):
+        raise UsageError(f"{model}: a program has no weights to train. Pass --model, one that has.")
+    if (":" in model or not given) and parse_spec(model).is_remote:
+        raise UsageError(
+            f"{model} answers on a server. Pass --model with its weights: a directory, ORG/NAME or "
+            "FILE.gguf."
+        )
+
+
+def require_files(paths: Iterable[Path]) -> None:
+    """Raise `SrtError` for a file that is not there, before anything slow is loaded."""
+    for path in paths:
+        if not path.exists() and not is_stream(path):
+            next(read_lines(path), None)
 
 
 def writers_of(prefs: Sequence[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from srt_cli import console
-from srt_cli.errors import SrtError, UsageError
+from srt_cli.errors import SrtError, TooManyFailures, UsageError
 from srt_cli.feedback.critic_check import FEWEST_SCORES, MOSTLY, check_critic
 from srt_cli.models.chat import ChatFormat
 from srt_cli.records import FeedbackRecord
@@ -52,7 +52,6 @@ from srt_cli.training.rows import (
     FeedbackFile,
     SftTask,
     data_inputs,
-    prompts_to_sample,
     read_feedback,
     split_rows,
     write_dropped,
@@ -140,7 +139,7 @@ def _tell_of_rows(run: Run, files: Sequence[FeedbackFile]) -> None:
     run.tally({"rows": rows, "kept": kept})
     if not kept:
         dropped = write_dropped(run.out / DROPPED, fallen)
-        raise SrtError(f"no row is left to train on ({reasons}). Look at {dropped}.")
+        raise TooManyFailures(f"no row is left to train on ({reasons}). Look at {dropped}.")
 
 
 def _all_fallen(files: Sequence[FeedbackFile]) -> list[Fallen]:
@@ -204,7 +203,7 @@ def _lengths(sequences: list[TokenSequence]) -> list[int]:
 def _show_plan(setup: Setup, task: SftTask, files: Sequence[FeedbackFile]) -> None:
     if not any(each.kept for each in files):
         named = ", ".join(str(file.path) for file in task.data)
-        raise SrtError(f"{named}: no row is left to train on.")
+        raise TooManyFailures(f"{named}: no row is left to train on.")
     ready = _prepare(setup, task, files)
     prepared = ready.prepared
     prepared.warnings += [setup.advice] if setup.advice else []
@@ -225,12 +224,7 @@ def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run)
     run.describe_models({task.model: setup.place.describe()})
     run.save()
     console.say(setup.place.sentence())
-    prompts = prompts_to_sample(
-        [record.prompt for each in files for record in each.kept],
-        setup.options.eval_split,
-        setup.options.samples,
-    )
-    sampler = Sampler(ready.chat, prompts)
+    sampler = Sampler(ready.chat, prepared.prompts[: setup.options.samples])
     training = Training(setup, ready.chat, run, sampler, packing.on)
     weight = _verdict_weight(ready.chat, prepared.train, task.verdict_weight)
     tuned = train_sft(training, prepared.train, prepared.held_out, weight)
