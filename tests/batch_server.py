@@ -54,7 +54,10 @@ class BatchServer(LoopbackServer):
         )
 
     async def _content(self, request: web.Request) -> web.Response:
-        return web.Response(body=self.files[request.match_info["id"]])
+        content = self.files.get(request.match_info["id"])
+        if content is None:
+            return web.json_response({"error": {"message": "No such File object"}}, status=404)
+        return web.Response(body=content)
 
     async def _create(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -77,10 +80,11 @@ class BatchServer(LoopbackServer):
         batch = self.batches[request.match_info["id"]]
         batch["looks"] += 1
         if batch["looks"] >= self.looks and batch["status"] == "in_progress":
-            self._finish(batch)
+            self.finish(batch)
         return web.json_response(batch)
 
-    def _finish(self, batch: dict[str, Any]) -> None:
+    def finish(self, batch: dict[str, Any]) -> None:
+        """End a batch: every request to its fate."""
         done, broken = [], []
         for line in self.files[batch["input_file_id"]].splitlines():
             row = json.loads(line)
@@ -90,6 +94,10 @@ class BatchServer(LoopbackServer):
             if fate == "expired":
                 error = {"code": "batch_expired", "message": "too late"}
                 broken.append({"custom_id": name, "response": None, "error": error})
+                continue
+            if fate == "failed":
+                response = {"status_code": 500, "body": {"error": {"message": "engine died"}}}
+                broken.append({"custom_id": name, "response": response, "error": None})
                 continue
             if fate == "responses":
                 error = {"message": f"This model is only supported in v1/{fate}.", "code": None}
@@ -111,5 +119,5 @@ class BatchServer(LoopbackServer):
         batch = self.batches[name]
         lines = self.files[batch["input_file_id"]].splitlines(keepends=True)
         self.files[batch["input_file_id"]] = b"".join(lines[:done])
-        self._finish(batch)
+        self.finish(batch)
         batch["status"] = "cancelled"

@@ -452,6 +452,31 @@ def test_an_interrupted_run_goes_on_in_batches_and_pays_for_nothing_twice(
     assert ("found again" in finished.stderr) is (kill is not None)
 
 
+@pytest.mark.parametrize(("lost", "sizes"), [("a request", [4, 1, 4]), ("its files", [4, 4, 4])])
+def test_what_is_lost_in_a_batch_that_ended_meanwhile_is_asked_again(
+    srt, serve, prompts, tmp_path, monkeypatch, lost, sizes
+):
+    prompts(4)
+    failed = []
+
+    def fate(identifier, times):
+        failed.extend([identifier] if lost == "a request" and not failed else [])
+        return "failed" if identifier in failed and times == 1 else "ok"
+
+    server = serve(as_policy_and_critic, BatchServer, fate=fate)
+    with monkeypatch.context() as patch:
+        kill_before_collecting(patch)
+        assert collect(srt, server, *BATCH).code == 130
+    server.finish(server.batches["batch_0"])
+    if lost == "its files":
+        del server.files["batch_0-output"]
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    assert [row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")] == ["ok"] * 4
+    asked = [server.files[batch["input_file_id"]] for batch in server.batches.values()]
+    assert [len(content.splitlines()) for content in asked] == sizes
+
+
 @pytest.mark.parametrize("kill", [kill_before_collecting, kill_while_replies_are_kept])
 def test_a_batch_that_a_cap_made_smaller_is_found_again(
     srt, serve, prompts, tmp_path, monkeypatch, kill

@@ -276,8 +276,10 @@ class BatchModel:
             )
         await self._take_results(wire, part, batch)
         if batch.status == "cancelled":  # by the user, who wants nothing sent anew
+            cancelled = Reply("", "failed", error=f"batch {batch.name} was cancelled")
             for ask in part.owed:
-                self._settle(ask, Reply("", "failed", error=f"batch {batch.name} was cancelled"))
+                if ask.reserved:
+                    self._settle(ask, cancelled)
 
     async def _take_results(
         self, wire: Endpoint, part: _Part, batch: Batch, *, late: bool = False
