@@ -258,8 +258,8 @@ def test_a_weight_that_is_no_share_is_refused(weight):
         ("sft --model openrouter:m", "openrouter:m answers on a server."),
         ("sft --model python:p.py:f", "python:p.py:f: a program has no weights to train."),
         ("dpo --model python:p.py:f", "python:p.py:f: a program has no weights to train."),
-        ("sft --model m --probe", "--probe is a part of the plan, and nothing is trained."),
-        ("dpo --model m --show-masks 2", "--show-masks is a part of the plan, and nothing is"),
+        ("sft --model m --probe", "--probe is a part of --dry-run, which trains nothing."),
+        ("dpo --model m --show-masks 2", "--show-masks is a part of --dry-run, which trains"),
         ("sft --model m --hub-public", "--hub-public is for what --push-to-hub uploads."),
     ],
 )

@@ -182,7 +182,7 @@ class TrainingOptions:
         if not self.dry_run and (self.probe or self.show_masks):
             flag = "--probe" if self.probe else "--show-masks"
             raise UsageError(
-                f"{flag} is a part of the plan, and nothing is trained. Pass --dry-run."
+                f"{flag} is a part of --dry-run, which trains nothing. Pass both, or leave it out."
             )
         if self.hub_public and self.push_to_hub is None:
             raise UsageError("--hub-public is for what --push-to-hub uploads. Pass both.")
