@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import MappingProxyType
-from typing import IO, Any, Final, Protocol, cast
+from typing import IO, Any, Final, Literal, Protocol, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.columns import Columns
@@ -175,11 +175,15 @@ def marked(title: str, stretches: Sequence[tuple[str, str]]) -> None:
 
 
 def _print_table(console: Console, shown: Table) -> None:
+    if not console.is_terminal:  # a file has no width
+        widest = max(console.width, shown.widest)
+        console = Console(file=console.file, highlight=False, quiet=console.quiet, width=widest)
     for part in shown.fitted(console.width):
         grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(part.columns):
             is_text = place < part.names or (part.prose and place == len(part.columns) - 1)
-            grid.add_column(_plain(column), justify="left" if is_text else "right")
+            justify: Literal["left", "right"] = "left" if is_text else "right"
+            grid.add_column(_plain(column), justify=justify, overflow="fold")
         for row in part.cells:
             grid.add_row(*(_plain(cell) for cell in row))
         # Not the grid's own title, which is folded to the width of its columns.

@@ -32,6 +32,10 @@ NAMES: Final = 30
 LONGEST_CHOICES: Final = 36
 """Choices that take more characters stand in the text, not behind the name."""
 COMMANDS: Final = 24
+INDENT: Final = 4
+"""Of a text that stands below its name, in a terminal too narrow for both."""
+NARROWEST: Final = 16
+"""Of a column of text."""
 EXAMPLES: Final = 2
 """So many stand on the short page, all on the long one."""
 
@@ -120,7 +124,9 @@ def _shown(default: Any) -> str:
 
 
 def _listed(entries: Iterable[Entry], width: int, names: int = NAMES) -> Iterator[str]:
-    """Names on the left, texts on the right."""
+    """Names on the left, texts on the right; or below, where there is no room."""
+    if width < names + NARROWEST:
+        names = INDENT
     for name, text in entries:
         left = f"  {name}"
         lines = _fill(text, width - names)
@@ -156,4 +162,5 @@ def _heading(text: str) -> str:
 
 
 def _width() -> int:
-    return min(WIDEST, shutil.get_terminal_size((80, 24)).columns)
+    columns = shutil.get_terminal_size((80, 24)).columns
+    return max(INDENT + NARROWEST, min(WIDEST, columns))

@@ -75,6 +75,11 @@ class Table:
             for place, column in enumerate(rows)
         ]
 
+    @property
+    def widest(self) -> int:
+        """Of the table with nothing shortened."""
+        return self._widest()
+
     def _widest(self, *, headings: bool = True) -> int:
         return sum(self._widths(headings=headings)) + GAP * (len(self.columns) - 1) + 2
 

@@ -44,6 +44,13 @@ def options_by_heading(text):
     return found
 
 
+@pytest.mark.parametrize("columns", [1, 24, 30, 40])
+def test_help_can_be_read_in_a_narrow_terminal(columns, srt, monkeypatch):
+    for line in (("--help",), ("sft", "--help"), ("eval", "--help-all")):
+        text = page(srt, monkeypatch, *line, columns=columns)
+        assert "Show" in text or "show" in text
+
+
 @pytest.mark.parametrize("columns", [80, 100, 200])
 @pytest.mark.parametrize("command", cli.STAGES)
 def test_a_commands_help_fits_a_page(command, columns, srt, monkeypatch):

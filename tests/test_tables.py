@@ -49,12 +49,29 @@ def test_no_name_is_longer_than_there_is_room_for(names, longest):
 
 def test_a_table_is_as_wide_as_the_terminal_and_no_heading_is_broken(monkeypatch, capsys):
     monkeypatch.setattr(console._result, "width", 60)
+    monkeypatch.setattr(type(console._result), "is_terminal", True)
     rows = [[name, "another " + name, "+4 [-21, +29]", "0.012"] for name in MODELS]
     console.table("title", ["", "", "difference [95 %]", "p (Holm)"], rows)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= 60
     assert any("difference [95 %]   p (Holm)" in line for line in lines)
     assert len([line for line in lines if "+4 [-21, +29]" in line]) == 3
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_no_figure_is_cut_and_a_file_has_no_width(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr(console._result, "width", 40)
+    monkeypatch.setattr(type(console._result), "is_terminal", is_terminal)
+    columns = ["", "written: low/expected/high", "Batch API"]
+    console.table("cost", columns, [[name, "1.89k/3.71k/12.3k", "$0.39"] for name in MODELS])
+    told = capsys.readouterr().out
+    assert "..." not in told
+    if is_terminal:  # figures fold
+        assert max(map(len, told.splitlines())) <= 40
+        assert "12.3k" in told
+    else:
+        assert all(name in told for name in MODELS)
+        assert told.count("1.89k/3.71k/12.3k   ") == len(MODELS)
 
 
 def test_more_things_than_fit_stand_in_a_further_table_with_their_names_whole_enough():
