@@ -850,19 +850,19 @@ def parse_verdict(text: str) -> Verdict | None:
 def render_preference(preference: float) -> str:
     """A program's verdict as text: 1 prefers the first, 0 the second."""
     if not 0 <= preference <= 1:
-        raise ValueError(f"a preference lies between 0 and 1, not {preference}")
+        raise ValueError(f"{preference}, which does not lie between 0 and 1")
     return f"Preference: {abs(preference)!r}"  # -0.0 has a sign
 
 
 def render_parts(parts: Mapping[str, float]) -> str:
     """A check's word on named parts, 0 to 1 each; the first stands for all."""
     if not parts:
-        raise ValueError("a check that names parts names at least one")
+        raise ValueError("no part, where a check that names parts names at least one")
     lines = [render_preference(float(next(iter(parts.values()))))]
     for name, value in parts.items():
         if not 0 <= float(value) <= 1:
-            raise ValueError(f"part {name!r} lies between 0 and 1, not {value}")
-        lines.append(f"Part {' '.join(str(name).split())}: {float(value)!r}")
+            raise ValueError(f"{value} for part {name!r}, which does not lie between 0 and 1")
+        lines.append(f"Part {' '.join(str(name).split())}: {abs(float(value))!r}")
     return "\n".join(lines)
 
 

@@ -178,6 +178,68 @@ def test_a_row_whose_critic_fails_is_data_with_a_status(srt, folder):
     assert "raised SystemExit" in read_jsonl(folder / "left.jsonl")[2]["reason"]
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            "return None",
+            "returned None, which is no pair. It is called as critique(prompt, response)",
+        ),
+        ("return dict(weaknesses='w', suggestions='s', score=4)", "which is no pair"),
+        ("return 'Good.'", "returned 'Good.', which is no pair"),
+        ("return GOOD, None", "returned None where a text is expected"),
+        ("return GOOD, b'text'", "returned b'text' where a text is expected"),
+        ("return GOOD | {'score': True}, 'r'", "returned the score True, which is no number"),
+        (
+            "return GOOD | {'score': 11}, 'r'",
+            "returned feedback whose score is wrong (input should be less than or equal to 10): "
+            "{'weaknesses': 'w', 'suggestions': 's', 'score': 11}",
+        ),
+        ("return 7, 'r'", "returned something else as feedback"),
+        ("return {}['unit_tests']", "raised KeyError: 'unit_tests' (mine.py:4)"),
+        ("return (lambda: 1)(2)", "takes 0 positional arguments but 1 was given (mine.py:4)"),
+    ],
+)
+def test_what_a_program_did_wrong_is_said_in_the_programs_terms(srt, folder, body, reason):
+    (folder / "mine.py").write_text(
+        "GOOD = {'weaknesses': 'w', 'suggestions': 's', 'score': 4}\n\n"
+        f"def critique(prompt, response):\n    {body}\n"
+    )
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "given"}])
+    finished = srt("collect-feedback", "--critic", "python:mine.py:critique")
+    assert finished.code == 3
+    (row,) = read_jsonl(folder / "feedback.jsonl")
+    assert (row["status"], row["refinement"]) == ("failed", None)
+    assert f"python:mine.py:critique {reason}" in row["reason"] or reason in row["reason"]
+    assert "pydantic" not in finished.stderr
+
+
+def test_a_program_that_cannot_be_called_so_is_told_how(srt, folder):
+    (folder / "mine.py").write_text(
+        "def short(prompt):\n    return 'x'\n\nasync def later(prompt, response):\n    return 'x'\n"
+    )
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "given"}])
+    for name, said in (
+        ("short", "It is called as critique(prompt, response), which returns feedback and an"),
+        ("later", "returned a coroutine: it is an async function, and is to be a plain one"),
+    ):
+        finished = srt("collect-feedback", "--critic", f"python:mine.py:{name}", "--overwrite")
+        assert finished.code == 3
+        assert said in finished.stderr
+
+
+def test_a_program_that_was_edited_is_named_before_it_is_asked_again(srt, folder):
+    assert collect(srt).code == 0
+    with (folder / "critic.py").open("a") as program:
+        program.write("# a comment\n")
+    again = collect(srt)
+    assert again.code == 0
+    said = "python:critic.py:critique has changed since the run that ended 20"
+    assert said in again.stderr
+    assert "its replies are asked for again" in again.stderr
+    assert "has changed" not in collect(srt).stderr
+
+
 def test_more_failures_than_allowed_exit_3(srt):
     finished = collect(srt, "--max-failures", "0", critic="broken")
     assert finished.code == 3

@@ -106,10 +106,18 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
     False when the user asked for something again (--reparse, --retry-failed, ...).
     """
     again = options.reparse or options.retry_failed or options.import_batch or options.export_batch
-    if again or not run.up_to_date or run.earlier is None:
+    if run.earlier is None:
+        return False
+    models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
+    for model in job.models:
+        if models.get(model.spec, model.identity) != model.identity:
+            console.say(
+                f"{model.spec} has changed since the run that ended {run.earlier.finished}: its replies "
+                "are asked for again"
+            )
+    if again or not run.up_to_date:
         return False
     statuses = run.earlier.tally("statuses", dict[str, int]) or {}
-    models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
     if statuses.get("failed") or models != {model.spec: model.identity for model in job.models}:
         return False
     console.result(

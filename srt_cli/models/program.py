@@ -8,28 +8,39 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Final
+
+from pydantic import ValidationError
 
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.models import Reply, Request, Task, part_reply
+from srt_cli.models import Reply, Request, Task, TaskKind, part_reply
 from srt_cli.records import Feedback
+from srt_cli.tables import one_line
 from srt_cli.templates import render_feedback, render_parts, render_preference, render_refinement
+
+CALLED_AS: Final[Mapping[TaskKind, str]] = {
+    "critique": "critique(prompt, response), which returns feedback and an improved text",
+    "score": "critique(prompt, response), which returns feedback and an improved text",
+    "judge": "judge(prompt, a, b), which returns 1 where a is better, 0 where b is",
+    "check": "check(prompt, response), which returns 1 (or True) for a good response, else less, or "
+    "a dict of named parts",
+    "respond": "respond(prompt), which returns a text",
+    "refine": "refine(prompt, response, feedback), which returns an improved text",
+    "contrast": "contrast(prompt, response), which returns the response with one fault",
+}
 
 
 class ProgramModel:
-    """A callable behind the door.
+    """A callable behind the door, called as `CALLED_AS` tells; `prompt` is a `records.Prompt`.
 
-    It is called as `critique(prompt, response) -> (Feedback, refinement)`,
-    `judge(prompt, a, b) -> float` (1 prefers a), `check(prompt, response) -> float` (1 passes, less
-    is a share; or a dict of named parts, whose first stands for all), `respond(prompt) -> str`,
-    `refine(prompt, response, feedback) -> str`, or `contrast(prompt, response) -> str` (the response
-    with one fault); `prompt` is the input row as a `records.Prompt`. What it raises fails that row
-    only.
+    What it raises, and what it returns that is something else, fails that row only.
     """
 
     batched = False
@@ -70,29 +81,80 @@ class ProgramModel:
         self._begun += 1
         if request.task is None:
             raise SrtError(f"{self.spec} is a program; it cannot continue a chat.")
+        task = request.task
         try:
-            text = _render(request.task, self._callable(request.task.prompt, *request.task.texts))
+            value = self._callable(task.prompt, *task.texts)
         except (Exception, SystemExit) as error:  # user code may raise anything; the row says what
-            reason = f"{type(error).__name__}: {error}"
-            return Reply(text="", finish_reason="failed", error=f"{self.spec} raised {reason}")
+            return self._failed(f"raised {_told(error, task.kind)}")
+        try:
+            text = _render(task, value)
+        except (TypeError, ValueError) as error:
+            return self._failed(f"returned {error}. It is called as {CALLED_AS[task.kind]}")
         return part_reply(Reply(text=text, finish_reason="stop"))
+
+    def _failed(self, what: str) -> Reply:
+        return Reply(text="", finish_reason="failed", error=f"{self.spec} {what}")
+
+
+def _told(error: BaseException, kind: TaskKind) -> str:
+    """An error of user code, with its place there; one of the call itself with the way it is called."""
+    said = f"{type(error).__name__}: {error}"
+    steps = traceback.extract_tb(error.__traceback__)[1:]
+    if not steps:
+        return f"{said}. It is called as {CALLED_AS[kind]}"
+    return f"{said} ({Path(steps[-1].filename).name}:{steps[-1].lineno})"
 
 
 def _render(task: Task, value: Any) -> str:
-    """What the program returned, as the text a model would have written."""
+    """What the program returned, as the text a model would have written.
+
+    Raises `TypeError` or `ValueError` saying what it is, where it is something else.
+    """
+    if inspect.iscoroutine(value):
+        value.close()
+        raise TypeError("a coroutine: it is an async function, and is to be a plain one")
     if task.kind in ("respond", "refine", "contrast"):
-        if not isinstance(value, str):
-            raise TypeError(f"expected a text, got {type(value).__name__}")
-        return value
+        return _as_text(value)
     if task.kind == "check" and isinstance(value, Mapping):
-        return render_parts(value)
+        return render_parts({name: _as_number(part) for name, part in value.items()})
     if task.kind in ("judge", "check"):
-        return render_preference(float(value))
-    feedback, refinement = value
-    feedback = Feedback.model_validate(feedback)
+        return render_preference(_as_number(value))
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+        raise TypeError(f"{_shown(value)}, which is no pair")
+    feedback = _as_feedback(value[0])
     if task.kind == "score":
         return render_feedback(feedback)
-    return render_feedback(feedback) + render_refinement(refinement)
+    return render_feedback(feedback) + render_refinement(_as_text(value[1]))
+
+
+def _as_feedback(value: Any) -> Feedback:
+    score = value.get("score") if isinstance(value, Mapping) else None
+    if isinstance(score, bool):
+        raise TypeError(f"the score {score}, which is no number")
+    try:
+        return Feedback.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        what = f"feedback whose {where} is wrong" if where else "something else as feedback"
+        raise ValueError(f"{what} ({first['msg'].lower()}): {_shown(value)}") from None
+
+
+def _as_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{_shown(value)} where a text is expected")
+    return value
+
+
+def _as_number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{_shown(value)} where a number is expected") from None
+
+
+def _shown(value: Any) -> str:
+    return one_line(repr(value))
 
 
 def _load(location: str) -> tuple[Callable[..., Any], str]:
@@ -183,7 +245,7 @@ def _import_file(path: Path) -> ModuleType:
     writes_none, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # no litter in your folder
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise SrtError(f"{path}: cannot be imported ({type(error).__name__}: {error}).") from error
     finally:
         sys.path.remove(str(path.resolve().parent))

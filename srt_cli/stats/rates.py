@@ -197,8 +197,9 @@ def _wilson(hits: float, n: int) -> Estimate:
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference | None:
     """Difference a - b of shares over the same items.
 
-    mean(d) ± t * sd(d) / sqrt(n) within -1 and 1; McNemar's exact test is the binomial test of the items where one
-    side is above 1/2 and the other is not (with none, 1). None with fewer than two items.
+    mean(d) ± t * sd(d) / sqrt(n) within -1 and 1; McNemar's exact test is the binomial test of the
+    items where one side is above 1/2 and the other is not (with none, 1). None with fewer than two
+    items.
     """
     if len(a) != len(b):
         raise ValueError(f"paired figures need the same items: {len(a)} and {len(b)}")
