@@ -465,3 +465,11 @@ def test_the_last_verdict_outside_fences_counts(text, verdict):
     from srt_cli.templates import parse_verdict
 
     assert parse_verdict(text) == verdict
+
+
+def test_a_judge_without_a_verdict_is_quoted(srt, folder):
+    (folder / "bad.py").write_text("def judge(prompt, a, b):\n    return 'A'\n")
+    finished = evaluate(srt, judge="python:bad.py:judge")
+    assert finished.code == 3
+    said = "the first reply without one: \"python:bad.py:judge returned 'A' where a number is expected."
+    assert said in finished.stderr

@@ -28,6 +28,7 @@ from srt_cli.stats.rates import (
     strict_win_rate,
     win_rate,
 )
+from srt_cli.tables import one_line
 
 LONGER_BY_CHARACTERS: Final = 30
 LENGTH_BINS: Final = (0.1, 0.25)
@@ -68,6 +69,8 @@ class Ruling:
     by_length: tuple[LengthBin, ...]
     statuses: dict[str, int]
     statuses_by_order: dict[str, dict[str, int]]
+    first_unread: str
+    """What the judge said, in one line, where it first gave no verdict; empty where it always did."""
     pairs: int
     valid_pairs: int
 
@@ -101,6 +104,8 @@ class Ruling:
                 f"{self.pairs - self.valid_pairs} of {self.pairs} pairs have no valid verdict "
                 f"{wanted}of {self.judge} ({bad or 'missing'}) and are not scored"
             )
+            if self.first_unread:
+                why += f"; the first reply without one: {self.first_unread!r}"
             found.append(Doubt("no verdict", why))
         return found
 
@@ -174,6 +179,7 @@ def count_verdicts(
         prefers_longer=discrete_win_rate(longer),
         by_length=_by_length(y, lengths, reference),
         statuses=dict(Counter(verdict.status for verdict in verdicts)),
+        first_unread=next((one_line(v.raw) for v in verdicts if v.status != "ok"), ""),
         statuses_by_order={order: dict(counts) for order, counts in sorted(by_order.items())},
         pairs=len(opponents),
         valid_pairs=len(valid),
