@@ -195,13 +195,13 @@ def share_with_interval(estimate: "Estimate | None") -> str:
 def interval_of(
     estimate: "Estimate", possible: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float]:
-    """Its 95 % interval; where all items are alike, what that many leave possible.
+    """Its 95 % interval, within what is possible; where all items are alike, what that many leave so.
 
     No spread is no certainty: of n items all alike, Wilson's interval leaves the share z² / (n + z²) of
     others, which may lie anywhere.
     """
     if estimate.low < estimate.high or estimate.n < 2:
-        return estimate.low, estimate.high
+        return max(possible[0], estimate.low), min(possible[1], estimate.high)
     others = Z**2 / (estimate.n + Z**2)
     low, high = (estimate.value + others * (end - estimate.value) for end in possible)
     return low, high

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srt_cli import console
-from srt_cli.tables import Table, tell_apart
+from srt_cli.stats.rates import Estimate
+from srt_cli.tables import Table, interval_of, share_with_interval, tell_apart
 
 MODELS = [
     "SmolLM2-135M-Instruct",
@@ -71,6 +72,11 @@ def test_no_figure_is_cut_and_a_file_has_no_width(monkeypatch, capsys, is_termin
         assert "12.3k" in told
     else:
         assert told.count("1.89k/3.71k/12.3k   ") == len(MODELS)
+
+
+def test_an_interval_is_shown_within_what_is_possible():
+    assert interval_of(Estimate(0.5, -5.8, 6.8, 2, 0.5), (-1.0, 1.0)) == (-1, 1)
+    assert share_with_interval(Estimate(0.9, 0.7, 1.1, 5, 0.1)) == "90% [70, 100]"
 
 
 def test_more_things_than_fit_stand_in_a_further_table_with_their_names_whole_enough():

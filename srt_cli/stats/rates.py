@@ -195,11 +195,10 @@ def _wilson(hits: float, n: int) -> Estimate:
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifference | None:
-    """Difference a - b of shares over the same items.
+    """Difference a - b over the same items.
 
-    mean(d) ± t * sd(d) / sqrt(n) within -1 and 1; McNemar's exact test is the binomial test of the
-    items where one side is above 1/2 and the other is not (with none, 1). None with fewer than two
-    items.
+    mean(d) ± t * sd(d) / sqrt(n); McNemar's exact test is the binomial test of the items where one
+    side is above 1/2 and the other is not (with none, 1). None with fewer than two items.
     """
     if len(a) != len(b):
         raise ValueError(f"paired figures need the same items: {len(a)} and {len(b)}")
@@ -213,8 +212,8 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     discordant = only_a + only_b
     # Two-sided at one half: the distribution is symmetric, so both tails are alike.
     p_value = min(1.0, 2 * float(bdtr(min(only_a, only_b), discordant, 0.5)))
-    smallest = min(1.0, DETECTABLE * (estimate.standard_error or 0.0))
-    return PairedDifference(within(estimate, -1.0), only_a, only_b, p_value, smallest)
+    smallest = DETECTABLE * (estimate.standard_error or 0.0)
+    return PairedDifference(estimate, only_a, only_b, p_value, smallest)
 
 
 def difference_to_half(values: Sequence[float]) -> PairedDifference | None:
