@@ -2,7 +2,9 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+import re
+import shlex
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,14 +20,24 @@ TOOL_ROLES: Final = (
     "tool", "function", "function_call", "function_response",
     "observation", "tool_call", "tool_response",
 )  # fmt: skip
+ALL_ROLES: Final = frozenset({"system", "user", "assistant", *ROLES, *TOOL_ROLES})
 TEXT_PARTS: Final = frozenset({"text", "input_text", "output_text"})
 NEAREST: Final = {
     "prompt": '{"prompt": TEXT}',
     "instruction": '{"instruction": TEXT, "input": TEXT}',
     "messages": '{"messages": [{"role": "user", "content": TEXT}]}',
     "conversations": '{"conversations": [{"from": "human", "value": TEXT}]}',
+    "question": '{"question": TEXT}',
 }
-"""Each form by the field that shows it."""
+"""Each form by the field that shows it; of several the first counts."""
+SYSTEMS: Final = ("system", "system_prompt")
+PROMPT_FIELDS: Final = (*NEAREST, "input", "context", *SYSTEMS, "history")
+"""Fields that a prompt is made of."""
+KNOWN: Final = frozenset({*PROMPT_FIELDS, "response", "id"})
+LIKELY: Final = (*NEAREST, "query", "input", "text", "user", "request", "task", "problem")
+"""What people call a field that holds a prompt."""
+ANSWERS: Final = ("output", "answer", "completion")
+"""What people call an answer, which may be one to learn from or one to compare with."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ class RowAsRead:
 def read_row(row: Mapping[str, Any], names: FieldNames | None = None) -> RowAsRead:
     """Read a row in any of the forms; `ValueError`, with a sentence for the user, for any other."""
     names = names or FieldNames()
-    rest = dict(row)
+    rest = plainly_named(row, KNOWN, (names.prompt, names.response, names.id))
     form, where, asked = _take_prompt(rest, names.prompt)
     response = _take(rest, names.response or "response", required=names.response is not None)
     given = _take(rest, names.id or "id", required=names.id is not None)
@@ -64,10 +76,9 @@ def read_row(row: Mapping[str, Any], names: FieldNames | None = None) -> RowAsRe
     if asked is None or (isinstance(asked, str) and not asked.strip()):
         raise ValueError("the prompt is empty")
     left_out: dict[str, None] = {}
+    turns = [{"role": "user", "content": asked}] if isinstance(asked, str) else []
     if isinstance(asked, list):
         turns = [each for each in map_turns(where, asked, left_out) if each is not None]
-        if form == SHAREGPT and isinstance(rest.get("system"), str) and rest["system"].strip():
-            turns.insert(0, {"role": "system", "content": rest.pop("system")})
         if turns and turns[-1]["role"] == "assistant":
             closing = turns.pop()
             response = closing["content"] if response is None else response
@@ -76,13 +87,80 @@ def read_row(row: Mapping[str, Any], names: FieldNames | None = None) -> RowAsRe
         if form == "messages" and (left_out or rest.get("tools") or rest.get("functions")):
             form = "OpenAI fine-tuning messages"
         left_out |= {name: None for name in ("tools", "functions") if rest.get(name)}
-        asked = turns
     elif not isinstance(asked, str):
         raise ValueError(f"the prompt is {type(asked).__name__}, not text or messages")
+    before, beside = _turns_before(rest, turns, left_out)
+    if beside and (form, beside) != (SHAREGPT, ["system"]):
+        form += f" with {' and '.join(beside)}"
     if response is not None:
         response = text_of(response, names.response or "response")
     identifier = None if given is None else str(given)
-    return RowAsRead(form, asked, response, identifier, rest, tuple(left_out))
+    prompt = asked if isinstance(asked, str) and not before else [*before, *turns]
+    return RowAsRead(form, prompt, response, identifier, rest, tuple(left_out))
+
+
+def plainly_named(
+    row: Mapping[str, Any], known: Container[str], kept: Container[str | None] = ()
+) -> dict[str, Any]:
+    """A row whose `Prompt ` is called `prompt`, where it has no field of the very name that is known.
+
+    Names in `kept` stay as they are.
+    """
+    named: dict[str, Any] = {}
+    for name, value in row.items():
+        plain = name if name in known or name in kept else name.strip().lower()
+        taken = plain not in known or plain in named or (plain != name and plain in row)
+        named[name if taken else plain] = value
+    return named
+
+
+def _turns_before(
+    rest: dict[str, Any], turns: list[dict[str, str]], left_out: dict[str, None]
+) -> tuple[list[dict[str, str]], list[str]]:
+    """The turns that stand in fields of their own, and the fields, which are taken out of the row.
+
+    A system turn of the chat itself stands; another one beside it is left out.
+    """
+    before = _history(rest.get("history"), left_out)
+    beside = ["history"] if before else []
+    name = next((name for name in SYSTEMS if has_text(rest.get(name))), None)
+    if name is not None:
+        own = [turn["content"] for turn in [*before, *turns] if turn["role"] == "system"]
+        if own and rest[name] not in own:
+            left_out[name] = None
+        if not own:
+            before.insert(0, {"role": "system", "content": rest[name]})
+            beside.insert(0, name)
+    for each in beside:
+        del rest[each]
+    return before, beside
+
+
+def has_text(value: Any) -> bool:
+    """Whether a field holds a text that says anything."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _history(value: Any, left_out: dict[str, None]) -> list[dict[str, str]]:
+    """Earlier turns: pairs of a question and its answer, or turns; left out where it is neither."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            left_out["history"] = None
+            return []
+    if not value:
+        return []
+    turns: list[dict[str, str]] = []
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        return [turn for turn in map_turns("history", value, left_out) if turn is not None]
+    for pair in value if isinstance(value, list) else [value]:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            left_out["history"] = None
+            return []
+        roles = ("user", "assistant")
+        turns += [{"role": role, "content": text} for role, text in zip(roles, pair, strict=True)]
+    return turns
 
 
 def _take_prompt(rest: dict[str, Any], prompt_field: str | None) -> tuple[str, str, Any]:
@@ -99,11 +177,14 @@ def _take_prompt(rest: dict[str, Any], prompt_field: str | None) -> tuple[str, s
     value = rest.pop(field)
     if field == "prompt":
         return ("prompt" if isinstance(value, str) else "prompt turns"), field, value
-    if field == "instruction":
-        context = rest.pop("input", None)
-        if not context or not isinstance(value, str):
-            return "instruction", field, value
-        return "instruction and input", field, f"{value}\n\n{context}"
+    if field in ("instruction", "question"):
+        further = rest.pop("input", None) if field == "instruction" else None
+        name = "input" if further else "context"
+        if not further and has_text(rest.get("context")):
+            further = rest.pop("context")
+        if not further or not isinstance(value, str):
+            return field, field, value
+        return f"{field} and {name}", field, f"{value}\n\n{further}"
     form = "messages" if field == "messages" else SHAREGPT
     if isinstance(value, str):
         chat = chat_in(value)
@@ -178,7 +259,8 @@ def map_turns(
         role = said.pop(role_field, None)
         if not isinstance(role, str):
             raise ValueError(f"{place} has no role (found: {', '.join(said) or 'nothing'})")
-        if role not in ("system", "user", "assistant", *ROLES, *TOOL_ROLES):
+        role = role if role.strip().lower() not in ALL_ROLES else role.strip().lower()
+        if role not in ALL_ROLES:
             raise ValueError(
                 f"role: input {role!r} ({place}.{role_field}) is no role that srt knows: system, user, "
                 f"assistant, {', '.join(ROLES)}, or of tools"
@@ -244,21 +326,34 @@ def _role(turn: Mapping[str, Any]) -> str:
 
 
 def _not_recognised(rest: Mapping[str, Any]) -> str:
-    """Which fields there are, and which form comes nearest."""
+    """Which fields there are, which of them may hold the prompt, and which form comes nearest."""
     near = {
-        name: match[0]
-        for name in rest
-        if (match := difflib.get_close_matches(name.lower(), list(NEAREST), n=1, cutoff=0.7))
+        name: kind
+        for name, value in rest.items()
+        if isinstance(value, str | list) and (kind := _likely(name)) is not None
     }
-    chats = [
-        name
+    lists = {
+        name: value[0]
         for name, value in rest.items()
         if isinstance(value, list) and value and isinstance(value[0], Mapping)
-    ]
-    texts = [name for name, value in rest.items() if isinstance(value, str) and name != "id"]
-    guess = [*near, *chats[:1], *reversed(texts), "FIELD"][0]
-    form = near.get(guess, "messages" if guess in chats else "prompt")
-    return (
-        f'no "prompt", "instruction" or "messages" (found: {", ".join(rest) or "nothing"}). '
-        f"Rename the field or pass --prompt-field {guess}. The nearest known form is {NEAREST[form]}"
-    )
+    }
+    chats = [name for name, turn in lists.items() if {"role", "from"} & turn.keys()]
+    found = f'no "prompt", "instruction" or "messages" (found: {", ".join(rest) or "nothing"}). '
+    within = next((name for name, inner in lists.items() if inner.keys() & NEAREST.keys()), None)
+    if within is not None and len(rest) == 1:
+        take_out = shlex.quote(f".{json.dumps(within)}[]")
+        return f"{found}The rows stand within it: jq -c {take_out} FILE > ROWS.jsonl"
+    guess = next((name for name in (*near, *chats) if name not in lists or name in chats), None)
+    kind = near.get(guess or "", "messages" if lists else "prompt")
+    form = NEAREST.get(kind, NEAREST["prompt"])
+    option = f" or pass --prompt-field {shlex.quote(guess)}" if guess is not None else ""
+    return f"{found}Rename the field{option}. The nearest known form is {form}"
+
+
+def _likely(name: str) -> str | None:
+    """What people call a prompt that a field's name comes near to; None where it is another thing's."""
+    words = re.findall("[a-z]+", name.lower())
+    if "id" in words or "system" in words:
+        return None
+    close = difflib.get_close_matches(name.strip().lower(), LIKELY, n=1, cutoff=0.7)
+    return next((word for word in (*close, *words) if word in LIKELY), None)

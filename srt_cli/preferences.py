@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from srt_cli.forms import chat_in, map_turns, read_row
+from srt_cli.forms import (
+    PROMPT_FIELDS,
+    SYSTEMS,
+    chat_in,
+    has_text,
+    map_turns,
+    plainly_named,
+    read_row,
+)
 from srt_cli.prompts import files_in_words, rows_at
 from srt_cli.records import Preference
 from srt_cli.runs.jsonl import naming_row
+from srt_cli.templates import number_in
 
 OURS: Final = "TRL's conversational preferences"
 IMPLICIT: Final = ", implicit prompt"
@@ -19,6 +28,7 @@ SCORES: Final = {
 }
 """What others call the scores of the two answers."""
 PROMPTS: Final = ("prompt", "instruction", "question", "conversations", "messages")
+FIELDS: Final = frozenset({*PROMPT_FIELDS, *SCORES, "id"})
 _SPEAKER: Final = re.compile(r"(?:^|\n\n)\s*(Human|Assistant):")
 _SPEAKERS: Final = {"Human": "user", "Assistant": "assistant"}
 
@@ -97,14 +107,16 @@ def read_pair(row: Mapping[str, Any], identifier: str) -> PairAsRead:
 
     Raises `ValueError` with a sentence for the user, or pydantic's error, for any other.
     """
-    rest = {name: value for name, value in row.items() if value is not None}
+    named = plainly_named(row, FIELDS)
+    # pandas and parquet have NaN where nothing is.
+    rest = {name: each for name, each in named.items() if each is not None and each == each}
     for name in ("images", "videos", "audios", "image"):
         if rest.get(name):
             raise ValueError(f"{name}: srt reads text alone")
     notes: dict[str, None] = {}
     form, prompt, chosen, rejected = _three_parts(rest, notes)
-    system = rest.get("system")
-    if isinstance(system, str) and system.strip() and prompt and prompt[0]["role"] != "system":
+    system = next((rest[name] for name in SYSTEMS if has_text(rest.get(name))), None)
+    if system is not None and prompt and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
     if prompt and prompt[-1]["role"] != "user":
         raise ValueError("the conversation has no user turn to answer")
@@ -175,10 +187,8 @@ def _prompt_of(rest: Mapping[str, Any], field: str, notes: dict[str, None]) -> T
     told = _transcript(value) if isinstance(value, str) else None
     if told:
         return told
-    fields = {field: value} | {name: rest[name] for name in ("input",) if name in rest}
-    if field == "question":
-        fields = {"prompt": value}
-    read = read_row(fields)
+    beside = ("input", "context", "history")
+    read = read_row({field: value} | {name: rest[name] for name in beside if name in rest})
     notes |= dict.fromkeys(read.left_out)
     if isinstance(read.prompt, str):
         return [{"role": "user", "content": read.prompt}]
@@ -248,10 +258,9 @@ def _transcript(text: str) -> Turns | None:
 def _score_of(rest: Mapping[str, Any], side: str) -> float | None:
     for name in SCORES[side]:
         if name in rest:
-            try:
-                return float(rest[name])
-            except (TypeError, ValueError):
-                raise ValueError(f"{name} is {rest[name]!r}, not a number") from None
+            if (score := number_in(rest[name])) is None:
+                raise ValueError(f"{name} is {rest[name]!r}, not a number")
+            return score
     return None
 
 

@@ -1,12 +1,15 @@
 """Where prompts come from: files in many formats, stdin, or a dataset on the hub."""
 
+import codecs
 import csv
 import glob
 import hashlib
 import io
+import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,10 +17,20 @@ import orjson
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
-from srt_cli.forms import FieldNames, RowAsRead, read_row
+from srt_cli.forms import ANSWERS, FieldNames, RowAsRead, read_row
 from srt_cli.options import SIDE_FILES
 from srt_cli.records import Message, Prompt
-from srt_cli.runs.jsonl import is_stream, naming_row, open_bytes, read_rows, refuse_deep
+from srt_cli.runs.jsonl import (
+    is_stream,
+    lines_of,
+    naming_row,
+    not_utf8,
+    open_bytes,
+    parse_lines,
+    read_rows,
+    refuse_deep,
+)
+from srt_cli.stats.hygiene import plain_form
 from srt_cli.tables import many
 
 HUB_PREFIX: Final = "hf:"
@@ -25,6 +38,7 @@ FORMATS: Final = {
     ".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV",
     ".parquet": "parquet", ".arrow": "arrow", ".feather": "arrow",
 }  # fmt: skip
+DELIMITERS: Final = {",": "commas", ";": "semicolons", "\t": "tabs"}
 COMPRESSED: Final = (".gz", ".zst")
 NOTES: Final = frozenset(
     {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -58,6 +72,8 @@ class PromptSource:
     read: Callable[[], Iterator[Prompt]]
     recognised: str | None
     """What the rows were taken for; None for a JSONL file of ours, in which nothing stands out."""
+    answers: str | None = None
+    """A field that may hold the responses, where rows have none by that name."""
 
     def tell(self) -> None:
         """Say what was recognised, if anything is to be said."""
@@ -77,7 +93,8 @@ def prompts_from(location: str, selection: Selection) -> PromptSource:
             break
         read, prompt = _prompt_of(name, number, row, selection.names)
         if not survey.take(position, read, prompt, unique=selection.unique):
-            raise _repeated_id(rows(), name, number, prompt.id, selection.names)
+            first = _first_with(rows(), prompt.id, selection.names)
+            raise _repeated_id(first, (name, number, row), read, prompt)
 
     def again() -> Iterator[Prompt]:
         taken = 0
@@ -91,8 +108,9 @@ def prompts_from(location: str, selection: Selection) -> PromptSource:
     inputs = {"prompts": files[0]} if len(files) == 1 else {}
     if len(files) > 1:
         inputs = {f"prompts {number}": file for number, file in enumerate(files, start=1)}
+    survey.empty = len(rows.empty)
     said = survey.sentence(location, files, unique=selection.unique)
-    return PromptSource(survey.count, survey.without_response, inputs, again, said)
+    return PromptSource(survey.count, survey.without_response, inputs, again, said, survey.answers)
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,20 @@ def read_prompts(location: str) -> Iterator[Prompt]:
     yield from prompts_from(location, Selection()).read()
 
 
-def rows_at(location: str) -> tuple[Callable[[], Iterable[NumberedRow]], list[Path]]:
+@dataclass
+class RowSource:
+    """What reads the rows of a location from the beginning, as often as it is called."""
+
+    read: Callable[[list[int]], Iterable[NumberedRow]]
+    empty: list[int] = field(default_factory=list)
+    """The numbers of empty rows, which spreadsheets leave behind, in the last reading so far."""
+
+    def __call__(self) -> Iterable[NumberedRow]:
+        self.empty.clear()
+        return self.read(self.empty)
+
+
+def rows_at(location: str) -> tuple[RowSource, list[Path]]:
     """What reads the rows from the beginning, and the files that they are in."""
     if location.startswith(HUB_PREFIX):
         from srt_cli.models.hub import open_hub_rows
@@ -150,14 +181,30 @@ def rows_at(location: str) -> tuple[Callable[[], Iterable[NumberedRow]], list[Pa
         if not name:
             raise UsageError(f"{location}: which dataset? Write hf:NAME or hf:NAME:SPLIT.")
         shared = open_hub_rows(name, split or "train")
-        return lambda: ((location, n, row) for n, row in enumerate(shared, start=1)), []
+        return RowSource(
+            lambda _: ((location, n, row) for n, row in enumerate(shared, start=1))
+        ), []
     path = Path(location)
     if is_stream(path):
         # Stdin, or what a shell makes of <(COMMAND): it can be read only once.
-        held = [(location, number, row) for number, row in read_rows(path)]
-        return lambda: held, []
+        held = [(location, number, row) for number, row in _read_stream(path)]
+        return RowSource(lambda _: held), []
     files = find_files(location)
-    return lambda: ((str(f), n, row) for f in files for n, row in read_file(f)), files
+    return (
+        RowSource(
+            lambda empty: ((str(f), n, row) for f in files for n, row in read_file(f, empty))
+        ),
+        files,
+    )
+
+
+def _read_stream(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    """JSONL, or one JSON array, through a pipe."""
+    with open_bytes(path) as file:
+        content = file.read()
+    if _is_array(content):
+        return _parse_array(path, content)
+    return parse_lines(path, lines_of(io.BytesIO(content)))
 
 
 def _prompt_of(
@@ -168,6 +215,20 @@ def _prompt_of(
         return read, Prompt.of(read)
 
 
+def names_of(prompts: Iterable[Prompt]) -> Callable[[Prompt], list[str]]:
+    """What tells the plain texts by which others may name one of these prompts.
+
+    That without a system turn is one of them where no other prompt has the same.
+    """
+    counts = Counter(hash(plain_form(prompt.texts[-1])) for prompt in prompts)
+
+    def names(prompt: Prompt) -> list[str]:
+        texts = [plain_form(text) for text in prompt.texts]
+        return texts if counts[hash(texts[-1])] == 1 else texts[:1]
+
+    return names
+
+
 class _Survey:
     """What the rows are, counted in the first reading; eight bytes of each are kept to compare."""
 
@@ -175,6 +236,8 @@ class _Survey:
         self.count = 0
         self.without_response = 0
         self.repeated = 0
+        self.empty = 0
+        self.answers: str | None = None
         self.dropped: set[int] = set()
         """Positions of the rows that repeat a prompt, where each is wanted once."""
         self._forms: Counter[str] = Counter()
@@ -200,6 +263,8 @@ class _Survey:
         self._ids.add(known)
         self.count += 1
         self.without_response += prompt.response is None
+        if prompt.response is None and self.answers is None:
+            self.answers = next((name for name in ANSWERS if read.rest.get(name)), None)
         self._forms[read.form] += 1
         self._left_out.update(read.left_out)
         return True
@@ -212,6 +277,7 @@ class _Survey:
             and self._forms.keys() <= {"prompt"}
             and not self._left_out
             and not self.repeated
+            and not self.empty
         ):
             return None
         forms = " and ".join(
@@ -227,6 +293,8 @@ class _Survey:
         if self.repeated:
             done = ", left out" if unique else " (--unique leaves them out)"
             said += f"; {many(self.repeated, 'row')} with an earlier prompt{done}"
+        if self.empty:
+            said += f"; {many(self.empty, 'empty row')} left out"
         return said + "."
 
 
@@ -234,18 +302,33 @@ def _short(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def _repeated_id(
-    rows: Iterable[NumberedRow], name: str, number: int, identifier: str, names: FieldNames
-) -> SrtError:
-    """The error for an id that stands twice; it reads again to find where it stood first."""
-    for first_name, first, row in rows:
-        if _prompt_of(first_name, first, row, names)[1].id == identifier:
-            break
-    where = f"on line {first}" if first_name == name else f"in {first_name}, line {first}"
-    return SrtError(
-        f"{name}:{number}: id {identifier!r} is already {where}. Give each row its own id, or pass "
-        "--unique where the same prompt stands several times."
+def _first_with(
+    rows: Iterable[NumberedRow], identifier: str, names: FieldNames
+) -> tuple[str, int, Prompt]:
+    """Where an id stood first, and its prompt."""
+    return next(
+        (name, number, prompt)
+        for name, number, row in rows
+        if (prompt := _prompt_of(name, number, row, names)[1]).id == identifier
     )
+
+
+def _repeated_id(
+    first: tuple[str, int, Prompt], place: NumberedRow, read: RowAsRead, prompt: Prompt
+) -> SrtError:
+    """The error for an id that stands twice, or a prompt without an id that does."""
+    (first_name, line, before), (name, number, _) = first, place
+    where = f"on line {line}" if first_name == name else f"in {first_name}, line {line}"
+    if read.id is not None or before.messages != prompt.messages:
+        told = f"id {prompt.id!r} is already {where}. Give each row its own id, or pass "
+        told += "--unique where the same prompt stands several times."
+    else:
+        other = ", with another response" if before.response != prompt.response else ""
+        told = (
+            f"this prompt is already {where}{other}. Give each row an id of its own to keep both, "
+        )
+        told += "or pass --unique to keep the first."
+    return SrtError(f"{name}:{number}: {told}")
 
 
 # --- Files as others write them ----------------------------------------------------------------
@@ -272,6 +355,7 @@ def find_files(location: str) -> list[Path]:
                 f"{location}: is a directory, where a JSONL file is expected, or a folder of data "
                 f"files ({', '.join(FORMATS)})."
             )
+        _refuse_splits(path, found)
         formats = {format_of(file): file.name for file in found}
         if len(formats) > 1:
             raise SrtError(
@@ -288,13 +372,61 @@ def find_files(location: str) -> list[Path]:
     return files
 
 
+_SPLIT: Final = re.compile(
+    r"(?:^|[^a-z])(train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?![a-z])",
+    re.IGNORECASE,
+)
+_SHARD: Final = re.compile(r"(.+?)-\d{5}-of-\d{5}")
+
+
+def _refuse_splits(folder: Path, files: Sequence[Path]) -> None:
+    """Raise `SrtError` where a folder holds several splits: what is held out must not be trained on."""
+    is_dict = (folder / "dataset_dict.json").is_file()
+    places: dict[str, str] = {}
+    for file in files:
+        inside = file.relative_to(folder).parts
+        split, depth = (inside[0], 0) if is_dict else _split_of(inside)
+        beside = file.parent / f"*{split}*{file.suffix}"
+        alone = folder.joinpath(*inside[: depth + 1]) if depth < len(inside) - 1 else beside
+        places.setdefault(split, str(alone))
+    named = sorted(filter(None, places), key=lambda split: not split.lower().startswith("train"))
+    held_out = [split for split in named if not split.lower().startswith("train")]
+    if len(named) > 1 or (held_out and "" in places):
+        shown = ", ".join(named) + (" and others" if "" in places else "")
+        raise SrtError(
+            f"{folder}: holds several splits ({shown}). Pass one of them: "
+            f"{shlex.quote(places[named[0]])}."
+        )
+
+
+def _split_of(inside: Sequence[str]) -> tuple[str, int]:
+    """The split that a part of a file's path tells, as `datasets` reads names, and which part.
+
+    An empty split where none does.
+    """
+    for depth, part in enumerate(inside):
+        if found := _SPLIT.search(part):
+            shard = _SHARD.match(part)
+            return (shard or found)[1], depth
+    return "", 0
+
+
 def files_in_words(files: Sequence[Path]) -> str:
     """How many files of which format, e.g. " in 3 parquet files"; nothing for one of JSONL."""
     formats = sorted({format_of(file) or "JSONL" for file in files})
     if len(files) <= 1 and formats in ([], ["JSONL"]):
         return ""
+    details = sorted({detail for file in files for detail in _details_of(file)})
     named = " and ".join(formats)
-    return f" in a {named} file" if len(files) == 1 else f" in {len(files)} {named} files"
+    article = "an" if named == "arrow" else "a"
+    told = f" in {article} {named} file" if len(files) == 1 else f" in {len(files)} {named} files"
+    return f"{told} ({', '.join(details)})" if details else told
+
+
+def _details_of(file: Path) -> Iterator[str]:
+    """What is not as the name of a file has it."""
+    if format_of(file) == "CSV" and (found := _delimiter_of(file)) != _named_delimiter(file):
+        yield f"its columns parted by {DELIMITERS[found]}"
 
 
 def _is_shard(file: Path, folder: Path) -> bool:
@@ -304,10 +436,11 @@ def _is_shard(file: Path, folder: Path) -> bool:
     return file.is_file() and format_of(file) is not None and not hidden and not noted
 
 
-def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_file(path: Path, empty: list[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line or row number, row) from one file in any of the formats, a stretch at a time.
 
-    Only a JSON array is read whole. Raises `SrtError` naming the file and the place.
+    Only a JSON array is read whole. The numbers of empty rows are added to `empty`. Raises
+    `SrtError` naming the file and the place.
     """
     kind = format_of(path)
     if not path.is_file() or kind in (None, "JSONL"):
@@ -315,21 +448,29 @@ def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     elif kind == "JSON":
         yield from _read_json(path)
     elif kind == "CSV":
-        yield from _read_csv(path)
+        yield from _read_csv(path, [] if empty is None else empty)
     else:
         yield from _read_table(path, kind)
 
 
+def _is_array(begins: bytes) -> bool:
+    return begins.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
 def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open_bytes(path) as file:
-        begins = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not begins.startswith(b"["):
+        begins = file.read(64)
+    if not _is_array(begins):
         yield from read_rows(path)
         return
     with open_bytes(path) as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")
+        content = file.read()
+    yield from _parse_array(path, content)
+
+
+def _parse_array(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        rows = orjson.loads(content)
+        rows = orjson.loads(content.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
         raise SrtError(f"{path}: not valid JSON ({error.msg}, line {error.lineno}).") from None
     for number, row in enumerate(rows, start=1):
@@ -341,10 +482,25 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise SrtError(f"{path}: the file is empty.")
 
 
-def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _named_delimiter(path: Path) -> str:
+    return "\t" if ".tsv" in path.suffixes else ","
+
+
+def _delimiter_of(path: Path) -> str:
+    """What parts the columns: as the name has it, unless the header has only another of them."""
+    with open_bytes(path) as file:
+        header = file.readline().decode("utf-8", "replace")
+    counts = {each: len(next(csv.reader([header], delimiter=each), [])) for each in DELIMITERS}
+    named = _named_delimiter(path)
+    return (
+        named if counts[named] > 1 else max(counts, key=lambda each: (counts[each], each == named))
+    )
+
+
+def _read_csv(path: Path, empty: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows by the names in the header; an empty cell is None."""
     csv.field_size_limit(MAX_CELL)
-    delimiter = "\t" if ".tsv" in path.suffixes else ","
+    delimiter = _delimiter_of(path)
     number = 0
     with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
@@ -352,20 +508,33 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             for row in reader:
                 number = reader.line_num
-                if None in row:
+                surplus = row.pop(None, [])
+                if any(surplus):
                     raise SrtError(
                         f"{path}:{number}: has more cells than the header. Quote texts that hold "
                         f"{delimiter!r}."
                     )
-                yield number, {name: value or None for name, value in row.items()}
+                if any(value and value.strip() for value in row.values()):
+                    yield number, {name: value or None for name, value in row.items()}
+                else:
+                    empty.append(number)
         except UnicodeDecodeError:
-            raise SrtError(
-                f"{path}: not UTF-8 after line {number}. Convert it: iconv -f LATIN1 -t UTF-8."
-            ) from None
+            raise _not_utf8(path) from None
         except csv.Error as error:
             raise SrtError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
     if not number:
         raise SrtError(f"{path}: the file is empty. It needs a header and rows.")
+
+
+def _not_utf8(path: Path) -> SrtError:
+    """The error that names the first line which is not UTF-8: a file is decoded some lines ahead."""
+    with open_bytes(path) as file:
+        for number, line in enumerate(lines_of(file), start=1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return SrtError(f"{path}:{number}: {not_utf8(error)}")
+    return SrtError(f"{path}: was changed while srt read it. Run the same line again.")
 
 
 def _read_table(path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -101,6 +101,13 @@ class Prompt(Record):
             return self.prompt[0].content
         return "\n\n".join(f"{turn.role.capitalize()}: {turn.content}" for turn in self.prompt)
 
+    @property
+    def texts(self) -> list[str]:
+        """What others may name the prompt by: its text, and that without its system turn."""
+        turns = [turn for turn in self.messages if turn.role != "system"]
+        without = self.model_copy(update={"prompt": turns})
+        return list(dict.fromkeys([self.text, without.text]))
+
 
 def as_messages(prompt: str | list[Message]) -> list[Message]:
     """A prompt as chat turns; plain text becomes one user turn."""

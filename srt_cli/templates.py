@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from srt_cli.errors import SrtError
 from srt_cli.reading import (
@@ -565,6 +565,22 @@ def _score_from(
         digits_at=words.start("said") + value.start("number"),
         said_at=said_at,
     )
+
+
+def number_in(value: Any, top: float = math.inf) -> float | None:
+    """The number in a field: as it is, or as people write a score, 7,5 or 2/10; None for another thing.
+
+    Only `top`, where the scale ends, may stand behind the number. NaN is what tables have for nothing.
+    """
+    try:
+        number = None if isinstance(value, bool | None) else float(value)
+    except (TypeError, ValueError):
+        text = value.translate(_FULL_WIDTH).strip() if isinstance(value, str) else ""
+        said = _VALUE.fullmatch(text)
+        if said is None or said["digits"] or said["other"] or said["percent"]:
+            return None
+        number = _number(said) if said["top"] is None or float(said["top"]) == top else None
+    return None if number is None or math.isnan(number) else number
 
 
 def _number(value: re.Match[str]) -> float:

@@ -43,9 +43,9 @@ def rows(*rows: object) -> str:
         (rows(["p"]), "prompts.jsonl:1: not a JSON object. This is a JSON array"),
         (rows("p"), "prompts.jsonl:1: not a JSON object."),
         (
-            rows(*[{"prompt": "p"}] * 1, {"id": 1, "question": "q"}),
-            'prompts.jsonl:2: no "prompt", "instruction" or "messages" (found: id, question). '
-            "Rename the field or pass --prompt-field question.",
+            rows(*[{"prompt": "p"}] * 1, {"id": 1, "query": "q"}),
+            'prompts.jsonl:2: no "prompt", "instruction" or "messages" (found: id, query). '
+            "Rename the field or pass --prompt-field query.",
         ),
         (rows({"prompt": "  "}), "prompts.jsonl:1: the prompt is empty."),
         *(

@@ -52,6 +52,8 @@ def turns(*texts: str) -> list[dict[str, str]]:
     return [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+EARLIER = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes?"}]
 WRITTEN, GIVEN = "A written answer.", "A given answer."
 EXPECTED = {
     "prompt": (["One?", "Two?"], [WRITTEN, GIVEN], None),
@@ -72,6 +74,18 @@ EXPECTED = {
         [turns("Be brief.", "One?"), turns("Two?")], [WRITTEN, GIVEN],
         "read as OpenAI fine-tuning messages; left out of the chats: name (1 row), weight (1 row), "
         "tools (1 row).",
+    ),
+    "instruction and context": (
+        ["Translate.\n\nOne", "Translate.\n\nTwo"], [WRITTEN, WRITTEN],
+        "read as instruction and context.",
+    ),
+    "question with system_prompt": (
+        [turns("Be brief.", "One?"), turns("Be brief.", "Two?")], [GIVEN, WRITTEN],
+        "read as question with system_prompt.",
+    ),
+    "instruction with system and history": (
+        [[SYSTEM, *EARLIER, *turns("One?")], [SYSTEM, *EARLIER, *turns("Two?")]],
+        [WRITTEN, WRITTEN], "read as instruction with system and history.",
     ),
     "ShareGPT conversations": (
         [turns("One?"), turns("Be brief.", "Two?")], [WRITTEN, GIVEN],
@@ -216,7 +230,7 @@ def test_repeated_prompts_are_counted_and_left_out_on_request(srt, folder):
         ({"messages": [{"role": "robot", "content": "x"}]}, "'robot' (messages.0.role) is no role"),
         ({"conversation": [{"from": "human", "value": "x"}]},
          'pass --prompt-field conversation. The nearest known form is {"conversations": [{"from": '),
-        ({"Instruction": "x"}, 'The nearest known form is {"instruction": TEXT, "input": TEXT}.'),
+        ({"instructions": "x"}, 'The nearest known form is {"instruction": TEXT, "input": TEXT}.'),
         ({"dialog": [{"a": "x"}]}, 'The nearest known form is {"messages": [{"role": "user", '),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draft
 from srt_cli.forms import text_of
 from srt_cli.models import Model, Reply
-from srt_cli.prompts import format_of, read_file
+from srt_cli.prompts import format_of, names_of, read_file
 from srt_cli.reading import part_thoughts
 from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
 from srt_cli.runs.jsonl import describe_invalid, open_bytes
@@ -114,8 +114,10 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
             by_id.setdefault(str(row["id"]), row)
         for text in _texts_asked(row):
             by_text.setdefault(plain_form(text), row)
+    names = names_of(prompts)
     rows = {
-        prompt.id: by_id.get(prompt.id) or by_text.get(plain_form(prompt.text))
+        prompt.id: by_id.get(prompt.id)
+        or next((by_text[text] for text in names(prompt) if text in by_text), None)
         for prompt in prompts
     }
     missing = [name for name, row in rows.items() if row is None]
@@ -153,9 +155,9 @@ def _texts_asked(row: Mapping[str, Any]) -> list[str]:
 def _differs_in_form(path: Path, prompt: Prompt, row: Mapping[str, Any]) -> bool:
     """Whether an output's own prompt differs in form alone; raises `SrtError` for another prompt."""
     answered = _texts_asked(row)
-    if not answered or prompt.text in answered:
+    if not answered or any(text in answered for text in prompt.texts):
         return False
-    if not any(is_same_text(text, prompt.text) for text in answered):
+    if not any(is_same_text(text, asked) for text in answered for asked in prompt.texts):
         raise SrtError(
             f"{path}: the output with id {prompt.id!r} answers {answered[0][:60]!r}, but the prompt "
             f"with that id is {prompt.text[:60]!r}. Give both files the same ids, or take the ids out "

@@ -226,7 +226,10 @@ def criticise(critic: Critic, question: Question) -> Generator[Call, Reply, Crit
     if reply.status != "ok":
         return Criticism(parsed, reply.status, reply.reason, replies)
     if unread or parsed.score is None:
-        return Criticism(parsed, "unparsed", ", ".join(parsed.problems), replies)
+        told = ", ".join(parsed.problems)
+        if critic.model.is_program and {"no weaknesses", "no suggestions"} & {*parsed.problems}:
+            told += ' (return "None." for what there is nothing to say of)'
+        return Criticism(parsed, "unparsed", told, replies)
     thinks = critic.sampling.thinks
     first = Scoring(critic.model, messages, reply, parsed.score, question.name, thinks)
     mean = yield from _mean_score(critic, question, first, parsed, replies)

@@ -409,9 +409,11 @@ def _complete_round(
 ) -> Generator[Call, Reply, None]:
     assert row.response is not None
     words = {"weaknesses": critique.weaknesses, "suggestions": critique.suggestions}
-    missing = [f"no {name}" for name, text in words.items() if text is None]
-    if missing or not any(text and text.strip() for text in words.values()):
-        row.lacks("critique", ", ".join(missing or ["no words"]))
+    if not any(text and text.strip() for text in words.values()):
+        row.lacks("critique", 'no words (write "None." where there is nothing to improve)')
+        return
+    if missing := [f"no {name}" for name, text in words.items() if text is None]:
+        row.lacks("critique", ", ".join(missing))
         return
     score, mean = critique.score, critique.score_mean
     if score is None and roles.scorer is not None:

@@ -3,7 +3,6 @@
 `--critic file:critiques.jsonl`. What does not join is counted and left out; nothing is guessed.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,11 +14,12 @@ from pydantic import ValidationError
 
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic import read_critique
-from srt_cli.forms import NEAREST, FieldNames, read_row, text_of
-from srt_cli.prompts import rows_at
+from srt_cli.forms import NEAREST, PROMPT_FIELDS, FieldNames, plainly_named, read_row, text_of
+from srt_cli.prompts import names_of, rows_at
 from srt_cli.records import MAX_SCORE, MIN_SCORE, Feedback, Prompt
 from srt_cli.stats.hygiene import plain_form
 from srt_cli.tables import many
+from srt_cli.templates import number_in
 
 FILE_PREFIX: Final = "file:"
 TEXTS: Final = ("critique", "feedback")
@@ -31,6 +31,7 @@ PARTS: Final = (
     "refinement_feedback", "completions", "feedback1", "feedback2",
 )  # fmt: skip
 """Fields that make a row one with a critique."""
+FIELDS: Final = frozenset({*PROMPT_FIELDS, "id", *PARTS, *ORIGINALS, "critic", "policy"})
 FINE_GRAINED: Final = "fine-grained_score"
 HELPFULNESS: Final = {"not": 1, "slightly": 2, "partially": 3, "mostly": 4, "perfectly": 5}
 """How each feedback of HelpSteer3 begins: The response is mostly helpful."""
@@ -141,8 +142,8 @@ def read_critiques(location: str, scale: Scale = OURS) -> CritiqueFile:
         raise UsageError("--critic file: which file? Write file:critiques.jsonl.")
     rows, files = rows_at(location)
     found = CritiqueFile(location, scale, inputs=files)
-    for name, number, row in rows():
-        place = f"{name}:{number}"
+    for name, number, raw in rows():
+        place, row = f"{name}:{number}", plainly_named(raw, FIELDS)
         if not any(part in row for part in PARTS):
             known = '"critique", "feedback", or "weaknesses" and "suggestions"'
             raise SrtError(
@@ -158,6 +159,7 @@ def read_critiques(location: str, scale: Scale = OURS) -> CritiqueFile:
         found.empty += not said
         found.forms[reader.form] += len(said)
         found.critiques += said
+    found.empty += len(rows.empty)
     if not found.critiques:
         raise SrtError(f"{location}: none of {many(found.empty, 'row')} holds a critique.")
     return found
@@ -203,11 +205,7 @@ class _Reader:
             if row.get("id") is None:
                 raise ValueError(f"neither an id nor a prompt (found: {', '.join(row)})")
             return None
-        plain = {
-            name: value
-            for name, value in row.items()
-            if name in (*NEAREST, "input", "system", "context", "id")
-        }
+        plain = {name: row[name] for name in (*PROMPT_FIELDS, "id") if name in row}
         return Prompt.of(read_row(plain, names))
 
     def _of(self, part: Mapping[str, Any], about: Critique) -> Critique:
@@ -227,8 +225,8 @@ class _Reader:
         if self.file.scale == OURS:
             critique = replace(
                 critique,
-                score_mean=_float(said.get("score_mean")),
-                refinement_score_mean=_float(said.get("refinement_score_mean")),
+                score_mean=number_in(said.get("score_mean")),
+                refinement_score_mean=number_in(said.get("refinement_score_mean")),
             )
             if isinstance(own := said.get("refinement_feedback"), Mapping):
                 critique = replace(critique, refinement_feedback=Feedback.model_validate(own))
@@ -236,8 +234,12 @@ class _Reader:
 
     def _worded(self, critique: Critique, said: Mapping[str, Any]) -> Critique:
         """The same with what it says in words: in parts, or in one text or several."""
-        if said.get("weaknesses") is not None or said.get("suggestions") is not None:
-            weaknesses, suggestions = (_text(said.get(n)) for n in ("weaknesses", "suggestions"))
+        if _texts(said.get("weaknesses")) or _texts(said.get("suggestions")):
+            # An empty cell of a table is None, and says as little as an empty text.
+            weaknesses, suggestions = (
+                "" if name in said and said[name] is None else _text(said.get(name))
+                for name in ("weaknesses", "suggestions")
+            )
             return replace(critique, weaknesses=weaknesses, suggestions=suggestions)
         texts = [text for name in TEXTS for text in _texts(said.get(name))]
         if not texts:
@@ -262,10 +264,10 @@ class _Reader:
         told = {name: value for name, value in said.items() if value == value}
         given = next((told[name] for name in SCORES if told.get(name) is not None), None)
         ratings, scale = told.get(FINE_GRAINED), self.file.scale
-        low = _float(ratings)
+        low = number_in(ratings)
         if given is None:
             given, scale = ratings, OF_FIVE
-        elif _float(given) == MAX_SCORE and low is not None and low <= LOW_RATING:
+        elif number_in(given) == MAX_SCORE and low is not None and low <= LOW_RATING:
             # A slip of UltraFeedback's first release, where a 1 was read as 10.
             self.file.contradicting += 1
             problem = f"a score of {given} beside ratings of {low:g} of 5"
@@ -280,7 +282,7 @@ class _Reader:
 
     def _number(self, value: Any, scale: Scale) -> float | None:
         """A score on our scale; None for what is none, or lies outside its own."""
-        number = _float(value)
+        number = number_in(value, scale.high)
         if number is None or not scale.low <= number <= scale.high:
             return None
         if scale != OURS:
@@ -294,14 +296,6 @@ def _form_of(row: Mapping[str, Any]) -> str:
     if isinstance(row.get("feedback"), Mapping):
         return "feedback records"
     return "critiques in parts" if row.get("weaknesses") is not None else "critiques in one text"
-
-
-def _float(value: Any) -> float | None:
-    try:
-        number = None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None
-    return None if number is None or math.isnan(number) else number
 
 
 def _text(value: Any) -> str | None:
@@ -413,7 +407,7 @@ def join(file: CritiqueFile, prompts: Callable[[], Iterable[Prompt]]) -> Joined:
     Texts are the same but for white space and Unicode's two spellings. Rows come in the order of the
     prompts. Raises `SrtError` when nothing joins.
     """
-    ids = {prompt.id for prompt in prompts()}
+    ids, names = {prompt.id for prompt in prompts()}, names_of(prompts())
     by_id: dict[str, list[int]] = {}
     by_text: dict[str, list[int]] = {}
     for position, each in enumerate(file.critiques):
@@ -426,7 +420,8 @@ def join(file: CritiqueFile, prompts: Callable[[], Iterable[Prompt]]) -> Joined:
     missed: dict[int, str] = {}
     for prompt in prompts():
         joined.prompts += 1
-        candidates = by_id.get(prompt.id, []) + by_text.get(plain_form(prompt.text), [])
+        candidates = [*by_id.get(prompt.id, [])]
+        candidates += [n for text in names(prompt) for n in by_text.get(text, [])]
         sample = 0
         for position in sorted(set(candidates) - used):
             critique = file.critiques[position]
@@ -455,10 +450,9 @@ def join(file: CritiqueFile, prompts: Callable[[], Iterable[Prompt]]) -> Joined:
 
 def _why_apart(prompt: Prompt, critique: Critique) -> str | None:
     """Why a critique is not about this prompt and its response; None when it is."""
-    if critique.prompt is not None:
-        asked, texts = plain_form(prompt.text), plain_form(critique.prompt.text)
-        if asked != texts:
-            return "with another prompt than that of the id"
+    texts = map(plain_form, prompt.texts)
+    if critique.prompt is not None and plain_form(critique.prompt.text) not in texts:
+        return "with another prompt than that of the id"
     if prompt.response is None and critique.response is None:
         return "that bring no response, nor does the prompt"
     if prompt.response is None or critique.response is None:

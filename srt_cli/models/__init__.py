@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -353,6 +354,8 @@ def parse_spec(spec: str) -> Spec:
     Raises `UsageError` for what is none of: a file or directory, an OpenAI name, `PROVIDER:NAME`, a URL
     with `#NAME`, a hub name, `python:FILE_OR_MODULE:CALLABLE`.
     """
+    if not spec.strip():
+        raise UsageError("A model's name is empty. Is a shell variable not set?")
     if names_program(spec):
         return Spec("program", spec.removeprefix(RUNS_CODE_PREFIX))
     if spec.startswith("file:"):
@@ -368,10 +371,12 @@ def parse_spec(spec: str) -> Spec:
         return Spec("api", name, prefix)
     path = Path(spec)
     if path.is_file() and path.suffix.lower() != ".gguf":
-        instead = (
-            f"python:{spec}:CALLABLE" if path.suffix == ".py" else "a directory or a FILE.gguf"
+        if path.suffix == ".py":
+            raise UsageError(f"{spec}: this file is no model. Name python:{spec}:CALLABLE.")
+        raise UsageError(
+            f"{spec}: this file is no model. Name a directory or a FILE.gguf. Critiques in a file are "
+            f"--critic {shlex.quote(f'file:{spec}')}."
         )
-        raise UsageError(f"{spec}: this file is no model. Name {instead}.")
     if path.exists():
         return Spec("local", spec)
     if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:

@@ -15,6 +15,7 @@ from srt_cli.prompts import rows_at
 from srt_cli.records import Message, Prompt, as_messages, content_id
 from srt_cli.runs.jsonl import naming_row
 from srt_cli.stats.hygiene import plain_form
+from srt_cli.templates import number_in
 
 ANSWERS: Final = ("completions", "responses", "generations", "answers", "outputs", "candidates")
 TEXTS: Final = ("response", "text", "content", "completion", "output", "answer", "generation")
@@ -63,7 +64,7 @@ def _take_answers(rest: dict[str, Any]) -> list[tuple[str, float]] | None:
                 f"{field} holds {len(listed)} texts, and there is no list of as many scores "
                 f"({', '.join(LISTS_OF_SCORES)})"
             )
-        found = list(zip(listed, map(_number, scores), strict=True))
+        found = list(zip(listed, map(number_in, scores), strict=True))
     else:
         for number, each in enumerate(listed):
             place = f"{field}.{number}"
@@ -84,26 +85,19 @@ def _take_answers(rest: dict[str, Any]) -> list[tuple[str, float]] | None:
 def _score_of(answer: Mapping[str, Any]) -> float | None:
     """The overall score of an answer; else the mean of its ratings, else its rank, the first best."""
     for name in SCORES:
-        if (score := _number(answer.get(name))) is not None:
+        if (score := number_in(answer.get(name))) is not None:
             return score
     noted = answer.get("annotations")
     if isinstance(noted, Mapping):
         ratings = [
             rating
             for each in noted.values()
-            if isinstance(each, Mapping) and (rating := _number(each.get("Rating"))) is not None
+            if isinstance(each, Mapping) and (rating := number_in(each.get("Rating"))) is not None
         ]
         if ratings:
             return sum(ratings) / len(ratings)
-    rank = _number(answer.get("rank"))
+    rank = number_in(answer.get("rank"))
     return None if rank is None else -rank
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return None if isinstance(value, bool | None) else float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 # --- The first model's answers -----------------------------------------------------------------
@@ -158,7 +152,7 @@ def _worse(answer: FirstAnswer) -> tuple[float, int, str]:
 
 def _passes(said: Any) -> float | None:
     """What a check said: yes or no, or a share."""
-    return float(said) if isinstance(said, bool) else _number(said)
+    return float(said) if isinstance(said, bool) else number_in(said)
 
 
 def _plain_id(prompt: str | list[Message]) -> str:
@@ -197,5 +191,5 @@ def _read_answers(
             model = row.get("policy") or row.get("generator") or row.get("model") or path.name
             if prompt.response and prompt.response.strip():
                 passes = _passes(row.get("response_passes"))
-                answer = FirstAnswer(prompt.response.strip(), _number(score), str(model), passes)
+                answer = FirstAnswer(prompt.response.strip(), number_in(score), str(model), passes)
                 yield read.id, prompt.prompt, answer

@@ -1,5 +1,6 @@
 """Reading and writing JSONL: plain or gzip, with dropped rows beside it, each file whole or absent."""
 
+import codecs
 import contextlib
 import fcntl
 import gzip
@@ -8,6 +9,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 import zlib
@@ -22,7 +24,7 @@ import orjson
 from pydantic import ValidationError
 
 from srt_cli.errors import SrtError
-from srt_cli.records import Dropped, Record
+from srt_cli.records import Dropped, FeedbackRecord, Record
 
 Parsed = TypeVar("Parsed")
 
@@ -34,6 +36,8 @@ WAITING_BYTES: Final = 1 << 24
 """Of rows that wait in memory for those before them."""
 MOST_BYTES: Final = 2**28
 """In one line: a compressed file of a few megabytes may hold one that fills any memory."""
+UTF_16: Final = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+PACKED: Final = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst"}
 DATA_SUFFIXES: Final = (".jsonl", ".json", ".jsonl.gz")
 
 
@@ -63,18 +67,28 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def open_bytes(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
-    """A file's bytes, decompressed where its name ends in `.gz` or `.zst`; `-` is stdin."""
+    """A file's bytes, decompressed where its name ends in `.gz` or `.zst`; `-` is stdin.
+
+    UTF-16 that says so by its first two bytes is read whole, and becomes UTF-8.
+    """
     if str(path) == "-":
         return contextlib.nullcontext(sys.stdin.buffer)
+    file: io.BufferedReader | gzip.GzipFile
     if path.suffix == ".zst":
         import pyarrow  # which reads it, as Python itself does only from 3.14 on
 
-        return cast(
-            BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-        )
-    if path.suffix == ".gz" and not _is_plain(path):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return open(path, "rb")
+        file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    elif path.suffix == ".gz" and not _is_plain(path):
+        file = gzip.open(path, "rb")  # noqa: SIM115  closed by the caller
+    else:
+        file = open(path, "rb")  # noqa: SIM115  closed by the caller
+    if not file.peek(2).startswith(UTF_16):
+        return cast(BinaryIO, file)
+    with file:
+        try:
+            return io.BytesIO(file.read().decode("utf-16").encode())
+        except UnicodeDecodeError as error:
+            raise SrtError(f"{path}: begins as UTF-16, and is not ({error.reason}).") from None
 
 
 def _is_plain(path: Path) -> bool:
@@ -106,9 +120,10 @@ def parse_lines(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[int, dict[
         try:
             row = orjson.loads(line)
         except orjson.JSONDecodeError as error:
-            raise SrtError(f"{path}:{number}: {_why_not_json(line, error)}") from None
+            told = _not_jsonl(path, line) if number == 1 else None
+            raise SrtError(f"{path}:{number}: {told or _why_not_json(line, error)}") from None
         if not isinstance(row, dict):
-            hint = " This is a JSON array: write one record a line (jq -c '.[]')."
+            hint = " This is a JSON array: write one record a line (jq -c '.[]' FILE)."
             raise SrtError(
                 f"{path}:{number}: not a JSON object.{hint if isinstance(row, list) else ''}"
             )
@@ -130,13 +145,35 @@ def refuse_deep(row: Mapping[str, Any], place: str) -> None:
     raise SrtError(f"{place}: {TOO_DEEP}")
 
 
+def _not_jsonl(path: Path, line: bytes) -> str | None:
+    """Why the first line shows that this is another format; None where it shows no such thing."""
+    if line.startswith(UTF_16):
+        return "is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8."
+    for begins, ending in PACKED.items():
+        if line.startswith(begins):
+            return f"is compressed. Give its name the ending {ending}."
+    if line.lstrip().startswith((b"{", b"[")) or {".jsonl", ".json", ".ndjson"} & {*path.suffixes}:
+        return None
+    what = "what comes through a pipe" if is_stream(path) else "a file of this name"
+    return (
+        f"not JSON, and {what} is read as JSONL, one record a line. Other formats are known by the end "
+        "of a file's name, such as .csv and .parquet."
+    )
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """What is wrong with a line, and what helps."""
+    return f"not UTF-8 (byte {error.start + 1}). Convert it: iconv -f WINDOWS-1252 -t UTF-8."
+
+
 def _why_not_json(line: bytes, error: orjson.JSONDecodeError) -> str:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as decoding:
-        return f"not UTF-8 (byte {decoding.start + 1}). Convert it: iconv -f LATIN1 -t UTF-8."
+        return not_utf8(decoding)
     if text.strip() in ("[", "{"):
-        return "not one JSON record a line. Convert it: jq -c '.[]' FILE.json > FILE.jsonl."
+        each = ".[]" if text.strip() == "[" else "."
+        return f"not one JSON record a line. Convert it: jq -c '{each}' FILE > FILE.jsonl."
     if "depth limit" in error.msg:
         return TOO_DEEP
     if unwritable := _no_number(text):
@@ -181,7 +218,7 @@ def read_records(
         try:
             yield parse(row)
         except ValidationError as error:
-            raise SrtError(f"{path}:{number}: {describe_invalid(error)}") from None
+            raise SrtError(f"{path}:{number}: {describe_invalid(error, path)}") from None
 
 
 @contextlib.contextmanager
@@ -190,17 +227,25 @@ def naming_row(name: Path | str, number: int) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        raise SrtError(f"{name}:{number}: {describe_invalid(error)}") from None
+        raise SrtError(f"{name}:{number}: {describe_invalid(error, name)}") from None
     except ValueError as error:
         raise SrtError(f"{name}:{number}: {error}.") from None
 
 
-def describe_invalid(error: ValidationError) -> str:
-    """Say what is wrong with a record, naming the field."""
+def describe_invalid(error: ValidationError, file: Path | str | None = None) -> str:
+    """Say what is wrong with a record, naming the field; `file` is where it stands."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the record"
     if first["type"] == "too_short":
         return f"{where} is empty and needs at least one turn. Fill it in, or take the row out."
+    row = first["input"]
+    by_others = isinstance(row, dict) and "response" in row and "raw" not in row
+    if error.title == FeedbackRecord.__name__ and first["type"] == "missing" and by_others and file:
+        lacks = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
+        return (
+            f"no record of feedback (it lacks {', '.join(lacks[:3])}). Critiques that others wrote "
+            f"become such records: srt collect-feedback --critic {shlex.quote(f'file:{file}')}."
+        )
     return f"{where}: {first['msg'].lower()}. Was this file written by another version or tool?"
 
 

@@ -162,9 +162,12 @@ def _with_responses(options: CollectFeedback) -> PromptSource:
     """The prompts, all of which bring a response or have a policy that answers them."""
     prompts = with_system(options.open_prompts(), options.system)
     if options.model is None and prompts.without_response:
+        field = (
+            f", or --response-field {prompts.answers}, if it holds them" if prompts.answers else ""
+        )
         raise UsageError(
             f"{options.prompts}: {prompts.without_response} of {prompts.count} rows bring no "
-            "response. Pass --model, the policy that answers them."
+            f"response. Pass --model, the policy that answers them{field}."
         )
     return prompts
 
