@@ -52,8 +52,11 @@ def as_policy_and_critic(body: dict[str, Any], number: int) -> Answer:
 class LoopbackServer:
     """Runs in a thread of its own; `requests` and `headers` hold every chat request, in order."""
 
-    def __init__(self, behaviour: Behaviour, models: tuple[str, ...] = ("tester",)) -> None:
+    def __init__(
+        self, behaviour: Behaviour, models: tuple[str, ...] = ("tester",), port: int = 0
+    ) -> None:
         self.behaviour = behaviour
+        self.port = port
         self.models = models
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -86,7 +89,7 @@ class LoopbackServer:
         self.routes(app)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", self.port)
         await site.start()
         self.port = runner.addresses[0][1]
         self._ready.set()

@@ -1,7 +1,10 @@
 """What servers send that no document foresees: read or classified, and no run hangs on it."""
 
+import http.server
 import json
 import re
+import socket
+import threading
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -375,8 +378,127 @@ def test_a_server_that_is_loading_is_waited_for_without_using_up_attempts(serve)
 
 def test_a_server_that_never_loads_ends_the_run(serve):
     loading = Answer(status=503, error={"code": 503, "message": "Loading model"})
-    with pytest.raises(SrtError, match=r"nothing was admitted for 0.5 s \(503: Loading model\)"):
+    with pytest.raises(SrtError, match=r"is not up after 0.5 s \(503: Loading model\)"):
         ask(serve(lambda body, number: loading), 5, {"give_up_after_s": 0.5})
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_server_that_is_started_behind_the_command_is_waited_for(srt, tmp_path, free_port, host):
+    _rows(tmp_path, 3)
+    spec, started = f"http://{host}:{free_port}/v1#tester", []
+
+    def start():
+        started.append(LoopbackServer(as_policy_and_critic, port=free_port))
+
+    later = threading.Timer(0.7, start)
+    later.start()
+    result = srt("collect-feedback", "--model", spec, "--critic", spec)
+    later.join()
+    started[0].close()
+    assert result.code == 0, result.stderr
+    assert re.search(r"answers after \d s$", result.stderr, re.MULTILINE)
+    assert (
+        f"{spec}: is not up yet (connection refused); waiting, at most 600 s (--give-up-after), "
+        "Ctrl-C stops\n"
+    ) in result.stderr
+
+
+def test_a_server_that_never_starts_ends_the_run_in_plain_words(free_port):
+    spec = f"http://127.0.0.1:{free_port}/v1#tester"
+    model = open_model(spec, ModelOptions(give_up_after_s=0.3))
+    futures = model.submit([Request((Message(role="user", content="q"),), max_tokens=5)] * 40)
+    with pytest.raises(SrtError) as stop:
+        futures[-1].result(10)
+    model.close()
+    assert str(stop.value) == (
+        f"{spec}: is not up after 0.3 s (connection refused). Check the address, start the server, "
+        "and run the same line again; --give-up-after waits longer."
+    )
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_a_proxy_without_its_server_is_waited_for_from_the_beginning(serve, status):
+    down = Answer(status=status, body=b"<html>no upstream</html>")
+    server = serve(lambda body, number: down if number <= 24 else Answer())
+    assert [reply.attempts for reply in ask(server, 5)] == [1] * 5
+
+
+def test_of_several_servers_one_that_is_not_up_costs_no_row_an_attempt(serve):
+    behind = Answer(status=503, body=b"no upstream")
+    dead, alive = (
+        serve(lambda body, number: behind),
+        serve(lambda body, number: Answer(delay_s=0.01)),
+    )
+    model = open_model(f"{dead.url},{alive.url}#tester", ModelOptions(concurrency=4))
+    message = (Message(role="user", content="q"),)
+    futures = model.submit([Request(message, max_tokens=50)] * 40)
+    assert {future.result(10).attempts for future in futures} == {1}
+    model.close()
+    assert len(dead.requests) <= 8
+
+
+def test_an_address_without_tls_is_said_at_once(serve):
+    server = serve(lambda body, number: Answer())
+    url = server.url.replace("http:", "https:")
+    model = open_model(f"{url}#tester", ModelOptions())
+    (future,) = model.submit([Request((Message(role="user", content="q"),), max_tokens=5)])
+    with pytest.raises(
+        SrtError, match=r"cannot be reached \(it speaks no TLS\). Check the address"
+    ):
+        future.result(10)
+    model.close()
+
+
+@pytest.fixture
+def tearing():
+    """A server whose first replies break off 20 bytes before their end."""
+    whole = json.dumps(completion()).encode()
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("content-length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(whole[:-20] if len(asked) <= self.server.torn else whole)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.spec = f"http://127.0.0.1:{server.server_port}/v1#tester"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_replies_that_are_torn_are_asked_again_from_the_beginning(tearing):
+    tearing.torn = 12
+    assert [reply.status for reply in ask(tearing, 3)] == ["ok"] * 3
+
+
+def test_replies_that_are_all_torn_end_the_run_in_plain_words(tearing):
+    tearing.torn = 1000
+    with pytest.raises(SrtError) as stop:
+        ask(tearing, 3)
+    assert str(stop.value) == (
+        f"{tearing.spec.partition('#')[0]}: no reply came whole (the connection closed in the middle "
+        "of a reply). Look at its log."
+    )
+
+
+def test_a_timeout_that_is_too_short_is_named(serve):
+    with pytest.raises(SrtError, match=r"pass a longer --timeout than 0\.1\."):
+        ask(serve(lambda body, number: Answer(delay_s=1)), 1, {"timeout_s": 0.1})
 
 
 def test_a_server_that_goes_away_and_comes_back_costs_no_row(serve):

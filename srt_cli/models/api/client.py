@@ -41,6 +41,8 @@ MOST_CHANGES: Final = 16
 FIRST_BACKOFF_S: Final = 0.5
 LONGEST_BACKOFF_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.02
+DOWN: Final = (502, 503, 504)
+"""Statuses of a server that is not there, as proxies tell."""
 DOWN_FOR_S: Final = 30.0
 DOWN_BEFORE_FIRST_SUCCESS_S: Final = 1.0
 WATCH_EVERY_S: Final = 0.5
@@ -237,6 +239,11 @@ class ApiModel:
 
     def _nothing_admitted(self) -> SrtError:
         waited, why = self.options.give_up_after_s, self._patience.why
+        if self._patience.never_up:
+            return SrtError(
+                f"{self.spec}: is not up after {waited:g} s ({why}). Check the address, start the "
+                "server, and run the same line again; --give-up-after waits longer."
+            )
         said = f"{self.spec}: nothing was admitted for {waited:g} s ({why}). What is answered is kept; "
         if self._patience.down:
             return SrtError(f"{said}start the server and run the same line again.")
@@ -328,7 +335,7 @@ class ApiModel:
             await self._handle_refusal(refused, endpoint, job, started)
         except NoAnswer as trouble:
             # A request that went out and came to nothing may have been paid for.
-            sent = trouble.cause != "no connection"
+            sent = trouble.cause not in ("no connection", "wrong address", "not trusted")
             self._budget.settle(self.price, job.most, job.most if sent else Usage())
             if trouble.cause != "timeout":
                 self._limit.troubled()
@@ -340,7 +347,7 @@ class ApiModel:
             self._limit.troubled()
             raise
         else:
-            endpoint.successes += 1
+            endpoint.succeeded_at = time.monotonic()
             self._take_in(job, reply, headers, started)
 
     async def _exchange(self, endpoint: Endpoint, job: _Job) -> tuple[Reply, Mapping[str, str]]:
@@ -394,13 +401,10 @@ class ApiModel:
         self._limit.troubled()
         if kind == "trouble":
             trouble = NoAnswer("server error", refused.message)
-            down = refused.status in (502, 503, 504)
-            if is_loading(refused.status, refused.said) or (
-                down and self._patience.succeeded_at > float("-inf")
-                and self._patience.succeeded_at < started
-            ):  # fmt: skip
+            down = refused.status in DOWN and endpoint.succeeded_at < started
+            if down or is_loading(refused.status, refused.said):
                 self._causes["server error"] += 1
-                self._wait_until_back(f"{refused.status}: {refused.message}", job)
+                self._wait_until_back(f"{refused.status}: {refused.message}", endpoint, job)
             else:
                 await self._try_later(trouble, endpoint, job)
             return
@@ -488,36 +492,33 @@ class ApiModel:
         else:
             self._jobs.appendleft(job)
 
-    def _wait_until_back(self, why: str, job: _Job) -> None:
-        """Nobody is there: sending pauses, and no attempt is used up."""
-        self._patience.held_up(why, down=True)
+    def _wait_until_back(self, why: str, endpoint: Endpoint, job: _Job) -> None:
+        """Nobody is there, or not yet: the other addresses are asked, and where there is none, sending
+        pauses. No attempt is used up."""
+        first = endpoint.succeeded_at == float("-inf")
+        down_s = DOWN_BEFORE_FIRST_SUCCESS_S if first else DOWN_FOR_S
+        endpoint.down_until = time.monotonic() + down_s
+        if not any(other.up for other in self._endpoints):
+            self._patience.held_up(why, down=True)
         self._put_back(job)
 
     async def _try_later(self, trouble: NoAnswer, endpoint: Endpoint, job: _Job) -> None:
-        """Timeouts, 5xx, broken connections and torn replies: back off with jitter, a few times."""
+        """Timeouts, 5xx and torn replies: back off with jitter, a few times; no connection: wait."""
         cause, message = trouble.cause, str(trouble)
         self._causes[cause] += 1
-        if cause == "no connection":
-            if "certificate" in message.lower():
-                fatal = SrtError(
-                    f"{endpoint.url}: its certificate is not trusted ({message}). "
-                    "Check the address, or install the certificate of its authority."
-                )
-                self._give_up(fatal, job)
-                return
-            down_s = DOWN_FOR_S if endpoint.successes else DOWN_BEFORE_FIRST_SUCCESS_S
-            endpoint.down_until = time.monotonic() + down_s
-            if self._succeeded:
-                if any(other.up for other in self._endpoints):
-                    self._put_back(job)
-                else:
-                    self._wait_until_back(f"no connection: {message}", job)
-                return
-        job.attempts += 1
-        if not self._succeeded and job.attempts >= ATTEMPTS_BEFORE_FIRST_SUCCESS:
-            self._give_up(self._unreachable(cause, message), job)
+        if cause == "not trusted":
+            self._give_up(self._unusable(cause, message, endpoint), job)
             return
-        if job.attempts >= MOST_ATTEMPTS:
+        others = any(other.up for other in self._endpoints if other is not endpoint)
+        if cause == "no connection" or (cause == "wrong address" and (self._succeeded or others)):
+            self._wait_until_back(message, endpoint, job)
+            return
+        job.attempts += 1
+        many = self._succeeded or cause == "torn reply"
+        if job.attempts >= (MOST_ATTEMPTS if many else ATTEMPTS_BEFORE_FIRST_SUCCESS):
+            if not self._succeeded:
+                self._give_up(self._unusable(cause, message, endpoint), job)
+                return
             reason = f"{cause} after {job.attempts} attempts: {message}"
             self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts))
             return
@@ -525,18 +526,27 @@ class ApiModel:
         self._notify()
         await self._sleep(job, backoff * random.uniform(0.5, 1.5))
 
-    def _unreachable(self, cause: str, message: str) -> SrtError:
-        usual = all(url.rstrip("/").endswith("/v1") for url in self._place.urls)
+    def _unusable(self, cause: str, message: str, endpoint: Endpoint) -> SrtError:
+        """A server of which nothing has come so far, and why it is asked no longer."""
+        usual = endpoint.url.rstrip("/").endswith("/v1")
         why = {
-            "timeout": "does not answer in time. Is the model loaded? Raise --timeout if it is slow.",
-            "no connection": f"cannot be reached ({message}). Is the server running?",
+            "timeout": (
+                f"does not answer in time ({message}). Is the model loaded? "
+                f"If it is slow, pass a longer --timeout than {self.options.timeout_s:g}."
+            ),
+            "wrong address": f"cannot be reached ({message}). Check the address.",
+            "not trusted": (
+                f"its certificate is not trusted ({message}). "
+                "Check the address, or install the certificate of its authority."
+            ),
+            "torn reply": f"no reply came whole ({message}). Look at its log.",
             "malformed reply": (
-                f"answers, but not as an OpenAI-compatible server ({message}...). "
+                f"answers, but not as an OpenAI-compatible server ({message}). "
                 f"{'Look at its log.' if usual else 'Does the address end in /v1?'}"
             ),
         }
         said = why.get(cause, f"answers only with errors ({message}). Look at the server's log.")
-        return SrtError(f"{', '.join(self._place.urls)}: {said}")
+        return SrtError(f"{endpoint.url}: {said}")
 
     async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
         message = f"{refused.message}{self._asked_for(refused)}"
@@ -550,20 +560,25 @@ class ApiModel:
                 "and run the same line again."
             )
         if about(refused) == "endpoint" and refused.status in (400, 404, 422):
+            asked, name = f"{endpoint.url}{self._dialect.path}", self.parsed.name
             names = await self._dialect.offered(endpoint)
+            if names and name in names:
+                return SrtError(
+                    f"{asked}: answers with status {refused.status} ({message}), though the server "
+                    f"lists the model {name!r}. Check the address, and whether it serves chats."
+                )
             offer = (
                 f". It offers: {', '.join(names[:8])}."
                 if names
                 else (
-                    ", and lists none. Check the address and the name."
+                    f", and lists none ({asked} answers with status {refused.status}). "
+                    "Check the address and the name."
                     if names is None
                     else ", and its list of models is empty. Is a model loaded there?"
                 )
             )
             said = f" ({message})" if refused.status != 404 else ""
-            return SrtError(
-                f"{endpoint.url}: does not know the model {self.parsed.name!r}{said}{offer}"
-            )
+            return SrtError(f"{endpoint.url}: does not know the model {name!r}{said}{offer}")
         return SrtError(f"{endpoint.url}: answers with status {refused.status} ({message}).")
 
     def _give_up(self, error: SrtError, job: _Job | None = None) -> None:

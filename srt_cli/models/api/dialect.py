@@ -98,11 +98,15 @@ class Answer:
                 return [_plain_json(event[1]) for event in events if event and event[1] != "[DONE]"]
             return _plain_json(text)
         except (ValueError, RecursionError) as error:
-            raise NoAnswer("malformed reply", repr(text[:60])) from error
+            raise NoAnswer("malformed reply", f"{text[:60]!r}...") from error
 
 
 class NoAnswer(Exception):
-    """No reply came, or none that can be read: `timeout`, `no connection`, `malformed reply`."""
+    """No reply came, or none that can be read.
+
+    The causes: `timeout`, `no connection`, `wrong address`, `not trusted`, `torn reply`,
+    `malformed reply`, `server error`.
+    """
 
     def __init__(self, cause: str, message: str) -> None:
         self.cause = cause
@@ -111,7 +115,7 @@ class NoAnswer(Exception):
 
 def unreadable(data: object) -> NoAnswer:
     """JSON that is no reply, as it came."""
-    return NoAnswer("malformed reply", repr(json.dumps(data, ensure_ascii=False)[:60]))
+    return NoAnswer("malformed reply", f"{json.dumps(data, ensure_ascii=False)[:60]!r}...")
 
 
 class Refused(Exception):
@@ -469,11 +473,11 @@ def error_within(answer: Answer, data: object) -> Refused | None:
 
 
 def refused_as(answer: Answer, error: Mapping[str, Any]) -> Refused:
-    """An error of an answer, with the status that it names; 502 without one."""
+    """An error of an answer, with the status that it names; 500 without one."""
     code = error.get("code", error.get("status"))
     digits = code if isinstance(code, int) else as_text(code)
     said = f"{code} {error.get('type')} {error.get('message')}".lower()
-    status = 429 if "rate" in said and "limit" in said else 502
+    status = 429 if "rate" in said and "limit" in said else 500
     if str(digits).isdecimal() and 400 <= int(digits) < 600:
         status = int(digits)
     return Refused(

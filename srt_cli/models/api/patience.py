@@ -32,10 +32,16 @@ class Patience:
     _probe_at: float = 0.0
     _said: bool = False
 
+    @property
+    def never_up(self) -> bool:
+        """Whether nobody has been there so far."""
+        return self.down and self.succeeded_at == float("-inf")
+
     def admitted(self) -> None:
         """A request was answered, one way or another."""
         if self._said and self._since is not None:
-            console.say(f"{self.name}: answers again after {self.clock() - self._since:.0f} s")
+            again = "" if self.never_up else " again"
+            console.say(f"{self.name}: answers{again} after {self.clock() - self._since:.0f} s")
         self._since, self.down, self._said = None, False, False
 
     def succeeded(self) -> None:
@@ -71,10 +77,15 @@ class Patience:
             self._say_at = self.clock() + SAY_AGAIN_AFTER_S
             self._said = True
             console.say(
-                f"{self.name}: nothing admitted for {waited:.0f} s ({self.why}); waiting, at most "
-                f"{self.give_up_after_s:g} s (--give-up-after)"
+                f"{self.name}: {self._state(waited)} ({self.why}); waiting, at most "
+                f"{self.give_up_after_s:g} s (--give-up-after), Ctrl-C stops"
             )
         return False
+
+    def _state(self, waited: float) -> str:
+        if not self.never_up:
+            return f"nothing admitted for {waited:.0f} s"
+        return f"is not up after {waited:.0f} s" if waited >= 1 else "is not up yet"
 
 
 def is_loading(status: int, said: str) -> bool:

@@ -1,5 +1,6 @@
 """A model behind a server: its address, key and dialect; bytes there and back, and no key comes out."""
 
+import errno
 import os
 import re
 import ssl
@@ -35,6 +36,7 @@ MOST_BYTES: Final = 64 << 20
 """Of a reply; log-probabilities of long ones take some megabytes."""
 MOST_RESULT_BYTES: Final = 4 << 30
 """Of a batch's results, which come as one file."""
+LONGEST_CONNECT_S: Final = 30.0
 MOST_REDIRECTS: Final = 3
 REDIRECTS: Final = (301, 302, 303, 307, 308)
 LEAST_KEY: Final = 8
@@ -56,7 +58,8 @@ class Endpoint:
     timeout_s: float
     in_flight: int = 0
     down_until: float = 0.0
-    successes: int = 0
+    succeeded_at: float = float("-inf")
+    """When it last served a request."""
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
     _proxies: dict[str, str | None] = field(default_factory=dict, repr=False)
     """By address without its path: finding one reads the whole environment."""
@@ -118,13 +121,35 @@ class Endpoint:
             ) as response:
                 told = await _read(response, most_bytes)
                 return Answer(response.status, response.headers, self.blot(told, response.status))
-        except TimeoutError as error:
-            raise NoAnswer("timeout", f"no whole reply within {self.timeout_s:g} s") from error
         except (aiohttp.ClientError, OSError) as error:
-            torn = isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientResponseError)
-            cause = "malformed reply" if torn else "no connection"
-            said = str(error) or type(error).__name__
+            cause, said = self._why(error)
             raise NoAnswer(cause, blot_text(said, self.secrets)) from None
+
+    def _why(self, error: Exception) -> tuple[str, str]:
+        """Why no reply came: the cause, and the words for it."""
+        match error:
+            case aiohttp.ConnectionTimeoutError():
+                return "no connection", "timed out"
+            case TimeoutError():
+                return "timeout", f"no whole reply within {self.timeout_s:g} s"
+            case aiohttp.ClientPayloadError():
+                return "torn reply", "the connection closed in the middle of a reply"
+            case aiohttp.ClientResponseError():
+                return "malformed reply", error.message.partition("\n")[0].rstrip(":")
+            case aiohttp.ClientConnectorCertificateError():
+                return "not trusted", str(error.certificate_error)
+            case aiohttp.ClientConnectorSSLError():
+                return "wrong address", "it speaks no TLS"
+            case aiohttp.ClientConnectorDNSError():
+                return "wrong address", f"host not found: {error.host}"
+            case aiohttp.ClientProxyConnectionError():
+                return "no connection", f"the proxy {error.host}: {_in_words(error.os_error)}"
+            case aiohttp.ClientConnectorError():
+                return "no connection", _in_words(error.os_error)
+            case aiohttp.ServerDisconnectedError():
+                return "no connection", "closed before a reply"
+        said = _in_words(error) if isinstance(error, OSError) else str(error)
+        return "no connection", said or type(error).__name__
 
     def _proxy_for(self, url: str) -> str | None:
         parts = urlsplit(url)
@@ -139,7 +164,9 @@ class Endpoint:
             self._session = aiohttp.ClientSession(
                 # How many connections there are is the caller's affair.
                 connector=aiohttp.TCPConnector(limit=0, ssl=_trusted(self.url)),
-                timeout=aiohttp.ClientTimeout(total=self.timeout_s),
+                timeout=aiohttp.ClientTimeout(
+                    total=self.timeout_s, sock_connect=min(LONGEST_CONNECT_S, self.timeout_s)
+                ),
             )
         return self._session
 
@@ -180,6 +207,15 @@ def _named_proxy(scheme: str, host: str) -> str | None:
         return None
     proxies = getproxies()
     return proxies.get(scheme) or proxies.get("all")
+
+
+def _in_words(error: OSError) -> str:
+    """What the system says of a connection: "connection refused" rather than its number and address."""
+    numbers = [error.errno or 0, *map(int, re.findall(r"\[Errno (\d+)\]", str(error)))]
+    # A name may stand for several addresses, of which one is not even tried.
+    number = errno.ECONNREFUSED if errno.ECONNREFUSED in numbers else numbers[-1]
+    said = os.strerror(number) if number else str(error)
+    return said[:1].lower() + said[1:]
 
 
 def blot_text(text: str, secrets: Iterable[str]) -> str:
