@@ -11,6 +11,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -106,8 +107,11 @@ class _Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.allow_extra_args = True  # which are refused here, with the option that they lack
-        words = _each_with_its_flag(args, repeatable_flags(self._options))
+        repeatable = repeatable_flags(self._options)
+        words = list(_each_with_its_flag(args, repeatable))
         stray = super().parse_args(ctx, list(words))
+        if not ctx.resilient_parsing:
+            _say_what_gives_way(words, repeatable)
         if stray and not ctx.resilient_parsing:
             raise UsageError(
                 f"{stray[0]}: belongs to no option. Did you mean {_reads(self._options)} {stray[0]}?"
@@ -138,6 +142,19 @@ def _each_with_its_flag(words: Sequence[str], flags: frozenset[str]) -> Iterator
                 yield flag
             values += 1
         yield word
+
+
+def _say_what_gives_way(words: Sequence[str], repeatable: frozenset[str]) -> None:
+    """An option given twice has its last value, as scripts use it; but nobody should have to guess."""
+    given: dict[str, str] = {}
+    for word, after in pairwise([*words, ""]):
+        flag, equals, value = word.partition("=")
+        if not flag.startswith("--") or flag in repeatable:
+            continue
+        value = value if equals else "" if after.startswith("--") else after
+        if given.get(flag, value) != value:
+            console.say(f"{flag} is given twice: {value} counts, and not {given[flag]}")
+        given[flag] = value
 
 
 def _load(command: str) -> tuple[type[Any], Callable[[Any], None]]:

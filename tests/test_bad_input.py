@@ -8,7 +8,7 @@ import sys
 import tracemalloc
 
 import pytest
-from conftest import write_jsonl
+from conftest import read_jsonl, write_jsonl
 
 CRITIC = """
 from pathlib import Path
@@ -377,3 +377,19 @@ def test_a_model_that_was_never_made_is_not_sought_on_the_hub(srt, tmp_path, lin
     finished = srt(*line)
     assert finished.code == 2
     assert "no such directory here. srt sft and srt dpo make models there" in finished.stderr
+
+
+def test_an_option_given_twice_has_its_last_value_and_says_so(srt, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "A", "response": "x"}])
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": "B", "response": "x"}])
+    (tmp_path / "c.py").write_text(
+        "def critique(prompt, response):\n"
+        "    return {'weaknesses': 'w', 'suggestions': 's', 'score': 4}, response + '!'\n"
+    )
+    line = ("collect-feedback", "--critic", "python:c.py:critique", "--prompts", "a.jsonl")
+    finished = srt(*line, "--prompts=b.jsonl", "--seed", 7, "--seed", 7)
+    assert finished.code == 0, finished.stderr
+    assert "--prompts is given twice: b.jsonl counts, and not a.jsonl\n" in finished.stderr
+    assert "--seed is given twice" not in finished.stderr
+    (row,) = read_jsonl(tmp_path / "feedback.jsonl")
+    assert row["prompt"] == "B"
