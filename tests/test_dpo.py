@@ -113,6 +113,8 @@ def test_a_live_reference_is_the_model_that_training_starts_from(srt, tmp_path, 
 
 
 def test_a_training_that_lies_in_its_warm_up_says_that_it_changed_nothing(train, tmp_path):
+    planned = train("--global-batch", 8, "--dry-run", "--out", tmp_path / "planned")
+    assert "would lie in the warm-up, at learning rate 0, and change nothing" in planned.stderr
     finished = train("--global-batch", 8)
     assert "lay in the warm-up, at learning rate 0, and changed nothing" in finished.stderr
     other = train("--global-batch", 8, "--warmup", 0, "--out", tmp_path / "other")

@@ -14,6 +14,7 @@ from srt_cli.models.chat import ChatFormat
 from srt_cli.tables import many
 from srt_cli.training.batches import Packing, largest_pass, pack_length
 from srt_cli.training.examples import longest_side
+from srt_cli.training.health import stays_in_warm_up
 from srt_cli.training.memory import GIB, Fit
 from srt_cli.training.rows import PARTS, Example, FileFigures, Prepared
 from srt_cli.training.sequences import IGNORED, PairIds, TokenSequence
@@ -175,7 +176,8 @@ def show_plan(ready: Ready[Any], plan: Plan, measured: Measured | None) -> None:
         console.result(ready.packing.sentence())
     if measured is not None:
         _show_time(plan.steps, measured)
-    for warning in ready.prepared.warnings:
+    idle = stays_in_warm_up(plan.steps.total, ready.fit.setup.values.warmup)
+    for warning in [*ready.prepared.warnings, *([idle] if idle else [])]:
         console.warn(warning)
 
 
