@@ -89,7 +89,7 @@ class _Standard:
 
 
 _talk = Console(file=cast(IO[str], _Standard("stderr")), highlight=False)
-_result = Console(file=cast(IO[str], _Standard("stdout", errno.EIO)), highlight=False)
+_result = Console(file=cast(IO[str], _Standard("stdout", errno.EIO, errno.EPIPE)), highlight=False)
 
 
 def hush() -> None:

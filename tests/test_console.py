@@ -1,7 +1,10 @@
 """What reaches the terminal: text of any origin is shown, and none of it is obeyed."""
 
 import io
+import os
 import re
+import subprocess
+import sys
 import unicodedata
 
 import pytest
@@ -144,3 +147,14 @@ def test_a_servers_message_cannot_steer_the_terminal(srt, tmp_path):
     assert finished.code == 5
     assert not set("\x1b\x07\u202e") & set(finished.stdout + finished.stderr)
     assert "\\x1b]0;mine\\x07\\u202eflow" in finished.stderr
+
+
+def test_a_reader_that_leaves_early_takes_nothing_with_it():
+    program = "from srt_cli import console\nfor _ in range(3): console.result('x' * 9999)\nprint('', end='')"
+    reading, writing = os.pipe()
+    os.close(reading)
+    finished = subprocess.run(
+        [sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, check=False
+    )
+    os.close(writing)
+    assert (finished.returncode, finished.stderr) == (0, b"")
