@@ -64,7 +64,9 @@ def test_a_better_model_wins_and_the_paired_interval_excludes_0(srt, folder):
     assert better["judged"][0]["position"]["first_slot_rate"]["value"] == 0.5
     assert "100% [86, 100]" in finished.stdout
     assert "+100 [+72, +100]" in finished.stdout
-    assert finished.stdout.rstrip().endswith("report: report.html   next: open report.html")
+    assert finished.stdout.rstrip().endswith(
+        "report: report.html   next: open report.html in a browser"
+    )
 
 
 def test_every_pair_is_judged_in_both_orders(srt, folder):

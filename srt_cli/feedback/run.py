@@ -266,7 +266,7 @@ def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -
         run.warn(warning)
     scorer = job.roles.scorer or job.roles.critic
     untold = bool(summary.draft_scores) and not summary.expected_scores
-    if scorer is not None and scorer.expects and untold:
+    if scorer is not None and scorer.expects and untold and not scorer.model.is_program:
         console.say(
             f"{scorer.model.spec} gives no log-probabilities that tell a score's expectation: scores "
             "are integers."

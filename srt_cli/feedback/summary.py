@@ -391,11 +391,15 @@ class CritiqueSummary:
             histogram = "  ".join(f"{s:g}: {n}" for s, n in sorted(self.draft_scores.items()))
             entropy = _shown(self.score_entropy_bits, ".2f")
             console.say(f"scores of the drafts: {histogram}; entropy {entropy} bits")
-            repeated = _shown(self.repeated_weaknesses, ".0%")
-            said = [f"{repeated} of the weaknesses are said of several answers"]
+            said = []
+            if self.repeated_weaknesses:
+                said.append(
+                    f"{self.repeated_weaknesses:.0%} of the weaknesses are said of several answers"
+                )
             if (correlation := self.length_and_score.correlation) is not None:
                 said.insert(0, f"score and length correlate {correlation:+.2f}")
-            console.say("; ".join(said))
+            if said:
+                console.say("; ".join(said))
         if self.beliefs.pairs:
             console.say(self.beliefs.sentence())
         if self.orders_agree:

@@ -72,12 +72,14 @@ class LengthFigures:
 
     def in_words(self) -> str:
         """The figures in one line."""
-        return (
+        said = (
             f"chosen {_figure(self.ratio, '.2f')} times as long as rejected, longer in "
             f"{_figure(self.longer_share, '.0%')} of {self.pairs} pairs, mean gap "
-            f"{_figure(self.mean_gap, '+.0f')} characters; gain and gap correlate at "
-            f"{_figure(self.correlation, '+.2f')}"
+            f"{_figure(self.mean_gap, '+.0f')} characters"
         )
+        if self.correlation is not None:
+            said += f"; gain and gap correlate at {self.correlation:+.2f}"
+        return said
 
     def cells(self) -> list[str]:
         """The figures as table cells: pairs, gap, ratio, share of longer ones, correlation."""

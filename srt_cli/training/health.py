@@ -230,7 +230,10 @@ def never_left_warm_up(rows: History) -> str | None:
     return f"the whole training lay in the warm-up, {AT_NOUGHT}"
 
 
-AT_NOUGHT: Final = "at learning rate 0, and changed nothing. Pass --warmup 0, a smaller --global-batch, or more data."
+AT_NOUGHT: Final = (
+    "at learning rate 0, and changed nothing. Pass --warmup 0, a smaller --global-batch, or more "
+    "data."
+)
 
 
 def stays_in_warm_up(steps: int, warmup: float) -> str | None:

@@ -64,7 +64,7 @@ def close_contest(options: Evaluate, findings: Findings) -> None:
     for note in [*footnotes_of(findings), *alarms_of(findings)]:
         console.result(note)
     page = _page_path(options)
-    console.finish(f"report: {page}", f"open {page}")
+    console.finish(f"report: {page}", f"open {page} in a browser")
     coverage = findings.contest.coverage
     if coverage is not None and coverage < options.min_coverage:
         raw = beside(options.out, "judgments.jsonl")
