@@ -19,6 +19,7 @@ from srt_cli.forms import (
 from srt_cli.prompts import files_in_words, rows_at
 from srt_cli.records import Preference
 from srt_cli.runs.jsonl import naming_row
+from srt_cli.tables import many
 from srt_cli.templates import number_in
 
 OURS: Final = "TRL's conversational preferences"
@@ -78,16 +79,20 @@ def read_preferences(locations: Sequence[str], limit: int | None = None) -> Pref
             pairs.append(read.pair)
             forms[read.form] += 1
             left_out.update(read.left_out)
-        said = _in_words(location, files, forms, left_out)
+        said = _in_words(location, files, forms, left_out, len(rows.empty))
         recognised += [said] if said else []
     return PreferenceSource(pairs, inputs, recognised)
 
 
 def _in_words(
-    location: str, files: Sequence[Path], forms: Counter[str], left_out: Counter[str]
+    location: str,
+    files: Sequence[Path],
+    forms: Counter[str],
+    left_out: Counter[str],
+    empty: int,
 ) -> str | None:
     where = files_in_words(files)
-    if not where and not left_out and forms.keys() <= {OURS}:
+    if not where and not left_out and not empty and forms.keys() <= {OURS}:
         return None
     read_as = " and ".join(
         f"{form} ({count:,})" if len(forms) > 1 else form for form, count in forms.most_common()
@@ -96,6 +101,8 @@ def _in_words(
     if left_out:
         said += "; left out of the chats: "
         said += ", ".join(f"{name} ({count:,} rows)" for name, count in left_out.most_common())
+    if empty:
+        said += f"; {many(empty, 'empty row')} left out"
     return said + "."
 
 

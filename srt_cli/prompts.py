@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +47,8 @@ NOTES: Final = frozenset(
 """What `datasets` keeps beside its shards."""
 ROWS_AT_ONCE: Final = 1000
 MAX_CELL: Final = 2**30
+MOST_BEFORE: Final = 20
+"""Lines in which a table's header is looked for."""
 
 NumberedRow = tuple[str, int, Mapping[str, Any]]
 """The name of a file, the number of a row in it, and the row."""
@@ -425,7 +428,7 @@ def files_in_words(files: Sequence[Path]) -> str:
 
 def _details_of(file: Path) -> Iterator[str]:
     """What is not as the name of a file has it."""
-    if format_of(file) == "CSV" and (found := _delimiter_of(file)) != _named_delimiter(file):
+    if format_of(file) == "CSV" and (found := _header_of(file)[0]) != _named_delimiter(file):
         yield f"its columns parted by {DELIMITERS[found]}"
 
 
@@ -486,28 +489,38 @@ def _named_delimiter(path: Path) -> str:
     return "\t" if ".tsv" in path.suffixes else ","
 
 
-def _delimiter_of(path: Path) -> str:
-    """What parts the columns: as the name has it, unless the header has only another of them."""
+def _header_of(path: Path) -> tuple[str, int]:
+    """What parts the columns, and how many lines stand before the header.
+
+    It is as the name has it, unless the header has only another of them, or Excel's `sep=;` names it.
+    """
     with open_bytes(path) as file:
-        header = file.readline().decode("utf-8", "replace")
+        lines = [
+            line.decode("utf-8-sig", "replace").strip("\r\n") for line in islice(file, MOST_BEFORE)
+        ]
+    before = next((n for n, line in enumerate(lines) if line.strip()), 0)
+    header = lines[before] if lines else ""
+    if header[:4].lower() == "sep=" and header[4:] in DELIMITERS:
+        return header[4:], before + 1
     counts = {each: len(next(csv.reader([header], delimiter=each), [])) for each in DELIMITERS}
     named = _named_delimiter(path)
-    return (
-        named if counts[named] > 1 else max(counts, key=lambda each: (counts[each], each == named))
-    )
+    best = max(counts, key=lambda each: (counts[each], each == named))
+    return (named if counts[named] > 1 else best), before
 
 
 def _read_csv(path: Path, empty: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows by the names in the header; an empty cell is None."""
     csv.field_size_limit(MAX_CELL)
-    delimiter = _delimiter_of(path)
+    delimiter, before = _header_of(path)
     number = 0
     with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         try:
+            for _ in range(before):
+                text.readline()
+            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
             for row in reader:
-                number = reader.line_num
+                number = before + reader.line_num
                 surplus = row.pop(None, [])
                 if any(surplus):
                     raise SrtError(
@@ -521,7 +534,7 @@ def _read_csv(path: Path, empty: list[int]) -> Iterator[tuple[int, dict[str, Any
         except UnicodeDecodeError:
             raise _not_utf8(path) from None
         except csv.Error as error:
-            raise SrtError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from None
+            raise SrtError(f"{path}:{before + reader.line_num}: not valid CSV ({error}).") from None
     if not number:
         raise SrtError(f"{path}: the file is empty. It needs a header and rows.")
 

@@ -208,7 +208,7 @@ def test_an_empty_cell_is_an_empty_text(srt, folder):
 def test_a_perfect_answer_needs_words_and_the_message_says_which(srt, folder):
     finished, [record] = written(srt, folder, HEADER + "a,x,,,10,x,10\n")
     assert finished.code == 3
-    told = 'no words (write "None." where there is nothing to improve)'
+    told = 'no weaknesses and no suggestions (write "None." where there is nothing to improve)'
     assert record["reason"] == f"critique: {told}"
     assert told in finished.stderr
     write_jsonl(folder / "p.jsonl", [{"prompt": "a", "response": "x"}])
@@ -245,6 +245,8 @@ def test_a_score_is_read_as_from_a_critics_reply(srt, folder, score, scale, read
         ("p.csv", "id\tprompt\tresponse\n1\ta, b\tx\n", " (its columns parted by tabs)"),
         ("p.tsv", 'id,prompt,response\n1,"a, b",x\n', " (its columns parted by commas)"),
         ("p.csv", 'id,prompt,response\n1,"a, b",x\n', ""),
+        ("p.csv", '\n\nid,prompt,response\n1,"a, b",x\n', ""),
+        ("p.csv", "sep=;\nprompt;response\na, b;x\n", " (its columns parted by semicolons)"),
         ("p.csv", '"the prompt; id",prompt,response\n1,"a, b",x\n', ""),
     ],
 )  # fmt: skip
@@ -391,7 +393,17 @@ def test_a_file_of_critiques_is_named_where_a_model_is_asked_for(srt, folder):
     finished = srt("collect-feedback", "--prompts", "r.jsonl", "--critic", "h.csv")
     assert finished.code == 2
     assert "Critiques in a file are --critic file:h.csv." in finished.stderr
+    missing = srt("collect-feedback", "--prompts", "r.jsonl", "--critic", "i.csv")
+    assert "i.csv: no such file or directory." in missing.stderr
     for flag in ("--model", "--critic"):
         finished = collect(srt, "--prompts", "r.jsonl", flag, "")
         assert finished.code == 2, finished.stderr
         assert "A model's name is empty. Is a shell variable not set?" in finished.stderr
+
+
+@pytest.mark.parametrize(("command", "flag"), [("sft", "--data"), ("dpo", "--prefs")])
+def test_a_training_takes_no_empty_name_for_the_model_of_the_manifest(srt, folder, command, flag):
+    prompts_of(srt, folder, [{"prompt": "a", "response": "x"}])
+    finished = srt(command, flag, "f.jsonl", "--model", "")
+    assert finished.code == 2
+    assert "A model's name is empty. Is a shell variable not set?" in finished.stderr

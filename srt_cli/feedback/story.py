@@ -410,7 +410,8 @@ def _complete_round(
     assert row.response is not None
     words = {"weaknesses": critique.weaknesses, "suggestions": critique.suggestions}
     if not any(text and text.strip() for text in words.values()):
-        row.lacks("critique", 'no words (write "None." where there is nothing to improve)')
+        told = 'no weaknesses and no suggestions (write "None." where there is nothing to improve)'
+        row.lacks("critique", told)
         return
     if missing := [f"no {name}" for name, text in words.items() if text is None]:
         row.lacks("critique", ", ".join(missing))

@@ -333,6 +333,8 @@ class Spec:
 
 OUR_MODELS = "models/"
 """Where the trainings' own defaults lie; no owner on the hub has this name."""
+_FILES = (".gguf", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""How the names of files end which are no names of models."""
 _BARE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -379,7 +381,7 @@ def parse_spec(spec: str) -> Spec:
         )
     if path.exists():
         return Spec("local", spec)
-    if spec.endswith(".gguf") or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
+    if spec.endswith(_FILES) or spec.startswith((".", "/", "~")) or spec.count("/") > 1:
         raise UsageError(f"{spec}: no such file or directory.")
     if spec.startswith(OUR_MODELS):
         raise UsageError(

@@ -74,7 +74,7 @@ def run(options: Dpo) -> None:
 
 def _prefer(options: Dpo) -> None:
     require_files(Path(name) for name in options.prefs if not name.startswith(HUB_PREFIX))
-    model = options.model or model_that_wrote(options.prefs)
+    model = model_that_wrote(options.prefs) if options.model is None else options.model
     if model is None:
         raise UsageError(
             f"{', '.join(options.prefs)} does not tell which model wrote its drafts. Pass --model."

@@ -140,7 +140,8 @@ def _fine_tune(options: Sft, targets: Targets) -> None:
     mixes = [parse_mix(text) for text in options.mix]
     data = [parse_data(text) for text in options.data]
     require_files(file.path for file in [*data, *mixes])
-    model = options.model or policy_behind([file.path for file in data])
+    paths = [file.path for file in data]
+    model = policy_behind(paths) if options.model is None else options.model
     refuse_without_weights(model, given=options.model is not None)
     if options.model is None:
         console.say(f"model: {model}, by the manifest of {data[0].path}")

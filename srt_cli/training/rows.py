@@ -400,7 +400,7 @@ def refuse_without_weights(model: str, *, given: bool) -> None:
     """
     if names_program(model):
         raise UsageError(f"{model}: a program has no weights to train. Pass --model, one that has.")
-    if (":" in model or not given) and parse_spec(model).is_remote:
+    if (":" in model or not model.strip() or not given) and parse_spec(model).is_remote:
         raise UsageError(
             f"{model} answers on a server. Pass --model with its weights: a directory, ORG/NAME or "
             "FILE.gguf."
