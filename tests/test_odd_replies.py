@@ -260,7 +260,7 @@ def test_a_filter_takes_one_row_and_for_good(srt, serve, tmp_path):
             "collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique"
         )
         assert (result.code, len(server.requests)) == (0, 3)
-        said = re.search(r"first that is not ok: \w+: response: refused .*flagged", result.stderr)
+        said = re.search(r"first that is refused: \w+: response: refused .*flagged", result.stderr)
         assert (said is not None) is told
     rows = read_jsonl(tmp_path / "feedback.jsonl")
     assert [row["status"] for row in rows] == ["ok", "refused", "ok"]
@@ -293,6 +293,67 @@ def test_no_usable_row_is_exit_3_with_the_first_reason(srt, serve, tmp_path):
         assert "maximum context length is 512 tokens" in result.stderr
         assert "Once that is mended, the same line asks again." in result.stderr
         assert "next:" not in result.stdout
+
+
+def test_the_reason_that_most_rows_share_is_told_and_the_line_that_asks_again(srt, serve, tmp_path):
+    too_long = {"message": "This model's maximum context length is 512 tokens"}
+
+    def behave(body, number):
+        if body["max_tokens"] >= 64:
+            return Answer()
+        if body["messages"][-1]["content"] == "Question 1?":
+            return Answer(status=400, error=too_long)
+        return Answer(text="<think>Well,", finish_reason="length", delay_s=0.1)
+
+    server = serve(behave)
+    _rows(tmp_path, 3)
+    line = ("collect-feedback", "--model", server.spec, "--critic", "python:critic.py:critique")
+    first = srt(*line, "--max-new-tokens", 32)
+    assert first.code == 3
+    assert (
+        "no row is usable (2 truncated, 1 failed). The first that is truncated: response: thought until "
+        "the limit. The same line with a larger --max-new-tokens and --overwrite asks again.\n"
+    ) in first.stderr
+    refused = srt(*line, "--max-new-tokens", 64)
+    assert (
+        "--max-new-tokens was 32, now 64). Choose another --out, or replace it with --overwrite; "
+        "feedback.journal.jsonl stays, and calls that ask the same are not made again.\n"
+    ) in refused.stderr
+    assert srt(*line, "--max-new-tokens", 64, "--overwrite").code == 0
+    assert len(server.requests) == 6
+
+
+def test_overwrite_asks_for_nothing_again_that_another_limit_leaves_as_it_was(srt, serve, tmp_path):
+    def behave(body, number):
+        answer = as_policy_and_critic(body, number)
+        if body["max_tokens"] >= 64:
+            return answer
+        return Answer(text="<think>Well,", finish_reason="length")
+
+    server = serve(behave)
+    _rows(tmp_path, 2)
+    line = ("collect-feedback", "--model", server.spec, "--critic", server.spec)
+    first = srt(*line, "--critic-max-tokens", 16)
+    assert first.code == 3
+    assert "larger --critic-max-tokens and --overwrite asks again" in first.stderr
+    drafts = [body for body in server.requests if body["max_tokens"] == 512]
+    assert srt(*line, "--critic-max-tokens", 64, "--overwrite").code == 0
+    assert [body for body in server.requests if body["max_tokens"] == 512] == drafts
+
+
+def test_concurrency_that_changes_nothing_for_a_program_is_said(srt, serve, tmp_path):
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    (tmp_path / "critic.py").write_text(CRITIC)
+    line = ("collect-feedback", "--critic", "python:critic.py:critique")
+    said = (
+        "--concurrency 4: changes nothing for python:critic.py:critique, a program, which is called "
+        "once at a time.\n"
+    )
+    assert said in srt(*line, "--concurrency", 4).stderr
+    server = serve(as_policy_and_critic)
+    _rows(tmp_path, 2)
+    mixed = srt(*line, "--model", server.spec, "--concurrency", 4, "--out", "mixed.jsonl")
+    assert (mixed.code, "--concurrency" in mixed.stderr) == (0, False)
 
 
 def test_a_full_context_is_told_from_a_token_limit_and_not_asked_again(srt, serve, tmp_path):

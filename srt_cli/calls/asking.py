@@ -93,6 +93,13 @@ class Asking:
 
     def employ(self, models: Iterable[Model]) -> None:
         """Have models at work that are open already, until the end."""
+        models = list(models)
+        if self.door.concurrency is not None and all(model.is_program for model in models):
+            for model in models:
+                console.say(
+                    f"--concurrency {self.door.concurrency}: changes nothing for {model.spec}, a "
+                    "program, which is called once at a time."
+                )
         for model in models:
             self.models.append(model)
             if self.cost is not None:

@@ -37,7 +37,7 @@ from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.feedback.written import Joined
 from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
-from srt_cli.records import Prompt
+from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import OrderedWriter
 from srt_cli.runs.run import Run, read_manifest
@@ -271,19 +271,28 @@ def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -
             f"{scorer.model.spec} gives no log-probabilities that tell a score's expectation: scores "
             "are integers."
         )
-    if not owed and summary.first_not_ok is not None and not summary.statuses["ok"]:
-        only_failed = summary.statuses.keys() == {"failed"}
-        again = "the same line" if only_failed else "the same line with --retry-failed all"
+    first = summary.first_not_ok
+    if not owed and first is not None and not summary.statuses["ok"]:
         raise TooManyFailures(
-            f"{run.out}: no row is usable ({summary.unusable}). The first reason: "
-            f"{summary.first_not_ok.reason}. Once that is mended, {again} asks again."
+            f"{run.out}: no row is usable ({summary.unusable}). The first that is {first.status}: "
+            f"{first.reason}. {_asks_again(first, summary)}"
         )
     failed = summary.statuses["failed"]
     if options.max_failures is not None and failed > options.max_failures:
         raise TooManyFailures(
             f"{many(failed, 'row')} failed, more than --max-failures {options.max_failures} "
-            f"({summary.first_failure}). Run the same line again: only those rows are owed."
+            f"({summary.firsts['failed'].reason}). Run the same line again: only those rows are owed."
         )
+
+
+def _asks_again(first: FeedbackRecord, summary: CritiqueSummary) -> str:
+    """What has rows asked for again, of which none is usable and most ended like the first."""
+    if first.status == "truncated" and "limit" in (first.reason or ""):
+        flag = "--max-new-tokens" if first.response is None else "--critic-max-tokens"
+        return f"The same line with a larger {flag} and --overwrite asks again."
+    only_failed = summary.statuses.keys() == {"failed"}
+    again = "the same line" if only_failed else "the same line with --retry-failed all"
+    return f"Once that is mended, {again} asks again."
 
 
 def _import(path: Path, job: Job, journal: Journal) -> None:

@@ -105,10 +105,10 @@ class CritiqueSummary:
     draft_characters: int = 0
     refinement_characters: int = 0
     usage: Usage = field(default_factory=Usage)
-    first_failure: str | None = None
     only_thoughts: Counter[bool] = field(default_factory=Counter)
     """Rows that ended before an answer came; True counts drafts, False a critic's replies."""
-    first_not_ok: FeedbackRecord | None = None
+    firsts: dict[str, FeedbackRecord] = field(default_factory=dict)
+    """By status, the first row that ended so."""
     blind_scores: Counter[float] = field(default_factory=Counter)
     forms: Counter[str] = field(default_factory=Counter)
     """How the critic's replies were read: as asked, mended, longer, asked again, unread."""
@@ -140,12 +140,9 @@ class CritiqueSummary:
         for before, record in zip([None, *row.records], row.records, strict=False):
             self.statuses[record.status] += 1
             self.usage = self.usage + record.usage
-            if record.status == "failed" and self.first_failure is None:
-                self.first_failure = record.reason
+            self.firsts.setdefault(record.status, record)
             if record.reason is not None and record.reason.endswith(THOUGHT_UNTIL_LIMIT):
                 self.only_thoughts[record.response is None] += 1
-            if record.status != "ok" and self.first_not_ok is None:
-                self.first_not_ok = record
             if record.policy == PLANTED:
                 self._add_planted(record, before)
                 continue
@@ -282,6 +279,12 @@ class CritiqueSummary:
         return f"{bad} not ok" if bad else ""
 
     @property
+    def first_not_ok(self) -> FeedbackRecord | None:
+        """The first of those rows that most ended like, where they are not ok."""
+        usual = [status for status, _ in self.statuses.most_common() if status != "ok"]
+        return self.firsts[usual[0]] if usual else None
+
+    @property
     def unusable(self) -> str:
         """How many rows ended how, but for those that are ok."""
         return ", ".join(
@@ -317,7 +320,8 @@ class CritiqueSummary:
                 whose = "a draft's" if of_draft else "a critic's"
                 found.append(
                     f"{self.only_thoughts[of_draft]} of {self.rows} rows end in {whose} thoughts, at "
-                    f"the token limit and before any answer. Raise {flag}."
+                    f"the token limit and before any answer. Raise {flag}, and pass --overwrite with "
+                    "it: the journal stays, and calls that ask the same are not made again."
                 )
         if self.rows and self.statuses["ok"] < self.rows / 2:
             found.append(
@@ -366,7 +370,7 @@ class CritiqueSummary:
         parts = " · ".join(f"{count} {status}" for status, count in self.statuses.most_common())
         console.say(f"rows: {parts}")
         if (bad := self.first_not_ok) is not None and self.statuses["ok"]:
-            console.say(f"the first that is not ok: {bad.id}: {bad.reason}")
+            console.say(f"the first that is {bad.status}: {bad.id}: {bad.reason}")
         if self.calls.known_before:
             console.say(
                 f"calls: {self.calls.paid} made, {self.calls.known_before} taken from the journal"

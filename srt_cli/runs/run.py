@@ -568,9 +568,11 @@ def _refuse_other_run(
         named = "; ".join(
             f"{flag} was {was!r}, now {now!r}" for flag, (was, now) in differing.items()
         )
+        journal = journal_path(out)
+        kept = f"; {journal.name} stays, and calls that ask the same are not made again"
         raise SrtError(
             f"{out}: belongs to a run with other settings ({named}). "
-            "Choose another --out, or replace it with --overwrite."
+            f"Choose another --out, or replace it with --overwrite{kept if journal.exists() else ''}."
         )
 
 
