@@ -105,10 +105,10 @@ def test_the_same_model_in_two_manners_is_asked_and_billed_as_two(srt, server, t
 
 
 def test_a_prompt_field_is_read(srt, server, tmp_path):
-    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "question": "What of it?"}])
+    write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "wanted": "What of it?"}])
     line = ("collect-feedback", "--critic", server.spec, "--model", server.spec)
     assert srt(*line).code == 1
-    assert srt(*line, "--prompt-field", "question").code == 0
+    assert srt(*line, "--prompt-field", "wanted").code == 0
     assert server.requests[0]["messages"][-1]["content"] == "What of it?"
 
 
