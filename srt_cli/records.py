@@ -133,6 +133,8 @@ class Feedback(Record):
     score_mean: float | None = Field(default=None, ge=MIN_SCORE, le=MAX_SCORE)
 
 
+GIVEN: Final = "given"
+"""The policy of a record whose response stood in the input."""
 PLANTED: Final = "planted"
 """The policy of a record whose response is a refinement with a fault planted in it."""
 

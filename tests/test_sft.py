@@ -159,10 +159,15 @@ def test_loss_on_names_parts_and_nothing_else(train):
 
 
 def test_the_model_comes_from_the_manifest_of_the_data(srt, tmp_path, tiny_model):
-    write_jsonl(tmp_path / "feedback.jsonl", feedback_rows(4))
+    given = [row | {"policy": "given"} for row in feedback_rows(4)]
+    write_jsonl(tmp_path / "feedback.jsonl", given)
     refused = srt("sft", "--epochs", 1)
     assert refused.code == 2
     assert "names no policy to train. Pass --model." in refused.stderr
+    write_jsonl(tmp_path / "some.jsonl", [row | {"policy": str(tiny_model)} for row in given[:2]])
+    named = srt("sft", "--data", "some.jsonl", "--dry-run")
+    assert named.code == 0, named.stderr
+    assert f"model: {tiny_model}, by the first row of some.jsonl\n" in named.stderr
     manifest = {
         "command": "collect-feedback",
         "settings": {"model": str(tiny_model)},

@@ -289,7 +289,10 @@ def test_the_policy_is_that_of_all_files_or_is_asked_for(srt, tmp_path):
     assert "Several policies" not in same.stderr
     several = srt("sft", "--data", "a.jsonl", "c.jsonl")
     assert several.code == 2
-    assert "(a.jsonl of base, c.jsonl of other). Pass --model, the one" in several.stderr
+    assert (
+        "(base by the manifest of a.jsonl, other by the manifest of c.jsonl). Pass"
+        in several.stderr
+    )
 
 
 def test_training_goes_on_from_a_tuned_model_and_says_so(srt, sft, tmp_path):

@@ -23,6 +23,7 @@ from srt_cli.feedback.written import Critique, WrittenRow
 from srt_cli.models import Model, Reply, Request, Task
 from srt_cli.reading import part_thoughts
 from srt_cli.records import (
+    GIVEN,
     PLANTED,
     Feedback,
     FeedbackRecord,
@@ -126,7 +127,7 @@ def tell(
     if prompt.response is not None:
         thoughts, answer = part_thoughts(prompt.response)
         given = Reply(answer, "stop", thoughts=thoughts) if thoughts else None
-        draft = Draft(prompt, "given", sample, answer.strip() if given else prompt.response, given)
+        draft = Draft(prompt, GIVEN, sample, answer.strip() if given else prompt.response, given)
     else:
         assert roles.policy is not None
         draft = yield from write_draft(roles.policy, prompt, sample)

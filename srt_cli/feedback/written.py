@@ -16,7 +16,7 @@ from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic import read_critique
 from srt_cli.forms import NEAREST, PROMPT_FIELDS, FieldNames, plainly_named, read_row, text_of
 from srt_cli.prompts import names_of, rows_at
-from srt_cli.records import MAX_SCORE, MIN_SCORE, Feedback, Prompt
+from srt_cli.records import GIVEN, MAX_SCORE, MIN_SCORE, Feedback, Prompt
 from srt_cli.stats.hygiene import plain_form
 from srt_cli.tables import many
 from srt_cli.templates import number_in
@@ -90,7 +90,7 @@ class Critique:
     refinement_feedback: Feedback | None = None
     problem: str | None = None
     critic: str | None = None
-    policy: str = "given"
+    policy: str = GIVEN
 
     @property
     def is_critique(self) -> bool:

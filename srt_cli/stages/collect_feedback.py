@@ -26,7 +26,7 @@ from srt_cli.feedback.written import (
 from srt_cli.models import Model, ModelOptions, Reply, open_model
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import PromptSource, with_system
-from srt_cli.records import Prompt
+from srt_cli.records import GIVEN, Prompt
 from srt_cli.report.critic import write_critic_report
 from srt_cli.report.critique import PageRow, write_critique_page
 from srt_cli.runs.run import first_day, open_run
@@ -315,7 +315,7 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
         prompts.tell()
         drafts: list[Draft] = []
         if model is None:
-            drafts = [Draft(each, "given", 0, each.response or "") for each in prompts.read()]
+            drafts = [Draft(each, GIVEN, 0, each.response or "") for each in prompts.read()]
         else:
             asking.employ([model])
             policy = Policy(model, _drafting(options))
@@ -341,5 +341,5 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
 def _draft(policy: Policy, prompt: Prompt) -> Generator[Call, Reply, Draft]:
     """A prompt's own response, or what the policy replies."""
     if prompt.response is not None:
-        return Draft(prompt, "given", 0, prompt.response)
+        return Draft(prompt, GIVEN, 0, prompt.response)
     return (yield from write_draft(policy, prompt))

@@ -17,7 +17,8 @@ from srt_cli.exports import (
 )
 from srt_cli.models import names_program
 from srt_cli.options import runtime, setting
-from srt_cli.records import PLANTED
+from srt_cli.records import GIVEN, PLANTED
+from srt_cli.runs.jsonl import is_stream, read_rows
 from srt_cli.runs.run import inherited
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import run_in_processes
@@ -141,10 +142,10 @@ def _fine_tune(options: Sft, targets: Targets) -> None:
     data = [parse_data(text) for text in options.data]
     require_files(file.path for file in [*data, *mixes])
     paths = [file.path for file in data]
-    model = policy_behind(paths) if options.model is None else options.model
+    model, by = (options.model, "") if options.model is not None else policy_behind(paths)
     refuse_without_weights(model, given=options.model is not None)
-    if options.model is None:
-        console.say(f"model: {model}, by the manifest of {data[0].path}")
+    if by:
+        console.say(f"model: {model}, by {by}")
     with console.waiting("loading torch and trl"):
         from srt_cli.training.sft import fine_tune
 
@@ -163,21 +164,35 @@ def _fine_tune(options: Sft, targets: Targets) -> None:
     fine_tune(options, task)
 
 
-def policy_behind(data: Sequence[Path]) -> str:
-    """The policy that wrote the drafts, by the manifests of their files.
+def policy_behind(data: Sequence[Path]) -> tuple[str, str]:
+    """The policy that wrote the drafts, and what tells so: a file's manifest, or else its first row.
 
     Raises `UsageError` where they name none, or several.
     """
-    named = {model: path for path in data if (model := inherited(path, "model")) is not None}
-    policies = {model: path for model, path in named.items() if not names_program(model)}
+    policies: dict[str, str] = {}
+    for path in data:
+        model, by = inherited(path, "model"), f"the manifest of {path}"
+        if model is None:
+            model, by = _policy_of_first_row(path), f"the first row of {path}"
+        if model is not None and not names_program(model):
+            policies.setdefault(model, by)
     if not policies:
         raise UsageError(f"{', '.join(map(str, data))} names no policy to train. Pass --model.")
     if len(policies) > 1:
-        told = ", ".join(f"{path} of {model}" for model, path in policies.items())
+        told = ", ".join(f"{model} by {how}" for model, how in policies.items())
         raise UsageError(
             f"Several policies wrote the drafts ({told}). Pass --model, the one to train."
         )
-    return next(iter(policies))
+    return next(iter(policies.items()))
+
+
+def _policy_of_first_row(path: Path) -> str | None:
+    """Whose draft it is, where a policy wrote it; None of standard input, which is read once."""
+    if is_stream(path):
+        return None
+    _, row = next(read_rows(path), (0, {}))
+    policy = row.get("policy")
+    return policy if isinstance(policy, str) and policy not in (GIVEN, PLANTED) else None
 
 
 def export_rows(options: Sft, targets: Targets) -> None:
