@@ -240,6 +240,16 @@ def test_a_program_that_was_edited_is_named_before_it_is_asked_again(srt, folder
     assert "has changed" not in collect(srt).stderr
 
 
+def test_the_plan_of_other_settings_is_shown_before_it_is_refused(srt, folder):
+    assert collect(srt).code == 0
+    planned = collect(srt, "--dry-run", critic="other")
+    assert "rows: 4, of which 0 are answered in the journal" in planned.stdout
+    assert planned.code == 1
+    assert "belongs to a run with other settings (--critic was" in planned.stderr
+    assert collect(srt, "--dry-run", "--overwrite", critic="other").code == 0
+    assert len(read_jsonl(folder / "feedback.jsonl")) == 4
+
+
 def test_more_failures_than_allowed_exit_3(srt):
     finished = collect(srt, "--max-failures", "0", critic="broken")
     assert finished.code == 3

@@ -40,7 +40,7 @@ from srt_cli.models.budget import Budget, likely_prompt_tokens
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import OrderedWriter
-from srt_cli.runs.run import Run, read_manifest
+from srt_cli.runs.run import Run, journal_path, read_manifest
 from srt_cli.tables import many
 
 NEXT_STEPS: Final = {
@@ -127,13 +127,13 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
     return True
 
 
-def show_critique_plan(run: Run, job: Job, options: CallOptions) -> None:
+def show_critique_plan(out: Path, job: Job, options: CallOptions) -> None:
     """`--dry-run`: what the run would come to; sends and writes nothing."""
     prices = prices_of(job.models, options)
     estimates = {identity: Owed() for identity in prices}
     roles = job.roles
     rows = owed = 0
-    with open_replies(run.journal_path) as look_up:
+    with open_replies(journal_path(out)) as look_up:
         for row in replay(job.scripts(), look_up):
             rows += 1
             if row.owed is None:

@@ -138,10 +138,11 @@ def run(options: CollectFeedback) -> None:
     roles = Roles(critic, policy, contrast=contrast)
     job = Job(prompts.read, prompts.count, roles, door.budget)
 
-    run = open_run(COMMAND, options, inputs=prompts.inputs)
     if options.dry_run:
         prompts.tell()
-        show_critique_plan(run, job, options)
+        show_critique_plan(options.out, job, options)
+    run = open_run(COMMAND, options, inputs=prompts.inputs)
+    if options.dry_run:  # what would be refused has been, below the plan
         return
     if options.report is None and is_done(run, job, options):
         return
@@ -220,10 +221,11 @@ def _take_written(options: CollectFeedback, location: str) -> None:
     inputs = {"critic": file.inputs[0]} if len(file.inputs) == 1 else {}
     if len(file.inputs) > 1:
         inputs = {f"critic {n}": path for n, path in enumerate(file.inputs, 1)}
-    run = open_run(COMMAND, options, inputs=inputs | dict(source.inputs if source else {}))
     if options.dry_run:
         _tell(options, joined, source)
-        show_critique_plan(run, job, options)
+        show_critique_plan(options.out, job, options)
+    run = open_run(COMMAND, options, inputs=inputs | dict(source.inputs if source else {}))
+    if options.dry_run:
         return
     if options.report is None and is_done(run, job, options):
         return

@@ -121,10 +121,11 @@ def run(options: SelfCritique) -> None:
         if given and options.other_critic is None:
             raise UsageError(f"{flag} is for another critic. Pass --critic SPEC, or leave it out.")
     job, prompts = _open_job(options)
-    run = open_run(COMMAND, options, inputs=prompts.inputs)
     if options.dry_run:
         prompts.tell()
-        show_critique_plan(run, job, options)
+        show_critique_plan(options.out, job, options)
+    run = open_run(COMMAND, options, inputs=prompts.inputs)
+    if options.dry_run:  # what would be refused has been, below the plan
         return
     if options.report is None and is_done(run, job, options):
         return
