@@ -104,11 +104,13 @@ def plainly_named(
 ) -> dict[str, Any]:
     """A row whose `Prompt ` is called `prompt`, where it has no field of the very name that is known.
 
-    Names in `kept` stay as they are.
+    Spaces within a name are underscores. Names in `kept` stay as they are.
     """
     named: dict[str, Any] = {}
     for name, value in row.items():
-        plain = name if name in known or name in kept else name.strip().lower()
+        plain = name
+        if name not in known and name not in kept:
+            plain = name.strip().lower().replace(" ", "_")
         taken = plain not in known or plain in named or (plain != name and plain in row)
         named[name if taken else plain] = value
     return named

@@ -397,8 +397,8 @@ def _refuse_splits(folder: Path, files: Sequence[Path]) -> None:
     if len(named) > 1 or (held_out and "" in places):
         shown = ", ".join(named) + (" and others" if "" in places else "")
         raise SrtError(
-            f"{folder}: holds several splits ({shown}). Pass one of them: "
-            f"{shlex.quote(places[named[0]])}."
+            f"{folder}: holds several splits ({shown}). Pass one, such as "
+            f"{shlex.quote(places[named[0]])}, or a glob of all that you mean."
         )
 
 

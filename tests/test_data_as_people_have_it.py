@@ -166,7 +166,9 @@ def test_a_folder_of_several_splits_is_not_read_as_one(srt, folder, files, split
         write_table(folder / "d" / name, [f"q{number}"])
     finished = collect(srt, "--prompts", "d")
     assert finished.code == 1
-    assert f"error: d: holds several splits ({splits}). Pass one of them: {one}." in finished.stderr
+    assert (
+        f"error: d: holds several splits ({splits}). Pass one, such as {one}, or" in finished.stderr
+    )
     assert collect(srt, "--prompts", one.strip("'")).code == 0
     assert len(read_jsonl(folder / "feedback.jsonl")) == 1
 
@@ -176,7 +178,9 @@ def test_splits_of_any_name_that_datasets_saved_are_told_apart(srt, folder):
         write_table(folder / "d" / split / "data-00000-of-00001.arrow", [split])
     (folder / "d/dataset_dict.json").write_text('{"splits": ["first", "second"]}')
     finished = collect(srt, "--prompts", "d")
-    assert "d: holds several splits (first, second). Pass one of them: d/first." in finished.stderr
+    assert (
+        "d: holds several splits (first, second). Pass one, such as d/first, or" in finished.stderr
+    )
     one = collect(srt, "--prompts", "d/first")
     assert "d/first: 1 prompt in an arrow file, read as prompt." in one.stderr
 
@@ -293,6 +297,31 @@ def test_a_table_in_latin_1_is_named_with_its_line(srt, folder):
     assert finished.stderr == (
         "error: p.csv:4: not UTF-8 (byte 1). Convert it: iconv -f WINDOWS-1252 -t UTF-8.\n"
     )
+
+
+def test_names_are_read_without_regard_to_case_in_every_table(srt, folder):
+    (folder / "h.csv").write_text(
+        "Prompt;Response;Weaknesses;Suggestions;Score;Refinement;Refinement Score\na;x;w;s;4;y;8\n"
+    )
+    finished = srt("collect-feedback", "--critic", "file:h.csv")
+    assert finished.code == 0, finished.stderr
+    assert (
+        "h.csv: 1 critique in a CSV file (its columns parted by semicolons), read as critiques in "
+        "parts." in finished.stderr
+    )
+    (folder / "s.csv").write_text('Prompt,Response,Score\na,good,"7,5"\na,bad,2\n')
+    finished = srt("build-prefs", "--data", "s.csv", "--strategy", "best-worst")
+    assert finished.code == 0, finished.stderr
+    [pair] = read_jsonl(folder / "prefs.jsonl")
+    assert (pair["chosen"][0]["content"], pair["chosen_score"]) == ("good", 7.5)
+    write_jsonl(folder / "p.jsonl", [{"prompt": "a", "system": "Be brief."}])
+    for name in ("m", "n"):
+        (folder / f"{name}.csv").write_text("Instruction,Output\na,x\n")
+    (folder / "j.py").write_text("def judge(prompt, a, b):\n    return 0.5\n")
+    finished = srt("eval", "--prompts", "p.jsonl", "--model", "m.csv", "--reference", "n.csv",
+                   "--judge", "python:j.py:judge")  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    assert {each["response"] for each in read_jsonl(folder / "eval.outputs.jsonl")} == {"x"}
 
 
 # --- What is said ------------------------------------------------------------------------------

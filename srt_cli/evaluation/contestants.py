@@ -14,7 +14,7 @@ from srt_cli.calls.conduct import Call
 from srt_cli.errors import SrtError
 from srt_cli.feedback.critic import Critic, blind_score
 from srt_cli.feedback.story import Policy, Roles, check_call, refine, write_draft
-from srt_cli.forms import text_of
+from srt_cli.forms import PROMPT_FIELDS, plainly_named, text_of
 from srt_cli.models import Model, Reply
 from srt_cli.prompts import format_of, names_of, read_file
 from srt_cli.reading import part_thoughts
@@ -26,6 +26,7 @@ from srt_cli.templates import parse_parts, parse_preference
 Use = Literal["response", "refinement"]
 ANSWERS: Final = ("response", "output")
 """The fields that may hold a saved answer."""
+FIELDS: Final = frozenset({*PROMPT_FIELDS, "id", "refinement", *ANSWERS})
 FEEDBACK_FIELDS: Final = frozenset(
     name for name, field in FeedbackRecord.model_fields.items() if field.exclude_if is None
 )
@@ -107,7 +108,8 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
     by_id: dict[str, Mapping[str, Any]] = {}
     by_text: dict[str, Mapping[str, Any]] = {}
     several: set[str] = set()
-    for row in _rows_of(path, {prompt.id for prompt in prompts}):
+    for each in _rows_of(path, {prompt.id for prompt in prompts}):
+        row = plainly_named(each, FIELDS)
         if "id" in row:
             if str(row["id"]) in by_id:
                 several.add(str(row["id"]))

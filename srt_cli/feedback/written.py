@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.feedback.critic import read_critique
 from srt_cli.forms import NEAREST, PROMPT_FIELDS, FieldNames, plainly_named, read_row, text_of
-from srt_cli.prompts import names_of, rows_at
+from srt_cli.prompts import files_in_words, names_of, rows_at
 from srt_cli.records import GIVEN, MAX_SCORE, MIN_SCORE, Feedback, Prompt
 from srt_cli.stats.hygiene import plain_form
 from srt_cli.tables import many
@@ -357,7 +357,8 @@ class Joined:
         named = " and ".join(
             f"{f} ({n:,})" if len(forms) > 1 else f for f, n in forms.most_common()
         )
-        yield f"{file.location}: {many(len(file.critiques), 'critique')}, read as {named}."
+        critiques = many(len(file.critiques), "critique") + files_in_words(file.inputs)
+        yield f"{file.location}: {critiques}, read as {named}."
         if file.mapped:
             scales = ", ".join(f"{n:,} from {scale}" for scale, n in file.mapped.most_common())
             yield f"scores mapped linearly to 1 to 10: {scales}."

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from srt_cli.errors import SrtError
-from srt_cli.forms import FieldNames, read_row, text_of
+from srt_cli.forms import PROMPT_FIELDS, FieldNames, plainly_named, read_row, text_of
 from srt_cli.prompts import rows_at
 from srt_cli.records import Message, Prompt, as_messages, content_id
 from srt_cli.runs.jsonl import naming_row
@@ -21,6 +21,9 @@ ANSWERS: Final = ("completions", "responses", "generations", "answers", "outputs
 TEXTS: Final = ("response", "text", "content", "completion", "output", "answer", "generation")
 SCORES: Final = ("overall_score", "score", "rating", "reward", "pm_score")
 LISTS_OF_SCORES: Final = ("scores", "ratings", "rewards", "overall_scores")
+FIELDS: Final = frozenset(
+    {*PROMPT_FIELDS, "id", "response", "rank", "annotations", *ANSWERS, *SCORES, *LISTS_OF_SCORES}
+)
 GIVEN: Final = "given scores"
 """The source of pairs that scores in the data decided."""
 
@@ -39,7 +42,7 @@ def read_scored(row: Mapping[str, Any]) -> ScoredAnswers | None:
     Answers without a score (UltraFeedback has some) are left out. Raises `ValueError` with a sentence
     for the user.
     """
-    rest = dict(row)
+    rest = plainly_named(row, FIELDS)
     answers = _take_answers(rest)
     if answers is None:
         return None

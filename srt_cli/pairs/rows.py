@@ -156,7 +156,9 @@ def read_again(line: bytes) -> PairRow:
         return _row_of(orjson.loads(line))
 
 
-def _row_of(row: dict[str, Any]) -> PairRow:
+def _row_of(row: Any) -> PairRow:
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
     scored = None if "feedback" in row else read_scored(row)
     if scored:
         return ScoredRow.of(scored)
