@@ -537,9 +537,10 @@ def tearing():
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.spec = f"http://127.0.0.1:{server.server_port}/v1#tester"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()
+    server.server_close()
 
 
 def test_replies_that_are_torn_are_asked_again_from_the_beginning(tearing):
@@ -557,9 +558,34 @@ def test_replies_that_are_all_torn_end_the_run_in_plain_words(tearing):
     )
 
 
-def test_a_timeout_that_is_too_short_is_named(serve):
+def test_a_timeout_that_is_too_short_is_named(serve, capfd):
+    server = serve(lambda body, number: Answer(delay_s=1))
     with pytest.raises(SrtError, match=r"pass a longer --timeout than 0\.1\."):
-        ask(serve(lambda body, number: Answer(delay_s=1)), 1, {"timeout_s": 0.1})
+        ask(server, 1, {"timeout_s": 0.1})
+    said = f"{server.url}: no whole reply within 0.1 s (--timeout); asking again\n"
+    assert capfd.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("self-critique", "--model", "SPEC"),
+        ("eval", "--model", "SPEC", "--reference", "SPEC", "--judge", "SPEC"),
+        ("build-prefs", "--data", "rows.jsonl", "--audit", 1, "--audit-judge", "SPEC"),
+    ],
+    ids=lambda line: line[0],
+)
+def test_every_command_waits_as_long_as_it_is_told(srt, serve, tmp_path, free_port, line):
+    _rows(tmp_path, 1)
+    server = serve(as_policy_and_critic)
+    made = srt(
+        "collect-feedback", "--model", server.spec, "--critic", server.spec, "--out", "rows.jsonl"
+    )
+    assert made.code == 0
+    spec = f"http://127.0.0.1:{free_port}/v1#tester"
+    line = [spec if word == "SPEC" else word for word in line]
+    result = srt(*line, "--give-up-after", 0.2)
+    assert (result.code, "is not up after 0.2 s (connection refused)" in result.stderr) == (1, True)
 
 
 def test_a_server_that_goes_away_and_comes_back_costs_no_row(serve):
@@ -568,6 +594,18 @@ def test_a_server_that_goes_away_and_comes_back_costs_no_row(serve):
     server = serve(lambda body, number: down if 20 < number <= 60 else Answer(delay_s=0.01))
     replies = ask(server, 60)
     assert {reply.status for reply in replies} == {"ok"}
+
+
+def test_a_row_that_no_server_survives_fails_alone(serve):
+    """The others are served in between: it is that row, and no restart that would have an end."""
+    gone = Answer(status=502, body=b"<html>Bad Gateway</html>")
+
+    def behave(body, number):
+        return gone if body["messages"][0]["content"] == "question 1" else Answer()
+
+    replies = ask(serve(behave), 12, {"concurrency": 1})
+    assert [reply.status for reply in replies] == ["ok", "failed", *["ok"] * 10]
+    assert replies[1].error == "server error after 5 attempts: 502: <html>Bad Gateway</html>"
 
 
 def test_a_server_that_queues_stops_the_growth():

@@ -61,6 +61,10 @@ class _Job:
     attempts: int = 0
     changes: int = 0
     throttled_since: float | None = None
+    held_up_at: float = float("inf")
+    """When it last found nobody there."""
+    suspect: bool = False
+    """Others were served in between: it may be what brings the server down."""
     sent: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -404,7 +408,8 @@ class ApiModel:
             down = refused.status in DOWN and endpoint.succeeded_at < started
             if down or is_loading(refused.status, refused.said):
                 self._causes["server error"] += 1
-                self._wait_until_back(f"{refused.status}: {refused.message}", endpoint, job)
+                gone = NoAnswer("server error", f"{refused.status}: {refused.message}")
+                await self._wait_until_back(gone, endpoint, job)
             else:
                 await self._try_later(trouble, endpoint, job)
             return
@@ -484,50 +489,63 @@ class ApiModel:
             self._asleep.discard(job)
         self._put_back(job)
 
-    def _put_back(self, job: _Job) -> None:
+    def _put_back(self, job: _Job, *, last: bool = False) -> None:
         if job.future.done():
             return
         if self._fatal is not None:
             job.future.set_exception(self._fatal)
+        elif last:
+            self._jobs.append(job)
         else:
             self._jobs.appendleft(job)
 
-    def _wait_until_back(self, why: str, endpoint: Endpoint, job: _Job) -> None:
+    async def _wait_until_back(self, gone: NoAnswer, endpoint: Endpoint, job: _Job) -> None:
         """Nobody is there, or not yet: the other addresses are asked, and where there is none, sending
-        pauses. No attempt is used up."""
+        pauses. No attempt is used up, but by a request that is answered so while others are served."""
+        served = self._patience.succeeded_at > job.held_up_at
+        job.held_up_at, job.suspect = time.monotonic(), job.suspect or served
+        if served or (job.suspect and not self._jobs):
+            await self._back_off(gone, endpoint, job)
+            return
         first = endpoint.succeeded_at == float("-inf")
         down_s = DOWN_BEFORE_FIRST_SUCCESS_S if first else DOWN_FOR_S
         endpoint.down_until = time.monotonic() + down_s
         if not any(other.up for other in self._endpoints):
-            self._patience.held_up(why, down=True)
-        self._put_back(job)
+            self._patience.held_up(str(gone), down=True)
+        self._put_back(job, last=True)
 
     async def _try_later(self, trouble: NoAnswer, endpoint: Endpoint, job: _Job) -> None:
         """Timeouts, 5xx and torn replies: back off with jitter, a few times; no connection: wait."""
-        cause, message = trouble.cause, str(trouble)
+        cause = trouble.cause
         self._causes[cause] += 1
         if cause == "not trusted":
-            self._give_up(self._unusable(cause, message, endpoint), job)
+            self._give_up(self._unusable(trouble, endpoint), job)
             return
         others = any(other.up for other in self._endpoints if other is not endpoint)
         if cause == "no connection" or (cause == "wrong address" and (self._succeeded or others)):
-            self._wait_until_back(message, endpoint, job)
-            return
+            await self._wait_until_back(trouble, endpoint, job)
+        else:
+            await self._back_off(trouble, endpoint, job)
+
+    async def _back_off(self, trouble: NoAnswer, endpoint: Endpoint, job: _Job) -> None:
         job.attempts += 1
-        many = self._succeeded or cause == "torn reply"
+        many = self._succeeded or trouble.cause == "torn reply"
         if job.attempts >= (MOST_ATTEMPTS if many else ATTEMPTS_BEFORE_FIRST_SUCCESS):
             if not self._succeeded:
-                self._give_up(self._unusable(cause, message, endpoint), job)
+                self._give_up(self._unusable(trouble, endpoint), job)
                 return
-            reason = f"{cause} after {job.attempts} attempts: {message}"
+            reason = f"{trouble.cause} after {job.attempts} attempts: {trouble}"
             self._resolve(job, Reply("", "failed", error=reason, attempts=job.attempts))
             return
+        if not self._succeeded and trouble.cause == "timeout" and self._causes["timeout"] == 1:
+            console.say(f"{endpoint.url}: {trouble} (--timeout); asking again")
         backoff = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2 ** max(0, job.attempts - 1))
         self._notify()
         await self._sleep(job, backoff * random.uniform(0.5, 1.5))
 
-    def _unusable(self, cause: str, message: str, endpoint: Endpoint) -> SrtError:
+    def _unusable(self, trouble: NoAnswer, endpoint: Endpoint) -> SrtError:
         """A server of which nothing has come so far, and why it is asked no longer."""
+        message = str(trouble)
         usual = endpoint.url.rstrip("/").endswith("/v1")
         why = {
             "timeout": (
@@ -545,7 +563,9 @@ class ApiModel:
                 f"{'Look at its log.' if usual else 'Does the address end in /v1?'}"
             ),
         }
-        said = why.get(cause, f"answers only with errors ({message}). Look at the server's log.")
+        said = why.get(
+            trouble.cause, f"answers only with errors ({message}). Look at the server's log."
+        )
         return SrtError(f"{endpoint.url}: {said}")
 
     async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
