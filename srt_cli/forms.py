@@ -342,9 +342,9 @@ def _not_recognised(rest: Mapping[str, Any]) -> str:
     chats = [name for name, turn in lists.items() if {"role", "from"} & turn.keys()]
     found = f'no "prompt", "instruction" or "messages" (found: {", ".join(rest) or "nothing"}). '
     within = next((name for name, inner in lists.items() if inner.keys() & NEAREST.keys()), None)
-    if within is not None and len(rest) == 1:
+    if within is not None:
         take_out = shlex.quote(f".{json.dumps(within)}[]")
-        return f"{found}The rows stand within it: jq -c {take_out} FILE > ROWS.jsonl"
+        return f"{found}The rows seem to stand within {within}: jq -c {take_out} FILE > ROWS.jsonl"
     guess = next((name for name in (*near, *chats) if name not in lists or name in chats), None)
     kind = near.get(guess or "", "messages" if lists else "prompt")
     form = NEAREST.get(kind, NEAREST["prompt"])

@@ -475,6 +475,7 @@ def _parse_array(path: Path, content: bytes) -> Iterator[tuple[int, dict[str, An
     try:
         rows = orjson.loads(content.removeprefix(codecs.BOM_UTF8))
     except orjson.JSONDecodeError as error:
+        _refuse_not_utf8(path, content.split(b"\n"))
         raise SrtError(f"{path}: not valid JSON ({error.msg}, line {error.lineno}).") from None
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
@@ -531,23 +532,23 @@ def _read_csv(path: Path, empty: list[int]) -> Iterator[tuple[int, dict[str, Any
                     yield number, {name: value or None for name, value in row.items()}
                 else:
                     empty.append(number)
-        except UnicodeDecodeError:
-            raise _not_utf8(path) from None
+        except UnicodeDecodeError:  # some lines ahead
+            with open_bytes(path) as again:
+                _refuse_not_utf8(path, lines_of(again))
+            raise
         except csv.Error as error:
             raise SrtError(f"{path}:{before + reader.line_num}: not valid CSV ({error}).") from None
     if not number:
         raise SrtError(f"{path}: the file is empty. It needs a header and rows.")
 
 
-def _not_utf8(path: Path) -> SrtError:
-    """The error that names the first line which is not UTF-8: a file is decoded some lines ahead."""
-    with open_bytes(path) as file:
-        for number, line in enumerate(lines_of(file), start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                return SrtError(f"{path}:{number}: {not_utf8(error)}")
-    return SrtError(f"{path}: was changed while srt read it. Run the same line again.")
+def _refuse_not_utf8(path: Path, lines: Iterable[bytes]) -> None:
+    """Raise `SrtError` that names the first line which is not UTF-8."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SrtError(f"{path}:{number}: {not_utf8(error)}") from None
 
 
 def _read_table(path: Path, kind: str) -> Iterator[tuple[int, dict[str, Any]]]:

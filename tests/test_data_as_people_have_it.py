@@ -291,11 +291,19 @@ def test_utf_16_that_says_so_is_read(srt, folder, name, text, encoding):
     assert read_jsonl(folder / "feedback.jsonl")[0]["prompt"] == "ä"
 
 
-def test_a_table_in_latin_1_is_named_with_its_line(srt, folder):
-    (folder / "p.csv").write_bytes("prompt,response\na,x\nb,x\nä,x\n".encode("latin-1"))
-    finished = collect(srt, "--prompts", "p.csv")
+@pytest.mark.parametrize(
+    ("name", "text", "byte"),
+    [
+        ("p.csv", "prompt,response\na,x\nb,x\nä,x\n", 1),
+        ("p.jsonl", '{"prompt": "a"}\n\n\n{"prompt": "ä"}\n', 13),
+        ("p.json", '[\n{"prompt": "a"},\n{"prompt": "b"},\n{"prompt": "ä"}\n]', 13),
+    ],
+)
+def test_a_text_in_latin_1_is_named_with_its_line(srt, folder, name, text, byte):
+    (folder / name).write_bytes(text.encode("latin-1"))
+    finished = collect(srt, "--prompts", name, "--model", "python:c.py:critique")
     assert finished.stderr == (
-        "error: p.csv:4: not UTF-8 (byte 1). Convert it: iconv -f WINDOWS-1252 -t UTF-8.\n"
+        f"error: {name}:4: not UTF-8 (byte {byte}). Convert it: iconv -f WINDOWS-1252 -t UTF-8.\n"
     )
 
 
@@ -334,8 +342,8 @@ def test_names_are_read_without_regard_to_case_in_every_table(srt, folder):
         ({"id": 1, "query": "a", "label": "b"}, "or pass --prompt-field query. "),
         ({"dialog": [{"role": "user", "content": "a"}]}, "or pass --prompt-field dialog. "),
         ({"title": "a", "answer": "b"}, "Rename the field. The nearest known form is"),
-        ({"data": [{"prompt": "a"}]},
-         "The rows stand within it: jq -c '.\"data\"[]' FILE > ROWS.jsonl."),
+        ({"version": 1, "data": [{"prompt": "a"}]},
+         "The rows seem to stand within data: jq -c '.\"data\"[]' FILE > ROWS.jsonl."),
     ],
 )  # fmt: skip
 def test_only_a_likely_field_is_suggested(srt, folder, row, told):
