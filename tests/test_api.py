@@ -176,6 +176,17 @@ def test_a_404_of_a_model_that_is_listed_names_what_was_asked(serve):
     )
 
 
+def test_an_address_without_its_v1_is_named_with_what_was_asked(serve):
+    server = serve(lambda body, number: Answer())
+    address = server.url.removesuffix("/v1")
+    with pytest.raises(SrtError) as stop:
+        ask(f"{address}#tester", requests())
+    assert str(stop.value) == (
+        f"{address}/chat/completions: answers with status 404 (404: Not Found), and the server lists no "
+        "models. Does the address end in /v1?"
+    )
+
+
 def test_an_empty_list_of_models_is_said(serve):
     server = serve(lambda body, number: Answer(status=404, error={"message": "no"}), models=())
     with pytest.raises(SrtError, match="its list of models is empty"):

@@ -546,7 +546,6 @@ class ApiModel:
     def _unusable(self, trouble: NoAnswer, endpoint: Endpoint) -> SrtError:
         """A server of which nothing has come so far, and why it is asked no longer."""
         message = str(trouble)
-        usual = endpoint.url.rstrip("/").endswith("/v1")
         why = {
             "timeout": (
                 f"does not answer in time ({message}). Is the model loaded? "
@@ -560,13 +559,17 @@ class ApiModel:
             "torn reply": f"no reply came whole ({message}). Look at its log.",
             "malformed reply": (
                 f"answers, but not as an OpenAI-compatible server ({message}). "
-                f"{'Look at its log.' if usual else 'Does the address end in /v1?'}"
+                f"{'Look at its log.' if self._is_usual(endpoint) else 'Does the address end in /v1?'}"
             ),
         }
         said = why.get(
             trouble.cause, f"answers only with errors ({message}). Look at the server's log."
         )
         return SrtError(f"{endpoint.url}: {said}")
+
+    def _is_usual(self, endpoint: Endpoint) -> bool:
+        """Whether an address looks right: a provider's, or one that ends as they mostly do."""
+        return self.parsed.provider is not None or endpoint.url.endswith("/v1")
 
     async def _fatal_error(self, refused: Refused, endpoint: Endpoint) -> SrtError:
         message = f"{refused.message}{self._asked_for(refused)}"
@@ -587,15 +590,19 @@ class ApiModel:
                     f"{asked}: answers with status {refused.status} ({message}), though the server "
                     f"lists the model {name!r}. Check the address, and whether it serves chats."
                 )
+            if names is None:
+                usual = self._is_usual(endpoint)
+                look = (
+                    "Check the address and the name." if usual else "Does the address end in /v1?"
+                )
+                return SrtError(
+                    f"{asked}: answers with status {refused.status} ({message}), and the server lists "
+                    f"no models. {look}"
+                )
             offer = (
                 f". It offers: {', '.join(names[:8])}."
                 if names
-                else (
-                    f", and lists none ({asked} answers with status {refused.status}). "
-                    "Check the address and the name."
-                    if names is None
-                    else ", and its list of models is empty. Is a model loaded there?"
-                )
+                else ", and its list of models is empty. Is a model loaded there?"
             )
             said = f" ({message})" if refused.status != 404 else ""
             return SrtError(f"{endpoint.url}: does not know the model {name!r}{said}{offer}")

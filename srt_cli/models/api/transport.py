@@ -147,7 +147,7 @@ class Endpoint:
             case aiohttp.ClientConnectorError():
                 return "no connection", _in_words(error.os_error)
             case aiohttp.ServerDisconnectedError():
-                return "no connection", "closed before a reply"
+                return "no connection", "connection closed before a reply"
         said = _in_words(error) if isinstance(error, OSError) else str(error)
         return "no connection", said or type(error).__name__
 
