@@ -175,10 +175,10 @@ def marked(title: str, stretches: Sequence[tuple[str, str]]) -> None:
 
 
 def _print_table(console: Console, shown: Table) -> None:
+    if not (console.is_terminal or shown.prose):  # a file takes any width
+        width = max(console.width, shown.widest)
+        console = Console(file=console.file, highlight=False, quiet=console.quiet, width=width)
     for part in shown.fitted(console.width):
-        if not (console.is_terminal or part.prose):  # a file takes any width
-            width = max(console.width, part.widest)
-            console = Console(file=console.file, highlight=False, quiet=console.quiet, width=width)
         grid = Grid(box=SIMPLE_HEAD, pad_edge=False)
         for place, column in enumerate(part.columns):
             is_text = place < part.names or (part.prose and place == len(part.columns) - 1)

@@ -196,13 +196,16 @@ def test_a_row_whose_critic_fails_is_data_with_a_status(srt, folder):
             "{'weaknesses': 'w', 'suggestions': 's', 'score': 11}",
         ),
         ("return 7, 'r'", "returned something else as feedback"),
-        ("return {}['unit_tests']", "raised KeyError: 'unit_tests' (mine.py:4)"),
-        ("return (lambda: 1)(2)", "takes 0 positional arguments but 1 was given (mine.py:4)"),
+        ("return Mute()", "returned a Mute, which is no pair"),
+        ("return iter([GOOD, 7])", "returned 7 where a text is expected"),
+        ("return {}['unit_tests']", "raised KeyError: 'unit_tests' (mine.py:8)"),
+        ("return (lambda: 1)(2)", "takes 0 positional arguments but 1 was given (mine.py:8)"),
     ],
 )
 def test_what_a_program_did_wrong_is_said_in_the_programs_terms(srt, folder, body, reason):
     (folder / "mine.py").write_text(
         "GOOD = {'weaknesses': 'w', 'suggestions': 's', 'score': 4}\n\n"
+        "class Mute:\n    def __repr__(self):\n        raise RuntimeError\n\n"
         f"def critique(prompt, response):\n    {body}\n"
     )
     write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "given"}])
@@ -234,7 +237,7 @@ def test_a_program_that_was_edited_is_named_before_it_is_asked_again(srt, folder
         program.write("# a comment\n")
     again = collect(srt)
     assert again.code == 0
-    said = "python:critic.py:critique has changed since the run that ended 20"
+    said = "python:critic.py:critique has changed since the run of 20"
     assert said in again.stderr
     assert "its replies are asked for again" in again.stderr
     assert "has changed" not in collect(srt).stderr

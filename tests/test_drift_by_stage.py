@@ -145,6 +145,7 @@ def test_critiques_of_an_evaluation_are_a_feedback_file(srt, spec, whole, tmp_pa
 
 def test_the_table_fits_eighty_columns_and_each_alarm_has_its_reason(srt, spec, monkeypatch):
     monkeypatch.setattr(console._result, "width", 80)
+    monkeypatch.setattr(type(console._result), "is_terminal", True)
     finished = evaluate(
         srt, spec, "--judge", spec("judge"), "--scorer", spec("judge"), "--pairs", "pairs.jsonl",
         "--use", "response", "--use", "refinement",

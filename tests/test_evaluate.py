@@ -188,6 +188,7 @@ def test_every_two_contestants_are_compared_in_pairs(srt, folder):
 
 def test_tables_of_long_names_fit_eighty_columns_and_break_no_heading(srt, folder, monkeypatch):
     monkeypatch.setattr(console._result, "width", 80)
+    monkeypatch.setattr(type(console._result), "is_terminal", True)
     line = ["eval", "--reference", "python:p.py:base", "--judge", "python:p.py:judge",
             "--check", "python:p.py:check", "--use", "response", "--use", "refinement"]  # fmt: skip
     for stage in ("sft", "dpo"):
@@ -470,7 +471,9 @@ def test_the_last_verdict_outside_fences_counts(text, verdict):
 
 
 def test_a_judge_without_a_verdict_is_quoted(srt, folder):
-    (folder / "bad.py").write_text("def judge(prompt, a, b):\n    return 'A'\n")
+    (folder / "bad.py").write_text(
+        "def judge(prompt, a, b):\n    return 'A' if prompt.id == 'q0' else 10**400\n"
+    )
     finished = evaluate(srt, judge="python:bad.py:judge")
     assert finished.code == 3
     said = "the first reply without one: \"python:bad.py:judge returned 'A' where a number is expected."

@@ -239,6 +239,7 @@ def test_a_second_seed_stands_beside_the_first_and_must_not_contradict_it(progra
             {"id": str(n), "contestant": arm, "use": "response", "passed": n in passed}
             for arm, passed in arms.items() for n in range(100)
         ])  # fmt: skip
+    (tmp_path / "study-seed-8").mkdir()  # has just begun
     document = tmp_path / "study.md"
     document.write_text("<!-- study: comparisons -->\n<!-- end -->\n")
     page.main(folders[0], document)

@@ -72,6 +72,7 @@ def test_no_figure_is_cut_and_a_file_has_no_width(monkeypatch, capsys, is_termin
         assert "12.3k" in told
     else:
         assert told.count("1.89k/3.71k/12.3k   ") == len(MODELS)
+        assert all(f" {name} " in told for name in MODELS)
 
 
 def test_an_interval_is_shown_within_what_is_possible():

@@ -377,8 +377,8 @@ def main(folder: Path, document: Path | None = None, measured: Path | None = Non
     passes = read_passes(folder)
     name = folder.resolve().name
     by_seed = {FIRST_SEED: passes}
-    for other in sorted(folder.resolve().parent.glob(f"{name}-seed-*")):
-        by_seed[other.name.rpartition("-")[2]] = read_passes(other)
+    for other in sorted(folder.resolve().parent.glob(f"{name}-seed-*/eval.outputs.jsonl")):
+        by_seed[other.parent.name.rpartition("-")[2]] = read_passes(other.parent)
     tables = {
         f"{name}: arms": arms_table(passes),
         f"{name}: comparisons": comparisons_table(by_seed, COMPARISONS),

@@ -110,10 +110,11 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
         return False
     models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
     for model in job.models:
-        if models.get(model.spec, model.identity) != model.identity:
+        changed = models.get(model.spec, model.identity) != model.identity
+        if changed and not options.sends_nothing:
             console.say(
-                f"{model.spec} has changed since the run that ended {run.earlier.finished}: its replies "
-                "are asked for again"
+                f"{model.spec} has changed since the run of {run.earlier.started}: its replies are "
+                "asked for again"
             )
     if again or not run.up_to_date:
         return False

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -88,7 +88,7 @@ class ProgramModel:
             return self._failed(f"raised {_told(error, task.kind)}")
         try:
             text = _render(task, value)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # what it returned is user code, too
             return self._failed(f"returned {error}. It is called as {CALLED_AS[task.kind]}")
         return part_reply(Reply(text=text, finish_reason="stop"))
 
@@ -108,7 +108,7 @@ def _told(error: BaseException, kind: TaskKind) -> str:
 def _render(task: Task, value: Any) -> str:
     """What the program returned, as the text a model would have written.
 
-    Raises `TypeError` or `ValueError` saying what it is, where it is something else.
+    Raises an error saying what it is, where it is something else.
     """
     if inspect.iscoroutine(value):
         value.close()
@@ -119,12 +119,13 @@ def _render(task: Task, value: Any) -> str:
         return render_parts({name: _as_number(part) for name, part in value.items()})
     if task.kind in ("judge", "check"):
         return render_preference(_as_number(value))
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+    pair = [] if isinstance(value, str | Mapping) or not isinstance(value, Iterable) else [*value]
+    if len(pair) != 2:
         raise TypeError(f"{_shown(value)}, which is no pair")
-    feedback = _as_feedback(value[0])
+    feedback = _as_feedback(pair[0])
     if task.kind == "score":
         return render_feedback(feedback)
-    return render_feedback(feedback) + render_refinement(_as_text(value[1]))
+    return render_feedback(feedback) + render_refinement(_as_text(pair[1]))
 
 
 def _as_feedback(value: Any) -> Feedback:
@@ -149,12 +150,15 @@ def _as_text(value: Any) -> str:
 def _as_number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{_shown(value)} where a number is expected") from None
 
 
 def _shown(value: Any) -> str:
-    return one_line(repr(value))
+    try:
+        return one_line(repr(value))
+    except Exception:
+        return f"a {type(value).__name__}"
 
 
 def _load(location: str) -> tuple[Callable[..., Any], str]:
