@@ -4,14 +4,15 @@ import dataclasses
 import errno
 import inspect
 import os
+import shlex
 import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -111,7 +112,8 @@ class _Command(TyperCommand):
         words = list(_each_with_its_flag(args, repeatable))
         stray = super().parse_args(ctx, list(words))
         if not ctx.resilient_parsing:
-            _say_what_gives_way(words, repeatable)
+            valued = (each.opts for each in self.params if not getattr(each, "is_flag", False))
+            _say_what_gives_way(words, frozenset(chain(*valued)), repeatable)
         if stray and not ctx.resilient_parsing:
             raise UsageError(
                 f"{stray[0]}: belongs to no option. Did you mean {_reads(self._options)} {stray[0]}?"
@@ -144,15 +146,18 @@ def _each_with_its_flag(words: Sequence[str], flags: frozenset[str]) -> Iterator
         yield word
 
 
-def _say_what_gives_way(words: Sequence[str], repeatable: frozenset[str]) -> None:
+def _say_what_gives_way(
+    words: Iterable[str], valued: frozenset[str], repeatable: frozenset[str]
+) -> None:
     """An option given twice has its last value, as scripts use it; but nobody should have to guess."""
     given: dict[str, str] = {}
-    for word, after in pairwise([*words, ""]):
+    left = iter(words)
+    for word in left:
         flag, equals, value = word.partition("=")
-        if not flag.startswith("--") or flag in repeatable:
+        if flag not in valued:
             continue
-        value = value if equals else "" if after.startswith("--") else after
-        if given.get(flag, value) != value:
+        value = shlex.quote(value if equals else next(left, ""))
+        if flag not in repeatable and given.setdefault(flag, value) != value:
             console.say(f"{flag} is given twice: {value} counts, and not {given[flag]}")
         given[flag] = value
 

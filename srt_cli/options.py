@@ -39,9 +39,13 @@ SIDE_FILES: Final = (".run.json", ".journal.jsonl", ".dropped.jsonl")
 _BEFORE_SPEC: Final = re.compile(r"^[a-z]+=")
 """What a spec is for, where an option says that too: refinement=gpt-4."""
 _WEIGHTED: Final = re.compile(r":[0-9.]+$")
-_BEFORE_FILE: Final = re.compile(r"^([^=]*=)?(hf:|file:)?")
-_BEHIND_FILE: Final = re.compile(r":[^:/]*$")
-"""A weight, or a split."""
+_AROUND_FILE: Final = tuple(map(re.compile, (r"^[^=]*=", r"^(hf|file):", r":[^:/]*$")))
+"""What may stand before a file's name, and behind it: a weight, or a split."""
+_HARMLESS_SET: Final = re.compile(
+    r"(?!\w*(hub|deepspeed|fsdp|path|dir|config|code|resume|space))\w+=(true|false|[-+]?\d[\d.e+-]*)",
+    re.IGNORECASE,
+)
+"""A number or a switch of TRL's that uploads, loads and runs nothing."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def runtime(default: Any, help: str, **declared: Unpack[Declared]) -> Any:
 
 
 _KNOB: Final = "knob"
+_TYPED: Final = "_typed"
 
 
 def knob_of(field: dataclasses.Field[Any]) -> Knob:
@@ -194,6 +199,12 @@ def differing_settings(
     return differing
 
 
+def typed_flags(config: Any) -> set[str]:
+    """The options that were typed: idle ones are refused there alone, for a preset may serve others."""
+    typed: frozenset[str] = getattr(config, _TYPED, frozenset())
+    return {flag_of(field) for field in dataclasses.fields(config) if field.name in typed}
+
+
 def under_todays_names(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """Values, some perhaps under former names, as `config` (a class, or one of it) names them.
 
@@ -260,17 +271,19 @@ def resolve(
     found_file = Path("srt.toml")
     if found_file.is_file() and not (config_file and _same_file(config_file, found_file)):
         values = _read_preset(found_file, config_class, command, shared, notes)
+        given, values = values, _typed(config_class, values, f"{found_file}: ")
         for field in dataclasses.fields(cast(Any, config_class)):
-            if field.name in values:
-                _allow_found(found_file, field, values[field.name])
-        values = _typed(config_class, values, f"{found_file}: ")
+            if field.name in given:
+                _allow_found(found_file, field, given[field.name])
     if config_file is not None:
         preset = _read_preset(config_file, config_class, command, shared, notes)
         values |= _typed(config_class, preset, f"{config_file}: ")
-    values |= _renamed(config_class, flags, notes)
+    typed = _renamed(config_class, flags, notes)
     for note in notes:
         console.warn(note)
-    return config_class(**_typed(config_class, values))
+    config = config_class(**_typed(config_class, values | typed))
+    object.__setattr__(config, _TYPED, frozenset(typed))
+    return config
 
 
 def _renamed(
@@ -313,8 +326,8 @@ def _allow_found(file: Path, field: dataclasses.Field[Any], value: Any) -> None:
         does = f"{file}: hub_public shows a model to everybody"
     elif name == "report_to" and set(texts) - {"tensorboard"}:
         does = f"{file}: {name} = {value!r} sends figures to a service"
-    elif name == "set" and value:
-        does = f"{file}: set reaches fields of TRL that upload, load or run something"
+    elif name == "set" and not all(_HARMLESS_SET.fullmatch(each) for each in texts):
+        does = f"{file}: {name} = {value!r} may upload, load or run something"
     elif name == "accelerate_config" and Path(str(value)).is_file():
         does = f"{file}: {name} = {value!r} chooses with which machines to compute"
     elif any(_leads_out(field, str(text)) for text in texts):
@@ -337,11 +350,12 @@ def _leads_out(field: dataclasses.Field[Any], text: str) -> bool:
     knob = knob_of(field)
     if knob.kind == "runtime" and without_none(field.type) is Path:
         return not _is_inside(text)
-    bare = _BEFORE_FILE.sub("", text)
-    named = {os.path.expanduser(each) for each in (text, bare, _BEHIND_FILE.sub("", bare))}
+    named = {text}
+    while further := {each.sub("", name) for name in named for each in _AROUND_FILE} - named:
+        named |= further
+    named = {os.path.expanduser(each) for each in named}
+    named |= {found for each in named for found in glob.iglob(each, recursive=True)}
     metavar = knob.metavar or ""
-    if metavar.startswith("FILE"):
-        named |= {found for each in named for found in glob.iglob(each, recursive=True)}
     if metavar.endswith("SPEC") and not text.startswith("file:"):
         named = {each for each in named if not (os.path.isdir(each) or each.endswith(".gguf"))}
     return any(os.path.exists(each) and not _is_inside(each) for each in named)

@@ -30,6 +30,7 @@ def figures(folder):
 
 def test_native_annotations_are_counted_and_reported(srt, tmp_path):
     native(tmp_path)
+    (tmp_path / "srt.toml").write_text('judge = ["gpt-4"]\nreference = "models/base"\n')
     finished = srt("eval", "--annotations", "mine.json")
     assert finished.code == 0, finished.stderr
     found = figures(tmp_path)

@@ -391,5 +391,8 @@ def test_an_option_given_twice_has_its_last_value_and_says_so(srt, tmp_path):
     assert finished.code == 0, finished.stderr
     assert "--prompts is given twice: b.jsonl counts, and not a.jsonl\n" in finished.stderr
     assert "--seed is given twice" not in finished.stderr
+    again = srt(*line, "--prompts=b.jsonl", "--system", "--seed", "--seed", 1, "--system", "")
+    assert "--seed is given twice" not in again.stderr
+    assert "--system is given twice: '' counts, and not --seed\n" in again.stderr
     (row,) = read_jsonl(tmp_path / "feedback.jsonl")
     assert row["prompt"] == "B"

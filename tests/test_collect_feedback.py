@@ -296,6 +296,8 @@ def test_a_scale_without_written_critiques_is_refused(srt, folder):
     refused = collect(srt, "--critique-scale", "1-5")
     assert refused.code == 2
     assert "--critique-scale is that of critiques that others wrote" in refused.stderr
+    (folder / "srt.toml").write_text('critique-scale = "1-5"\n')
+    assert collect(srt).code == 0
 
 
 def test_a_found_srt_toml_may_not_run_code(srt, folder):

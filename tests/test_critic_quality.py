@@ -93,6 +93,9 @@ def test_two_ways_at_once_are_a_usage_error(srt, folder):
         finished = srt("eval", "--feedback", "feedback.jsonl", *extra)
         assert finished.code == 2
         assert "--feedback looks at critiques alone: no --judge or --check" in finished.stderr
+    (folder / "srt.toml").write_text('judge = ["gpt-4"]\n[eval]\ncritic-prompt = "table-1"\n')
+    finished = srt("eval", "--feedback", "feedback.jsonl")
+    assert finished.code == 0, finished.stderr
 
 
 def test_grounded_is_a_quotation_or_four_words_in_a_row():

@@ -266,7 +266,10 @@ def test_what_flags_cannot_tell_and_files_of_others_are_refused(srt, rows):
         refused = export(srt, *flags)
         assert refused.code == 2
         assert message in refused.stderr
-    assert export(srt).code == export(srt).code == 0
+    (rows / "srt.toml").write_text('unfit = "drop"\n')
+    preset = export(srt)
+    assert "--unfit drop is nothing that --export can tell other trainers: what" in preset.stderr
+    assert preset.code == export(srt).code == 0
     (rows / "models/sft.trl.jsonl").write_text("mine\n")
     refused = export(srt)
     assert refused.code == 1

@@ -159,6 +159,9 @@ def test_what_is_for_another_critic_is_refused_without_one(srt, folder, flags):
     refused = srt("self-critique", "--model", "python:p.py:model", *flags.split())
     assert refused.code == 2
     assert "is for another critic. Pass --critic SPEC" in refused.stderr
+    name, value = flags.removeprefix("--").split()
+    (folder / "srt.toml").write_text(f'{name} = "{value}"\n')
+    assert srt("self-critique", "--model", "python:p.py:model", "--dry-run").code == 0
 
 
 @pytest.mark.parametrize(

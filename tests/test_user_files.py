@@ -418,6 +418,9 @@ def test_a_found_srt_toml_replaces_nothing_and_stays_in_its_folder(srt, folder, 
         ("collect-feedback", 'prompts = "/etc/pass*"', "leads out of its folder"),
         ("collect-feedback", 'prompts = "hf:/etc:train"', "leads out of its folder"),
         ("collect-feedback", 'critic = "file:/etc/passwd"', "leads out of its folder"),
+        ("collect-feedback", 'critic = "file:/etc/pass*"', "leads out of its folder"),
+        ("collect-feedback", 'critic = "file:hf:/etc"', "leads out of its folder"),
+        ("collect-feedback", 'critic = "file:a=b"', "leads out of its folder"),
         ("sft", 'data = ["feedback.jsonl", "link:2"]', "leads out of its folder"),
         ("sft", 'mix = ["/etc/passwd:2"]', "leads out of its folder"),
         ("eval", 'objective = ["m=/etc/passwd"]', "leads out of its folder"),
@@ -425,7 +428,9 @@ def test_a_found_srt_toml_replaces_nothing_and_stays_in_its_folder(srt, folder, 
         ("sft", 'push-to-hub = "me/mine"', "uploads a model"),
         ("sft", "hub-public = true", "shows a model to everybody"),
         ("sft", 'report-to = ["wandb"]', "sends figures to a service"),
-        ("sft", 'set = ["push_to_hub=true"]', "upload, load or run something"),
+        ("sft", 'set = ["push_to_hub=true"]', "may upload, load or run something"),
+        ("sft", 'set = ["seed=1", "deepspeed=1"]', "may upload, load or run something"),
+        ("sft", 'set = ["optim=adamw_torch x=1"]', "may upload, load or run something"),
         ("sft", 'accelerate-config = "p.py"', "chooses with which machines to compute"),
     ],
 )
@@ -433,7 +438,8 @@ def test_a_found_srt_toml_reads_nothing_of_yours_and_uploads_nothing(
     srt, folder, monkeypatch, command, preset, said
 ):
     monkeypatch.setenv("HOME", "/etc")
-    (folder / "link").symlink_to("/etc/passwd")
+    for name in ("link", "a=b"):
+        (folder / name).symlink_to("/etc/passwd")
     (folder / "srt.toml").write_text(f"[{command}]\n{preset}\n")
     refused = srt(command)
     assert refused.code == 1
@@ -448,6 +454,21 @@ def test_a_found_srt_toml_may_name_weights_anywhere_and_texts_of_any_form(srt, f
     )
     finished = srt("collect-feedback", "--critic", "python:p.py:critique", "--dry-run")
     assert finished.code == 0, finished.stderr
+
+
+def test_a_found_srt_toml_sets_numbers_and_switches_of_trl(srt, folder):
+    (folder / "srt.toml").write_text(
+        '[sft]\nset = ["adam_beta2=0.95", "use_cpu=true", "a=-1e-8"]\n'
+    )
+    assert "data: no such file" in srt("sft", "--data", "data", "--model", "m").stderr
+
+
+@pytest.mark.parametrize("value", ['[["wandb"]]', "{a = 1}"])
+def test_a_found_value_of_another_type_is_said(srt, folder, value):
+    (folder / "srt.toml").write_text(f"[sft]\nreport-to = {value}\n")
+    refused = srt("sft")
+    assert refused.code == 2
+    assert refused.stderr.startswith("error: srt.toml: --report-to ")
 
 
 def test_the_addresses_in_a_found_srt_toml_are_said(srt, folder):

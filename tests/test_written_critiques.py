@@ -277,6 +277,12 @@ def test_options_that_mean_nothing_are_refused(srt, folder, extra, message):
     assert message in finished.stderr
 
 
+def test_a_preset_that_means_nothing_to_written_critiques_stops_nobody(srt, folder):
+    write_jsonl(folder / "critiques.jsonl", [{"id": "a", "critique": "x", "score": 5}])
+    (folder / "srt.toml").write_text('system = "Be brief."\ncontrast = "gpt-4"\n')
+    assert take(srt, "--dry-run").code == 0
+
+
 def test_written_critiques_are_no_model_elsewhere(srt, folder):
     finished = srt("self-critique", "--model", "file:critiques.jsonl")
     assert finished.code == 2

@@ -24,7 +24,7 @@ from srt_cli.feedback.written import (
     read_critiques,
 )
 from srt_cli.models import Model, ModelOptions, Reply, open_model
-from srt_cli.options import runtime, setting
+from srt_cli.options import runtime, setting, typed_flags
 from srt_cli.prompts import PromptSource, with_system
 from srt_cli.records import GIVEN, Prompt
 from srt_cli.report.critic import write_critic_report
@@ -115,9 +115,10 @@ def run(options: CollectFeedback) -> None:
     if options.critic.startswith(FILE_PREFIX):
         _take_written(options, options.critic.removeprefix(FILE_PREFIX))
         return
-    if options.critic_for_parts:
+    typed = typed_flags(options)
+    if "--critic-for" in typed:
         raise UsageError("--critic-for completes critiques that others wrote: --critic file:FILE.")
-    if options.critique_scale != CollectFeedback.critique_scale:
+    if "--critique-scale" in typed:
         raise UsageError(
             "--critique-scale is that of critiques that others wrote: --critic file:FILE."
         )
@@ -201,11 +202,11 @@ def _critic(options: CollectFeedback, model: Model) -> Critic:
 
 def _take_written(options: CollectFeedback, location: str) -> None:
     """Join critiques to prompts and responses, and have what they lack asked of others."""
-    if options.system is not None:
+    if "--system" in typed_flags(options):
         raise UsageError(
             "--system is for drafts, and written critiques bring theirs. Leave it out."
         )
-    if options.contrast is not None:
+    if "--contrast" in typed_flags(options):
         raise UsageError(
             "--contrast is for a critic that is asked. Leave it out with --critic file:."
         )
@@ -298,7 +299,7 @@ def _others(options: CollectFeedback, joined: Joined, door: ModelOptions) -> Rol
 
 def _write_page(options: CollectFeedback, page: Path) -> None:
     """Have the policy answer what has no response, and write the page on which a person criticises."""
-    if options.critic is not None:
+    if "--critic" in typed_flags(options):
         raise UsageError(
             "--critique-page has a person write the critiques: leave out --critic. Then pass what the "
             "page saves, as --critic file:FILE."

@@ -21,7 +21,7 @@ from srt_cli.feedback.processes import answer_in_processes
 from srt_cli.feedback.run import Job, is_done, run_critiques, show_critique_plan
 from srt_cli.feedback.story import Check, CheckedRow, Policy, Roles
 from srt_cli.models import Model, ModelOptions, open_model, parse_spec, refuse_unless_program
-from srt_cli.options import runtime, setting
+from srt_cli.options import runtime, setting, typed_flags
 from srt_cli.prompts import PromptSource, with_system
 from srt_cli.report.critic import write_critic_report
 from srt_cli.runs.run import first_day, open_run, read_manifest
@@ -118,7 +118,8 @@ def run(options: SelfCritique) -> None:
         "--critic-prompt": options.critic_prompt != "auto",
     }
     for flag, given in idle.items():
-        if given and options.other_critic is None:
+        idles = given and options.other_critic is None
+        if idles and flag.split()[0] in typed_flags(options):
             raise UsageError(f"{flag} is for another critic. Pass --critic SPEC, or leave it out.")
     job, prompts = _open_job(options)
     if options.dry_run:

@@ -16,7 +16,7 @@ from srt_cli.exports import (
     write_chats,
 )
 from srt_cli.models import names_program
-from srt_cli.options import runtime, setting
+from srt_cli.options import runtime, setting, typed_flags
 from srt_cli.records import GIVEN, PLANTED
 from srt_cli.runs.jsonl import is_stream, read_rows
 from srt_cli.runs.run import inherited
@@ -133,7 +133,7 @@ def run(options: Sft) -> None:
 
 
 def _fine_tune(options: Sft, targets: Targets) -> None:
-    weighs = options.verdict_weight != 1
+    weighs = options.verdict_weight != 1 and "--verdict-weight" in typed_flags(options)
     if weighs and (targets.refinement_only or "feedback" not in targets.loss_on):
         raise UsageError(
             "--verdict-weight weighs feedback, which would not be trained. Leave it out."
@@ -218,10 +218,12 @@ def export_rows(options: Sft, targets: Targets) -> None:
         "--thoughts keep": options.thoughts == "keep",
     }
     for flag, given in untold.items():
-        if given:
-            raise UsageError(
-                f"{flag} is nothing that --export can tell other trainers. Leave it out."
-            )
+        if not given:
+            continue
+        told = f"{flag} is nothing that --export can tell other trainers"
+        if flag.split()[0] in typed_flags(options):
+            raise UsageError(f"{told}. Leave it out.")
+        console.warn(f"{told}: what was preset is left out.")
     for flag, needs in {
         "--dry-run": options.dry_run, "--push-to-hub": options.push_to_hub is not None
     }.items():  # fmt: skip

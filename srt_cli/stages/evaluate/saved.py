@@ -1,7 +1,7 @@
 """What `srt eval` does on saved files alone: judgments, labelled pairs, feedback."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from srt_cli import console
@@ -20,6 +20,7 @@ from srt_cli.evaluation.labelled_pairs import ask_pairs, read_pairs
 from srt_cli.evaluation.tables import pairs_table, quality_tables
 from srt_cli.feedback.critic import asked_in_conversation
 from srt_cli.models import refuse_unfit
+from srt_cli.options import typed_flags
 from srt_cli.records import FeedbackRecord
 from srt_cli.runs.jsonl import read_records, write_json
 from srt_cli.runs.run import open_run
@@ -30,8 +31,9 @@ from srt_cli.stats.critiques import knows_languages
 
 def count_annotations(options: Evaluate, command: str) -> None:
     """`--annotations`: count saved judgments, with no model and no network."""
-    if options.judge or options.check or options.reference:
+    if typed_flags(options) & {"--judge", "--check", "--reference"}:
         raise UsageError("--annotations are counted as they are: no --judge, --check, --reference.")
+    options = replace(options, judge=(), check=(), reference=None)
     found = read_annotations(options.annotations)
     assert found.reference is not None
     inputs = {f"annotations {n}": path for n, path in enumerate(options.annotations, start=1)}
@@ -81,7 +83,7 @@ def score_pairs(options: Evaluate, command: str, path: Path) -> None:
 
 def judge_feedback(options: Evaluate, command: str) -> None:
     """`--feedback`: what critiques are like, and what a scorer from outside makes of their scores."""
-    if options.judge or options.check:
+    if typed_flags(options) & {"--judge", "--check"}:
         raise UsageError(
             "--feedback looks at critiques alone: no --judge or --check. --scorer SPEC scores "
             "their answers."
