@@ -12,16 +12,20 @@ import torch
 from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_dpo import pair_rows
 from test_sft import feedback_rows
+from transformers import AutoModelForCausalLM
 
+from srt_cli.calls.conduct import Call, look_up_call
 from srt_cli.errors import SrtError
-from srt_cli.models import ModelOptions, Request, is_loop, open_model
+from srt_cli.models import ModelOptions, Request, canonical_request, is_loop, open_model
 from srt_cli.models.local import local, static
 from srt_cli.models.local.sampling import Draw, choose_tokens, draw_key, gumbel_noise
-from srt_cli.models.weights import fingerprint_of, load_weights
+from srt_cli.models.weights import fingerprint_of, load_tokenizer, load_weights
 from srt_cli.records import Message
+from srt_cli.runs.journal import request_key
 
 
 def requests(texts, **changes):
@@ -333,6 +337,34 @@ def test_an_adapter_on_a_retrained_base_is_another_model(tiny_model, tmp_path):
     by_name = fingerprint_on("org/base")  # as ever: the journals of such runs are read on
     digest = hashlib.sha256(config.read_bytes()).hexdigest()[:16]
     assert by_name == hashlib.sha256(f"{config.name}:{digest};".encode()).hexdigest()[:16]
+
+
+def test_what_an_adapter_was_asked_by_older_srt_is_not_asked_again(srt, tiny_model, tmp_path):
+    adapter = tmp_path / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(shutil.copytree(tiny_model, tmp_path / "base"))
+    get_peft_model(base, LoraConfig(target_modules="all-linear")).save_pretrained(adapter)
+    load_tokenizer(str(tiny_model)).save_pretrained(adapter)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "a"}])
+    (tmp_path / "c.py").write_text(
+        "def critique(prompt, response):\n"
+        "    return {'weaknesses': 'w', 'suggestions': 's', 'score': 4}, response + '!'\n"
+    )
+    line = ("collect-feedback", "--model", str(adapter), "--critic", "python:c.py:critique",
+            "--max-new-tokens", 2)  # fmt: skip
+    assert srt(*line, "--max-failures", 1).code == 0
+    manifest = json.loads((tmp_path / "feedback.run.json").read_text())
+    identity = manifest["models"][str(adapter)]["identity"]
+    own, weights = identity.removeprefix("local:").split("-on-")
+    assert weights == fingerprint_of(str(tmp_path / "base"))
+    model = open_model(str(adapter), ModelOptions(offline=True))
+    call = Call(model, Request((Message(role="user", content="a"),), 2), "draft")
+    older = canonical_request(model, call.request) | {"model": f"local:{own}"}
+    assert look_up_call(call, {request_key(older): {"text": "A"}}.get)[1] == {"text": "A"}
+    manifest["models"][str(adapter)]["identity"] = f"local:{own}"
+    (tmp_path / "feedback.run.json").write_text(json.dumps(manifest))
+    again = srt(*line, "--max-failures", 1)
+    assert "nothing to do" in again.stdout
+    assert "has changed" not in again.stderr
 
 
 def half_a_file(weights):

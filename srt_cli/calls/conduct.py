@@ -26,6 +26,7 @@ from srt_cli.models import (
     Request,
     as_asked_before,
     canonical_request,
+    identity_before,
     reply_from_plain,
     reply_to_plain,
 )
@@ -53,11 +54,14 @@ def look_up_call(
     call: Call, look_up: Callable[[bytes], dict[str, Any] | None]
 ) -> tuple[bytes, dict[str, Any] | None]:
     """A call's key and what the journal holds for it, if only as an older srt asked."""
-    key = request_key(canonical_request(call.model, call.request))
+    asked = canonical_request(call.model, call.request)
+    key = request_key(asked)
     if (kept := look_up(key)) is not None:
         return key, kept
-    for before in as_asked_before(call.request):
-        older = request_key(canonical_request(call.model, before))
+    before = [canonical_request(call.model, each) for each in as_asked_before(call.request)]
+    if (name := identity_before(call.model.identity)) != call.model.identity:
+        before += [each | {"model": name} for each in (asked, *before)]
+    for older in map(request_key, before):
         if (kept := look_up(older)) is not None:
             return older, kept
     return key, None

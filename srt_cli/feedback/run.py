@@ -35,7 +35,7 @@ from srt_cli.feedback.story import (
 )
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.feedback.written import Joined
-from srt_cli.models import Model
+from srt_cli.models import Model, identity_before
 from srt_cli.models.budget import Budget, likely_prompt_tokens
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
@@ -110,6 +110,8 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
         return False
     models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
     for model in job.models:
+        if models.get(model.spec) == identity_before(model.identity):
+            models[model.spec] = model.identity
         changed = models.get(model.spec, model.identity) != model.identity
         if changed and not options.sends_nothing:
             console.say(

@@ -40,6 +40,8 @@ _KEPT: Final = (
 LOOP_LENGTH: Final = 128
 PERIODS: Final = 4
 LETTER_LOGPROBS_BEFORE: Final = 5
+ON_BASE: Final = "-on-"
+"""In an identity, between an adapter's digest and its base's."""
 """How many alternatives to a judge's letter 0.1.0 asked for."""
 THOUGHT_UNTIL_LIMIT: Final = "thought until the limit"
 """Why a reply that thinks is `truncated`, which holds no answer yet."""
@@ -493,6 +495,11 @@ def canonical_request(model: Model, request: Request) -> dict[str, Any]:
             list(request.task.texts),
         ]
     return plain
+
+
+def identity_before(identity: str) -> str:
+    """What older srt called the same model: an adapter without its base."""
+    return re.sub(f"(?<=^local:[0-9a-f]{{16}})({ON_BASE}[0-9a-f]{{16}})+", "", identity)
 
 
 def as_asked_before(request: Request) -> list[Request]:

@@ -31,6 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from srt_cli import console
 from srt_cli.errors import SrtError
+from srt_cli.models import ON_BASE
 from srt_cli.models.chat import ChatFormat
 from srt_cli.models.hub import cache_folder
 
@@ -448,7 +449,7 @@ def _each_made_once() -> Iterator[None]:
 
 
 def fingerprint_of(name: str) -> str:
-    """A short digest of a model's weights, of an adapter's with its base: a retrained one is another.
+    """A short digest of a model's weights, an adapter's -on- its base's: a retrained one is another.
 
     Of a hub name it is the name: what the hub serves under it is not ours to read beforehand.
     """
@@ -463,12 +464,11 @@ def fingerprint_of(name: str) -> str:
         if file.name == "run.json":
             continue
         digest.update(f"{file.name}:{_digest_of_file(file)};".encode())
+    own = digest.hexdigest()[:16]
+    base = base_of(name)
+    weights = fingerprint_of(base) if base != name else ""
     # The name of a base on the hub stands in the adapter's own configuration.
-    if (base := base_of(name)) != name and (weights := fingerprint_of(base)) != base.removeprefix(
-        "hf:"
-    ):
-        digest.update(f"base:{weights};".encode())
-    return digest.hexdigest()[:16]
+    return own if weights in ("", base.removeprefix("hf:")) else f"{own}{ON_BASE}{weights}"
 
 
 def _digest_of_file(path: Path) -> str:
