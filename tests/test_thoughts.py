@@ -258,15 +258,15 @@ def test_critics_are_told_by_their_own_flag(srt, serve, tmp_path):
     assert [body["chat_template_kwargs"] for body in server.requests] == [KWARGS] * 2
 
 
-def test_room_for_thoughts_goes_to_those_that_may_think_and_it_is_said_when_nobody_is_told_to(
+def test_room_for_thoughts_goes_to_those_that_may_think_and_it_is_said_when_nobody_may(
     srt, serve, tmp_path
 ):
     server = serve(as_policy_and_critic)
     write_jsonl(tmp_path / "prompts.jsonl", [{"id": "a", "prompt": "p"}])
     line = ("collect-feedback", "--model", server.spec, "--critic", server.spec)
-    said = "--thinking-tokens: nobody is told to think"
+    said = "--thinking-tokens: no model may think, so none has them."
     for flags, draft, critique, warned in (
-        ((), 512, 2048 + 9, True),
+        ((), 512, 2048 + 9, False),
         (("--critic-thinking", "auto"), 512, 2048 + 9, False),
         (("--thinking", "on"), 512 + 9, 2048 + 9, False),
         (("--thinking", "on", "--critic-thinking", "off"), 512 + 9, 2048, False),
@@ -278,6 +278,11 @@ def test_room_for_thoughts_goes_to_those_that_may_think_and_it_is_said_when_nobo
         assert (said in " ".join(finished.stderr.split())) is warned
         (tmp_path / "f.journal.jsonl").unlink()
         assert [body["max_tokens"] for body in server.requests][:2] == [draft, critique]
+    for critic, warned in ((), True), (("--critic", server.spec), False):
+        finished = srt("self-critique", "--model", server.spec, "--thinking-tokens", 9, *critic,
+                       "--dry-run", "--out", "s.jsonl")  # fmt: skip
+        assert finished.code == 0, finished.stderr
+        assert (said in " ".join(finished.stderr.split())) is warned
 
 
 def test_a_server_that_refuses_the_switch_is_asked_without_and_that_is_said_once(

@@ -175,12 +175,17 @@ class PolicyOptions(ApiOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        told = {self.thinking or "off", self.critic_thinking or "off"}
-        if self.thinking_tokens is not None and told == {"off"}:
+        asked = self.policy_thinks, self.critic_thinks(itself=self.policy_is_critic)
+        if self.thinking_tokens is not None and {thinks.told for thinks in asked} == {"off"}:
             console.warn(
-                "--thinking-tokens: nobody is told to think, so only a critic that does so by itself "
-                "has them. Pass --thinking on, or --critic-thinking on or auto."
+                "--thinking-tokens: no model may think, so none has them. Pass --thinking on, or "
+                "--critic-thinking on or auto."
             )
+
+    @property
+    def policy_is_critic(self) -> bool:
+        """Whether the policy is its own critic, and no other is asked."""
+        return False
 
     def door(self) -> ModelOptions:
         """The knobs as the door takes them that the policy is opened through."""

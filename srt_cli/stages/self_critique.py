@@ -108,6 +108,11 @@ class SelfCritique(CallOptions):
         positive=True, group="Many processes", common=True,
     )  # fmt: skip
 
+    @property
+    def policy_is_critic(self) -> bool:
+        """Whether no `--critic` is named."""
+        return self.other_critic is None
+
 
 def run(options: SelfCritique) -> None:
     """Read prompts, let the model criticise itself, write `self-feedback.jsonl`."""
