@@ -1,5 +1,6 @@
 """What servers send that no document foresees: read or classified, and no run hangs on it."""
 
+import contextlib
 import http.server
 import json
 import re
@@ -24,6 +25,7 @@ from srt_cli.models.api.dialect import Answer as Unread
 from srt_cli.models.api.dialect import Refused
 from srt_cli.models.api.limits import AdaptiveLimit
 from srt_cli.models.api.refusals import about
+from srt_cli.models.api.transport import in_words
 from srt_cli.records import Message, Usage
 from srt_cli.runs.journal import Journal
 
@@ -515,6 +517,43 @@ def test_an_address_without_tls_is_said_at_once(serve):
     ):
         future.result(10)
     model.close()
+
+
+@pytest.mark.parametrize(
+    ("alert", "said"),
+    [(116, "tlsv13 alert certificate required"), (70, "tlsv1 alert protocol version")],
+)
+def test_a_server_that_refuses_our_tls_is_quoted(alert, said):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(4096)
+                        connection.sendall(bytes([21, 3, 3, 0, 2, 2, alert]))
+
+        threading.Thread(target=refuse, daemon=True).start()
+        model = open_model(f"https://127.0.0.1:{server.getsockname()[1]}/v1#tester", ModelOptions())
+        (future,) = model.submit([Request((Message(role="user", content="q"),), max_tokens=5)])
+        with pytest.raises(SrtError, match=rf"cannot be reached \(TLS: {said}\)\."):
+            future.result(10)
+        model.close()
+        server.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (socket.gaierror(-2, "Name or service not known"), "name or service not known"),
+        (ConnectionResetError(), "connection closed"),
+        (ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 9)"), "connection refused"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_system_says_of_a_connection(error, said):
+    assert in_words(error) == said
 
 
 @pytest.fixture

@@ -138,17 +138,17 @@ class Endpoint:
                 return "malformed reply", error.message.partition("\n")[0].rstrip(":")
             case aiohttp.ClientConnectorCertificateError():
                 return "not trusted", str(error.certificate_error)
-            case aiohttp.ClientConnectorSSLError():
-                return "wrong address", "it speaks no TLS"
+            case _ if (refused := _of_tls(str(error))) is not None:
+                return "wrong address", refused
             case aiohttp.ClientConnectorDNSError():
                 return "wrong address", f"host not found: {error.host}"
             case aiohttp.ClientProxyConnectionError():
-                return "no connection", f"the proxy {error.host}: {_in_words(error.os_error)}"
+                return "no connection", f"the proxy {error.host}: {in_words(error.os_error)}"
             case aiohttp.ClientConnectorError():
-                return "no connection", _in_words(error.os_error)
+                return "no connection", in_words(error.os_error)
             case aiohttp.ServerDisconnectedError():
                 return "no connection", "connection closed before a reply"
-        said = _in_words(error) if isinstance(error, OSError) else str(error)
+        said = in_words(error) if isinstance(error, OSError) else str(error)
         return "no connection", said or type(error).__name__
 
     def _proxy_for(self, url: str) -> str | None:
@@ -209,13 +209,34 @@ def _named_proxy(scheme: str, host: str) -> str | None:
     return proxies.get(scheme) or proxies.get("all")
 
 
-def _in_words(error: OSError) -> str:
+_OF_OPENSSL: Final = re.compile(r"\[SSL(?:: \w+)?\] (.+?)(?: \(_ssl|\]|$)")
+CLOSED_IN_TLS: Final = "eof"
+NOT_TLS: Final = (
+    "wrong version number",
+    "record layer failure",
+    "unknown protocol",
+    "http request",
+    "packet length too long",
+)
+"""What OpenSSL says of bytes that are no TLS, over its versions."""
+
+
+def _of_tls(said: str) -> str | None:
+    """Why two sides do not come together in TLS; None when that is not the trouble."""
+    told = _OF_OPENSSL.search(said)
+    if told is None or CLOSED_IN_TLS in told[1].lower():
+        return None
+    return "it speaks no TLS" if told[1].lower() in NOT_TLS else f"TLS: {told[1]}"
+
+
+def in_words(error: OSError) -> str:
     """What the system says of a connection: "connection refused" rather than its number and address."""
     numbers = [error.errno or 0, *map(int, re.findall(r"\[Errno (\d+)\]", str(error)))]
     # A name may stand for several addresses, of which one is not even tried.
     number = errno.ECONNREFUSED if errno.ECONNREFUSED in numbers else numbers[-1]
-    said = os.strerror(number) if number else str(error)
-    return said[:1].lower() + said[1:]
+    # Names that are not found are numbered below 0, which the system has no words for.
+    said = os.strerror(number) if number > 0 else error.strerror or str(error)
+    return said[:1].lower() + said[1:] or "connection closed"
 
 
 def blot_text(text: str, secrets: Iterable[str]) -> str:
