@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import time
 
 import pytest
 from conftest import read_jsonl, write_jsonl
@@ -507,6 +508,44 @@ def test_of_several_servers_one_that_is_not_up_costs_no_row_an_attempt(serve):
     assert len(dead.requests) <= 8
 
 
+@pytest.mark.parametrize("served", [False, True], ids=["at first", "later"])
+def test_servers_that_are_slow_to_say_that_nobody_is_there_end_the_run(serve, monkeypatch, served):
+    """Each is due again before the other has failed, and yet neither counts as up."""
+    monkeypatch.setattr("srt_cli.models.api.client.DOWN_FOR_S", 0.02)
+    monkeypatch.setattr("srt_cli.models.api.client.DOWN_BEFORE_FIRST_SUCCESS_S", 0.02)
+
+    def behave(body, number):
+        if body["messages"][0]["content"] == "first":
+            return Answer()
+        return Answer(status=504, body=b"gateway timeout", delay_s=0.1)
+
+    one, other = serve(behave), serve(behave)
+    model = open_model(f"{one.url},{other.url}#tester", ModelOptions(give_up_after_s=0.4))
+
+    def send(content):
+        return model.submit([Request((Message(role="user", content=content),), max_tokens=5)])[0]
+
+    if served:
+        assert send("first").result(5).status == "ok"
+    with pytest.raises(SrtError, match=r"0\.4 s \(504: gateway timeout\)"):
+        send("last").result(5)
+    model.close()
+    assert len(one.requests) + len(other.requests) <= 8
+
+
+def test_a_server_that_nobody_answers_at_is_tried_by_one_row_at_a_time(serve, monkeypatch):
+    monkeypatch.setattr("srt_cli.models.api.client.DOWN_FOR_S", 0.02)
+    monkeypatch.setattr("srt_cli.models.api.client.DOWN_BEFORE_FIRST_SUCCESS_S", 0.02)
+    hung = serve(lambda body, number: Answer(status=504, body=b"timeout", delay_s=0.2))
+    alive = serve(lambda body, number: Answer(delay_s=0.01))
+    model = open_model(f"{hung.url},{alive.url}#tester", ModelOptions(concurrency=8))
+    message = (Message(role="user", content="q"),)
+    futures = model.submit([Request(message, max_tokens=5)] * 200)
+    assert {future.result(10).status for future in futures} == {"ok"}
+    model.close()
+    assert len(hung.requests) <= 10
+
+
 def test_an_address_without_tls_is_said_at_once(serve):
     server = serve(lambda body, number: Answer())
     url = server.url.replace("http:", "https:")
@@ -645,6 +684,41 @@ def test_a_row_that_no_server_survives_fails_alone(serve):
     replies = ask(serve(behave), 12, {"concurrency": 1})
     assert [reply.status for reply in replies] == ["ok", "failed", *["ok"] * 10]
     assert replies[1].error == "server error after 5 attempts: 502: <html>Bad Gateway</html>"
+
+
+def test_a_row_that_keeps_the_server_down_fails_alone_after_the_others(serve):
+    """Nothing shows that the server is up: the row waits as for any server, and the run goes on."""
+    gone = Answer(status=502, body=b"no upstream")
+
+    def behave(body, number):
+        return gone if body["messages"][0]["content"] == "question 1" else Answer()
+
+    server = serve(behave)
+    server.models = ()
+    replies = ask(server, 5, {"concurrency": 1, "give_up_after_s": 0.4})
+    assert [reply.status for reply in replies] == ["ok", "failed", *["ok"] * 3]
+    assert replies[1].error == (
+        "nothing was admitted for 0.4 s (502: no upstream), though other rows were served before"
+    )
+
+
+def test_a_server_that_restarts_twice_costs_the_same_row_nothing(serve):
+    """The row is met by both restarts, and is the last one left at the second."""
+    down_since = []
+
+    def behave(body, number):
+        others = {request["messages"][0]["content"] for request in server.requests[1:]}
+        if number > 1 and len(others - {"question 0"}) == 3 and not down_since:
+            down_since.append(time.monotonic())
+            server.models = ()
+            return Answer()
+        again = down_since and time.monotonic() - down_since[0] < 0.8
+        return Answer(status=502, body=b"no upstream") if number == 1 or again else Answer()
+
+    server = serve(behave)
+    replies = ask(server, 4, {"concurrency": 1})
+    assert [(reply.status, reply.attempts) for reply in replies] == [("ok", 2), *[("ok", 1)] * 3]
+    assert server.requests[-1]["messages"][0]["content"] == "question 0"
 
 
 def test_a_server_that_queues_stops_the_growth():

@@ -64,7 +64,7 @@ class _Job:
     held_up_at: float = float("inf")
     """When it last found nobody there."""
     suspect: bool = False
-    """Others were served in between: it may be what brings the server down."""
+    """It found nobody there again though others were served in between: it may be the cause."""
     sent: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -238,8 +238,24 @@ class ApiModel:
         """Give up on a server that admits nothing for too long."""
         while True:
             await asyncio.sleep(WATCH_EVERY_S)
-            if (self._jobs or self._asleep) and self._patience.is_over():
+            waiting = [*self._jobs, *self._asleep]
+            if not waiting or not self._patience.is_over():
+                continue
+            if self._patience.down and all(job.suspect for job in waiting):
+                self._fail_alone(waiting)
+            else:
                 self._give_up(self._nothing_admitted())
+
+    def _fail_alone(self, suspects: list[_Job]) -> None:
+        """End rows that may be what keeps the server down, and not the run."""
+        waited, why = self.options.give_up_after_s, self._patience.why
+        reason = (
+            f"nothing was admitted for {waited:g} s ({why}), though other rows were served before"
+        )
+        for job in suspects:
+            self._resolve(job, Reply("", "failed", error=reason, attempts=max(1, job.attempts)))
+        self._jobs.clear()
+        self._patience.start_again()
 
     def _nothing_admitted(self) -> SrtError:
         waited, why = self.options.give_up_after_s, self._patience.why
@@ -351,7 +367,7 @@ class ApiModel:
             self._limit.troubled()
             raise
         else:
-            endpoint.succeeded_at = time.monotonic()
+            endpoint.served()
             self._take_in(job, reply, headers, started)
 
     async def _exchange(self, endpoint: Endpoint, job: _Job) -> tuple[Reply, Mapping[str, str]]:
@@ -387,11 +403,11 @@ class ApiModel:
         self._resolve(job, reply)
 
     def _choose_endpoint(self) -> Endpoint:
-        """The least busy endpoint that is up; if none is, the one that may be up again first."""
-        up = [endpoint for endpoint in self._endpoints if endpoint.up]
-        if up:
-            return min(up, key=lambda endpoint: endpoint.in_flight)
-        return min(self._endpoints, key=lambda endpoint: endpoint.down_until)
+        """The least busy endpoint that is due; if none is, the one that will be first."""
+        due = [endpoint for endpoint in self._endpoints if endpoint.due]
+        if due:
+            return min(due, key=lambda endpoint: endpoint.in_flight)
+        return min(self._endpoints, key=lambda endpoint: endpoint.due_at)
 
     # --- errors by cause ---------------------------------------------------------------------
 
@@ -399,6 +415,7 @@ class ApiModel:
         self, refused: Refused, endpoint: Endpoint, job: _Job, started: float
     ) -> None:
         kind = about(refused)
+        endpoint.down = endpoint.down and kind == "trouble"
         if kind == "pace":
             await self._throttle(refused, job, started)
             return
@@ -500,17 +517,25 @@ class ApiModel:
             self._jobs.appendleft(job)
 
     async def _wait_until_back(self, gone: NoAnswer, endpoint: Endpoint, job: _Job) -> None:
-        """Nobody is there, or not yet: the other addresses are asked, and where there is none, sending
-        pauses. No attempt is used up, but by a request that is answered so while others are served."""
-        served = self._patience.succeeded_at > job.held_up_at
-        job.held_up_at, job.suspect = time.monotonic(), job.suspect or served
-        if served or (job.suspect and not self._jobs):
+        """Nobody is there, or not yet: the row waits, and no attempt is used up.
+
+        An address is down until it answers again; one row at a time tries it. While another is not
+        down, rows go there; while all are, one row at a time is sent, and --give-up-after runs. A row
+        that finds nobody again though others were served in between is suspect: that uses up an
+        attempt, and so does a server that lists its models all the same, once only suspects are left.
+        If only they are left when the time is over, they fail, and not the run.
+        """
+        again = self._patience.succeeded_at > job.held_up_at
+        job.held_up_at, job.suspect = time.monotonic(), job.suspect or again
+        first = endpoint.succeeded_at == float("-inf")
+        endpoint.lost(DOWN_BEFORE_FIRST_SUCCESS_S if first else DOWN_FOR_S)
+        if again or (
+            all(each.suspect for each in [job, *self._jobs])
+            and await self._dialect.offered(endpoint)
+        ):
             await self._back_off(gone, endpoint, job)
             return
-        first = endpoint.succeeded_at == float("-inf")
-        down_s = DOWN_BEFORE_FIRST_SUCCESS_S if first else DOWN_FOR_S
-        endpoint.down_until = time.monotonic() + down_s
-        if not any(other.up for other in self._endpoints):
+        if all(each.down for each in self._endpoints):
             self._patience.held_up(str(gone), down=True)
         self._put_back(job, last=True)
 
@@ -521,7 +546,7 @@ class ApiModel:
         if cause == "not trusted":
             self._give_up(self._unusable(trouble, endpoint), job)
             return
-        others = any(other.up for other in self._endpoints if other is not endpoint)
+        others = any(not other.down for other in self._endpoints if other is not endpoint)
         if cause == "no connection" or (cause == "wrong address" and (self._succeeded or others)):
             await self._wait_until_back(trouble, endpoint, job)
         else:

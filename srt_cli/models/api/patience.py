@@ -49,6 +49,10 @@ class Patience:
         self.admitted()
         self.succeeded_at = self.clock()
 
+    def start_again(self) -> None:
+        """Count from the next time that something is held up."""
+        self._since = None
+
     def held_up(self, why: str, *, down: bool = False) -> None:
         """Nothing was admitted: throttled, or (`down`) nobody there who could."""
         now = self.clock()

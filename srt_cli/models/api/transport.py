@@ -57,7 +57,10 @@ class Endpoint:
     secrets: tuple[str, ...] = field(repr=False)
     timeout_s: float
     in_flight: int = 0
-    down_until: float = 0.0
+    down: bool = False
+    """Nobody was there when it was last asked."""
+    due_at: float = 0.0
+    """When to try it again, while it is down."""
     succeeded_at: float = float("-inf")
     """When it last served a request."""
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
@@ -89,9 +92,17 @@ class Endpoint:
         raise NoAnswer("malformed reply", "redirected again and again")
 
     @property
-    def up(self) -> bool:
-        """Whether the endpoint is not known to be down."""
-        return self.down_until <= time.monotonic()
+    def due(self) -> bool:
+        """Whether to send it a request: while it is down, one at a time, and not too often."""
+        return not self.down or (not self.in_flight and self.due_at <= time.monotonic())
+
+    def lost(self, seconds: float) -> None:
+        """Nobody is there; it is due again after some seconds."""
+        self.down, self.due_at = True, time.monotonic() + seconds
+
+    def served(self) -> None:
+        """A request was served."""
+        self.down, self.succeeded_at = False, time.monotonic()
 
     async def close(self) -> None:
         """Give the connections back."""
