@@ -198,7 +198,8 @@ def test_when_no_pair_is_left_the_message_says_which_filter_took_them(prefs):
 
 
 def test_a_negative_gain_never_makes_a_worse_refinement_the_chosen_one(prefs):
-    assert prefs([record(score=9)], "--min-gain", "-5").code == 3
+    refused = prefs([record(score=9)], "--min-gain", "-5")
+    assert (refused.code, "--min-gain starts at 0" in refused.stderr) == (2, True)
 
 
 def test_pairs_of_several_samples_and_rounds_have_their_own_ids(prefs, tmp_path):
@@ -524,6 +525,8 @@ def test_a_balance_of_which_nothing_would_be_left_is_refused(prefs):
     finished = prefs(rows, "--length-balance", "matched")
     assert finished.code == 1
     assert "the same side is longer in every pair" in finished.stderr
+    advised = prefs(rows).stderr
+    assert "DPO learns length too: consider srt dpo --loss-type sigmoid_norm." in advised
 
 
 def test_the_report_is_one_page_with_what_was_found(prefs, tmp_path):

@@ -285,9 +285,11 @@ class PairSummary:
         ratio = self.after.ratio
         if ratio is None or ratio < LONGER_TO_WARN_AT or self.length_cut is not None:
             return []
+        # Where the same side is longer in every pair, there is nothing to balance.
+        balance = "--length-balance margin, or " if self.after.longer_share not in (0, 1) else ""
         return [
             f"chosen answers are {ratio:.2f} times as long as rejected ones, and DPO learns length "
-            "too: consider --length-balance margin, or srt dpo --loss-type sigmoid_norm."
+            f"too: consider {balance}srt dpo --loss-type sigmoid_norm."
         ]
 
 

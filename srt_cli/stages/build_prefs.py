@@ -241,6 +241,8 @@ def check_options(options: BuildPrefs) -> None:
     if not 0 < options.min_precision <= 1:
         raise UsageError("--min-precision is a share above 0, at most 1, e.g. 0.8.")
     unaudited = options.audit_judge is None and options.audit_labels is None
+    if options.min_gain != "auto" and options.min_gain < 0:
+        raise UsageError("--min-gain starts at 0: the chosen answer is the one that scores higher.")
     if options.min_gain == "auto" and unaudited:
         raise UsageError("--min-gain auto needs --audit N --audit-judge SPEC, or --audit-labels.")
 
