@@ -23,7 +23,7 @@ from srt_cli.feedback.written import (
     parse_scale,
     read_critiques,
 )
-from srt_cli.models import Model, ModelOptions, Reply, open_model
+from srt_cli.models import Model, ModelOptions, Reply, open_model, parse_spec
 from srt_cli.options import runtime, setting, typed_flags
 from srt_cli.prompts import PromptSource, with_system
 from srt_cli.records import GIVEN, Prompt
@@ -157,7 +157,10 @@ def run(options: CollectFeedback) -> None:
         summary = run_critiques(run, job, options)
     if options.report is not None:
         write_critic_report(options.report, f"{options.critic} as a critic", summary)
-    summary.close(f"{options.out}: {many(summary.rows, 'row')}", f"srt sft --data {options.out}")
+    following = f"srt sft --data {options.out}"
+    if options.model is None or not parse_spec(options.model).in_process:
+        following += " --model MODEL"
+    summary.close(f"{options.out}: {many(summary.rows, 'row')}", following)
 
 
 def _with_responses(options: CollectFeedback) -> PromptSource:
