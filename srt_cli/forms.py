@@ -155,7 +155,13 @@ def _history(value: Any, left_out: dict[str, None]) -> list[dict[str, str]]:
         return []
     turns: list[dict[str, str]] = []
     if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-        return [turn for turn in map_turns("history", value, left_out) if turn is not None]
+        beside: dict[str, None] = {}
+        try:
+            turns = [each for each in map_turns("history", value, beside) if each is not None]
+        except ValueError:
+            turns, beside = [], {"history": None}
+        left_out |= beside
+        return turns
     for pair in value if isinstance(value, list) else [value]:
         if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
             left_out["history"] = None
