@@ -10,7 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -201,13 +201,19 @@ def rows_at(location: str) -> tuple[RowSource, list[Path]]:
     )
 
 
-def _read_stream(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+def _read_stream(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """JSONL, or one JSON array, through a pipe."""
     with open_bytes(path) as file:
-        content = file.read()
-    if _is_array(content):
-        return _parse_array(path, content)
-    return parse_lines(path, lines_of(io.BytesIO(content)))
+        lines = lines_of(file)
+        begins: list[bytes] = []
+        for line in lines:
+            begins.append(line)
+            if line.strip():
+                break
+        if _is_array(b"".join(begins)):
+            yield from _parse_array(path, b"".join([*begins, file.read()]))
+        else:
+            yield from parse_lines(path, chain(begins, lines))
 
 
 def _prompt_of(

@@ -76,16 +76,24 @@ def test_a_bad_prompts_file_is_named_with_its_line(srt, folder, content, message
     assert not (folder / "feedback.run.json").exists()
 
 
-def test_a_small_file_that_unpacks_to_an_endless_line_fills_no_memory(srt, folder, monkeypatch):
+@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "utf-16.jsonl.gz", "-"])
+def test_a_small_file_that_unpacks_to_an_endless_line_fills_no_memory(
+    srt, folder, monkeypatch, name
+):
     monkeypatch.setattr("srt_cli.runs.jsonl.MOST_BYTES", 2**20)
-    packed = gzip.compress(rows({"prompt": "p"}).encode() + b'{"prompt": "' + b"x" * 2**26)
-    (folder / "bomb.jsonl.gz").write_bytes(packed)
-    tracemalloc.start()
-    finished = collect(srt, "--prompts", "bomb.jsonl.gz")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    bomb = rows({"prompt": "p"}).encode() + b'{"prompt": "' + b"x" * 2**25
+    (folder / "bomb").write_bytes(bomb)
+    (folder / "bomb.jsonl.gz").write_bytes(gzip.compress(bomb))
+    (folder / "utf-16.jsonl.gz").write_bytes(gzip.compress(bomb.decode().encode("utf-16")))
+    with open(folder / "bomb") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        del bomb
+        tracemalloc.start()
+        finished = collect(srt, "--prompts", name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
     assert finished.code == 1
-    assert "bomb.jsonl.gz:2: is longer than 1 MiB. Split it, or leave it out." in finished.stderr
+    assert f"{name}:2: is longer than 1 MiB. Split it, or leave it out." in finished.stderr
     assert peak < 2**25
 
 

@@ -69,7 +69,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 def open_bytes(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
     """A file's bytes, decompressed where its name ends in `.gz` or `.zst`; `-` is stdin.
 
-    UTF-16 that says so by its first two bytes is read whole, and becomes UTF-8.
+    UTF-16 that says so by its first two bytes becomes UTF-8.
     """
     if str(path) == "-":
         return contextlib.nullcontext(sys.stdin.buffer)
@@ -84,11 +84,36 @@ def open_bytes(path: Path) -> contextlib.AbstractContextManager[BinaryIO]:
         file = open(path, "rb")  # noqa: SIM115  closed by the caller
     if not file.peek(2).startswith(UTF_16):
         return cast(BinaryIO, file)
-    with file:
+    return cast(BinaryIO, io.BufferedReader(_Recoded(path, cast(BinaryIO, file)), BUFFER_BYTES))
+
+
+class _Recoded(io.RawIOBase):
+    """UTF-16 as UTF-8, a stretch at a time."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path, self._file = path, file
+        self._decoder = codecs.getincrementaldecoder("utf-16")()
+        self._left = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
         try:
-            return io.BytesIO(file.read().decode("utf-16").encode())
+            while not self._left and (read := self._file.read(len(buffer))):
+                self._left = self._decoder.decode(read).encode()
+            self._left = self._left or self._decoder.decode(b"", final=True).encode()
         except UnicodeDecodeError as error:
-            raise SrtError(f"{path}: begins as UTF-16, and is not ({error.reason}).") from None
+            raise SrtError(
+                f"{self._path}: begins as UTF-16, and is not ({error.reason})."
+            ) from None
+        given, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(given)] = given
+        return len(given)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _is_plain(path: Path) -> bool:
