@@ -9,13 +9,13 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import count, pairwise
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -391,7 +391,7 @@ class ChatFormat:
         """
         texts = [*(turn.content for turn in history or ()), *framed[::2]]
         stand_ins: dict[str, str] = {}
-        if any(hidden in text for text in texts for hidden in self._hidden):
+        if self._writes_control(texts):
             self._refuse_if_forged()
             stand_ins = _stand_ins(self._hidden, texts)
         prompt = "" if history is None else self._prompt_text(_in_disguise(history, stand_ins))
@@ -401,6 +401,22 @@ class ChatFormat:
         if stand_ins:
             return self._in_pieces(rendered, stand_ins)
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    def _writes_control(self, texts: Sequence[str]) -> bool:
+        hidden, normalise = self._hidden, self._normalise
+        if normalise is not None:
+            texts = [*texts, *map(normalise, texts)]
+            hidden = _longest_first({*hidden, *map(normalise, hidden)})
+        return any(each in text for text in texts for each in hidden)
+
+    @cached_property
+    def _normalise(self) -> Callable[[str], str] | None:
+        """What becomes of a text before tokens are found in it; None where they are found as written."""
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        added = self.tokenizer.added_tokens_decoder.values()
+        if normalizer is None or not any(each.normalized for each in added):
+            return None
+        return cast(Callable[[str], str], normalizer.normalize_str)
 
     def _prompt_text(self, history: Sequence[Message]) -> str:
         rendered = self._try(history, True)
@@ -441,14 +457,22 @@ class ChatFormat:
         begins = re.finditer(f"(?={_any_of(self._not_special)})", text) if self._not_special else ()
         cuts = [0, *(found.start() + 1 for found in begins), len(text)]
         parts = [text[start:end] for start, end in pairwise(cuts)]
-        return [
-            token
-            for part in parts
-            if part
-            for token in self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)[
-                "input_ids"
-            ]
+        return [token for part in parts if part for token in self._uncontrolled(part)]
+
+    def _uncontrolled(self, part: str) -> list[int]:
+        """Halved until no token that is found in normalised text alone (`＜a＞` is `<a>`) is left."""
+        ids: list[int] = self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
         ]
+        middle = len(part) // 2
+        if self._normalise is None or not middle or self._added_ids.isdisjoint(ids):
+            return ids
+        return self._uncontrolled(part[:middle]) + self._uncontrolled(part[middle:])
+
+    @cached_property
+    def _added_ids(self) -> frozenset[int]:
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(number for number, each in added if str(each) in self._not_special)
 
     def _strips(self, token: str, side: str) -> bool:
         added = next(
