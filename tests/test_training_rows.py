@@ -388,6 +388,13 @@ def test_a_weight_of_verdicts_that_would_do_nothing_is_refused(sft, arguments, s
         assert sentence in refused.stderr, dry
 
 
+def test_a_preset_weight_of_verdicts_stops_no_training_without_any(sft, tmp_path):
+    (tmp_path / "srt.toml").write_text("verdict-weight = 3.0\n")
+    for without in (("--refinement-only",), ("--loss-on", "response")):
+        planned = sft(*without, "--dry-run")
+        assert planned.code == 0, planned.stderr
+
+
 # --- Other chats -------------------------------------------------------------------------------
 
 CHAT = [

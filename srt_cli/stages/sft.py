@@ -133,8 +133,8 @@ def run(options: Sft) -> None:
 
 
 def _fine_tune(options: Sft, targets: Targets) -> None:
-    weighs = options.verdict_weight != 1 and "--verdict-weight" in typed_flags(options)
-    if weighs and (targets.refinement_only or "feedback" not in targets.loss_on):
+    judges = "feedback" in targets.loss_on and not targets.refinement_only
+    if not judges and options.verdict_weight != 1 and "--verdict-weight" in typed_flags(options):
         raise UsageError(
             "--verdict-weight weighs feedback, which would not be trained. Leave it out."
         )
@@ -159,7 +159,7 @@ def _fine_tune(options: Sft, targets: Targets) -> None:
         critic_check=options.critic_check,
         thoughts=options.thoughts,
         compare=options.compare,
-        verdict_weight=options.verdict_weight,
+        verdict_weight=options.verdict_weight if judges else 1.0,
     )
     fine_tune(options, task)
 
