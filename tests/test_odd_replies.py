@@ -702,6 +702,27 @@ def test_a_row_that_keeps_the_server_down_fails_alone_after_the_others(serve):
     )
 
 
+def test_a_row_that_no_server_survives_takes_no_other_with_it(serve):
+    """Those that are sent together with it meet the same restarts."""
+    down_until = [0.0]
+
+    def behave(body, number):
+        if body["messages"][0]["content"] in ("question 3", "question 12"):
+            down_until[0] = time.monotonic() + 0.15
+        down = time.monotonic() < down_until[0]
+        return Answer(status=502, body=b"no upstream") if down else Answer(delay_s=0.01)
+
+    replies = ask(serve(behave), 24, {"concurrency": 12, "give_up_after_s": 2.0})
+    assert [n for n, reply in enumerate(replies) if reply.status != "ok"] == [3, 12]
+
+
+def test_a_server_that_is_down_is_asked_by_one_row_at_a_time(serve):
+    server = serve(lambda body, number: Answer(status=502, body=b"no upstream"))
+    with pytest.raises(SrtError, match="is not up after"):
+        ask(server, 40, {"concurrency": 16, "give_up_after_s": 0.5})
+    assert len(server.requests) <= 16 + 6
+
+
 def test_a_server_that_restarts_twice_costs_the_same_row_nothing(serve):
     """The row is met by both restarts, and is the last one left at the second."""
     down_since = []

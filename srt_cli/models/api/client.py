@@ -36,6 +36,8 @@ from srt_cli.records import Usage
 
 MOST_ATTEMPTS: Final = 5
 ATTEMPTS_BEFORE_FIRST_SUCCESS: Final = 3
+ATTEMPTS_WITH_OTHERS: Final = 2
+"""Of a row that may be what brings the server down; then it is sent alone."""
 MOST_CHANGES: Final = 16
 """So often a request goes again without what was refused, or in another form."""
 FIRST_BACKOFF_S: Final = 0.5
@@ -66,6 +68,11 @@ class _Job:
     suspect: bool = False
     """It found nobody there again though others were served in between: it may be the cause."""
     sent: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> bool:
+        """Whether to send it with no other in flight, which would share its fate."""
+        return self.suspect and self.attempts >= ATTEMPTS_WITH_OTHERS
 
 
 @dataclass
@@ -99,6 +106,8 @@ class ApiModel:
     _fatal: SrtError | None = None
     _succeeded: bool = False
     _patience: Patience = field(init=False)
+    _alone: bool = False
+    """The last request that went out is to have no company."""
     _asleep: set[_Job] = field(default_factory=set)
     """Jobs that wait for another try."""
     _refusals: Counter[str] = field(default_factory=Counter)
@@ -313,7 +322,9 @@ class ApiModel:
                 alarm.cancel()
 
     def _wait_s(self) -> float:
-        in_flight = sum(endpoint.in_flight for endpoint in self._endpoints)
+        in_flight = self._limit.in_flight
+        if in_flight and self._jobs and (self._alone or self._jobs[0].alone):
+            return float("inf")
         down = self._patience.wait_s(in_flight)
         return max(down, self._limit.wait_s(), self._rate.wait_s(), self._pace.wait_s())
 
@@ -325,6 +336,7 @@ class ApiModel:
             job.likely_tokens = likely_prompt_tokens(job.request) + (
                 written or job.request.max_tokens / 4
             )
+        self._alone = job.alone
         self._rate.start(job.likely_tokens)
         self._pace.start()
         return self._limit.start()
@@ -403,11 +415,11 @@ class ApiModel:
         self._resolve(job, reply)
 
     def _choose_endpoint(self) -> Endpoint:
-        """The least busy endpoint that is due; if none is, the one that will be first."""
+        """The least busy endpoint that is due; if all are down, the one tried the longest ago."""
+        if all(endpoint.down for endpoint in self._endpoints):
+            return min(self._endpoints, key=lambda endpoint: endpoint.lost_at)
         due = [endpoint for endpoint in self._endpoints if endpoint.due]
-        if due:
-            return min(due, key=lambda endpoint: endpoint.in_flight)
-        return min(self._endpoints, key=lambda endpoint: endpoint.due_at)
+        return min(due, key=lambda endpoint: endpoint.in_flight)
 
     # --- errors by cause ---------------------------------------------------------------------
 
@@ -506,13 +518,15 @@ class ApiModel:
             self._asleep.discard(job)
         self._put_back(job)
 
-    def _put_back(self, job: _Job, *, last: bool = False) -> None:
+    def _put_back(self, job: _Job) -> None:
         if job.future.done():
             return
         if self._fatal is not None:
             job.future.set_exception(self._fatal)
-        elif last:
-            self._jobs.append(job)
+        elif job.held_up_at < float("inf"):
+            # Those that it may harm go first; suspects in no order, or two could shut out a third.
+            after = sum(other.suspect for other in self._jobs) if job.suspect else 0
+            self._jobs.insert(len(self._jobs) - random.randint(0, after), job)
         else:
             self._jobs.appendleft(job)
 
@@ -521,23 +535,21 @@ class ApiModel:
 
         An address is down until it answers again; one row at a time tries it. While another is not
         down, rows go there; while all are, one row at a time is sent, and --give-up-after runs. A row
-        that finds nobody again though others were served in between is suspect: that uses up an
-        attempt, and so does a server that lists its models all the same, once only suspects are left.
-        If only they are left when the time is over, they fail, and not the run.
+        that finds nobody again though others were served in between is suspect, and soon sent alone:
+        that uses up an attempt, and so does a server that lists its models all the same, once only
+        suspects are left. If only they are left when the time is over, they fail, and not the run.
         """
         again = self._patience.succeeded_at > job.held_up_at
         job.held_up_at, job.suspect = time.monotonic(), job.suspect or again
         first = endpoint.succeeded_at == float("-inf")
         endpoint.lost(DOWN_BEFORE_FIRST_SUCCESS_S if first else DOWN_FOR_S)
-        if again or (
-            all(each.suspect for each in [job, *self._jobs])
-            and await self._dialect.offered(endpoint)
-        ):
-            await self._back_off(gone, endpoint, job)
-            return
         if all(each.down for each in self._endpoints):
             self._patience.held_up(str(gone), down=True)
-        self._put_back(job, last=True)
+        left = all(each.suspect for each in [job, *self._jobs])
+        if again or (left and await self._dialect.offered(endpoint)):
+            await self._back_off(gone, endpoint, job)
+        else:
+            self._put_back(job)
 
     async def _try_later(self, trouble: NoAnswer, endpoint: Endpoint, job: _Job) -> None:
         """Timeouts, 5xx and torn replies: back off with jitter, a few times; no connection: wait."""

@@ -59,8 +59,9 @@ class Endpoint:
     in_flight: int = 0
     down: bool = False
     """Nobody was there when it was last asked."""
+    lost_at: float = float("-inf")
     due_at: float = 0.0
-    """When to try it again, while it is down."""
+    """When to try it again, while another is not down."""
     succeeded_at: float = float("-inf")
     """When it last served a request."""
     _session: aiohttp.ClientSession | None = field(default=None, repr=False)
@@ -98,7 +99,8 @@ class Endpoint:
 
     def lost(self, seconds: float) -> None:
         """Nobody is there; it is due again after some seconds."""
-        self.down, self.due_at = True, time.monotonic() + seconds
+        self.down, self.lost_at = True, time.monotonic()
+        self.due_at = self.lost_at + seconds
 
     def served(self) -> None:
         """A request was served."""
