@@ -177,6 +177,53 @@ def test_our_own_judgments_and_an_export_give_the_same_figures_again(srt, tmp_pa
     assert len(read_jsonl(tmp_path / "judgments.jsonl")) == 48
 
 
+def test_judgments_go_with_the_outputs_of_their_own_evaluation(srt, tmp_path):
+    own = [
+        {"id": f"q{n}", "contestant": which, "use": "response", "response": text * (n + 1)}
+        for which, text in (("mine", "a good answer "), ("ref", "an answer "))
+        for n in range(6)
+    ]
+    write_jsonl(tmp_path / "x.outputs.jsonl", own)
+    write_jsonl(tmp_path / "z.outputs.jsonl", [row | {"response": "other"} for row in own])
+    write_jsonl(tmp_path / "x.judgments.jsonl", [
+        {"id": f"q{n}", "a": "mine response", "b": "ref response", "order": order,
+         "preference": 1.0, "verdict": "a", "status": "ok", "raw": "a", "judge": "gpt",
+         "usage": {}}
+        for n in range(6) for order in ("ab", "ba")
+    ])  # fmt: skip
+    line = ("eval", "--annotations", "x.judgments.jsonl", "--out", "again.json")
+
+    def characters():
+        finished = srt(*line)
+        assert finished.code == 0, finished.stderr
+        return json.loads((tmp_path / "again.json").read_text())["rows"][1]["characters"]["value"]
+
+    assert characters() == 49
+    (tmp_path / "x.outputs.jsonl").rename(tmp_path / "y.outputs.jsonl")
+    finished = srt(*line)
+    assert finished.code == 1
+    assert "y.outputs.jsonl and z.outputs.jsonl differ in the output of" in finished.stderr
+    assert "and x.outputs.jsonl, which belongs to these judgments, is not there" in finished.stderr
+    (tmp_path / "z.outputs.jsonl").unlink()
+    assert characters() == 49
+
+
+def test_two_runs_that_answered_differently_under_one_name_are_not_mixed(srt, tmp_path):
+    native(tmp_path, "mine", 20)
+    (tmp_path / "mine.json").rename(tmp_path / "first.json")
+    native(tmp_path, "mine", 20, output_2="another answer")
+    finished = srt("eval", "--annotations", "first.json", "mine.json")
+    assert finished.code == 1
+    assert "mine has two different outputs for one prompt" in finished.stderr
+
+
+def test_where_too_few_saved_verdicts_are_valid_their_own_file_is_named(srt, tmp_path):
+    native(tmp_path, preference=None)
+    finished = srt("eval", "--annotations", "mine.json")
+    assert finished.code == 3
+    assert "Look at what the judge said in mine.json." in finished.stderr
+
+
 def test_eight_hundred_rows_of_five_models_take_seconds(tmp_path):
     names = [f"m{number}" for number in range(5)]
     for number, name in enumerate(names):

@@ -127,8 +127,9 @@ def _read_alpaca_eval(path: Path, found: Annotations) -> None:
         text = str(row["instruction"])
         name = content_id(text)
         found.prompts.setdefault(name, Prompt(id=name, prompt=text))
-        _add_output(found, name, reference, str(row["output_1"]))
-        _add_output(found, name, model, str(row["output_2"]))
+        for contestant, output in ((reference, row["output_1"]), (model, row["output_2"])):
+            answer = Output(id=name, contestant=contestant, use="response", response=output)
+            _add_output(found, answer)
         value = row["preference"]
         preference = _preference_of(value, f"{path}, row {number}")
         found.judgments.append(
@@ -174,8 +175,10 @@ _EXPECTED: Final = (
 
 
 def _read_ours(path: Path, found: Annotations) -> None:
-    """Our own judgments, with the outputs that lie beside them."""
-    texts = _outputs_beside(path)
+    """Our own judgments, with the outputs of their evaluation, which lie beside them."""
+    own = _own_outputs(path)
+    files = [own] if own.is_file() else sorted(path.parent.glob("*.outputs.jsonl"))
+    texts = _texts_in(files)
     for number, row in read_rows(path):
         try:
             judgment = Judgment.model_validate(row)
@@ -186,36 +189,51 @@ def _read_ours(path: Path, found: Annotations) -> None:
         _set_reference(found, base.contestant, path)
         found.prompts.setdefault(judgment.id, Prompt(id=judgment.id, prompt=judgment.id))
         for entrant in (base, judgment.entrant):
-            output = texts.get((entrant, judgment.id))
-            if output is None:
+            known = list(texts.get((entrant, judgment.id), {}).values())
+            if not known:
+                where = own.name if files == [own] else f"{own.name} or any other *.outputs.jsonl"
                 raise SrtError(
-                    f"{path}: the output of {entrant} for {judgment.id!r} is in no *.outputs.jsonl "
-                    "beside it. Keep the files of srt eval together."
+                    f"{path}: the output of {entrant} for {judgment.id!r} is not in {where} beside it. "
+                    "Keep the files of srt eval together."
                 )
-            found.outputs.setdefault((entrant, judgment.id), output)
+            if len(known) > 1:
+                raise SrtError(
+                    f"{path}: {known[0][1].name} and {known[1][1].name} differ in the output of "
+                    f"{entrant} for {judgment.id!r}, and {own.name}, which belongs to these judgments, "
+                    "is not there. Put it back, or take the wrong one away."
+                )
+            _add_output(found, known[0][0])
         found.judgments.append(judgment)
     seen = {(judgment.id, judgment.a, judgment.judge) for judgment in found.judgments}
     if len(seen) < len(found.judgments):
         found.orders = "both"
 
 
-def _outputs_beside(path: Path) -> Mapping[tuple[Entrant, str], Output]:
-    return {
-        (output.entrant, output.id): output
-        for file in sorted(path.parent.glob("*.outputs.jsonl"))
-        for output in read_records(file, Output.model_validate)
-    }
+def _own_outputs(judgments: Path) -> Path:
+    """The outputs of the evaluation that wrote these judgments; `write_evidence` names both."""
+    stem = judgments.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix("judgments")
+    return judgments.with_name(f"{stem.removesuffix('.') or 'eval'}.outputs.jsonl")
 
 
-def _add_output(found: Annotations, name: str, contestant: str, text: str) -> None:
-    key = (Entrant(contestant, "response"), name)
-    known = found.outputs.get(key)
-    if known is not None and known.response != text:
+def _texts_in(
+    files: Sequence[Path],
+) -> Mapping[tuple[Entrant, str], Mapping[str, tuple[Output, Path]]]:
+    """By entrant and prompt: each different text in these files, with one that holds it."""
+    found: dict[tuple[Entrant, str], dict[str, tuple[Output, Path]]] = {}
+    for file in files:
+        for output in read_records(file, Output.model_validate):
+            known = found.setdefault((output.entrant, output.id), {})
+            known.setdefault(output.response, (output, file))
+    return found
+
+
+def _add_output(found: Annotations, output: Output) -> None:
+    known = found.outputs.setdefault((output.entrant, output.id), output)
+    if known.response != output.response:
         raise SrtError(
-            f"{contestant} has two different outputs for one instruction ({text[:40]!r}...). Are "
-            "these files of different runs under one name?"
+            f"{output.contestant} has two different outputs for one prompt ({output.response[:40]!r}"
+            "...). Are these files of different runs under one name?"
         )
-    found.outputs[key] = Output(id=name, contestant=contestant, use="response", response=text)
 
 
 def _set_reference(found: Annotations, reference: str, path: Path) -> None:

@@ -67,7 +67,7 @@ def close_contest(options: Evaluate, findings: Findings) -> None:
     console.finish(f"report: {page}", f"open {page} in a browser")
     coverage = findings.contest.coverage
     if coverage is not None and coverage < options.min_coverage:
-        raw = beside(options.out, "judgments.jsonl")
+        raw = " ".join(map(str, options.annotations)) or beside(options.out, "judgments.jsonl")
         raise TooManyFailures(
             f"only {coverage:.1%} of the pairs have valid verdicts, less than "
             f"--min-coverage {options.min_coverage:g}. Look at what the judge said in {raw}."
