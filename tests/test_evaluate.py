@@ -7,6 +7,7 @@ from typing import Final
 
 import pytest
 from conftest import read_jsonl, write_jsonl
+from loopback_server import Answer, LoopbackServer
 from test_data_forms import samples
 
 from srt_cli import console
@@ -421,6 +422,50 @@ def test_direct_and_refined_answers_of_a_local_model_stand_side_by_side(srt, fol
     assert rows[2]["parsed"]["value"] == 0
     outputs = read_jsonl(folder / "eval.outputs.jsonl")
     assert [o["response"] for o in outputs[3::2]] == [o["response"] for o in outputs[4::2]]
+
+
+def test_a_cut_draft_that_stands_for_a_refinement_is_cut(srt, folder):
+    def behaviour(body, number):
+        last = body["messages"][-1]["content"]
+        if last.startswith("question"):
+            cut = int(last.split()[-1]) % 2 == 0
+            return Answer(
+                text=f"A whole answer to {last}", finish_reason="length" if cut else "stop"
+            )
+        return Answer(text="I have nothing to say.")
+
+    server = LoopbackServer(behaviour, models=("m",))
+    finished = srt(
+        "eval", "--model", f"{server.url}#m", "--reference", "python:p.py:base", "--limit", 6,
+        "--use", "response", "--use", "refinement", "--check", "python:p.py:check",
+    )  # fmt: skip
+    server.close()
+    assert finished.code == 0, finished.stderr
+    direct, refined = figures(folder)[1:]
+    assert refined["statuses"] == {"unparsed": 6}
+    assert (direct["cut"]["value"], refined["cut"]["value"]) == (0.5, 0.5)
+    assert "direct 3 of 6" in finished.stdout
+    assert "refined 3 of 6" in finished.stdout
+
+
+def test_without_a_valid_verdict_nobody_is_said_to_be_no_better(srt, folder):
+    (folder / "critic.py").write_text(
+        "from srt_cli.records import Feedback\n\n"
+        "def critique(prompt, response):\n"
+        "    return Feedback(weaknesses='w', suggestions='s', score=5)\n"
+    )
+    rows = [{"id": f"q{n}", "response": f"a {n} very different answer " * 9} for n in range(24)]
+    write_jsonl(folder / "long.jsonl", rows)
+    finished = evaluate(
+        srt, "--scorer", "python:critic.py:critique", model="long.jsonl",
+        judge="python:p.py:nonsense",
+    )  # fmt: skip
+    assert finished.code == 3
+    stage = json.loads((folder / "eval.json").read_text())["stages"][1]
+    assert stage["length_to_previous"]["value"] > 1.15
+    assert (stage["win_rate"], stage["equal_length"], stage["to_previous"]) == (None, None, None)
+    assert stage["echo"]["colour"] == "unknown"
+    assert "being better" not in finished.stdout + finished.stderr
 
 
 class _Page(HTMLParser):

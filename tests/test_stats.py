@@ -223,6 +223,18 @@ def test_length_control_stays_finite_where_one_side_wins_all(preferences):
     assert 0 <= found.rate.low <= found.rate.value <= found.rate.high <= 1
 
 
+@pytest.mark.parametrize(
+    ("preferences", "low", "high"), [([0.0] * 6, 0, 0.3903), ([1.0] * 40, 0.9124, 1)]
+)
+def test_winning_all_at_equal_length_leaves_open_what_wilsons_does(preferences, low, high):
+    n = len(preferences)
+    for lengths in (list(range(100, 100 + n)), [100] * n):
+        rate = length_controlled_win_rate(preferences, lengths, lengths[::-1]).rate
+        assert (rate.low, rate.high) == pytest.approx((low, high), abs=1e-4)
+        assert (rate.standard_error, rate.n) == (0, n)
+        assert rate.low <= rate.value <= rate.high
+
+
 def test_equal_lengths_are_a_labelled_raw_rate():
     found = length_controlled_win_rate([1.0, 0.0, 1.0, 1.0], [10] * 4, [10] * 4)
     assert found.rate.value == 0.75

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.verdicts import Comparison, Ruling, compare_all, count_verdicts
-from srt_cli.records import Entrant, Judgment
+from srt_cli.records import Entrant, Judgment, Output
 from srt_cli.stats.hygiene import Degenerate, degenerate_outputs
 from srt_cli.stats.rates import (
     Estimate,
@@ -156,6 +156,7 @@ def _standing(
             [float(output.passed or 0) for output in mine],
             [float(output.passed or 0) for output in theirs],
         )
+    direct = evidence.answers.get(Entrant(entrant.contestant, "response"), {})
     characters = [float(len(output.response)) for output in mine]
     reference_characters = [float(len(output.response)) for output in theirs]
     any_length = (0.0, math.inf)
@@ -179,6 +180,17 @@ def _standing(
         degenerate=degenerate_outputs(
             [prompt.text for prompt in prompts], [output.response for output in mine]
         ),
-        cut=pass_rate([output.status == "truncated" for output in mine]),
+        cut=pass_rate([_is_cut(output, direct.get(output.id)) for output in mine]),
         statuses=dict(Counter(output.status for output in mine)),
     )
+
+
+def _is_cut(output: Output, direct: Output | None) -> bool:
+    """Whether the token limit cut this text off.
+
+    Where a contestant's direct answer stands for a refinement that came to nothing, whatever the
+    reason, the text is cut if that answer is.
+    """
+    if direct is not None and output.response == direct.response:
+        return direct.status == "truncated"
+    return output.status == "truncated"

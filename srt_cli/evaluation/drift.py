@@ -239,17 +239,20 @@ def _echo(
 
 def _gain(row: Standing, before: Standing) -> float | None:
     """In wins at equal length, else in passes of the check; None where there is neither."""
-    if row.judged or before.judged:
-        return _equal_length(row) - _equal_length(before)
+    mine, theirs = _equal_length(row), _equal_length(before)
+    if (row.judged or before.judged) and mine is not None and theirs is not None:
+        return mine - theirs
     if row.pass_rate is not None and before.pass_rate is not None:
         return row.pass_rate.value - before.pass_rate.value
     return None
 
 
-def _equal_length(row: Standing) -> float:
-    """Wins at equal length; the reference itself stands at one half."""
-    controlled = row.judged[0].length_controlled if row.judged else None
-    return controlled.rate.value if controlled else 0.5
+def _equal_length(row: Standing) -> float | None:
+    """Wins at equal length; the reference itself, which is not judged, stands at one half."""
+    if not row.judged:
+        return 0.5
+    controlled = row.judged[0].length_controlled
+    return controlled.rate.value if controlled else None
 
 
 def _adjusted(stages: Sequence[StageFigures]) -> list[StageFigures]:

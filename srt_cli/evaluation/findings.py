@@ -105,8 +105,9 @@ def footnotes_of(findings: Findings) -> list[str]:
             "p is McNemar's and counts only who wins, the interval also by how much: one may see what "
             "the other does not."
         )
+    cut = [round(row.cut.value * row.cut.n) if row.cut else 0 for row in contest.rows]
     for text, counts in (
-        ("Cut at the token limit", [row.statuses.get("truncated", 0) for row in contest.rows]),
+        ("Cut at the token limit", cut),
         ("Hold words of a critique or a template, which are no answer",
          [row.degenerate.reasons.get("template leakage", 0) for row in contest.rows]),
     ):  # fmt: skip

@@ -22,7 +22,7 @@ from typing import Final, Literal
 import numpy as np
 from scipy.special import expit
 
-from srt_cli.stats.rates import Doubt, Estimate, Values, bounded
+from srt_cli.stats.rates import Doubt, Estimate, Values, bounded, win_rate
 
 Mode = Literal["alpaca_eval", "generic"]
 
@@ -90,17 +90,18 @@ def length_controlled_win_rate(
     With `difficulties` AlpacaEval's mode, otherwise a Gaussian prior on φ (generic: not comparable
     with AlpacaEval's figures). The standard error is a sandwich: with H the Hessian, q_i =
     σ(ψγ_i + θ) and g = mean q(1 - q)·(0, γ_i, 1), the influence of item i is
-    (q_i - mean q) + n·s_iᵀH⁻¹g, s_i = x_i·(y_i - p_i); SE = sd(influence)/√n.
+    (q_i - mean q) + n·s_iᵀH⁻¹g, s_i = x_i·(y_i - p_i); SE = sd(influence)/√n. Where every item is won
+    or every item lost, the interval is Wilson's.
     """
     y: Values = np.asarray(preferences, dtype=np.float64)  # (n,)
     n = len(y)
-    if n < 2:
+    raw = win_rate(preferences)
+    if raw is None or n < 2:
         return None
     longer = np.asarray(reference_lengths, dtype=np.float64) - np.asarray(model_lengths)  # (n,)
     spread = float(longer.std(ddof=1))
     mode: Mode = "generic" if difficulties is None else "alpaca_eval"
     if spread == 0:
-        raw = bounded(float(y.mean()), float(y.std(ddof=1) / np.sqrt(n)), n)
         why = "all length differences are equal, so nothing is controlled: this is the raw rate"
         return LengthControlled(raw, mode, 0.0, (Doubt("equal lengths", why),))
     z = longer / spread
@@ -117,7 +118,10 @@ def length_controlled_win_rate(
     influence = (q - q.mean()) + n * scores @ lever  # (n,)
     error = float(influence.std(ddof=1) / np.sqrt(n))
     rate = bounded(float(q.mean()), error, n)
-    warnings = _doubts(100 * rate.value, 100 * float(y.mean()), z)
+    if raw.value in (0.0, 1.0):
+        # Items that are all alike have next to no influence each: that is no certainty.
+        rate = Estimate(rate.value, min(raw.low, rate.value), max(raw.high, rate.value), n, 0.0)
+    warnings = _doubts(100 * rate.value, 100 * raw.value, z)
     if mode == "generic" and hessian[0, 0] < 2 * GENERIC_PHI_PRECISION:
         why = f"with {n} pairs the pull of length is mostly the prior's, not the judge's own"
         warnings = (*warnings, Doubt("prior", why))
