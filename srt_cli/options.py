@@ -34,7 +34,7 @@ GROUPS: Final[tuple[Group, ...]] = typing.get_args(Group)
 Config = TypeVar("Config")
 
 RUNS_CODE_PREFIX = "python:"
-SIDE_FILES: Final = (".run.json", ".journal.jsonl", ".dropped.jsonl")
+SIDE_FILES: Final = (".run.json", ".journal.jsonl", ".batches.jsonl", ".dropped.jsonl")
 """What stands beside the outputs of runs."""
 _BEFORE_SPEC: Final = re.compile(r"^[a-z]+=")
 """What a spec is for, where an option says that too: refinement=gpt-4."""

@@ -164,7 +164,7 @@ def test_claude_in_batches_asks_again_for_what_expired_and_finds_its_own(
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     line = ("collect-feedback", "--critic", CLAUDE, *BATCH)
 
-    def killed(self, wire, plan, batch):
+    def killed(self, wire, sent):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -201,6 +201,58 @@ def test_a_batch_of_claudes_that_has_no_name_here_is_looked_for(
     finished = srt(*line)
     assert finished.code == 0, finished.stderr
     assert [len(batch["requests"]) for batch in server.batches.values()] == [3, 3]
+
+
+def test_a_batch_of_another_client_is_not_taken_for_one_whose_answer_was_lost(
+    srt, serve, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("srt_cli.models.api.batch.FIRST_BACKOFF_S", 0.001)
+    rows = [{"id": n, "prompt": f"q{n}", "response": "A draft."} for n in range(3)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    create = AnthropicServer._create
+
+    async def create_behind_another(self, request):
+        if not self.batches:
+            body = await request.json()
+            strange = [{**each, "custom_id": f"x{n}"} for n, each in enumerate(body["requests"])]
+            self.batches["msgbatch_0"] = {"requests": strange, "looks": 0}
+        return await create(self, request)
+
+    monkeypatch.setattr(AnthropicServer, "_create", create_behind_another)
+    server = serve(AnthropicServer)
+    server.lose_answers = 1
+    finished = srt("collect-feedback", "--critic", CLAUDE, *BATCH)
+    assert finished.code == 0, finished.stderr
+    assert "msgbatch_0: holds none of these requests" in finished.stderr
+    assert [row["status"] for row in read_jsonl(tmp_path / "feedback.jsonl")] == ["ok"] * 3
+    # The other's, the critiques, and the blind scores.
+    assert [len(batch["requests"]) for batch in server.batches.values()] == [3, 3, 3]
+
+
+def test_a_batch_that_was_looked_for_has_its_name_from_then_on(srt, serve, tmp_path, monkeypatch):
+    monkeypatch.setattr("srt_cli.models.api.batch.FIRST_BACKOFF_S", 0.001)
+    server = serve(AnthropicServer, looks=9)
+    rows = [{"id": n, "prompt": f"q{n}", "response": "A draft."} for n in range(3)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+    line = ("collect-feedback", "--critic", CLAUDE, *BATCH)
+
+    def killed(self, wire, sent):
+        raise KeyboardInterrupt
+
+    server.lose_answers = 1
+    with monkeypatch.context() as patch:
+        patch.setattr("srt_cli.models.api.batch.BatchModel._collect", killed)
+        assert srt(*line).code == 130
+    # A later batch of the same size.
+    server.batches["msgbatch_1"] = {
+        "requests": server.batches["msgbatch_0"]["requests"],
+        "looks": 0,
+    }
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    assert "batch msgbatch_0: found again" in finished.stderr
+    assert "msgbatch_1" not in finished.stderr
+    assert len(server.batches) == 3
 
 
 def test_a_batch_that_was_cancelled_at_anthropic_is_asked_anew_by_the_next_run(

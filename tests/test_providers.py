@@ -200,11 +200,11 @@ BATCH = ("--batch", "--batch-poll", 0.01)
 
 
 class SendsOn(BatchServer):
-    """Sends the list of its batches to another host."""
+    """Sends those who look at a batch to another host."""
 
     elsewhere = ""
 
-    async def _all(self, request):
+    async def _look(self, request):
         raise web.HTTPTemporaryRedirect(self.elsewhere)
 
 

@@ -13,6 +13,8 @@ from provider_servers import AnthropicServer
 
 from srt_cli.errors import BudgetReached
 from srt_cli.models import ModelOptions, Reply, Request, Thinks, open_model, parse_spec
+from srt_cli.models.api.batch import BatchModel
+from srt_cli.models.api.openai_batches import OpenAiBatches
 from srt_cli.models.budget import Budget, Price, parse_prices, price_of, priced
 from srt_cli.records import Message, Usage
 from srt_cli.runs.journal import Journal
@@ -388,11 +390,8 @@ def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path
     prompts(4)
     server = serve(as_policy_and_critic, BatchServer, looks=3)
 
-    def killed(self, wire, plan, batch):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr("srt_cli.models.api.batch.BatchModel._collect", killed)
+        kill_before_collecting(patch)
         assert collect(srt, server, *BATCH).code == 130
     assert len(server.batches) == 1
     again = collect(srt, server, *BATCH)
@@ -402,11 +401,13 @@ def test_a_killed_client_finds_its_own_batch_again(srt, serve, prompts, tmp_path
     assert len(server.asked) == 8
 
 
-def kill_before_collecting(monkeypatch):
-    def killed(self, wire, part, batch):
-        raise KeyboardInterrupt
+def kill_before_collecting(monkeypatch, name="batch_0", collecting=[BatchModel._collect]):  # noqa: B006
+    def killed(self, wire, sent):
+        if sent.batch.name == name:
+            raise KeyboardInterrupt
+        return collecting[0](self, wire, sent)
 
-    monkeypatch.setattr("srt_cli.models.api.batch.BatchModel._collect", killed)
+    monkeypatch.setattr(BatchModel, "_collect", killed)
 
 
 def kill_while_replies_are_kept(monkeypatch, keeping=[Journal.append]):  # noqa: B006
@@ -494,6 +495,95 @@ def test_a_batch_that_a_cap_made_smaller_is_found_again(
     assert len(server.asked) == len(set(server.asked)) == 16
 
 
+def sizes(server):
+    asked = [server.files[batch["input_file_id"]] for batch in server.batches.values()]
+    return [len(content.splitlines()) for content in asked]
+
+
+@pytest.mark.parametrize("change", ["--retry-failed", "more prompts", "--limit"])
+def test_a_batch_under_way_is_waited_for_whatever_else_is_owed_by_then(
+    srt, serve, prompts, tmp_path, monkeypatch, change
+):
+    prompts(6)
+    mended = []
+
+    def behaviour(body, number):
+        if "q1" in body["messages"][0]["content"] and change == "--retry-failed" and not mended:
+            return Answer(text="no critique at all")
+        return as_policy_and_critic(body, number)
+
+    server = serve(behaviour, BatchServer, looks=3)
+    first, then, whole = {
+        "--retry-failed": (["--max-reasks", 0], ["--max-reasks", 0, change, "unparsed"], 6),
+        "more prompts": ([], [], 8),
+        "--limit": ([change, 3], [change, 6], 6),
+    }[change]
+    second_wave = change == "--retry-failed"
+    with monkeypatch.context() as patch:
+        kill_before_collecting(patch, "batch_1" if second_wave else "batch_0")
+        assert collect(srt, server, *BATCH, *first).code == 130
+    assert sizes(server) == {"--retry-failed": [6, 5], "more prompts": [6], "--limit": [3]}[change]
+    mended.append(True)
+    prompts(whole)
+    finished = collect(srt, server, *BATCH, *then)
+    assert finished.code == 0, finished.stderr
+    assert "found again, in_progress" in finished.stderr
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert [row["status"] for row in rows] == ["ok"] * whole
+    assert sizes(server) == {
+        "--retry-failed": [6, 5, 1, 1], "more prompts": [6, 2, 8], "--limit": [3, 3, 6],
+    }[change]  # fmt: skip
+    assert len(server.asked) == len(set(server.asked))
+
+
+@pytest.mark.parametrize("at", ["before it is sent", "after it was taken"])
+def test_a_run_that_is_killed_while_it_hands_in_a_batch_pays_for_it_once(
+    srt, serve, prompts, tmp_path, monkeypatch, at
+):
+    prompts(4)
+    server = serve(as_policy_and_critic, BatchServer)
+    submit = OpenAiBatches.submit
+
+    async def killed(self, wire, label, lines):
+        if at == "after it was taken":
+            await submit(self, wire, label, lines)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenAiBatches, "submit", killed)
+        assert collect(srt, server, *BATCH).code == 130
+    with open(tmp_path / "feedback.batches.jsonl", "a") as notes:
+        notes.write('{"label": "torn')
+    prompts(5)
+    again = collect(srt, server, *BATCH)
+    assert again.code == 0, again.stderr
+    assert sizes(server) == ([5, 5] if at == "before it is sent" else [4, 1, 5])
+    assert collect(srt, server, *BATCH).code == 0
+    # Each line is whole, behind the torn one too.
+    lines = (tmp_path / "feedback.batches.jsonl").read_bytes().splitlines()
+    torn = [line for line in lines if not line.endswith(b"}")]
+    assert torn == [b'{"label": "torn']
+
+
+def test_batches_are_listed_only_after_an_answer_that_was_lost(srt, serve, prompts, monkeypatch):
+    monkeypatch.setattr("srt_cli.models.api.batch.FIRST_BACKOFF_S", 0.001)
+    listed, every = [], BatchServer._all
+
+    async def all_of_them(self, request):
+        listed.append(1)
+        return await every(self, request)
+
+    monkeypatch.setattr(BatchServer, "_all", all_of_them)
+    prompts(3)
+    server = serve(as_policy_and_critic, BatchServer)
+    assert collect(srt, server, *BATCH).code == 0
+    assert len(listed) == 0
+    server.lose_answers = 1
+    prompts(4)
+    assert collect(srt, server, *BATCH).code == 0
+    assert len(listed) == 1
+
+
 def test_batches_that_expire_whole_are_not_taken_for_new_ones(srt, serve, prompts, tmp_path):
     prompts(3)
     server = serve(as_policy_and_critic, BatchServer, fate=lambda name, times: "expired")
@@ -565,6 +655,55 @@ def test_a_cancelled_batch_gives_what_it_has_and_is_asked_anew_by_the_next_run(
     }
     finished = collect(srt, server, *BATCH)
     assert finished.code == 0, finished.stderr
+    assert len(server.asked) == len(set(server.asked)) == 8
+
+
+def test_only_what_was_in_a_cancelled_batch_is_called_so(
+    srt, serve, prompts, tmp_path, monkeypatch
+):
+    prompts(8)
+    look = BatchServer._look
+
+    async def cancel_at_second_look(self, request):
+        if self.batches["batch_0"]["looks"] == 1:
+            self.cancel("batch_0", 1)
+        return await look(self, request)
+
+    monkeypatch.setattr(BatchServer, "_look", cancel_at_second_look)
+    server = serve(as_policy_and_critic, BatchServer)
+    with monkeypatch.context() as patch:
+        kill_before_collecting(patch)
+        assert collect(srt, server, *BATCH, "--max-requests", 5).code == 130
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert sorted(row["status"] for row in rows) == ["failed"] * 4 + ["ok"] * 4
+
+
+def test_a_batch_that_is_being_cancelled_gives_what_it_has_and_the_rest_is_asked_anew(
+    srt, serve, prompts, tmp_path, monkeypatch
+):
+    prompts(4)
+    look = BatchServer._look
+
+    async def cancelling(self, request):
+        batch = self.batches["batch_0"]
+        if batch["status"] == "cancelling":
+            self.cancel("batch_0", 1)
+        elif batch["status"] == "in_progress":
+            batch["status"] = "cancelling"
+        return await look(self, request)
+
+    monkeypatch.setattr(BatchServer, "_look", cancelling)
+    server = serve(as_policy_and_critic, BatchServer)
+    with monkeypatch.context() as patch:
+        kill_before_collecting(patch)
+        assert collect(srt, server, *BATCH).code == 130
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    assert "batch batch_0: found again, cancelling" in finished.stderr
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert [row["status"] for row in rows] == ["ok"] * 4
     assert len(server.asked) == len(set(server.asked)) == 8
 
 

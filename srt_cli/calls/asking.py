@@ -17,7 +17,7 @@ from srt_cli.models.budget import Budget
 from srt_cli.models.local.meter import together
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal
-from srt_cli.runs.run import TEMPLATE_DAY, Run, first_day
+from srt_cli.runs.run import TEMPLATE_DAY, Run, batches_path, first_day
 
 Result = TypeVar("Result")
 COLLECT_AFTER: Final = 20_000
@@ -68,7 +68,8 @@ class Asking:
 
         Models that are open already share their `budget`.
         """
-        door = replace(options.door(), offline=offline, day=first_day(run.out))
+        beside = batches_path(run.out)
+        door = replace(options.door(), offline=offline, day=first_day(run.out), batch_notes=beside)
         door = door if budget is None else replace(door, budget=budget)
         journal = run.journal()
         cost = Cost(journal, options, door.budget)

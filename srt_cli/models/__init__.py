@@ -308,6 +308,8 @@ class ModelOptions:
     """Nothing will be sent: an API model then needs no key."""
     batch_poll_s: float | None = None
     """Seconds between looks at a batch; None sends requests one by one."""
+    batch_notes: Path | None = None
+    """Where batches are noted, so that a later run finds them."""
     export_to: Path | None = None
     """Where requests are written instead of being sent."""
 

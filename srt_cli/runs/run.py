@@ -165,6 +165,12 @@ def journal_path(artifact: Path) -> Path:
     return artifact.with_name(f"{stem}.journal.jsonl")
 
 
+def batches_path(artifact: Path) -> Path:
+    """Path of the notes on an artifact's batches."""
+    journal = journal_path(artifact)
+    return journal.with_name(f"{journal.name.removesuffix('.journal.jsonl')}.batches.jsonl")
+
+
 def read_manifest(artifact: Path) -> Manifest | None:
     """The manifest beside an artifact; None when there is none.
 
@@ -534,7 +540,8 @@ def _refuse_reading_output(out: Path, name: str, path: Path) -> None:
     if is_stream(path):
         return
     read, written = path.resolve(), out.resolve()
-    files = [out, manifest_path(out), journal_path(out), dropped_path(out)]
+    beside = (manifest_path(out), journal_path(out), batches_path(out), dropped_path(out))
+    files = [out, *beside]
     if read in (file.resolve() for file in files) or written in read.parents:
         flag = flag_named(name.rstrip(" _0123456789").replace(" ", "_"))
         raise UsageError(

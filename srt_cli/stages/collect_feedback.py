@@ -29,7 +29,7 @@ from srt_cli.prompts import PromptSource, with_system
 from srt_cli.records import GIVEN, Prompt
 from srt_cli.report.critic import write_critic_report
 from srt_cli.report.critique import PageRow, write_critique_page
-from srt_cli.runs.run import first_day, open_run
+from srt_cli.runs.run import batches_path, first_day, open_run
 from srt_cli.tables import many
 
 COMMAND = "collect-feedback"
@@ -123,7 +123,7 @@ def run(options: CollectFeedback) -> None:
             "--critique-scale is that of critiques that others wrote: --critic file:FILE."
         )
     prompts = _with_responses(options)
-    door = replace(options.door(), day=first_day(options.out))
+    door = _door(options)
     critics = options.for_critics(door)
     critic_model = open_model(options.critic, critics)
     policy_model = critic_model
@@ -177,6 +177,12 @@ def _with_responses(options: CollectFeedback) -> PromptSource:
     return prompts
 
 
+def _door(options: CollectFeedback) -> ModelOptions:
+    """How models are opened: with what is kept beside the output."""
+    out = options.out
+    return replace(options.door(), day=first_day(out), batch_notes=batches_path(out))
+
+
 def _drafting(options: CollectFeedback) -> Sampling:
     """How the policy is asked."""
     return Sampling(
@@ -219,7 +225,7 @@ def _take_written(options: CollectFeedback, location: str) -> None:
         (lambda: islice(own_prompts(file), options.limit)) if source is None else source.read
     )
     joined = join(file, read)
-    door = replace(options.door(), day=first_day(options.out))
+    door = _door(options)
     roles = _others(options, joined, door)
     job = Job(read, len(joined.rows), roles, door.budget, written=joined)
     inputs = {"critic": file.inputs[0]} if len(file.inputs) == 1 else {}
@@ -314,7 +320,7 @@ def _write_page(options: CollectFeedback, page: Path) -> None:
         prompts.tell()
         console.result(f"{page}: {many(prompts.count, 'row')} to criticise by hand")
         return
-    door = options.door()
+    door = _door(options)
     model = open_model(options.model, door) if options.model is not None else None
     run = open_run(COMMAND, options, inputs=prompts.inputs)
     with run, Asking.begin(run, options, budget=door.budget) as asking:

@@ -24,7 +24,7 @@ from srt_cli.models import Model, ModelOptions, open_model, parse_spec, refuse_u
 from srt_cli.options import runtime, setting, typed_flags
 from srt_cli.prompts import PromptSource, with_system
 from srt_cli.report.critic import write_critic_report
-from srt_cli.runs.run import first_day, open_run, read_manifest
+from srt_cli.runs.run import batches_path, first_day, open_run, read_manifest
 from srt_cli.tables import many
 
 COMMAND = "self-critique"
@@ -195,7 +195,12 @@ def _open_job(options: SelfCritique) -> tuple[Job, PromptSource]:
     prompts = with_system(options.open_prompts(), options.system)
     if options.other_critic is None or options.critic_for == "scores":
         refuse_partial_critic(Path(options.model))
-    door = replace(options.door(), logprobs=options.expected_score, day=first_day(options.out))
+    door = replace(
+        options.door(),
+        logprobs=options.expected_score,
+        day=first_day(options.out),
+        batch_notes=batches_path(options.out),
+    )
     model = open_model(options.model, door)
     drafts = Sampling(
         options.max_new_tokens, options.temperature, seed=options.seed,

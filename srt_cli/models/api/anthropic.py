@@ -1,8 +1,6 @@
 """Anthropic's messages: `POST /v1/messages`, and the batches beside them."""
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import orjson
@@ -16,6 +14,7 @@ from srt_cli.models.api.dialect import (
     Heard,
     Manner,
     NoAnswer,
+    NotedBatch,
     Refused,
     Wire,
     as_count,
@@ -28,7 +27,6 @@ from srt_cli.models.api.dialect import (
     warn_of_switch,
 )
 from srt_cli.models.api.refusals import refused_in_batch
-from srt_cli.models.hub import cache_folder
 from srt_cli.records import Usage
 
 VERSION: Final = "2023-06-01"
@@ -176,7 +174,7 @@ def _usage_of(told: Mapping[str, Any]) -> Usage:
 
 
 class AnthropicBatches:
-    """Message batches; one carries no words of ours, so its name is kept beside the caches."""
+    """Message batches; one carries no words of ours but the names of its requests."""
 
     most_requests: ClassVar[int] = 100_000
     most_bytes: ClassVar[int] = 250_000_000
@@ -188,42 +186,20 @@ class AnthropicBatches:
         """One request, as it stands in the list that is posted."""
         return orjson.dumps({"custom_id": name, "params": body}) + b"\n"
 
-    async def found(self, wire: Wire, plan: str) -> Batch | None:
-        """The batch that was submitted for a plan from this machine, if the server still has it.
+    async def before(self, wire: Wire) -> list[str]:
+        """The newest thousand batches, among which a later one is new."""
+        return [batch.name for batch in await self._listed(wire)]
 
-        Where no answer told its name, it is one that the server has had since, with as many requests.
-        """
-        note = _note(plan)
-        if not note.is_file():
-            return None
-        if (sent := _sent(note)) is not None:
-            notes = [other for other in note.parent.iterdir() if not other.suffix]
-            named = {*sent["there"], *(other.read_text() for other in notes)}
-            since = [batch for batch in await self._listed(wire) if batch.name not in named]
-            return next((batch for batch in since if batch.total == sent["requests"]), None)
-        try:
-            return await self.look(wire, note.read_text())
-        except Refused as refused:
-            if refused.status == 404:
-                return None
-            raise
+    async def found(self, wire: Wire, noted: NotedBatch) -> Batch | None:
+        """The first batch since of as many requests; whether it is ours, its results tell."""
+        since = [batch for batch in await self._listed(wire) if batch.name not in noted.others]
+        alike = [batch for batch in since if batch.total == len(noted.requests)]
+        return alike[-1] if alike else None
 
-    async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
-        """Post all requests at once, and note the batch's name; before, which there are already."""
-        note = _note(plan)
-        sent = _sent(note)
-        if sent is None or sent["requests"] != len(lines):
-            there = [batch.name for batch in await self._listed(wire)]
-            _write(note, orjson.dumps({"there": there, "requests": len(lines)}).decode())
+    async def submit(self, wire: Wire, label: str, lines: Sequence[bytes]) -> Batch:
+        """Post all requests at once, without the label, for which there is no place."""
         body = {"requests": [orjson.Fragment(line) for line in lines]}
-        try:
-            batch = _batch(checked(await wire.post(f"{PATH}/batches", body)))
-        except Refused as refused:
-            if refused.status < 500:
-                note.unlink()  # nothing was taken
-            raise
-        _write(note, batch.name)
-        return batch
+        return _batch(checked(await wire.post(f"{PATH}/batches", body)))
 
     async def _listed(self, wire: Wire) -> list[Batch]:
         """The newest thousand batches."""
@@ -256,33 +232,18 @@ class AnthropicBatches:
             return refused_in_batch(name, Refused(Answer(400, {}, orjson.dumps({"error": said}))))
 
 
-def _note(plan: str) -> Path:
-    return cache_folder() / "batches" / plan
-
-
-def _sent(note: Path) -> Mapping[str, Any] | None:
-    """What a note says of a batch that was sent, and whose name is not known."""
-    told = note.read_text() if note.is_file() else ""
-    return as_mapping(orjson.loads(told)) if told.startswith("{") else None
-
-
-def _write(note: Path, text: str) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    half = note.with_suffix(f".{os.getpid()}")
-    half.write_text(text)
-    half.rename(note)
-
-
 def _batch(told: Mapping[str, Any]) -> Batch:
     counts = {
         name: as_count(count) for name, count in as_mapping(told.get("request_counts")).items()
     }
     name, total = as_text(told.get("id")), sum(counts.values())
-    over = told.get("processing_status") == "ended"
+    status = as_text(told.get("processing_status"))
+    over = status == "ended"
     return Batch(
         name,
-        as_text(told.get("processing_status")),
+        status,
         over=over,
+        cancelling=status == "canceling",
         done=total - counts.get("processing", 0),
         total=total,
         # Not its `results_url`, which names Anthropic's own host, whoever stands between.

@@ -1,15 +1,17 @@
 """Batches: half the price for patience; and requests written to files, to be answered elsewhere.
 
-A batch is found again by the wave that it is of: the wave's digest goes with it, so a client that was
-killed adopts its own batches instead of paying for them twice. The wave is whole, with what is known
-already: that grows from run to run, and is in no batch.
+What a batch holds is noted before it is handed in, so a client that was killed waits for its own batches
+instead of paying for them twice, whatever else is owed by then.
 """
 
 import asyncio
 import hashlib
+import os
+import secrets
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Final, TypeVar
@@ -33,6 +35,7 @@ from srt_cli.models.api.dialect import (
     BatchResult,
     Dialect,
     NoAnswer,
+    NotedBatch,
     Refused,
 )
 from srt_cli.models.api.limits import LONGEST_PAUSE_S
@@ -40,7 +43,7 @@ from srt_cli.models.api.transport import Endpoint, Place, dialects, place_of
 from srt_cli.models.budget import Budget, Price, most_tokens, price_of, priced
 from srt_cli.records import Usage
 from srt_cli.runs.journal import Journal, request_key
-from srt_cli.runs.jsonl import read_rows
+from srt_cli.runs.jsonl import naming, read_rows
 
 MOST_ROUNDS: Final = 5
 MOST_TRIES: Final = 5
@@ -70,23 +73,78 @@ class _Ask:
 
 
 @dataclass
-class _Part:
-    """What one batch has room for of a wave: what none of its batches has answered, by name."""
+class _Sent:
+    """A batch, and what of a wave is in it, by name."""
 
+    noted: NotedBatch
+    batch: Batch
     asks: dict[str, _Ask]
-    round: int = 1
 
-    @property
-    def owed(self) -> list[_Ask]:
-        """Those that somebody waits for."""
-        return [ask for ask in self.asks.values() if ask.owed]
 
-    @property
-    def label(self) -> str:
-        """By which the batch of this round is found: the same whatever is known already."""
-        salt = f" round {self.round}" if self.round > 1 else ""
-        digest = hashlib.blake2b(("".join(sorted(self.asks)) + salt).encode(), digest_size=16)
-        return digest.hexdigest()
+class BatchNotes:
+    """Notes on batches, in a file that outlives the run, or in memory.
+
+    A line each: what is handed in, before it is; the name that its server gives it; a batch that was
+    taken for it, and is another; and that it came to nothing.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._noted: dict[str, NotedBatch] = {}
+        self._read = False
+
+    def of(self, model: str) -> list[NotedBatch]:
+        """The batches that a model was handed and that may hold replies, the oldest first."""
+        if not self._read and self._path is not None and self._path.exists():
+            for line in self._path.read_bytes().splitlines():
+                # A torn line, of a run that was killed, tells nothing.
+                with suppress(orjson.JSONDecodeError, KeyError, TypeError):
+                    self._take_in(orjson.loads(line))
+        self._read = True
+        return [noted for noted in self._noted.values() if noted.model == model]
+
+    def add(self, model: str, requests: list[str], others: list[str]) -> NotedBatch:
+        """Note what will be handed in."""
+        label = secrets.token_hex(16)
+        self._write({"label": label, "model": model, "others": others, "requests": requests})
+        return self._noted[label]
+
+    def name(self, noted: NotedBatch, name: str) -> None:
+        """Note what a batch is called."""
+        self._write({"label": noted.label, "name": name})
+
+    def disown(self, noted: NotedBatch, name: str) -> None:
+        """Note that a batch is not the one it was taken for."""
+        self._write({"label": noted.label, "other": name})
+
+    def drop(self, noted: NotedBatch) -> None:
+        """Note that a batch never was, or cannot be asked any more."""
+        self._write({"label": noted.label, "gone": True})
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._path is not None:
+            with naming(self._path), open(self._path, "ab+") as file:
+                end = file.seek(0, os.SEEK_END)
+                torn = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
+                file.write(b"\n" * torn + orjson.dumps(entry) + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        self._take_in(entry)
+
+    def _take_in(self, entry: Mapping[str, Any]) -> None:
+        label = entry["label"]
+        if "requests" in entry:
+            self._noted[label] = NotedBatch(
+                label, entry["model"], entry["requests"], list(entry["others"])
+            )
+        elif "gone" in entry:
+            self._noted.pop(label, None)
+        elif label in self._noted:
+            noted = self._noted[label]
+            noted.name = entry.get("name", "")
+            for other in [noted] if "other" in entry else self._noted.values():
+                if not other.name:
+                    other.others.append(entry.get("other") or noted.name)
 
 
 @dataclass
@@ -96,7 +154,7 @@ class BatchModel:
     spec: str
     parsed: Spec
     options: ModelOptions
-    # Whole waves: each becomes one plan, which a resumed run finds again.
+    # Whole waves, for as few batches as there can be: each may take a day.
     batched: bool = True
     is_program: bool = False
     continues: bool = False
@@ -110,6 +168,7 @@ class BatchModel:
     _batches: Batches = field(init=False)
     _names: list[str] = field(default_factory=list)
     _resubmitted: int = 0
+    _notes: BatchNotes = field(init=False)
     _closing: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
@@ -119,6 +178,7 @@ class BatchModel:
         if self._dialect.batches is None:
             raise UsageError(f"--batch: srt knows no batches of {self.spec}. Leave it out.")
         self._batches = self._dialect.batches
+        self._notes = BatchNotes(self.options.batch_notes)
         full = price_of(self.parsed, self.options.prices)
         self.price = full.of_batch() if full is not None else None
         if self.price is None and self._budget.max_cost is not None:
@@ -194,18 +254,23 @@ class BatchModel:
             await wire.close()
 
     async def _run(self, wire: Endpoint, asks: dict[str, _Ask]) -> None:
-        parts = list(_cut(asks, self._batches))
+        looked_at: set[str] = set()
         for round_number in range(1, MOST_ROUNDS + 1):
-            under_way = [
-                (part, batch)
-                for part in parts
-                if (batch := await self._adopt_or_submit(wire, part)) is not None
-            ]
-            for part, batch in under_way:
-                await self._collect(wire, part, batch)
+            under_way = await self._adopt(wire, asks, looked_at)
+            held = {name for sent in under_way for name in sent.asks}
+            new = {name: ask for name, ask in asks.items() if ask.owed and name not in held}
+            self._reserve(new)
+            allowed = {name: ask for name, ask in new.items() if ask.reserved}
+            for part in _cut(allowed, self._batches):
+                sent = await self._submit(wire, part)
+                looked_at.add(sent.noted.label)
+                under_way.append(sent)
+            for sent in under_way:
+                if not await self._collect(wire, sent):
+                    looked_at.remove(sent.noted.label)  # ours may be another
             if self._closing.is_set():
                 return
-            again = [ask for part in parts for ask in part.owed if ask.reserved]
+            again = [ask for ask in asks.values() if ask.owed and ask.reserved]
             if not again:
                 break
             if round_number < MOST_ROUNDS:
@@ -215,82 +280,125 @@ class BatchModel:
                 )
         for ask in again:
             self._settle(ask, Reply("", "failed", error="expired in every batch"))
-        unsent = [ask for part in parts for ask in part.owed]
+        unsent = [ask for ask in asks.values() if ask.owed]
         if unsent:
             _fail(asks, self._budget.error(self.price, unsent[0].most))
 
-    async def _adopt_or_submit(self, wire: Endpoint, part: _Part) -> Batch | None:
-        """The batch at work on a part; None where nothing is owed any more, or may be sent.
+    async def _adopt(
+        self, wire: Endpoint, asks: dict[str, _Ask], looked_at: set[str]
+    ) -> list[_Sent]:
+        """The batches of earlier runs that hold what is owed and are under way.
 
-        Batches that have ended give what they have; a new one is only for what none of them answers.
+        Those that have ended give what they have.
         """
-        while part.owed:
-            batch = await _patiently(self._batches.found, wire, part.label)
-            if batch is None:
-                return await self._submit(wire, part)
-            console.say(f"batch {batch.name}: found again, {batch.status}")
-            self._names.append(batch.name)
-            if not batch.over:
-                self._reserve(part)
-                return batch
-            await self._take_results(wire, part, batch, late=True)
-        return None
+        under_way = []
+        for noted in self._notes.of(self.identity):
+            ours = {name: asks[name] for name in noted.requests if name in asks}
+            ours = {name: ask for name, ask in ours.items() if ask.owed}
+            if not ours or noted.label in looked_at:
+                continue
+            looked_at.add(noted.label)
+            while (batch := await self._look_for(wire, noted)) is not None:
+                console.say(f"batch {batch.name}: found again, {batch.status}")
+                self._names.append(batch.name)
+                sent = _Sent(noted, batch, ours)
+                if not batch.over:
+                    self._reserve(ours)
+                    under_way.append(sent)
+                    break
+                if await self._take_results(wire, sent, late=True):
+                    break
+        return under_way
 
-    def _reserve(self, part: _Part) -> None:
-        for ask in part.owed:
-            ask.reserved = ask.reserved or self._budget.reserve(self.price, ask.most)
-
-    async def _submit(self, wire: Endpoint, part: _Part) -> Batch | None:
-        """Hand in what is owed of a part, as far as the budget allows."""
-        self._reserve(part)
-        lines = [ask.line for ask in part.owed if ask.reserved]
-        if not lines:
-            return None
-
-        async def look_and_submit() -> Batch:
-            # A try that came to nothing here may have come to a batch there.
-            found = await self._batches.found(wire, part.label)
-            return found or await self._batches.submit(wire, part.label, lines)
-
-        batch = await _patiently(look_and_submit)
-        console.say(f"batch {batch.name}: {len(lines)} requests submitted")
-        self._names.append(batch.name)
+    async def _look_for(self, wire: Endpoint, noted: NotedBatch) -> Batch | None:
+        """A noted batch, if its server has it."""
+        if noted.name:
+            try:
+                return await _patiently(self._batches.look, wire, noted.name)
+            except Refused as refused:
+                if refused.status == 404:
+                    return None
+                raise
+        batch = await _patiently(self._batches.found, wire, noted)
+        if batch is None:
+            self._notes.drop(noted)
+        else:
+            self._notes.name(noted, batch.name)
         return batch
 
-    async def _collect(self, wire: Endpoint, part: _Part, batch: Batch) -> None:
-        """Wait for a batch to end, and give its replies to those who asked."""
-        shown = None
+    def _reserve(self, asks: Mapping[str, _Ask]) -> None:
+        for ask in asks.values():
+            ask.reserved = ask.reserved or self._budget.reserve(self.price, ask.most)
+
+    async def _submit(self, wire: Endpoint, part: dict[str, _Ask]) -> _Sent:
+        """Hand in a batch."""
+        there = await _patiently(self._batches.before, wire)
+        noted = self._notes.add(self.identity, list(part), there)
+        lines = [ask.line for ask in part.values()]
+        lost = False
+
+        async def submit() -> Batch:
+            nonlocal lost
+            # A try that came to nothing here may have come to a batch there.
+            if lost and (found := await self._batches.found(wire, noted)) is not None:
+                return found
+            try:
+                return await self._batches.submit(wire, noted.label, lines)
+            except Refused as refused:
+                lost = lost or refused.status >= 500 or refused.status == 408
+                raise
+            except NoAnswer:
+                lost = True
+                raise
+
+        try:
+            batch = await _patiently(submit)
+        except Refused:
+            if not lost:
+                self._notes.drop(noted)
+            raise
+        self._notes.name(noted, batch.name)
+        console.say(f"batch {batch.name}: {len(lines)} requests submitted")
+        self._names.append(batch.name)
+        return _Sent(noted, batch, part)
+
+    async def _collect(self, wire: Endpoint, sent: _Sent) -> bool:
+        """Wait for a batch to end, and give its replies to those who asked; false if it is not ours."""
+        batch, shown = sent.batch, None
+        # Cancelled before this run: like one that ended before, but for the replies still to come.
+        late = batch.cancelling
         while not batch.over:
             if await asyncio.to_thread(self._closing.wait, self.options.batch_poll_s):
-                return
-            batch = await _patiently(self._batches.look, wire, batch.name)
+                return True
+            batch = sent.batch = await _patiently(self._batches.look, wire, batch.name)
             state = (batch.status, batch.done)
             if state != shown:
                 done = f", {batch.done} of {batch.total}" if batch.done is not None else ""
                 console.say(f"batch {batch.name}: {batch.status}{done}")
                 shown = state
         if batch.error or batch.status == "failed":
+            self._notes.drop(sent.noted)
             raise SrtError(
                 f"{self.spec}: batch {batch.name} failed ({batch.error or 'no reason given'}). For a "
                 "limit on enqueued tokens, use --limit, or run without --batch."
             )
-        await self._take_results(wire, part, batch)
-        if batch.status == "cancelled":  # by the user, who wants nothing sent anew
+        if not await self._take_results(wire, sent, late=late):
+            return False
+        if batch.status == "cancelled" and not late:  # by the user, who wants nothing sent anew
             cancelled = Reply("", "failed", error=f"batch {batch.name} was cancelled")
-            for ask in part.owed:
-                if ask.reserved:
+            for ask in sent.asks.values():
+                if ask.owed and ask.reserved:
                     self._settle(ask, cancelled)
+        return True
 
-    async def _take_results(
-        self, wire: Endpoint, part: _Part, batch: Batch, *, late: bool = False
-    ) -> None:
-        """Hand out a batch's replies; what it did not answer is for the part's next round.
+    async def _take_results(self, wire: Endpoint, sent: _Sent, *, late: bool) -> bool:
+        """Hand out a batch's replies; false if it holds none of the requests that were noted.
 
         What failed in it is the row's error, but in one that ended in the time of an earlier run
         (`late`): then it is asked again.
         """
-        answered = set()
-        for place in batch.results:
+        told: set[str] = set()
+        for place in sent.batch.results:
             try:
                 content = await _patiently(self._batches.results, wire, place)
             except Refused as refused:
@@ -299,16 +407,18 @@ class BatchModel:
                 raise
             for line in content.splitlines():
                 outcome = self._batches.outcome(orjson.loads(line))
-                ask = part.asks.get(outcome.name) if outcome is not None else None
-                if outcome is None or ask is None:
+                if outcome is None:
                     continue
-                if outcome.is_final:
-                    answered.add(outcome.name)
-                reply = reply_of(outcome, ask.request) if ask.owed else None
-                if reply is not None and (outcome.is_final or not late):
+                told.add(outcome.name)
+                ask = sent.asks.get(outcome.name)
+                reply = reply_of(outcome, ask.request) if ask and ask.owed else None
+                if ask and reply and (outcome.is_final or not late):
                     self._settle(ask, priced(reply, self.price))
-        part.asks = {name: ask for name, ask in part.asks.items() if name not in answered}
-        part.round += 1
+        if told and told.isdisjoint(sent.noted.requests):
+            console.say(f"batch {sent.batch.name}: holds none of these requests; it is another's")
+            self._notes.disown(sent.noted, sent.batch.name)
+            return False
+        return True
 
     def _settle(self, ask: _Ask, reply: Reply) -> None:
         used, price = reply.usage, self.price
@@ -355,7 +465,7 @@ def _fail(asks: Mapping[str, _Ask], error: BaseException) -> None:
                 future.set_exception(error)
 
 
-def _cut(asks: dict[str, _Ask], batches: Batches) -> Iterator[_Part]:
+def _cut(asks: dict[str, _Ask], batches: Batches) -> Iterator[dict[str, _Ask]]:
     """Parts that fit one batch file each."""
     part: dict[str, _Ask] = {}
     size = 0
@@ -363,12 +473,12 @@ def _cut(asks: dict[str, _Ask], batches: Batches) -> Iterator[_Part]:
         if part and (
             len(part) >= batches.most_requests or size + len(ask.line) > batches.most_bytes
         ):
-            yield _Part(part)
+            yield part
             part, size = {}, 0
         part[name] = ask
         size += len(ask.line)
     if part:
-        yield _Part(part)
+        yield part
 
 
 # --- Files to take elsewhere -------------------------------------------------------------------

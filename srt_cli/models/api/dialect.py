@@ -250,11 +250,28 @@ class Batch:
     name: str
     status: str
     over: bool = False
+    cancelling: bool = False
+    """It will be over as soon as what is being answered is."""
     done: int | None = None
     total: int | None = None
     results: tuple[str, ...] = ()
     """Where the results lie."""
     error: str = ""
+
+
+@dataclass
+class NotedBatch:
+    """What is noted of a batch before it is handed in, so that a later run finds it."""
+
+    label: str
+    model: str
+    """The identity of the model that is asked."""
+    requests: list[str]
+    """Their names."""
+    others: list[str]
+    """Batches that are not it: those that were there before, where a label does not tell."""
+    name: str = ""
+    """What its server calls it; empty until that is known."""
 
 
 @dataclass(frozen=True)
@@ -303,11 +320,15 @@ class Batches(Protocol):
         """One request as a line of a batch's file."""
         ...
 
-    async def found(self, wire: Wire, plan: str) -> Batch | None:
-        """The batch that was submitted for a plan, also where `submit` came to nothing here."""
+    async def before(self, wire: Wire) -> list[str]:
+        """The batches that are there already, where a new one would not carry its label."""
         ...
 
-    async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
+    async def found(self, wire: Wire, noted: NotedBatch) -> Batch | None:
+        """A batch whose name is not known, because the answer to `submit` was lost."""
+        ...
+
+    async def submit(self, wire: Wire, label: str, lines: Sequence[bytes]) -> Batch:
         """Hand in lines as one batch."""
         ...
 

@@ -17,6 +17,7 @@ from srt_cli.models.api.dialect import (
     BatchResult,
     Heard,
     NoAnswer,
+    NotedBatch,
     Refused,
     Wire,
     as_count,
@@ -54,15 +55,19 @@ class OpenAiBatches:
         line = {"custom_id": name, "method": "POST", "url": self.endpoint, "body": body}
         return orjson.dumps(line) + b"\n"
 
-    async def found(self, wire: Wire, plan: str) -> Batch | None:
-        """The newest batch whose metadata names the plan, but none that failed before it began."""
+    async def before(self, wire: Wire) -> list[str]:
+        """None: metadata tell them apart."""
+        return []
+
+    async def found(self, wire: Wire, noted: NotedBatch) -> Batch | None:
+        """The newest batch whose metadata hold the label, but none that failed before it began."""
         async with _client(wire) as client:
             async for each in client.batches.list(limit=100):
-                if (each.metadata or {}).get(PLAN) == plan and each.status != "failed":
+                if (each.metadata or {}).get(PLAN) == noted.label and each.status != "failed":
                     return _batch(each)
         return None
 
-    async def submit(self, wire: Wire, plan: str, lines: Sequence[bytes]) -> Batch:
+    async def submit(self, wire: Wire, label: str, lines: Sequence[bytes]) -> Batch:
         """Upload the file, then have it worked on."""
         async with _client(wire) as client:
             file = await client.files.create(file=("srt.jsonl", b"".join(lines)), purpose="batch")
@@ -70,7 +75,7 @@ class OpenAiBatches:
                 input_file_id=file.id,
                 endpoint=self.endpoint,
                 completion_window="24h",
-                metadata={PLAN: plan},
+                metadata={PLAN: label},
             )
             return _batch(batch)
 
@@ -123,6 +128,7 @@ def _batch(told: "ToldBatch") -> Batch:
         told.id,
         told.status,
         over=told.status in OVER,
+        cancelling=told.status == "cancelling",
         done=counts.completed if counts else None,
         total=counts.total if counts else None,
         results=tuple(file for file in files if file),
