@@ -224,6 +224,14 @@ def test_where_too_few_saved_verdicts_are_valid_their_own_file_is_named(srt, tmp
     assert "Look at what the judge said in mine.json." in finished.stderr
 
 
+def test_a_plan_of_saved_verdicts_writes_nothing(srt, tmp_path):
+    native(tmp_path)
+    finished = srt("eval", "--annotations", "mine.json", "--dry-run")
+    assert finished.code == 0, finished.stderr
+    assert "verdicts: 30, of 30 prompts; nothing is owed" in finished.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
+
+
 def test_eight_hundred_rows_of_five_models_take_seconds(tmp_path):
     names = [f"m{number}" for number in range(5)]
     for number, name in enumerate(names):

@@ -78,6 +78,23 @@ def test_an_outside_scorer_shows_inflation_and_false_accepts(srt, folder):
     assert "the critic sees 6.0 points more gain than python:s.py:strict does" in finished.stderr
 
 
+def test_a_plan_of_scores_sends_and_writes_nothing(srt, folder):
+    before = sorted(path.name for path in folder.iterdir())
+    for scorer, said in (
+        ((), "nothing is owed"),
+        (("--scorer", "python:s.py:strict"), "scores: 24"),
+    ):
+        finished = srt("eval", "--feedback", "feedback.jsonl", *scorer, "--dry-run")
+        assert finished.code == 0, finished.stderr
+        assert said in finished.stdout
+    assert sorted(path.name for path in folder.iterdir() if path.name != "__pycache__") == before
+    assert srt("eval", "--feedback", "feedback.jsonl", *scorer).code == 0
+    assert (
+        "nothing is owed"
+        in srt("eval", "--feedback", "feedback.jsonl", *scorer, "--dry-run").stdout
+    )
+
+
 def test_a_scorer_that_never_varies_has_no_rank_correlation(srt, folder):
     finished = srt("eval", "--feedback", "feedback.jsonl", "--scorer", "python:s.py:constant")
     assert quality(folder)[0]["outside"]["agreement"]["spearman"] is None

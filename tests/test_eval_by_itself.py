@@ -132,11 +132,20 @@ def test_what_can_fail_is_looked_at_before_the_first_answer(srt, folder, flags, 
 
 
 def test_a_file_with_several_rows_a_prompt_is_told_and_the_first_counts(srt, folder):
-    rows = [{"id": n, "response": text} for n in range(24) for text in ("yes", "no")]
-    write_jsonl(folder / "mine.jsonl", rows)
-    finished = srt("eval", "--model", "mine.jsonl", *LINE[3:], "--check", "python:p.py:check")
-    assert "mine.jsonl: has several rows (samples, rounds) for 24 of 24 prompts" in finished.stderr
-    assert compared(folder)["rows"][1]["pass_rate"]["value"] == 1
+    line = ("eval", "--model", "mine.jsonl", *LINE[3:], "--check", "python:p.py:check")
+    for joined in (
+        {n: {"id": n} for n in range(24)},
+        {n: {"prompt": f"task {n}"} for n in range(24)},
+    ):
+        rows = [joined[n] | {"response": text} for n in range(24) for text in ("yes", "no")]
+        write_jsonl(folder / "mine.jsonl", rows)
+        finished = srt(*line)
+        said = (
+            "mine.jsonl: has several rows (samples, rounds) for 24 of 24 prompts; the first of each"
+        )
+        assert said in finished.stderr
+        assert "and 24 are left out" in finished.stderr
+        assert compared(folder)["rows"][1]["pass_rate"]["value"] == 1
 
 
 def test_an_edited_helper_makes_a_program_another_one(srt, folder):

@@ -204,7 +204,7 @@ def test_tables_of_long_names_fit_eighty_columns_and_break_no_heading(srt, folde
     assert max(map(len, tables)) <= 80
     headings = [" ".join(row.split()) for row in tables if "%" in row and "±" not in row]
     assert "passes [95 %] vs reference chars parses" in headings
-    assert "wins, % equal length W/T/L same twice" in headings
+    assert "wins, % equal length W/T/L same both orders" in headings
     assert "difference [95 %] p (Holm) detectable" in headings
     names = [row.strip().split("  ")[0] for row in tables]
     # The check, the judge; the first of every two.
@@ -235,6 +235,26 @@ def test_judges_and_cheap_rules_are_held_against_people(srt, folder):
     assert by_who["the longer answer"]["accuracy"]["value"] == 0.75
     assert by_who["the usual label"]["accuracy"]["value"] == 0.75
     assert "agreement with people" in finished.stdout
+    assert "labels.jsonl: 24 of 24 labels found their answers" in finished.stderr
+
+
+def test_labels_that_are_of_nothing_here_are_told(srt, folder):
+    write_jsonl(folder / "labels.jsonl", [{"id": f"p{n}", "label": "model"} for n in range(3)])
+    finished = evaluate(srt, "--labels", "labels.jsonl")
+    assert finished.code == 0, finished.stderr
+    assert "labels.jsonl: none of its 3 labels found an answer" in " ".join(finished.stderr.split())
+    assert "Its ids, such as 'p0', have to be those of the prompts, such as 'q0'" in finished.stderr
+
+
+def test_what_has_changed_since_the_run_before_is_named(srt, folder):
+    write_jsonl(folder / "mine.jsonl", [{"id": f"q{n}", "response": "good"} for n in range(24)])
+    assert "has changed" not in evaluate(srt, model="mine.jsonl").stderr
+    assert "has changed" not in evaluate(srt, model="mine.jsonl").stderr
+    write_jsonl(folder / "mine.jsonl", [{"id": f"q{n}", "response": "bad"} for n in range(24)])
+    (folder / "p.py").write_text(PROGRAMS.replace("else float(", "else 1 - float("))
+    said = evaluate(srt, model="mine.jsonl").stderr
+    assert "mine.jsonl has changed since the run of 20" in said
+    assert "python:p.py:judge has changed since the run of 20" in said
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,17 @@ def test_accuracy_counts_ties_apart(srt, folder):
     assert "scores chosen above rejected" in finished.stdout
 
 
+def test_a_plan_sends_and_writes_nothing(srt, folder):
+    (folder / "c.py").write_text(CRITIC + "\ndef told(prompt, response):\n    open('asked', 'w')\n")
+    before = sorted(path.name for path in folder.iterdir())
+    line = ("eval", "--pairs", "pairs.jsonl", "--model", "python:c.py:told")
+    finished = srt(*line, "--dry-run")
+    assert finished.code == 0, finished.stderr
+    assert "scores: 8" in finished.stdout
+    assert "owed: calls, tokens" in finished.stdout
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_a_critic_that_cannot_be_read_exits_3_without_a_figure(srt, folder):
     finished = srt("eval", "--pairs", "pairs.jsonl", "--model", "python:c.py:broken")
     assert finished.code == 3

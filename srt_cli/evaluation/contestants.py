@@ -105,44 +105,41 @@ def read_outputs(path: Path, prompts: Sequence[Prompt], uses: Sequence[Use]) -> 
     matter. Raises `SrtError` when one is missing, is no text, or stands beside another prompt than
     that of its id.
     """
-    by_id: dict[str, Mapping[str, Any]] = {}
-    by_text: dict[str, Mapping[str, Any]] = {}
-    several: set[str] = set()
+    by_id: dict[str, list[Mapping[str, Any]]] = {}
+    by_text: dict[str, list[Mapping[str, Any]]] = {}
     for each in _rows_of(path, {prompt.id for prompt in prompts}):
         row = plainly_named(each, FIELDS)
         if "id" in row:
-            if str(row["id"]) in by_id:
-                several.add(str(row["id"]))
-            by_id.setdefault(str(row["id"]), row)
-        for text in _texts_asked(row):
-            by_text.setdefault(plain_form(text), row)
+            by_id.setdefault(str(row["id"]), []).append(row)
+        for text in {plain_form(text) for text in _texts_asked(row)}:
+            by_text.setdefault(text, []).append(row)
     names = names_of(prompts)
-    rows = {
+    found = {
         prompt.id: by_id.get(prompt.id)
-        or next((by_text[text] for text in names(prompt) if text in by_text), None)
+        or next((by_text[text] for text in names(prompt) if text in by_text), [])
         for prompt in prompts
     }
-    missing = [name for name, row in rows.items() if row is None]
+    missing = [name for name, rows in found.items() if not rows]
     if missing:
         raise SrtError(
             f"{path}: has no output for prompt {missing[0]!r}, nor for {len(missing) - 1} more of "
             f"{len(prompts)}. Outputs are joined by id, or by the text of prompt or instruction."
         )
-    if several := several & rows.keys():
+    several = [len(rows) for rows in found.values() if len(rows) > 1]
+    if several:
         console.warn(
             f"{path}: has several rows (samples, rounds) for {len(several)} of {len(prompts)} prompts; "
-            "the first of each counts."
+            f"the first of each counts, and {sum(several) - len(several)} are left out."
         )
-    differing = sum(_differs_in_form(path, prompt, rows[prompt.id] or {}) for prompt in prompts)
+    first = {name: rows[0] for name, rows in found.items()}
+    differing = sum(_differs_in_form(path, prompt, first[prompt.id]) for prompt in prompts)
     if differing:
         console.say(
             f"{path}: {differing} of {len(prompts)} outputs stand beside an instruction that differs "
             "from the prompt in white space or Unicode form; they are joined."
         )
     return [
-        _saved_output(path, prompt, rows[prompt.id] or {}, use)
-        for prompt in prompts
-        for use in uses
+        _saved_output(path, prompt, first[prompt.id], use) for prompt in prompts for use in uses
     ]
 
 

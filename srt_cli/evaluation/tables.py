@@ -109,7 +109,7 @@ WINS: tuple[Column[Ruling], ...] = (
     _figure("wins, %", lambda it: it.win_rate),
     _figure("equal length", lambda it: it.length_controlled.rate if it.length_controlled else None),
     Column("W/T/L", lambda it: f"{it.wins}/{it.ties}/{it.losses}"),
-    _figure("same twice", lambda it: it.position.consistency if it.position else None, share),
+    _figure("same both orders", lambda it: it.position.consistency if it.position else None, share),
 )
 OTHER_WINS: tuple[Column[Ruling], ...] = (
     _figure("discrete [95 %]", lambda it: it.discrete_win_rate, share_with_interval),

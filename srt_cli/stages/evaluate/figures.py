@@ -10,11 +10,12 @@ from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.files import beside, export_alpaca_eval, read_labels, read_objective
 from srt_cli.evaluation.findings import Findings, alarms_of, find, footnotes_of, warnings_of
 from srt_cli.evaluation.tables import tables_of
+from srt_cli.models import identity_before
 from srt_cli.report.eval import write_markdown, write_report
 from srt_cli.runs.jsonl import write_json
 from srt_cli.runs.run import Run
 from srt_cli.stages.evaluate.options import Evaluate
-from srt_cli.tables import Table
+from srt_cli.tables import Table, many
 
 
 def write_figures(run: Run, options: Evaluate, evidence: Evidence) -> Findings:
@@ -33,10 +34,12 @@ def write_figures(run: Run, options: Evaluate, evidence: Evidence) -> Findings:
     run.reached(f"{prompts} of {prompts}")
     for warning in warnings_of(findings):
         run.warn(warning)
+    if options.labels is not None:
+        _tell_of_labels(run, options.labels, evidence)
     if options.export is not None:
         folder = options.out.with_name(f"{options.out.stem}-{options.export}")
         files = export_alpaca_eval(folder, evidence)
-        console.say(f"{len(files)} files in AlpacaEval's form: {folder}")
+        console.say(f"{many(len(files), 'file')} in AlpacaEval's form: {folder}")
     return findings
 
 
@@ -51,6 +54,43 @@ def _with_files(options: Evaluate, evidence: Evidence) -> Evidence:
         scorer=options.scorer,
         labels=read_labels(options.labels, entrants) if options.labels is not None else {},
         objective=read_objective(options.objective, contestants),
+    )
+
+
+def tell_of_changes(run: Run) -> None:
+    """Name the inputs that the run before read otherwise: its figures are replaced."""
+    for name, file in run.manifest.inputs.items():
+        then = run.earlier.inputs.get(name, file) if run.earlier is not None else file
+        if run.earlier is not None and then.path == file.path and then.sha256 != file.sha256:
+            console.say(
+                f"{file.path} has changed since the run of {run.earlier.started}, whose figures are "
+                "replaced"
+            )
+
+
+def tell_of_changed_models(run: Run) -> None:
+    """The same of models and programs, once they have been asked."""
+    earlier = run.earlier.models if run.earlier is not None else {}
+    for spec, known in run.manifest.models.items():
+        identity, before = known["identity"], earlier.get(spec, known).get("identity")
+        if run.earlier is not None and before not in (identity, identity_before(identity)):
+            console.say(
+                f"{spec} has changed since the run of {run.earlier.started}: its replies were asked "
+                "for again"
+            )
+
+
+def _tell_of_labels(run: Run, path: Path, evidence: Evidence) -> None:
+    """How many of the labels are of answers that were compared here."""
+    known = sum(item in evidence.answers.get(entrant, {}) for entrant, item in evidence.labels)
+    if known:
+        console.say(f"{path}: {known} of {many(len(evidence.labels), 'label')} found their answers")
+        return
+    theirs = next((f", such as {item!r}" for _, item in evidence.labels), "")
+    run.warn(
+        f"{path}: none of its {many(len(evidence.labels), 'label')} found an answer, so nothing is "
+        f"compared with people. Its ids{theirs}, have to be those of the prompts, such as "
+        f"{evidence.prompts[0].id!r}."
     )
 
 

@@ -53,7 +53,12 @@ def run(options: Evaluate) -> None:
     # Counting needs numpy, for which `srt eval --help` does not wait.
     from srt_cli.evaluation.evidence import Evidence
     from srt_cli.evaluation.files import write_evidence
-    from srt_cli.stages.evaluate.figures import close_contest, write_figures
+    from srt_cli.stages.evaluate.figures import (
+        close_contest,
+        tell_of_changed_models,
+        tell_of_changes,
+        write_figures,
+    )
 
     reference = _reference(options)
     judges = judges_of(options)
@@ -67,6 +72,7 @@ def run(options: Evaluate) -> None:
     inputs |= read_system(options.system).inputs
     if options.pairs is not None:
         inputs["pairs"] = options.pairs
+    inputs |= {f"model {n}": Path(spec) for n, spec in enumerate(saved, start=1)}
     run = open_run(
         COMMAND,
         options,
@@ -77,6 +83,7 @@ def run(options: Evaluate) -> None:
     if options.dry_run:
         _show_plan(options, run, reference, judges, rows)
         return
+    tell_of_changes(run)
     with run:
         for spec in options.model:
             run.tell_of_system(spec, options.system)
@@ -89,6 +96,7 @@ def run(options: Evaluate) -> None:
             judged = [_judged(judge, options, shown, asking) for judge in judges]
             scores = _scores(options, rows, outputs, asking)
             paired = _pairs(options, reference, pairs, asking)
+        tell_of_changed_models(run)
         evidence = Evidence(
             rows, outputs, [each for judgments, _ in judged for each in judgments], reference,
             judges, options.orders,
