@@ -45,6 +45,19 @@ def test_what_is_saved_is_what_was_trained(sft, tmp_path):
     assert "read back from models/sft: largest difference of a logit 0" in finished.stderr
     saved = manifest_of(tmp_path / "models/sft")["tallies"]["saved"]
     assert saved == {"largest_logit_difference": 0.0, "rows_compared": 4}
+    # The same line again finds a model that is lost or damaged, and trains nothing of its own accord.
+    weights = tmp_path / "models/sft/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    again = sft("--learning-rate", 1e-2, "--samples", 0)
+    assert (again.code, again.stdout) == (1, "")
+    assert "its training has finished, but model.safetensors is damaged." in again.stderr
+    weights.unlink()
+    again = sft("--learning-rate", 1e-2, "--samples", 0)
+    assert (again.code, again.stdout) == (1, "")
+    assert "but model.safetensors is not there. Put the file back, or train again" in again.stderr
+    weights.write_bytes(whole)
+    assert sft("--learning-rate", 1e-2, "--samples", 0).code == 0
 
 
 def test_a_model_that_is_not_what_was_trained_is_not_kept(sft, tmp_path, monkeypatch):
@@ -94,7 +107,7 @@ def test_the_card_names_data_base_method_and_figures(sft, tmp_path, tiny_model):
 def test_an_adapter_merged_answers_as_the_adapter_alone(sft, tmp_path):
     merged = sft(*LORA, "--out", "models/merged")
     assert merged.code == 0, merged.stderr
-    assert "merged the adapter: the loss of 4 rows was" in merged.stderr
+    assert "over the first tokens of 4 rows, prompts included, the loss was" in merged.stderr
     apart = sft(*LORA, "--no-merge", "--out", "models/apart")
     assert apart.code == 0, apart.stderr
     names = {path.name for path in (tmp_path / "models/apart").iterdir()}
@@ -103,9 +116,24 @@ def test_an_adapter_merged_answers_as_the_adapter_alone(sft, tmp_path):
     one, other = logits("models/merged"), logits("models/apart")
     assert float((one - other).abs().max()) < 1e-4
     assert float((one - logits("models/merged/adapter")).abs().max()) < 1e-4
+    # It holds no tokenizer: its base has one.
+    template = load_tokenizer("models/merged/adapter").chat_template
+    assert template == load_tokenizer("models/merged").chat_template
     saved = manifest_of(tmp_path / "models/merged")["tallies"]["saved"]
     assert saved["merge_largest_logit_difference"] < 1e-4
     assert saved["loss_after_merge"] == pytest.approx(saved["loss_before_merge"], abs=1e-5)
+
+
+def test_an_adapter_on_an_adapter_is_kept_only_where_it_loads_rightly(sft, tmp_path):
+    assert sft(*LORA, "--no-merge", "--out", "models/first").code == 0
+    line = (*LORA, "--epochs", 1, "--model", "models/first")
+    merged = sft(*line, "--out", "models/second")
+    assert merged.code == 0, merged.stderr
+    assert "no models/second/adapter: it was trained on models/first" in merged.stderr
+    assert not (tmp_path / "models/second/adapter").exists()
+    apart = sft(*line, "--no-merge", "--out", "models/apart")
+    assert "srt loads both, but peft and servers leave that one out" in apart.stderr
+    assert float((logits("models/second") - logits("models/apart")).abs().max()) < 1e-4
 
 
 def test_an_adapter_without_its_base_is_one_sentence(sft, srt, tmp_path, tiny_model):
@@ -114,10 +142,13 @@ def test_an_adapter_without_its_base_is_one_sentence(sft, srt, tmp_path, tiny_mo
     assert sft(*LORA, "--no-merge", "--model", base).code == 0
     shutil.rmtree(base)
     write_jsonl(tmp_path / "prefs.jsonl", pair_rows())
-    finished = srt("dpo", "--model", "models/sft", "--samples", 0)
-    assert finished.code == 1
-    (error,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
-    assert f"models/sft is an adapter, and its base cannot be had: {base}" in error
+    for more in ((), ("--dry-run",)):
+        finished = srt("dpo", "--model", "models/sft", "--samples", 0, *more)
+        assert finished.code == 1
+        (error,) = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+        said = f"models/sft is an adapter, and its base cannot be had: {base}: no such directory."
+        assert said in error
+    assert not (tmp_path / "models/dpo").exists()
 
 
 def test_dpo_goes_on_from_an_adapter_merged_or_further_trained(sft, dpo, tmp_path, tiny_model):
@@ -142,10 +173,19 @@ def test_dpo_goes_on_from_an_adapter_merged_or_further_trained(sft, dpo, tmp_pat
         assert 1e-4 < moved < 5.0
 
 
-def test_going_on_with_an_adapter_needs_one(dpo, tiny_model):
+def test_going_on_with_an_adapter_needs_one(dpo, tiny_model, tmp_path):
     finished = dpo("--model", tiny_model, "--method", "lora", "--adapter", "continue")
     assert finished.code == 2
     assert "it needs an adapter directory as --model" in finished.stderr
+    assert not (tmp_path / "models").exists()
+
+
+def test_flags_about_adapters_are_refused_where_none_are_trained(sft, tmp_path):
+    finished = sft("--dora", "--lora-r", 8)
+    assert finished.code == 2
+    assert "--lora-r is about adapters, and --method full trains none." in finished.stderr
+    (tmp_path / "srt.toml").write_text("[sft]\nlora_r = 8\n")  # a preset may serve other lines
+    assert sft("--dry-run").code == 0
 
 
 def test_qlora_trains_on_four_bits_and_merges_into_all(srt, tmp_path, tiny_model):

@@ -98,6 +98,8 @@ def test_adapters_with_dropout_stop_early_with_the_same_weights(two_folders, tin
     resumed = manifest(killed)["tallies"]["training"]
     for name in ("best_step", "best_eval_loss", "steps", "final_loss", "tokens"):
         assert resumed[name] == training[name], name
+    # Like steps and tokens, the seconds are of both sittings.
+    assert resumed["seconds"] == pytest.approx(sum(row["seconds"] for row in steps))
     samples = [read_jsonl(folder / "samples.jsonl") for folder in (straight, killed)]
     assert samples[0] == samples[1]
 

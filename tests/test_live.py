@@ -122,7 +122,7 @@ def test_the_rates_of_a_training_are_its_sums_over_its_seconds():
         {"tokens": 300, "trained_tokens": 80, "seconds": 3.0, "mfu": 0.2},
     ]
     assert throughput(rows) == {
-        "tokens": 400, "trained_tokens": 120, "tokens_per_second": 100.0,
+        "seconds": 4.0, "tokens": 400, "trained_tokens": 120, "tokens_per_second": 100.0,
         "trained_tokens_per_second": 30.0, "mfu": pytest.approx(0.25),
     }  # fmt: skip
     assert throughput([]) == {}
@@ -251,6 +251,11 @@ def test_early_stopping_keeps_the_best_weights(srt, tmp_path, tiny_model):
     assert (training["best_step"], training["best_eval_loss"]) == (best["step"], best["eval_loss"])
     assert rows[-1]["step"] == best["step"] + 4
     assert manifest["progress"].endswith("stopped early")
+    card = (out / "README.md").read_text()
+    steps, planned = training["steps"], training["planned_steps"]
+    assert f"- steps: {steps} of {planned}\n" in card
+    assert f"- epochs: {training['epochs']:.3g} of 10\n" in card
+    assert training["epochs"] == rows[-1]["epoch"]
     assert f"best weights of step {best['step']}" in finished.stderr
     # What is saved is what had the best loss: a run that ends there has the same weights.
     shorter = srt(

@@ -385,3 +385,48 @@ def test_the_time_is_within_a_quarter_of_the_real_training(
 
 def within_a_quarter(ratio):
     return 0.75 <= ratio <= 1.25
+
+
+def test_a_model_without_sdpa_is_planned_and_trained_with_what_it_has(
+    srt, data, tmp_path, tiny_model
+):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    save_like(
+        tiny_model, tmp_path / "mamba", MambaForCausalLM, MambaConfig(**sizes, vocab_size=2048)
+    )
+    line = ("dpo", "--model", "mamba", "--limit", 2, "--samples", 0)
+    plan = srt(*line, "--dry-run")
+    assert plan.code == 0, plan.stderr
+    assert "memory of a step" in plan.stdout
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    manifest = json.loads((tmp_path / "models/dpo/run.json").read_text())
+    assert manifest["models"]["policy"]["attention"] == "eager"
+
+
+def test_adapters_that_leave_the_experts_out_say_so(srt, data, tmp_path, tiny_model):
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=2048, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    save_like(tiny_model, tmp_path / "moe", Qwen2MoeForCausalLM, config)
+    line = ("sft", "--model", "moe", "--dry-run")
+    adapters = srt(*line, "--method", "lora")
+    assert adapters.code == 0, adapters.stderr
+    said = "are no linear layers and get no adapters: --method lora trains the other layers alone."
+    assert said in adapters.stderr
+    assert "get no adapters" not in srt(*line).stderr
+
+
+def save_like(tiny_model, folder, kind, config):
+    from srt_cli.models.weights import load_tokenizer
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    config.pad_token_id = tokenizer.pad_token_id
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -82,6 +82,7 @@ def test_a_small_model_gets_advice_and_a_large_one_none(srt, tmp_path, tiny_mode
     assert advise_on_size(Sft(), "sft", int(7e9)) is None
     assert advise_on_size(Sft(learning_rate=1e-3), "sft", int(1e6)) is None
     assert advise_on_size(Sft(recipe="smol"), "sft", int(1e6)) is None
+    assert advise_on_size(Dpo(recipe="apo"), "dpo", int(1e6)) is None  # its rate is as high
     write_jsonl(tmp_path / "prefs.jsonl", pair_rows(4))
     finished = srt("dpo", "--model", tiny_model)
     assert "trains such models at 1e-06 (--recipe smol)" in finished.stderr

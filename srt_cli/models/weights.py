@@ -152,6 +152,8 @@ def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrained
     Raises `SrtError` in one sentence when it cannot be had.
     """
     source = resolve_source(name)
+    if _is_bare_adapter(Path(source)):
+        return load_tokenizer(base_of(name), chat_template=chat_template)
     tokenizer = _load(AutoTokenizer.from_pretrained, name, str(source))
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if chat_template is not None:
@@ -163,6 +165,12 @@ def load_tokenizer(name: str, *, chat_template: str | None = None) -> PreTrained
             raise SrtError(f"--chat-template {chat_template}: {said}") from None
     _give_own_pad(tokenizer)
     return tokenizer
+
+
+def _is_bare_adapter(directory: Path) -> bool:
+    """Whether it is an adapter as peft saves one: the tokenizer is its base's."""
+    is_adapter = (directory / ADAPTER_CONFIG).is_file()
+    return is_adapter and not (directory / "tokenizer_config.json").is_file()
 
 
 def _template_of(given: str, own: object) -> str:
@@ -266,6 +274,11 @@ def _load_adapter(
     return merged
 
 
+def names_folder(name: str) -> bool:
+    """Whether a name can only be a path, for the hub's are NAME or OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
 def base_of(name: str) -> str:
     """What the adapter in a directory was trained on; of anything else, the name itself."""
     path = Path(resolve_source(name)) / ADAPTER_CONFIG
@@ -303,6 +316,8 @@ def _why_not_loaded(name: str, source: str, error: Exception) -> str:
             return f"{name}: not a model directory (no config.json; it holds {held})."
         if not list(Path(source).glob("*.safetensors")):
             return f"{name}: {NO_SAFETENSORS}"
+    elif names_folder(source):
+        return f"{name}: no such directory."
     elif isinstance(error.__cause__, LocalEntryNotFoundError | ConnectionError):
         return (
             f"{name}: not in the local cache, and the model hub cannot be reached. Check the name and "

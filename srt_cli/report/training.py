@@ -54,7 +54,7 @@ def write_training_page(directory: Path, manifest: Manifest) -> None:
         "doubts": [*manifest.warnings, *([manifest.error] if manifest.error else [])],
         "plots": [curves[0], _evaluations(metrics), *curves[1:], _lengths(samples)],
         "samples": by_prompt,
-        "settings": Table("as trained", ["", ""], settings),
+        "settings": Table("as asked for", ["", ""], settings),
     }
     write_page(directory / PAGE, "training.html", values)
 

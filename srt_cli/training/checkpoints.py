@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import orjson
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
+from srt_cli.models.weights import ADAPTER_CONFIG
 from srt_cli.runs.jsonl import write_json
 from srt_cli.runs.run import (
     InputFile,
@@ -21,7 +22,7 @@ from srt_cli.runs.run import (
     open_run,
     template_input,
 )
-from srt_cli.training.setup import CHECKPOINTS, Setup, Training, chat_of
+from srt_cli.training.setup import CHECKPOINTS, Setup, Training, chat_of, refuse_lost_start
 
 WHOLE_MARKER: Final = "whole"
 NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,8 +47,10 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
         directory=True,
         resolved={"model": setup.model} | setup.values.settings(setup.stage) | dict(resolved),
     )
-    if not run.complete and not options.dry_run:
-        chat_of(setup, None).check()  # a refusal leaves nothing behind, and costs no model
+    if not run.complete:  # a refusal leaves nothing behind, and costs no model
+        refuse_lost_start(setup)
+        if not options.dry_run:
+            chat_of(setup, None).check()
     if options.overwrite and not options.dry_run:
         run.refuse_another()
         clear_directory(options.out)
@@ -55,8 +58,34 @@ def open_training(setup: Setup, inputs: Mapping[str, Path], resolved: Mapping[st
         run.describe_models(run.earlier.models)
     _refuse_changed_inputs(run)
     if run.complete:
+        _refuse_lost_model(setup)
         console.say("trained already under these settings; nothing to do")
     return run
+
+
+def _refuse_lost_model(setup: Setup) -> None:
+    """Raise `SrtError` where a training has finished, and its model is not whole any more."""
+    out, options = setup.options.out, setup.options
+    alone = options.method != "full" and not options.merge
+    index = out / "model.safetensors.index.json"
+    weights = ["adapter_model.safetensors" if alone else "model.safetensors"]
+    if index.is_file():
+        weights = sorted(set(orjson.loads(index.read_bytes())["weight_map"].values()))
+    whole = [ADAPTER_CONFIG if alone else "config.json", "tokenizer_config.json", *weights]
+    lost = [f"{name} is not there" for name in whole if not (out / name).is_file()]
+    for name in weights:
+        try:
+            with safe_open(out / name, "pt"):
+                pass
+        except FileNotFoundError:
+            continue
+        except SafetensorError:
+            lost.append(f"{name} is damaged")
+    if lost:
+        raise SrtError(
+            f"{out}: its training has finished, but {lost[0]}. Put the file back, or train "
+            "again with --overwrite."
+        )
 
 
 def _refuse_changed_inputs(run: Run) -> None:

@@ -73,8 +73,8 @@ def prefer(options: TrainingOptions, task: DpoTask) -> None:
         return
     if not run.complete:
         with run:
-            if setup.advice is not None:
-                run.warn(setup.advice)
+            for advice in setup.advice:
+                run.warn(advice)
             trained = _train(setup, task, pairs, objective, run)
             if not options.keep_checkpoints:
                 clear_checkpoints(run.out)
@@ -127,7 +127,7 @@ def _show_plan(
 ) -> None:
     ready = _prepare(setup, task, pairs)
     prepared = ready.prepared
-    prepared.warnings += [text for text in (setup.advice, why_not_of_this_model(task)) if text]
+    prepared.warnings += [text for text in (*setup.advice, why_not_of_this_model(task)) if text]
     measured = None
     if setup.options.probe:
         lengths = [longest_side(pair) for pair in prepared.train]
@@ -165,7 +165,7 @@ def _train(
         "reference": reference,
         "method": f"DPO ({setup.options.method}), loss {values.loss_type}, beta {values.beta:g}",
         "pairs trained on": len(prepared.train),
-        "epochs": values.epochs,
+        "epochs": tuned.trained.passes(values.epochs),
         "learning rate": values.learning_rate,
     }
     card = model_card(training, tuned.trained, "A model tuned by stage 2 of SRT", facts)
@@ -175,14 +175,9 @@ def _train(
 
 
 def what_the_reference_is(setup: Setup) -> str:
-    """In words, for the manifest; raises `UsageError` for an adapter to continue that is not there."""
+    """In words, for the manifest."""
     model, base = setup.model, base_of(setup.model)
     if setup.continues:
-        if base == model or setup.options.method == "full":
-            raise UsageError(
-                f"--adapter continue trains the adapter in {model} further: it needs an adapter "
-                "directory as --model (srt sft --no-merge), and --method lora or qlora."
-            )
         return f"{base} with a frozen copy of the adapter of {model}"
     if base != model:
         return f"{base} with the adapter of {model} merged into it"

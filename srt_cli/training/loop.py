@@ -42,6 +42,7 @@ from srt_cli.training.checkpoints import (
 )
 from srt_cli.training.memory import keep_freed_memory
 from srt_cli.training.options import TrainingOptions
+from srt_cli.training.plan import duration
 from srt_cli.training.processes import AgreedStop, is_main, team
 from srt_cli.training.samples import SAMPLES, summarise
 from srt_cli.training.setup import (
@@ -82,7 +83,7 @@ class Trained:
     first_loss: float | None
     final_loss: float | None
     seconds: float
-    """Of this call alone, with evaluations and checkpoints; the rates count training only."""
+    """Of all these steps, like the rates: without evaluations, samples and checkpoints."""
     tokens: int = 0
     trained_tokens: int = 0
     tokens_per_second: float = 0.0
@@ -91,10 +92,19 @@ class Trained:
     best_step: int | None = None
     """The step whose weights were kept under `--early-stopping`."""
     best_eval_loss: float | None = None
+    planned_steps: int | None = None
+    epochs: float | None = None
+    """Passes over the data that these steps made."""
+
+    def passes(self, planned: float) -> str:
+        """Passes over the data, for the model card."""
+        if self.epochs is None or self.epochs > planned - 0.005:  # they are counted in floats
+            return f"{planned}"
+        return f"{self.epochs:.3g} of {planned:g}"
 
     def sentence(self) -> str:
         """For the terminal."""
-        text = f"{many(self.steps, 'step')} in {self.seconds:.0f} s"
+        text = f"{many(self.steps, 'step')} in {duration(self.seconds)} of training"
         if self.tokens_per_second:
             text += (
                 f", {self.tokens_per_second:,.0f} tokens/s "
@@ -241,12 +251,13 @@ def train(
     if sampler.rows:
         run.tally({"samples": summarise(sampler.rows)})
     best = best_evaluation(watch.evaluations) if options.early_stopping is not None else None
-    figures: dict[str, Any] = throughput(watch.steps)
+    figures: dict[str, Any] = {"seconds": time.monotonic() - started, **throughput(watch.steps)}
     return Trained(
         steps=state.global_step,
         first_loss=watch.steps[0]["loss"] if watch.steps else None,
         final_loss=watch.steps[-1]["loss"] if watch.steps else None,
-        seconds=time.monotonic() - started,
+        planned_steps=state.max_steps,
+        epochs=state.epoch,
         best_step=best.step if best else None,
         best_eval_loss=best.loss if best else None,
         **figures,
@@ -513,6 +524,7 @@ def throughput(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     if not steps:
         return {}
     found = {
+        "seconds": total["seconds"],
         "tokens": int(total["tokens"]),
         "trained_tokens": int(total["trained_tokens"]),
         "tokens_per_second": total["tokens"] / total["seconds"],

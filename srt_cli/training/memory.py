@@ -184,10 +184,16 @@ def _make_without_data(setup: Setup) -> tuple[Any, FakeTensorMode] | None:
     config = config_of(setup.model)
     if config is None:
         return None
+    attention = setup.place.attention
+    if attention == "flash_attention_2":
+        attention = "sdpa"  # its kernels need data
     with init_empty_weights():
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=setup.place.placement.dtype, attn_implementation="sdpa"
-        )
+        try:
+            model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=setup.place.placement.dtype, attn_implementation=attention
+            )
+        except (OSError, ValueError, KeyError):
+            return None  # it brings code of its own
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
         if (wanted := lora_config(setup.adapters)) is not None:
             model = get_peft_model(model, wanted, low_cpu_mem_usage=True)

@@ -173,6 +173,8 @@ def advise_on_size(
     if not small or options.learning_rate is not None or options.recipe == "smol":
         return None
     rate, count = RECIPES[stage]["smol"].learning_rate, parameters or 0
+    if RECIPES[stage][options.recipe].learning_rate >= rate:
+        return None
     size = f"{count / 1e6:.0f}M" if count >= 1e6 else f"{count:,}"
     return (
         f"this model has {size} parameters, and the recipe's learning rate is "

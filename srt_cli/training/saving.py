@@ -21,6 +21,7 @@ from srt_cli.models.hub import push_model
 from srt_cli.models.weights import (
     ADAPTER_CONFIG,
     Placement,
+    base_of,
     generation_config_for,
     load_weights,
 )
@@ -65,6 +66,11 @@ def keep_model(
             merged = logits_of(model, probe)
             found |= _say_what_merging_changed(trained, merged, probe)
             trained, exact = merged, True
+        elif isinstance(model, PeftModel) and is_on_another(setup):
+            training.run.warn(
+                f"this adapter was trained on {setup.base}, itself an adapter. srt loads both, but peft "
+                "and servers leave that one out: for them, train without --no-merge."
+            )
         save_model(model, training.chat, out, card)
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     del model
@@ -129,9 +135,10 @@ def _say_what_merging_changed(
         "merge_largest_logit_difference": largest_difference(before, after),
     }
     console.say(
-        f"merged the adapter: the loss of {len(rows)} rows was {found['loss_before_merge']:.4f}, "
-        f"is {found['loss_after_merge']:.4f}; largest difference of a logit "
-        f"{found['merge_largest_logit_difference']:.2g}"
+        "merged the adapter: largest difference of a logit "
+        f"{found['merge_largest_logit_difference']:.2g}; over the first tokens of {len(rows)} rows, "
+        f"prompts included, the loss was {found['loss_before_merge']:.4f}, is "
+        f"{found['loss_after_merge']:.4f}"
     )
     return found
 
@@ -150,11 +157,16 @@ def finish_training(options: TrainingOptions, then: str) -> None:
 def merge(model: PeftModel, setup: Setup, out: Path) -> PreTrainedModel:
     """The model with its adapter added to the weights; the adapter itself is kept in `adapter/`.
 
+    Not where it was trained on top of another adapter: no directory holds the base that it fits.
     An adapter trained on 4 bits is merged into the un-quantised base, loaded again: as it is
     (`--merge-base original`), or rounded as the adapter knew it (`dequantised`).
     """
     directory = out / ADAPTER
-    model.save_pretrained(str(directory))
+    if is_on_another(setup):
+        shutil.rmtree(directory, ignore_errors=True)
+        console.say(f"no {directory}: it was trained on {setup.base}, itself an adapter, merged")
+    else:
+        model.save_pretrained(str(directory))
     if not setup.four_bit:
         merged: Any = model.merge_and_unload()
     else:
@@ -170,6 +182,11 @@ def merge(model: PeftModel, setup: Setup, out: Path) -> PreTrainedModel:
         merged = PeftModel.from_pretrained(whole, str(directory)).merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     return merged
+
+
+def is_on_another(setup: Setup) -> bool:
+    """Whether the adapter is trained on top of another one, which peft would leave out."""
+    return base_of(setup.base) != setup.base
 
 
 def copy_dequantised(quantized: Any, whole: Any) -> None:
@@ -285,7 +302,11 @@ def model_card(
         for name, file in run.manifest.inputs.items()
     }
     figures: dict[str, Any] = {
-        "steps": trained.steps,
+        "steps": (
+            f"{trained.steps} of {trained.planned_steps}"
+            if trained.planned_steps not in (None, trained.steps)
+            else trained.steps
+        ),
         "loss, first to final step": f"{_figure(trained.first_loss)} to {_figure(trained.final_loss)}",
         "tokens": f"{trained.tokens} ({trained.trained_tokens} trained)",
     }

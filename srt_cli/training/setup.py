@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig, PeftModel
 from pydantic import TypeAdapter, ValidationError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +36,7 @@ from srt_cli import console
 from srt_cli.errors import SrtError, UsageError
 from srt_cli.models.chat import ChatFormat
 from srt_cli.models.weights import (
+    ADAPTER_CONFIG,
     Loading,
     Placement,
     base_of,
@@ -42,8 +44,10 @@ from srt_cli.models.weights import (
     decide_placement,
     load_tokenizer,
     load_weights,
+    names_folder,
     resolve_source,
 )
+from srt_cli.options import typed_flags
 from srt_cli.runs.run import TEMPLATE_DAY, Run, read_manifest
 from srt_cli.training.options import TrainingOptions
 from srt_cli.training.processes import team
@@ -261,8 +265,8 @@ class Setup:
     continues: bool
     """Whether `model` is an adapter that is trained further instead of merged."""
     values: Hyperparameters
-    advice: str | None
-    """What the recipe's learning rate means for a model of this size."""
+    advice: tuple[str, ...]
+    """What the recipe's learning rate and the method mean for this model."""
     place: TrainingPlace
     adapters: Adapters | None
     micro_batch: int
@@ -312,11 +316,18 @@ def set_up(
     Raises `UsageError` for a `--set` that TRL does not know or a `--global-batch` that the processes
     cannot share, `SrtError` for a method that this machine cannot do.
     """
-    parameters = count_parameters(model)
+    refuse_idle_flags(options)
+    empty = empty_model(model)
+    parameters = None if empty is None else int(empty.num_parameters())
     values = choose_hyperparameters(options, stage, parameters)
     check_trackers(options.report_to)
     check_early_stopping(options)
     place = decide_training_place(options, parameters)
+    size_advice = advise_on_size(options, stage, parameters)
+    expert_advice = None
+    if empty is not None:
+        place = replace(place, attention=attention_for(empty, place.attention))
+        expert_advice = advise_on_experts(empty, options)
     micro = options.micro_batch or (8 if place.placement.device == "cuda" else 2)
     processes = team().size
     return Setup(
@@ -325,7 +336,7 @@ def set_up(
         model=model,
         continues=continues,
         values=values,
-        advice=advise_on_size(options, stage, parameters),
+        advice=tuple(filter(None, (size_advice, expert_advice))),
         place=place,
         adapters=adapters_of(options, values),
         micro_batch=divide_batch(values.global_batch, micro, processes),
@@ -357,6 +368,17 @@ def divide_batch(global_batch: int, micro_batch: int, processes: int) -> int:
     return fitting
 
 
+def refuse_idle_flags(options: TrainingOptions) -> None:
+    """Raise `UsageError` where a flag is about adapters, and none are trained."""
+    about = ("--lora-r", "--lora-alpha", "--lora-dropout", "--dora", "--rslora")
+    idle = [flag for flag in about if flag in typed_flags(options)]
+    if idle and options.method == "full":
+        raise UsageError(
+            f"{idle[0]} is about adapters, and --method full trains none. Pass --method lora, or "
+            "leave it out."
+        )
+
+
 def check_early_stopping(options: TrainingOptions) -> None:
     """Raise `UsageError` when `--early-stopping` has no validation loss to watch."""
     if options.early_stopping is None:
@@ -382,8 +404,8 @@ def config_of(name: str) -> PretrainedConfig | None:
     return config
 
 
-def count_parameters(name: str) -> int | None:
-    """How many parameters a model has, by its configuration; None when that is not on this machine."""
+def empty_model(name: str) -> PreTrainedModel | None:
+    """A model without data, by its configuration; None when that is not on this machine."""
     config = config_of(name)
     if config is None:
         return None
@@ -391,9 +413,56 @@ def count_parameters(name: str) -> int | None:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config)
         model.tie_weights()  # building without data has untied what the configuration ties
-        return int(model.num_parameters())
     except (OSError, ValueError, KeyError):
         return None
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def count_parameters(name: str) -> int | None:
+    """How many parameters a model has, by its configuration; None when that is not on this machine."""
+    model = empty_model(name)
+    return None if model is None else int(model.num_parameters())
+
+
+def attention_for(model: PreTrainedModel, wanted: str) -> str:
+    """The attention that is wanted where the model has it; else what transformers takes for it."""
+    has = model._supports_flash_attn if wanted == "flash_attention_2" else model._supports_sdpa
+    return wanted if has else str(model.config._attn_implementation)
+
+
+def advise_on_experts(model: PreTrainedModel, options: TrainingOptions) -> str | None:
+    """A warning where adapters leave a model's experts out; None where there are none."""
+    held = sum(
+        weight.numel()
+        for name, module in model.named_modules()
+        if "expert" in name and not isinstance(module, nn.Linear)
+        for weight in module.parameters(recurse=False)
+    )
+    if options.method == "full" or not held:
+        return None
+    return (
+        f"this model's experts, {held / model.num_parameters():.0%} of its parameters, are no linear "
+        f"layers and get no adapters: --method {options.method} trains the other layers alone. "
+        "--method full trains the experts too."
+    )
+
+
+def refuse_lost_start(setup: Setup) -> None:
+    """Raise where the adapter that training goes on from is none, or its base is not there."""
+    model = setup.model
+    if setup.continues and (base_of(model) == model or setup.options.method == "full"):
+        raise UsageError(
+            f"--adapter continue trains the adapter in {model} further: it needs an adapter "
+            "directory as --model (srt sft --no-merge), and --method lora or qlora."
+        )
+    while (base := base_of(model)) != model:
+        if names_folder(base) and not Path(base).expanduser().exists():
+            raise SrtError(
+                f"{model} is an adapter, and its base cannot be had: {base}: no such directory. Put it "
+                f"back, or name where it is now in {model}/{ADAPTER_CONFIG}."
+            )
+        model = base
 
 
 def positions_of(name: str) -> int | None:

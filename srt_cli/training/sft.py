@@ -94,8 +94,8 @@ def fine_tune(options: TrainingOptions, task: SftTask) -> None:
         return
     if not run.complete:
         with run:
-            if setup.advice is not None:
-                run.warn(setup.advice)
+            for advice in setup.advice:
+                run.warn(advice)
             _tell_of_rows(run, files)
             kept = [record for each in files for record in each.kept]
             _tell_of_feedback(run, task, kept)
@@ -206,7 +206,7 @@ def _show_plan(setup: Setup, task: SftTask, files: Sequence[FeedbackFile]) -> No
         raise TooManyFailures(f"{named}: no row is left to train on.")
     ready = _prepare(setup, task, files)
     prepared = ready.prepared
-    prepared.warnings += [setup.advice] if setup.advice else []
+    prepared.warnings += setup.advice
     _verdict_weight(ready.chat, prepared.train, task.verdict_weight)
     measured = None
     if setup.options.probe:
@@ -234,7 +234,7 @@ def _train(setup: Setup, task: SftTask, files: Sequence[FeedbackFile], run: Run)
         "base": task.model,
         "method": f"supervised fine-tuning ({setup.options.method}), loss on {loss_on}",
         "sequences trained on": len(prepared.train),
-        "epochs": setup.values.epochs,
+        "epochs": tuned.trained.passes(setup.values.epochs),
         "learning rate": setup.values.learning_rate,
     }
     card = model_card(training, tuned.trained, "A model tuned by stage 1 of SRT", facts)
