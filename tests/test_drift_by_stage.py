@@ -81,6 +81,17 @@ def whole(srt, spec, tmp_path):
     return finished, json.loads((tmp_path / "eval.json").read_text())["stages"]
 
 
+def test_a_plan_counts_what_every_stage_scores_as_its_own_critic(srt, spec):
+    finished = evaluate(
+        srt, spec, "--scorer", spec("judge"), "--pairs", "pairs.jsonl", "--use", "response",
+        "--use", "refinement", "--dry-run",
+    )  # fmt: skip
+    assert finished.code == 0, finished.stderr
+    # Of the base 15 answers and their scores, and both sides of 40 pairs; of a stage also refinements.
+    owed = re.findall(r"^ (base|sft|dpo) +(\d+) ", finished.stdout, re.MULTILINE)
+    assert owed == [("sft", "140"), ("dpo", "140"), ("base", "110")]
+
+
 def test_every_figure_of_the_drift_table_is_there_with_its_n(whole):
     _, (base, sft, dpo) = whole
     assert [stage["pair_accuracy"]["accuracy"]["value"] for stage in (base, sft, dpo)] == [

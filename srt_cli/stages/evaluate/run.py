@@ -182,6 +182,7 @@ def _show_plan(
     wanted.setdefault(reference, set()).add("response")
     models: list[Model] = []
     owed: dict[str, Owed] = {}
+    pairs = list(read_pairs(options.pairs, options.limit)) if options.pairs is not None else []
     with open_replies(run.journal_path) as look_up:
         for spec, uses in wanted.items():
             if is_outputs_file(spec):
@@ -198,6 +199,9 @@ def _show_plan(
                 for _ in range(options.rounds if "refinement" in uses else 0):
                     longer = read + EXPECTED_TOKENS["respond"]
                     estimate.add("critique", longer, options.critic_max_tokens)
+            own = len(rows) * len(uses) if options.scorer is not None else 0
+            for _ in range(2 * len(pairs) + own if _is_model(spec) else 0):
+                estimate.add("score", 2 * EXPECTED_TOKENS["respond"], options.critic_max_tokens)
     answers = len(rows) * sum(map(len, wanted.values()))
     compared = answers - len(rows)
     orders = 2 if options.orders == "both" else 1
