@@ -1,5 +1,6 @@
 """What servers send that no document foresees: read or classified, and no run hangs on it."""
 
+import asyncio
 import contextlib
 import http.server
 import json
@@ -23,7 +24,7 @@ from srt_cli.models import (
     reply_to_plain,
 )
 from srt_cli.models.api.dialect import Answer as Unread
-from srt_cli.models.api.dialect import Refused
+from srt_cli.models.api.dialect import NoAnswer, Refused
 from srt_cli.models.api.limits import AdaptiveLimit
 from srt_cli.models.api.refusals import about
 from srt_cli.models.api.transport import in_words
@@ -702,18 +703,44 @@ def test_a_row_that_keeps_the_server_down_fails_alone_after_the_others(serve):
     )
 
 
-def test_a_row_that_no_server_survives_takes_no_other_with_it(serve):
-    """Those that are sent together with it meet the same restarts."""
-    down_until = [0.0]
+def test_a_row_that_no_server_survives_takes_no_other_with_it(monkeypatch):
+    """Those that are in flight with it are lost each time, and those after it are refused."""
+    up_at, deaths = [0.0], [0]
 
-    def behave(body, number):
-        if body["messages"][0]["content"] in ("question 3", "question 12"):
-            down_until[0] = time.monotonic() + 0.15
-        down = time.monotonic() < down_until[0]
-        return Answer(status=502, body=b"no upstream") if down else Answer(delay_s=0.01)
+    async def post(endpoint, path, body):
+        if time.monotonic() < up_at[0]:
+            raise NoAnswer("no connection", "connection refused")
+        deaths_before = deaths[0]
+        await asyncio.sleep(0.01)
+        if body["messages"][0]["content"] == "question 3":
+            up_at[0] = time.monotonic() + 0.12
+            deaths[0] += 1
+        if deaths[0] > deaths_before:
+            raise NoAnswer("connection lost", "connection closed before a reply")
+        return Unread(200, {}, json.dumps(completion()).encode())
 
-    replies = ask(serve(behave), 24, {"concurrency": 12, "give_up_after_s": 2.0})
-    assert [n for n, reply in enumerate(replies) if reply.status != "ok"] == [3, 12]
+    monkeypatch.setattr("srt_cli.models.api.transport.Endpoint.post", post)
+    spec = "http://127.0.0.1:9/v1#tester"
+    model = open_model(spec, ModelOptions(concurrency=12, give_up_after_s=1.0))
+    futures = model.submit(
+        [Request((Message(role="user", content=f"question {n}"),), max_tokens=5) for n in range(24)]
+    )
+    replies = [future.result(20) for future in futures]
+    model.close()
+    assert [n for n, reply in enumerate(replies) if reply.status != "ok"] == [3]
+
+
+def test_a_connection_that_is_refused_uses_up_no_attempt(serve, free_port, monkeypatch):
+    """However often a row meets it while others are served: it has no part in it."""
+    monkeypatch.setattr("srt_cli.models.api.client.DOWN_BEFORE_FIRST_SUCCESS_S", 0.0)
+    alive = serve(lambda body, number: Answer(delay_s=0.002))
+    spec = f"http://127.0.0.1:{free_port}/v1,{alive.url}#tester"
+    model = open_model(spec, ModelOptions(concurrency=2))
+    message = (Message(role="user", content="q"),)
+    futures = model.submit([Request(message, max_tokens=5)] * 60)
+    assert {future.result(10).attempts for future in futures} == {1}
+    assert model.describe()["causes_of_retries"]["no connection"] > 4
+    model.close()
 
 
 def test_a_server_that_is_down_is_asked_by_one_row_at_a_time(serve):

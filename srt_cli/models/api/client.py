@@ -45,6 +45,8 @@ LONGEST_BACKOFF_S: Final = 30.0
 LOOK_EVERY_S: Final = 0.02
 DOWN: Final = (502, 503, 504)
 """Statuses of a server that is not there, as proxies tell."""
+UNREACHED: Final = ("no connection", "wrong address")
+"""Causes that no request has a part in."""
 DOWN_FOR_S: Final = 30.0
 DOWN_BEFORE_FIRST_SUCCESS_S: Final = 1.0
 WATCH_EVERY_S: Final = 0.5
@@ -63,10 +65,10 @@ class _Job:
     attempts: int = 0
     changes: int = 0
     throttled_since: float | None = None
-    held_up_at: float = float("inf")
-    """When it last found nobody there."""
+    lost_at: float = float("inf")
+    """When it was last lost, sent to a server that may have been there."""
     suspect: bool = False
-    """It found nobody there again though others were served in between: it may be the cause."""
+    """It was lost again though others were served in between: it may be the cause."""
     sent: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -367,7 +369,7 @@ class ApiModel:
             await self._handle_refusal(refused, endpoint, job, started)
         except NoAnswer as trouble:
             # A request that went out and came to nothing may have been paid for.
-            sent = trouble.cause not in ("no connection", "wrong address", "not trusted")
+            sent = trouble.cause not in (*UNREACHED, "connection lost", "not trusted")
             self._budget.settle(self.price, job.most, job.most if sent else Usage())
             if trouble.cause != "timeout":
                 self._limit.troubled()
@@ -419,7 +421,8 @@ class ApiModel:
         if all(endpoint.down for endpoint in self._endpoints):
             return min(self._endpoints, key=lambda endpoint: endpoint.lost_at)
         due = [endpoint for endpoint in self._endpoints if endpoint.due]
-        return min(due, key=lambda endpoint: endpoint.in_flight)
+        # One that is down is only tried while the others have something to do.
+        return min(due, key=lambda endpoint: (endpoint.in_flight, endpoint.down))
 
     # --- errors by cause ---------------------------------------------------------------------
 
@@ -518,15 +521,13 @@ class ApiModel:
             self._asleep.discard(job)
         self._put_back(job)
 
-    def _put_back(self, job: _Job) -> None:
+    def _put_back(self, job: _Job, *, innocent: bool = False) -> None:
         if job.future.done():
             return
         if self._fatal is not None:
             job.future.set_exception(self._fatal)
-        elif job.held_up_at < float("inf"):
-            # Those that it may harm go first; suspects in no order, or two could shut out a third.
-            after = sum(other.suspect for other in self._jobs) if job.suspect else 0
-            self._jobs.insert(len(self._jobs) - random.randint(0, after), job)
+        elif job.lost_at < float("inf") and not innocent:  # those that it may harm go first
+            self._jobs.append(job)
         else:
             self._jobs.appendleft(job)
 
@@ -535,16 +536,20 @@ class ApiModel:
 
         An address is down until it answers again; one row at a time tries it. While another is not
         down, rows go there; while all are, one row at a time is sent, and --give-up-after runs. A row
-        that finds nobody again though others were served in between is suspect, and soon sent alone:
-        that uses up an attempt, and so does a server that lists its models all the same, once only
-        suspects are left. If only they are left when the time is over, they fail, and not the run.
+        that is lost again (not: cannot connect) though others were served in between is suspect, and
+        soon sent alone: that uses up an attempt, and so does a server that lists its models all the
+        same, once only suspects are left. If only they are left when the time is over, they fail, and
+        not the run.
         """
-        again = self._patience.succeeded_at > job.held_up_at
-        job.held_up_at, job.suspect = time.monotonic(), job.suspect or again
         first = endpoint.succeeded_at == float("-inf")
         endpoint.lost(DOWN_BEFORE_FIRST_SUCCESS_S if first else DOWN_FOR_S)
         if all(each.down for each in self._endpoints):
             self._patience.held_up(str(gone), down=True)
+        if gone.cause in UNREACHED:
+            self._put_back(job, innocent=True)
+            return
+        again = self._patience.succeeded_at > job.lost_at
+        job.lost_at, job.suspect = time.monotonic(), job.suspect or again
         left = all(each.suspect for each in [job, *self._jobs])
         if again or (left and await self._dialect.offered(endpoint)):
             await self._back_off(gone, endpoint, job)
@@ -559,7 +564,8 @@ class ApiModel:
             self._give_up(self._unusable(trouble, endpoint), job)
             return
         others = any(not other.down for other in self._endpoints if other is not endpoint)
-        if cause == "no connection" or (cause == "wrong address" and (self._succeeded or others)):
+        waits = ("no connection", "connection lost")
+        if cause in waits or (cause == "wrong address" and (self._succeeded or others)):
             await self._wait_until_back(trouble, endpoint, job)
         else:
             await self._back_off(trouble, endpoint, job)

@@ -104,8 +104,8 @@ class Answer:
 class NoAnswer(Exception):
     """No reply came, or none that can be read.
 
-    The causes: `timeout`, `no connection`, `wrong address`, `not trusted`, `torn reply`,
-    `malformed reply`, `server error`.
+    The causes: `timeout`, `no connection`, `connection lost`, `wrong address`, `not trusted`,
+    `torn reply`, `malformed reply`, `server error`.
     """
 
     def __init__(self, cause: str, message: str) -> None:

@@ -1,5 +1,6 @@
 """How long a server has admitted nothing: what is said of it meanwhile, and when to give up."""
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class Patience:
         if down:
             if not self.down:
                 self._say_at = now  # at once, and only once until it lasts
-            self.down, self._probe_at = True, now + PROBE_EVERY_S
+            # Not in step with a server that starts again after each request of a certain row.
+            self.down, self._probe_at = True, now + PROBE_EVERY_S * random.uniform(0.5, 1.5)
 
     def wait_s(self, in_flight: int) -> float:
         """Seconds until something may be sent; inf while a request finds out whether it is back."""

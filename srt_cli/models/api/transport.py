@@ -160,9 +160,9 @@ class Endpoint:
             case aiohttp.ClientConnectorError():
                 return "no connection", in_words(error.os_error)
             case aiohttp.ServerDisconnectedError():
-                return "no connection", "connection closed before a reply"
+                return "connection lost", "connection closed before a reply"
         said = in_words(error) if isinstance(error, OSError) else str(error)
-        return "no connection", said or type(error).__name__
+        return "connection lost", said or type(error).__name__
 
     def _proxy_for(self, url: str) -> str | None:
         parts = urlsplit(url)
