@@ -230,24 +230,23 @@ def test_a_batch_of_another_client_is_not_taken_for_one_whose_answer_was_lost(
 
 
 def test_a_batch_that_was_looked_for_has_its_name_from_then_on(srt, serve, tmp_path, monkeypatch):
-    monkeypatch.setattr("srt_cli.models.api.batch.FIRST_BACKOFF_S", 0.001)
-    server = serve(AnthropicServer, looks=9)
+    server = serve(AnthropicServer, looks=3)
     rows = [{"id": n, "prompt": f"q{n}", "response": "A draft."} for n in range(3)]
     write_jsonl(tmp_path / "prompts.jsonl", rows)
     line = ("collect-feedback", "--critic", CLAUDE, *BATCH)
 
-    def killed(self, wire, sent):
+    def killed(*arguments):
         raise KeyboardInterrupt
 
-    server.lose_answers = 1
-    with monkeypatch.context() as patch:
-        patch.setattr("srt_cli.models.api.batch.BatchModel._collect", killed)
-        assert srt(*line).code == 130
-    # A later batch of the same size.
-    server.batches["msgbatch_1"] = {
-        "requests": server.batches["msgbatch_0"]["requests"],
-        "looks": 0,
-    }
+    for where in ("anthropic._batch", "batch.BatchModel._collect"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"srt_cli.models.api.{where}", killed)
+            assert srt(*line).code == 130
+        # Another client's of the same size, and later.
+        strange = [{"custom_id": f"x{n}", "params": {}} for n in range(3)]
+        server.batches["msgbatch_1"] = {"requests": strange, "looks": 0}
+    noted = read_jsonl(tmp_path / "feedback.batches.jsonl")
+    assert [entry.get("name") for entry in noted] == [None, "msgbatch_0"]
     finished = srt(*line)
     assert finished.code == 0, finished.stderr
     assert "batch msgbatch_0: found again" in finished.stderr

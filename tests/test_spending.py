@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from aiohttp import web
 from batch_server import BatchServer
 from conftest import read_jsonl, write_jsonl
 from hypothesis import given
@@ -582,6 +583,37 @@ def test_batches_are_listed_only_after_an_answer_that_was_lost(srt, serve, promp
     prompts(4)
     assert collect(srt, server, *BATCH).code == 0
     assert len(listed) == 1
+
+
+def test_a_refusal_after_an_answer_that_was_lost_does_not_lose_the_batch(
+    srt, serve, prompts, monkeypatch
+):
+    monkeypatch.setattr("srt_cli.models.api.batch.FIRST_BACKOFF_S", 0.001)
+    create, every, troubled = BatchServer._create, BatchServer._all, [True]
+
+    async def refuse_the_second(self, request):
+        if self.batches and troubled:
+            return web.json_response({"error": {"message": "not now"}}, status=400)
+        return await create(self, request)
+
+    async def list_none_yet(self, request):
+        if troubled:
+            return web.json_response({"object": "list", "data": [], "has_more": False})
+        return await every(self, request)
+
+    monkeypatch.setattr(BatchServer, "_create", refuse_the_second)
+    monkeypatch.setattr(BatchServer, "_all", list_none_yet)
+    prompts(3)
+    server = serve(as_policy_and_critic, BatchServer)
+    server.lose_answers = 1
+    refused = collect(srt, server, *BATCH)
+    assert refused.code == 1
+    assert "its batches answer: not now" in refused.stderr
+    troubled.clear()
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    assert "batch batch_0: found again" in finished.stderr
+    assert sizes(server) == [3, 3]
 
 
 def test_batches_that_expire_whole_are_not_taken_for_new_ones(srt, serve, prompts, tmp_path):
