@@ -404,6 +404,12 @@ def test_a_model_without_sdpa_is_planned_and_trained_with_what_it_has(
     assert finished.code == 0, finished.stderr
     manifest = json.loads((tmp_path / "models/dpo/run.json").read_text())
     assert manifest["models"]["policy"]["attention"] == "eager"
+    # Rows of one pack would not be apart: its state knows no mask.
+    line = ("sft", "--model", "mamba", "--limit", 2, "--dry-run")
+    assert "rows are not packed: this model would carry its state from one" in srt(*line).stdout
+    refused = srt(*line, "--packing", "bfd")
+    assert refused.code == 2
+    assert "--packing bfd: this model would carry its state" in refused.stderr
 
 
 def test_adapters_that_leave_the_experts_out_say_so(srt, data, tmp_path, tiny_model):

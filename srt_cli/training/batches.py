@@ -18,6 +18,7 @@ from datasets import Sequence as ListOf
 from torch.utils.data import Sampler
 from trl import pack_dataset
 
+from srt_cli.errors import UsageError
 from srt_cli.training.memory import LargestPass
 from srt_cli.training.options import PackingChoice
 from srt_cli.training.setup import CHECKPOINTS, Setup
@@ -89,7 +90,15 @@ class Packing:
 
 
 def decide_packing(choice: PackingChoice, lengths: Sequence[int], setup: Setup) -> Packing:
-    """Apply `--packing`; auto packs where attention skips other rows, or padding would cost more."""
+    """Apply `--packing`; auto packs where attention skips other rows, or padding would cost more.
+
+    Raises `UsageError` for bfd with a model whose rows cannot be parted within a pack.
+    """
+    if setup.carries_state:
+        why = "this model would carry its state from one row of a pack into the next"
+        if choice == "bfd":
+            raise UsageError(f"--packing bfd: {why}. Leave it out.")
+        return Packing(False, why)
     if choice != "auto":
         return Packing(choice == "bfd", f"--packing {choice}")
     if setup.place.attention == "flash_attention_2":

@@ -274,6 +274,8 @@ class Setup:
     processes: int
     fields: Mapping[str, Any]
     """`--set`: fields of TRL's config."""
+    carries_state: bool = False
+    """Whether a token reads a state that all tokens before it left, as in Mamba: no mask parts rows."""
 
     @property
     def accumulation(self) -> int:
@@ -342,6 +344,7 @@ def set_up(
         micro_batch=divide_batch(values.global_batch, micro, processes),
         processes=processes,
         fields=parse_fields(options.set, CONFIG_CLASSES[stage]),
+        carries_state=empty is not None and bool(empty._is_stateful),
     )
 
 
