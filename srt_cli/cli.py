@@ -111,10 +111,11 @@ class _Command(TyperCommand):
         repeatable = repeatable_flags(self._options)
         words = list(_each_with_its_flag(args, repeatable))
         stray = super().parse_args(ctx, list(words))
-        if not ctx.resilient_parsing:
-            valued = (each.opts for each in self.params if not getattr(each, "is_flag", False))
-            _say_what_gives_way(words, frozenset(chain(*valued)), repeatable)
-        if stray and not ctx.resilient_parsing:
+        if ctx.resilient_parsing:
+            return stray
+        valued = (each.opts for each in self.params if not getattr(each, "is_flag", False))
+        _say_what_gives_way(words, frozenset(chain(*valued)), repeatable)
+        if stray:
             raise UsageError(
                 f"{stray[0]}: belongs to no option. Did you mean {_reads(self._options)} {stray[0]}?"
             )

@@ -1,7 +1,7 @@
 """The only driver of model calls: journal, progress, cost and interruption, for every command."""
 
 import gc
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -12,7 +12,7 @@ from srt_cli.calls.conduct import Script, Tally, conduct, replay
 from srt_cli.calls.cost import Cost
 from srt_cli.calls.options import ApiOptions
 from srt_cli.errors import SrtError
-from srt_cli.models import Model, ModelOptions, open_model
+from srt_cli.models import Model, ModelOptions, identity_before, open_model
 from srt_cli.models.budget import Budget
 from srt_cli.models.local.meter import together
 from srt_cli.records import Usage
@@ -173,3 +173,23 @@ class Asking:
                 "journal. Run the same line without --offline to have them made."
             )
         return [results[place] for place in range(total)]
+
+
+def changed_models(run: Run, identities: Mapping[str, str]) -> list[str]:
+    """The specs, of these with their identities, that meant another model in the run before."""
+    earlier = run.earlier.models if run.earlier is not None else {}
+    return [
+        spec
+        for spec, identity in identities.items()
+        if spec in earlier
+        and earlier[spec].get("identity") not in (identity, identity_before(identity))
+    ]
+
+
+def tell_of_changed_models(run: Run, identities: Mapping[str, str], *, asked: str) -> None:
+    """Name such models; `asked` says whether their replies "are asked" or "were asked" again."""
+    for spec in changed_models(run, identities):
+        assert run.earlier is not None
+        console.say(
+            f"{spec} has changed since the run of {run.earlier.started}: its replies {asked} for again"
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from srt_cli import console
-from srt_cli.calls.asking import Asking
+from srt_cli.calls.asking import Asking, changed_models, tell_of_changed_models
 from srt_cli.calls.conduct import Script, look_up_call, replay
 from srt_cli.calls.cost import (
     EXPECTED_TOKENS,
@@ -35,7 +35,7 @@ from srt_cli.feedback.story import (
 )
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.feedback.written import Joined
-from srt_cli.models import Model, identity_before
+from srt_cli.models import Model
 from srt_cli.models.budget import Budget, likely_prompt_tokens
 from srt_cli.records import FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
@@ -108,20 +108,14 @@ def is_done(run: Run, job: Job, options: CallOptions) -> bool:
     again = options.reparse or options.retry_failed or options.import_batch or options.export_batch
     if run.earlier is None:
         return False
-    models = {spec: known.get("identity") for spec, known in run.earlier.models.items()}
-    for model in job.models:
-        if models.get(model.spec) == identity_before(model.identity):
-            models[model.spec] = model.identity
-        changed = models.get(model.spec, model.identity) != model.identity
-        if changed and not options.sends_nothing:
-            console.say(
-                f"{model.spec} has changed since the run of {run.earlier.started}: its replies are "
-                "asked for again"
-            )
+    identities = {model.spec: model.identity for model in job.models}
+    if not options.sends_nothing:
+        tell_of_changed_models(run, identities, asked="are asked")
     if again or not run.up_to_date:
         return False
     statuses = run.earlier.tally("statuses", dict[str, int]) or {}
-    if statuses.get("failed") or models != {model.spec: model.identity for model in job.models}:
+    others = run.earlier.models.keys() != identities.keys() or changed_models(run, identities)
+    if statuses.get("failed") or others:
         return False
     console.result(
         f"{run.out}: {many(sum(statuses.values()), 'row')}, complete since {run.earlier.finished}; "

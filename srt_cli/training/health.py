@@ -227,17 +227,17 @@ def never_left_warm_up(rows: History) -> str | None:
     """A finished training whose every step had a learning rate of 0."""
     if not rows or any(row["learning_rate"] for row in rows):
         return None
-    return f"the whole training lay in the warm-up, {AT_NOUGHT}"
+    return f"the whole training lay in the warm-up, at learning rate 0, and changed nothing. {LEAVE_IT}"
 
 
-AT_NOUGHT: Final = (
-    "at learning rate 0, and changed nothing. Pass --warmup 0, a smaller --global-batch, or more "
-    "data."
-)
+LEAVE_IT: Final = "Pass --warmup 0, a smaller --global-batch, or more data."
 
 
 def stays_in_warm_up(steps: int, warmup: float) -> str | None:
     """A planned training that would end so: of a warm-up, however short, the first step is at 0."""
     if steps > 1 or not warmup:
         return None
-    return f"the whole training would lie in the warm-up, {AT_NOUGHT.replace('changed', 'change')}"
+    return (
+        "the whole training would lie in the warm-up, at learning rate 0, and change nothing. "
+        f"{LEAVE_IT}"
+    )

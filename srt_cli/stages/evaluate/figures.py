@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from srt_cli import console
+from srt_cli.calls import asking
 from srt_cli.errors import TooManyFailures
 from srt_cli.evaluation.evidence import Evidence
 from srt_cli.evaluation.files import beside, export_alpaca_eval, read_labels, read_objective
 from srt_cli.evaluation.findings import Findings, alarms_of, find, footnotes_of, warnings_of
 from srt_cli.evaluation.tables import tables_of
-from srt_cli.models import identity_before
 from srt_cli.report.eval import write_markdown, write_report
 from srt_cli.runs.jsonl import write_json
 from srt_cli.runs.run import Run
@@ -70,14 +70,8 @@ def tell_of_changes(run: Run) -> None:
 
 def tell_of_changed_models(run: Run) -> None:
     """The same of models and programs, once they have been asked."""
-    earlier = run.earlier.models if run.earlier is not None else {}
-    for spec, known in run.manifest.models.items():
-        identity, before = known["identity"], earlier.get(spec, known).get("identity")
-        if run.earlier is not None and before not in (identity, identity_before(identity)):
-            console.say(
-                f"{spec} has changed since the run of {run.earlier.started}: its replies were asked "
-                "for again"
-            )
+    identities = {spec: known["identity"] for spec, known in run.manifest.models.items()}
+    asking.tell_of_changed_models(run, identities, asked="were asked")
 
 
 def _tell_of_labels(run: Run, path: Path, evidence: Evidence) -> None:
