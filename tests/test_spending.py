@@ -371,6 +371,21 @@ def test_a_judge_by_batch_is_asked_everything_in_one_wave(srt, serve, tmp_path, 
     assert len(server.batches) == 1
 
 
+def test_half_of_a_character_in_a_batch_loses_no_reply(srt, serve, prompts, tmp_path):
+    def behaviour(body, number):
+        answer = as_policy_and_critic(body, number)
+        answer.text = answer.text.replace("dull", "dull \ud83d")
+        return answer
+
+    prompts(2)
+    server = serve(behaviour, BatchServer)
+    finished = collect(srt, server, *BATCH)
+    assert finished.code == 0, finished.stderr
+    rows = read_jsonl(tmp_path / "feedback.jsonl")
+    assert {row["feedback"]["weaknesses"] for row in rows} == {"It is dull \ufffd."}
+    assert len(server.batches) == 2
+
+
 def test_expired_requests_alone_are_asked_again(srt, serve, prompts, tmp_path):
     prompts(6)
     late = set()

@@ -30,6 +30,7 @@ from srt_cli.models import (
     reply_to_plain,
 )
 from srt_cli.models.api.dialect import (
+    Answer,
     Batch,
     Batches,
     BatchResult,
@@ -37,6 +38,7 @@ from srt_cli.models.api.dialect import (
     NoAnswer,
     NotedBatch,
     Refused,
+    as_mapping,
 )
 from srt_cli.models.api.limits import LONGEST_PAUSE_S
 from srt_cli.models.api.transport import Endpoint, Place, dialects, place_of
@@ -406,7 +408,9 @@ class BatchModel:
                     continue
                 raise
             for line in content.splitlines():
-                outcome = self._batches.outcome(orjson.loads(line))
+                # Read as any answer: half of a character in one reply must not lose the others.
+                read = Answer(200, {}, line).json()
+                outcome = self._batches.outcome(as_mapping(read))
                 if outcome is None:
                     continue
                 told.add(outcome.name)
