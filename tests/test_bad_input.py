@@ -142,14 +142,21 @@ def test_a_directory_where_a_file_is_expected(srt, folder):
         ("critic.py", 2, "critic.py: this file is no model. Name python:critic.py:CALLABLE."),
         ("prompts.jsonl", 2, "this file is no model. Name a directory or a FILE.gguf."),
         ("localhost:8000", 2, "a server is http://HOST:PORT/v1#NAME."),
+        ("http://[::1/v1#m", 2, "'http://[::1/v1' is no address of a server."),
+        ("http://h:99999/v1#m", 2, "'http://h:99999/v1' is no address of a server."),
+        (f"http://{64 * 'a'}.com/v1#m", 2, "is no address of a server."),
+        ("http:///v1#m", 2, "'http:///v1' is no address of a server."),
+        ("http://127.0.0.1:1/v1,#m", 2, "'' is no address of a server."),
         ("python:critic.py:nothing", 2, "critic.py has no callable 'nothing' (it has: critique)."),
         ("python:critic.py", 2, "write python:FILE_OR_MODULE:CALLABLE"),
         ("python:missing.py:f", 1, "missing.py: no such file."),
         ("python:no.such.module:f", 1, "no such module"),
+        ("python:far.py:f", 1, "far.py: cannot be imported (ImportError: "),
     ],
 )
 def test_an_unknown_model_is_said_before_any_work(srt, folder, spec, code, message):
     write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "r"}])
+    (folder / "far.py").write_text(f"from {40 * '.'} import f\n")
     finished = srt("collect-feedback", "--critic", spec)
     assert finished.code == code
     assert message in finished.stderr

@@ -132,6 +132,19 @@ def test_a_key_in_any_address_is_refused(address, monkeypatch, own):
         parse_spec("mine:m")
 
 
+@pytest.mark.parametrize("address", ["localhost:8000/v1", "h/v1", "https://h:port/v1"])
+def test_an_address_that_is_none_is_said_at_once(address, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    with pytest.raises(UsageError, match=f"OPENAI_BASE_URL: '{address}' is no address of a server"):
+        open_model("gpt-4")
+
+
+def test_a_password_in_an_address_that_is_none_is_not_shown():
+    with pytest.raises(UsageError, match="would be written to disk"):
+        parse_spec("http://me:pass@[::1/v1#m")
+
+
 def test_what_a_server_echoes_of_a_key_reaches_nothing(srt, serve, tmp_path, monkeypatch):
     def echoes(body, number):
         if number == 1:

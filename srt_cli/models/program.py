@@ -218,7 +218,8 @@ def _names_imported(tree: ast.Module, file: Path, folder: Path) -> Iterator[tupl
         if isinstance(node, ast.Import):
             yield from ((folder, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = file.parents[node.level - 1] if node.level else folder
+            # Importing says better where there are more dots than folders.
+            base = (folder, *file.parents)[min(node.level, len(file.parents))]
             start = f"{node.module}." if node.module else ""
             yield from ((base, f"{start}{alias.name}") for alias in node.names)
 

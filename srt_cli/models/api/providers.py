@@ -126,9 +126,27 @@ KEY_IN_ADDRESS: Final = (
 
 def holds_key(address: str) -> bool:
     """Whether an address carries a key: a password, a query (but a version), or what looks like one."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:  # which part of it is what, nobody can tell
+        return bool({"@", "?"} & set(address)) or bool(_LIKE_A_KEY.search(address))
     asked = {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)}
     return "@" in parts.netloc or bool(asked - {"api-version"}) or bool(_LIKE_A_KEY.search(address))
+
+
+def refuse_no_address(address: str, where: str) -> None:
+    """Raise `UsageError`, naming where it stands, for an address to which nothing can be sent."""
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname or ""
+        host.encode("idna")
+        whole = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
+    except ValueError:  # also of a name that is none
+        whole = False
+    if not whole:
+        raise UsageError(
+            f"{where}: {address!r} is no address of a server. Write http://HOST:PORT/v1."
+        )
 
 
 def provider_at(url: str) -> Provider | None:

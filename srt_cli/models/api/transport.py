@@ -30,6 +30,7 @@ from srt_cli.models.api.providers import (
     holds_key,
     key_for,
     providers,
+    refuse_no_address,
 )
 
 MOST_BYTES: Final = 64 << 20
@@ -345,6 +346,8 @@ def place_of(spec: str, parsed: Spec, options: ModelOptions) -> Place:
         urls = (provider.url,)
         told = os.environ.get(provider.address_variable or "")
         identity = f"{parsed.provider}:{name}" + (f"@{told}" if told else "")
+    for url in urls:
+        refuse_no_address(url, (parsed.provider and provider.address_variable) or spec)
     named = provider if parsed.provider is not None else None
     keys = tuple(key_for(url, options.api_keys, named) for url in urls)
     if provider.key is not None and keys == (None,) and not options.offline:
