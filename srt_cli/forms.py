@@ -67,10 +67,11 @@ class RowAsRead:
 def read_row(row: Mapping[str, Any], names: FieldNames | None = None) -> RowAsRead:
     """Read a row in any of the forms; `ValueError`, with a sentence for the user, for any other."""
     names = names or FieldNames()
-    rest = plainly_named(row, KNOWN, (names.prompt, names.response, names.id))
+    given = [name for name in (names.prompt, names.response, names.id) if name is not None]
+    rest = plainly_named(row, KNOWN, {*given, *(name.partition(".")[0] for name in given)})
     form, where, asked = _take_prompt(rest, names.prompt)
     response = _take(rest, names.response or "response", required=names.response is not None)
-    given = _take(rest, names.id or "id", required=names.id is not None)
+    own_id = _take(rest, names.id or "id", required=names.id is not None)
     for name in ("prompt", "response", "id"):  # fields of these names, where others were named
         rest.pop(name, None)
     if asked is None or (isinstance(asked, str) and not asked.strip()):
@@ -94,13 +95,13 @@ def read_row(row: Mapping[str, Any], names: FieldNames | None = None) -> RowAsRe
         form += f" with {' and '.join(beside)}"
     if response is not None:
         response = text_of(response, names.response or "response")
-    identifier = None if given is None else str(given)
+    identifier = None if own_id is None else str(own_id)
     prompt = asked if isinstance(asked, str) and not before else [*before, *turns]
     return RowAsRead(form, prompt, response, identifier, rest, tuple(left_out))
 
 
 def plainly_named(
-    row: Mapping[str, Any], known: Container[str], kept: Container[str | None] = ()
+    row: Mapping[str, Any], known: Container[str], kept: Container[str] = ()
 ) -> dict[str, Any]:
     """A row whose `Prompt ` is called `prompt`, where it has no field of the very name that is known.
 
@@ -281,8 +282,9 @@ def map_turns(
         if text_field not in said:
             raise ValueError(f"{place}.{text_field} is missing (found: {', '.join(said) or role})")
         content = _content_of(said.pop(text_field), f"{place}.{text_field}")
-        for name in said.keys() & {"audio", "images", "image"}:
-            raise ValueError(f"{place}.{name}: srt reads text alone")
+        for name in ("audio", "images", "image"):
+            if said.get(name):
+                raise ValueError(f"{place}.{name}: srt reads text alone")
         left_out |= {name: None for name, value in said.items() if value not in ("", [], {})}
         yield {"role": ROLES.get(role, role), "content": content}
 

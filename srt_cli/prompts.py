@@ -137,13 +137,16 @@ class System:
 
 
 def read_system(system: str | None) -> System:
-    """A `--system`: a text, or a file of one; raises `SrtError` for an empty one."""
+    """A `--system`: a text, or a file of one; raises `SrtError` for one that is empty or no UTF-8."""
     if system is None:
         return System(None, None)
     # A name has one line and at most 255 characters, so longer texts are no file's.
     file = Path(system) if len(system) < 256 and "\n" not in system else None
     file = file if file is not None and file.is_file() else None
-    text = (file.read_text(encoding="utf-8-sig") if file is not None else system).strip()
+    try:
+        text = (file.read_text(encoding="utf-8-sig") if file is not None else system).strip()
+    except UnicodeDecodeError as error:
+        raise SrtError(f"--system {system}: {not_utf8(error)}") from None
     if not text:
         raise SrtError(f"--system {system}: is empty. Leave it out, or give a text or a file.")
     return System(Message(role="system", content=text), file)
@@ -502,9 +505,8 @@ def _header_of(path: Path) -> tuple[str, int]:
     It is as the name has it, unless the header has only another of them, or Excel's `sep=;` names it.
     """
     with open_bytes(path) as file:
-        lines = [
-            line.decode("utf-8-sig", "replace").strip("\r\n") for line in islice(file, MOST_BEFORE)
-        ]
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+        lines = [line.strip("\r\n") for line in islice(text, MOST_BEFORE)]
     before = next((n for n, line in enumerate(lines) if line.strip()), 0)
     header = lines[before] if lines else ""
     if header[:4].lower() == "sep=" and header[4:] in DELIMITERS:

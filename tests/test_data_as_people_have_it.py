@@ -109,6 +109,19 @@ def test_a_named_field_stands_as_it_is_spelt(srt, folder):
     asked, _ = prompts_of(srt, folder, rows, "--prompt-field", "Prompt ",
                           "--response-field", "Answer")  # fmt: skip
     assert asked == ["a"]
+    rows = [{"Prompt": {"text": "a"}, "Response": ["x"], "ID": {"n": 7}}]
+    asked, _ = prompts_of(srt, folder, rows, "--prompt-field", "Prompt.text",
+                          "--response-field", "Response.0", "--id-field", "ID.n")  # fmt: skip
+    [record] = read_jsonl(folder / "f.jsonl")
+    assert (asked, record["response"], record["id"]) == (["a"], "x", "7")
+
+
+def test_a_turn_with_no_images_in_its_list_of_images_is_text(srt, folder):
+    rows = [{"messages": [turn("user", "a") | {"images": [], "audio": None}], "response": "x"}]
+    assert prompts_of(srt, folder, rows)[0] == [[turn("user", "a")]]
+    write_jsonl(folder / "r.jsonl", [{"messages": [turn("user", "a") | {"images": ["x.png"]}]}])
+    told = "error: r.jsonl:1: messages.0.images: srt reads text alone.\n"
+    assert collect(srt, "--prompts", "r.jsonl", "--out", "g.jsonl").stderr == told
 
 
 def test_preferences_bring_their_earlier_turns(srt, folder):
@@ -256,6 +269,8 @@ def test_a_score_is_read_as_from_a_critics_reply(srt, folder, score, scale, read
         ("p.csv", '\n\nid,prompt,response\n1,"a, b",x\n', ""),
         ("p.csv", "sep=;\nprompt;response\na, b;x\n", " (its columns parted by semicolons)"),
         ("p.csv", '"the prompt; id",prompt,response\n1,"a, b",x\n', ""),
+        ("p.csv", '\rid,prompt,response\r1,"a, b",x\r', ""),
+        ("p.csv", "id;prompt;response\r1;a, b;x\r", " (its columns parted by semicolons)"),
     ],
 )  # fmt: skip
 def test_a_table_is_parted_as_its_header_shows(srt, folder, name, text, told):
@@ -309,6 +324,15 @@ def test_a_text_in_latin_1_is_named_with_its_line(srt, folder, name, text, byte)
     assert finished.stderr == (
         f"error: {name}:4: not UTF-8 (byte {byte}). Convert it: iconv -f WINDOWS-1252 -t UTF-8.\n"
     )
+
+
+def test_a_system_turn_in_latin_1_is_named(srt, folder):
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "a"}])
+    (folder / "s.txt").write_bytes("Sei kühn.".encode("latin-1"))
+    finished = collect(srt, "--model", "python:c.py:critique", "--system", "s.txt")
+    assert (finished.code, finished.stderr) == (1, (
+        "error: --system s.txt: not UTF-8 (byte 6). Convert it: iconv -f WINDOWS-1252 -t UTF-8.\n"
+    ))  # fmt: skip
 
 
 def test_names_are_read_without_regard_to_case_in_every_table(srt, folder):
