@@ -90,8 +90,8 @@ def length_controlled_win_rate(
     With `difficulties` AlpacaEval's mode, otherwise a Gaussian prior on φ (generic: not comparable
     with AlpacaEval's figures). The standard error is a sandwich: with H the Hessian, q_i =
     σ(ψγ_i + θ) and g = mean q(1 - q)·(0, γ_i, 1), the influence of item i is
-    (q_i - mean q) + n·s_iᵀH⁻¹g, s_i = x_i·(y_i - p_i); SE = sd(influence)/√n. Where every item is won
-    or every item lost, the interval is Wilson's.
+    (q_i - mean q) + n·s_iᵀH⁻¹g, s_i = x_i·(y_i - p_i); SE = sd(influence)/√n. Where all lengths differ
+    by as much, or all items were judged alike, it is the raw rate.
     """
     y: Values = np.asarray(preferences, dtype=np.float64)  # (n,)
     n = len(y)
@@ -104,6 +104,10 @@ def length_controlled_win_rate(
     if spread == 0:
         why = "all length differences are equal, so nothing is controlled: this is the raw rate"
         return LengthControlled(raw, mode, 0.0, (Doubt("equal lengths", why),))
+    if len(set(preferences)) == 1:
+        # Whatever the lengths, the judge said the same; the fit would hold the prior's word alone.
+        why = "every item was judged alike, so length decided nothing: this is the raw rate"
+        return LengthControlled(raw, mode, 0.0, (Doubt("judged alike", why),))
     z = longer / spread
     gamma = np.zeros(n) if difficulties is None else np.asarray(difficulties, dtype=np.float64)
     x = np.column_stack([np.tanh(z), gamma, np.ones(n)])  # (n, 3)
@@ -118,9 +122,6 @@ def length_controlled_win_rate(
     influence = (q - q.mean()) + n * scores @ lever  # (n,)
     error = float(influence.std(ddof=1) / np.sqrt(n))
     rate = bounded(float(q.mean()), error, n)
-    if raw.value in (0.0, 1.0):
-        # Items that are all alike have next to no influence each: that is no certainty.
-        rate = Estimate(rate.value, min(raw.low, rate.value), max(raw.high, rate.value), n, 0.0)
     warnings = _doubts(100 * rate.value, 100 * raw.value, z)
     if mode == "generic" and hessian[0, 0] < 2 * GENERIC_PHI_PRECISION:
         why = f"with {n} pairs the pull of length is mostly the prior's, not the judge's own"
