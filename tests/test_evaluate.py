@@ -467,6 +467,30 @@ def test_a_cut_draft_that_stands_for_a_refinement_is_cut(srt, folder):
     assert "direct 3 of 6" in finished.stdout
     assert "refined 3 of 6" in finished.stdout
 
+    # The same answers from files say the same.
+    mine = [
+        row for row in read_jsonl(folder / "eval.outputs.jsonl")
+        if row["contestant"].endswith("#m") and row["use"] == "response"
+    ]  # fmt: skip
+    write_jsonl(folder / "mine.jsonl", mine)
+    write_jsonl(folder / "feedback.jsonl", [
+        {"id": row["id"], "response": row["response"], "refinement": None,
+         "response_cut": row["status"] == "truncated", "status": "unparsed"}
+        for row in mine
+    ])  # fmt: skip
+    for file, uses in (
+        ("mine.jsonl", ["response"]),
+        ("feedback.jsonl", ["response", "refinement"]),
+    ):
+        finished = srt(
+            "eval", "--model", file, "--reference", "python:p.py:base", "--limit", 6, "--check",
+            "python:p.py:check", *(f"--use={use}" for use in uses), "--out", "again.json",
+            "--overwrite",
+        )  # fmt: skip
+        assert finished.code == 0, finished.stderr
+        rows = json.loads((folder / "again.json").read_text())["rows"][1:]
+        assert [row["cut"]["value"] for row in rows] == [0.5] * len(uses)
+
 
 def test_without_a_valid_verdict_nobody_is_said_to_be_no_better(srt, folder):
     (folder / "critic.py").write_text(

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import orjson
 from pydantic import ValidationError
@@ -18,7 +18,7 @@ from srt_cli.forms import PROMPT_FIELDS, plainly_named, text_of
 from srt_cli.models import Model, Reply
 from srt_cli.prompts import format_of, names_of, read_file
 from srt_cli.reading import part_thoughts
-from srt_cli.records import FeedbackRecord, Output, Prompt, Scored
+from srt_cli.records import FeedbackRecord, Output, Prompt, Scored, Status
 from srt_cli.runs.jsonl import describe_invalid, open_bytes
 from srt_cli.stats.hygiene import is_same_text, plain_form
 from srt_cli.templates import parse_parts, parse_preference
@@ -220,8 +220,16 @@ def _saved_output(path: Path, prompt: Prompt, row: Mapping[str, Any], use: Use) 
     thoughts, answer = part_thoughts(text)
     return Output(
         id=prompt.id, contestant=str(path), use=use, parsed=parsed, response=answer,
-        thoughts=thoughts,
+        thoughts=thoughts, status=_saved_status(row, is_draft=refined is None),
     )  # fmt: skip
+
+
+def _saved_status(row: Mapping[str, Any], *, is_draft: bool) -> Status:
+    """How a saved answer ended, where a file of ours says it; elsewhere `status` may mean anything."""
+    if row.keys() >= {"contestant", "use"} and row.get("status") in get_args(Status):
+        status: Status = row["status"]
+        return status
+    return "truncated" if is_draft and row.get("response_cut") is True else "ok"
 
 
 def check_output(
