@@ -111,10 +111,14 @@ def plainly_named(
     for name, value in row.items():
         plain = name
         if name not in known and name not in kept:
-            plain = name.strip().lower().replace(" ", "_")
+            plain = _plain(name)
         taken = plain not in known or plain in named or (plain != name and plain in row)
         named[name if taken else plain] = value
     return named
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_")
 
 
 def _turns_before(
@@ -212,6 +216,9 @@ def _take(
     """Take a field out of a row; one that dots lead to is read and stays where it is."""
     if name in rest:
         return rest.pop(name)
+    alike = [field for field in rest if required and _plain(field) == _plain(name)]
+    if len(alike) == 1:
+        return rest.pop(alike[0])
     value: Any = rest
     for part in name.split("."):
         if isinstance(value, Mapping) and part in value:

@@ -194,9 +194,15 @@ def test_a_row_whose_critic_fails_is_data_with_a_status(srt, folder):
         ("return GOOD | {'score': True}, 'r'", "returned the score True, which is no number"),
         (
             "return GOOD | {'score': 11}, 'r'",
-            "returned feedback whose score is wrong (input should be less than or equal to 10): "
+            "returned feedback whose score is wrong (11: input should be less than or equal to 10): "
             "{'weaknesses': 'w', 'suggestions': 's', 'score': 11}",
         ),
+        (
+            "return {'weaknesses': 'w' * 200, 'suggestions': 's', 'score': 0}, 'r'",
+            "returned feedback whose score is wrong (0: input should be greater than or equal to 1): "
+            "{'weaknesses': 'www",
+        ),
+        ("return {'weaknesses': 'w', 'score': 4}, 'r'", "suggestions is wrong (field required): {"),
         ("return 7, 'r'", "returned something else as feedback"),
         ("return Mute()", "returned a Mute, which is no pair"),
         ("return iter([GOOD, 7])", "returned 7 where a text is expected"),

@@ -124,6 +124,17 @@ def test_a_turn_with_no_images_in_its_list_of_images_is_text(srt, folder):
     assert collect(srt, "--prompts", "r.jsonl", "--out", "g.jsonl").stderr == told
 
 
+def test_a_named_field_is_found_whatever_its_case_and_spaces(srt, folder):
+    rows = [{"Ticket No": "7", "Customer message ": "a", "The Reply": "x"}]
+    names = ("--prompt-field", "Customer message", "--id-field", "ticket no")
+    asked, _ = prompts_of(srt, folder, rows, *names, "--response-field", "the reply")
+    assert asked == ["a"]
+    assert [record["id"] for record in read_jsonl(folder / "f.jsonl")] == ["7"]
+    wrong = srt("collect-feedback", "--prompts", "r.jsonl", "--prompt-field", "message",
+                "--critic", "python:critic.py:critique", "--out", "g.jsonl")  # fmt: skip
+    assert 'no "message" (found: Ticket No, Customer message , The Reply)' in wrong.stderr
+
+
 def test_preferences_bring_their_earlier_turns(srt, folder):
     from srt_cli.preferences import read_pair
 

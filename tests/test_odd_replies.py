@@ -170,6 +170,21 @@ def test_only_a_word_that_is_known_to_mean_a_whole_answer_makes_one_whole(serve,
     assert reply.status == status
 
 
+def test_a_critic_that_calls_a_tool_is_not_said_to_need_more_tokens(srt, serve, tmp_path):
+    rows = [{"id": str(n), "prompt": "p", "response": f"r{n}"} for n in range(2)]
+    write_jsonl(tmp_path / "prompts.jsonl", rows)
+
+    def behaviour(body, number):
+        if "r0" in body["messages"][-1]["content"]:
+            return Answer(text="", finish_reason="tool_calls")
+        return as_policy_and_critic(body, number)
+
+    finished = srt("collect-feedback", "--critic", serve(behaviour).spec)
+    assert finished.code == 0
+    assert "0: critique: cut off: the server ended it with 'tool_calls'" in finished.stderr
+    assert "at the token limit" not in finished.stderr
+
+
 def test_an_error_as_finish_word_is_tried_again(serve):
     died = completion("Half", finish_reason="error", error={"code": 502, "message": "died"})
     answers = [json.dumps(died).encode(), json.dumps(completion()).encode()]

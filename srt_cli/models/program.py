@@ -138,7 +138,8 @@ def _as_feedback(value: Any) -> Feedback:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         what = f"feedback whose {where} is wrong" if where else "something else as feedback"
-        raise ValueError(f"{what} ({first['msg'].lower()}): {_shown(value)}") from None
+        wrong = f"{_shown(first['input'])}: " if where and first["type"] != "missing" else ""
+        raise ValueError(f"{what} ({wrong}{first['msg'].lower()}): {_shown(value)}") from None
 
 
 def _as_text(value: Any) -> str:
