@@ -50,7 +50,7 @@ _HARMLESS_SET: Final = re.compile(
 
 @dataclass(frozen=True)
 class Former:
-    """How an option was spelled before: still read everywhere, and said once."""
+    """How an option was spelled before: still read everywhere, with one note."""
 
     name: str
     values: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -140,6 +140,11 @@ def flag_named(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _as_key(name: str) -> str:
+    """An option as files name it: `--max-new-tokens` and `max-new-tokens` are `max_new_tokens`."""
+    return name.removeprefix("--").replace("-", "_")
+
+
 def group_of(config_class: type[Any], field: dataclasses.Field[Any]) -> Group:
     """The heading under which a class's option stands.
 
@@ -200,7 +205,7 @@ def differing_settings(
 
 
 def typed_flags(config: Any) -> set[str]:
-    """The options that were typed: idle ones are refused there alone, for a preset may serve others."""
+    """The options that were typed. Only there an idle one is refused: a preset may serve other runs."""
     typed: frozenset[str] = getattr(config, _TYPED, frozenset())
     return {flag_of(field) for field in dataclasses.fields(config) if field.name in typed}
 
@@ -262,9 +267,9 @@ def resolve(
 ) -> Config:
     """Layer the knobs: flags over `--config` over a found `srt.toml` over the defaults.
 
-    `shared` gives the options of all commands: what may stand at a file's top level. What runs code,
-    replaces or uploads something, or names a file out of the folder counts only from a flag or
-    `--config`.
+    `shared` gives the options of all commands, which may stand at a file's top level. Raises `SrtError`
+    where a found `srt.toml` would run code, send a key, replace or upload something, or names a file
+    outside its folder: that takes a flag or `--config`.
     """
     notes: dict[str, None] = {}
     values: dict[str, Any] = {}
@@ -386,7 +391,7 @@ def _read_preset(
         raise SrtError(f"{path}: not valid TOML ({error}).") from error
     top, table = {}, {}
     for key, value in document.items():
-        name = key.replace("-", "_")
+        name = _as_key(key)
         if isinstance(value, dict):
             continue
         if name not in known:
@@ -394,8 +399,11 @@ def _read_preset(
                 _refuse_unknown(path, key, name, {*known, *shared()})
         elif _fits(known[name], value) or not any(_fits(kind, value) for kind in shared()[name]):
             top[name] = value  # else it is meant for a command that takes other values
+    # At the top, critic is that of stage 1 for every command; in a command's own table it is what
+    # --critic is there.
+    typed_as = {_as_key(flag_of(field)): field.name for field in dataclasses.fields(config_class)}
     for key, value in _table_of(path, document, command).items():
-        name = key.replace("-", "_")
+        name = typed_as.get(_as_key(key), _as_key(key))
         if name not in known:
             _refuse_unknown(path, f"[{command}] {key}", name, set(known))
         table[name] = value

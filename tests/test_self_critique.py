@@ -186,6 +186,13 @@ def test_the_critic_of_stage_1_in_srt_toml_is_not_taken_for_stage_2(srt, folder)
     assert read_jsonl(folder / "self-feedback.jsonl")[0]["critic"] == "python:p.py:model"
 
 
+def test_a_commands_own_table_names_options_as_they_are_typed(srt, folder):
+    table = '[self-critique]\ncritic = "python:p.py:other"\ncritic-for = "everything"\n'
+    (folder / "mine.toml").write_text(table)
+    criticise(srt, "--config", "mine.toml")
+    assert read_jsonl(folder / "self-feedback.jsonl")[0]["feedback"]["score"] == 2
+
+
 def test_a_reply_that_loops_has_its_status(srt, folder):
     looping = LoopbackServer(
         lambda body, number: (
