@@ -4,6 +4,7 @@ import ast
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -247,6 +248,27 @@ def test_every_option_that_the_documents_name_exists(document):
     lines = [line for line in text.splitlines() if "vllm " not in line]
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-_]*[a-z0-9]", "\n".join(lines)))
     assert not named - known
+
+
+def lines_shown():
+    """The lines of `srt` in the documents' blocks, but those with `...`, without their comments."""
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = document.read_text().replace("\\\n", "")
+        for line in re.findall(r"^ {4,}(srt .*)", text, re.MULTILINE):
+            line = re.split(r" +# ", line)[0]
+            if "..." not in line:
+                yield pytest.param(line, id=f"{document.name}: {line[:60]}")
+
+
+@pytest.mark.parametrize("line", [*lines_shown()])
+def test_every_line_that_the_documents_show_is_taken(line, srt, monkeypatch):
+    """Options, their values and what they exclude; nothing is run."""
+    monkeypatch.setenv("GPU_KEY", "a key of that server")
+    load, taken = cli._load, []
+    monkeypatch.setattr(cli, "_load", lambda command: (load(command)[0], taken.append))
+    finished = srt(*shlex.split(line)[1:])
+    assert finished.code == 0, finished.stderr
+    assert len(taken) == 1
 
 
 BOOK = (ROOT / "docs/house.md").read_text()
