@@ -211,14 +211,52 @@ def test_a_dry_run_sends_and_writes_nothing(srt, serve, prompts, tmp_path):
     assert planned.code == 0
     assert "rows: 10, of which 0 are answered in the journal" in planned.stdout
     assert "time: at least 5 min (--rpm 4)" in planned.stdout
-    # 10 x (450 + 180) expected tokens at $1000 a million are $6.30, and a few cents to read.
+    # 10 x (450 + 180) expected tokens at $1000 a million are $6.30, and eight cents to read.
     dollars = [float(found) for found in re.findall(r"\$(\d+\.\d\d)", planned.stdout)]
     low, expected, high, batch = dollars
     assert low < expected < high
-    assert expected == pytest.approx(6.32, abs=0.05)
+    assert expected == pytest.approx(6.38, abs=0.02)
     assert batch == pytest.approx(expected / 2, abs=0.01)
     assert not server.requests
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.jsonl"]
+
+
+def of_any_role(body, number):
+    """A draft, a critique, a faulty answer or a letter, no two of them alike."""
+    asked = body["messages"][-1]["content"]
+    if body["max_tokens"] == 1:
+        return Answer(text="M")
+    if "score" not in asked.lower():
+        return Answer(text=f"Answer {number} to {asked}")
+    text = CRITIQUE.format(score=9) + f" {number}"
+    return Answer(text=text.split((body.get("stop") or ["no stop"])[0])[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "each", "other"),
+    [
+        (("self-critique",), 3, 0),
+        (("self-critique", "--rounds", 3), 7, 0),
+        (("self-critique", "--score-samples", 4), 9, 0),
+        (("self-critique", "--critic", "judge", "--critic-for", "scores"), 2, 2),
+        (("self-critique", "--samples", 2, "--compare"), 12, 0),
+        (("collect-feedback", "--critic", "judge", "--contrast", "judge"), 1, 5),
+    ],
+)
+def test_a_dry_run_counts_what_each_model_is_asked(srt, serve, prompts, line, each, other):
+    servers = {name: serve(of_any_role, models=(name,)) for name in ("tester", "judge")}
+    specs = {name: f"{server.url}#{name}" for name, server in servers.items()}
+    prompts(2, None)
+    line = [specs.get(word, word) for word in line] + ["--model", specs["tester"]]
+    planned = srt(*line, "--dry-run")
+    assert planned.code == 0, planned.stderr
+    cells = [row.split() for row in planned.stdout.splitlines() if row.strip()]
+    calls = {row[0]: int(row[1]) for row in cells if row[0] in servers}
+    assert calls == {name: 2 * n for name, n in (("tester", each), ("judge", other)) if n}
+    finished = srt(*line)
+    assert finished.code == 0, finished.stderr
+    assert {n: len(server.requests) for n, server in servers.items() if server.requests} == calls
+    assert "nothing is owed" in srt(*line, "--dry-run").stdout
 
 
 def test_a_dry_run_knows_what_the_journal_has(srt, serve, prompts):

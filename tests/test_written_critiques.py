@@ -311,7 +311,7 @@ def test_a_plan_counts_what_other_critics_would_be_asked(srt, folder):
     assert "rows: 2, of which 0 need no call" in finished.stdout
     assert "they lack" not in finished.stderr
     assert calls["gpt-4-turbo"] == "1"
-    assert calls["gpt-4"] == "2"  # the draft of b, and the improved response of a
+    assert calls["gpt-4"] == "3"  # the draft of b, and the improved responses of both
     assert not (folder / "feedback.run.json").exists()
 
 

@@ -5,14 +5,15 @@ Both feedback stages hand their prompts and models in here; what happens to one 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Any
 
 from srt_cli import console
 from srt_cli.calls.asking import Asking, changed_models, tell_of_changed_models
-from srt_cli.calls.conduct import Script, look_up_call, replay
+from srt_cli.calls.conduct import Call, Script, look_up_call, replay
 from srt_cli.calls.cost import (
     EXPECTED_TOKENS,
     Owed,
@@ -22,7 +23,6 @@ from srt_cli.calls.cost import (
 )
 from srt_cli.calls.options import CallOptions
 from srt_cli.errors import SrtError, TooManyFailures
-from srt_cli.feedback.critic import Question
 from srt_cli.feedback.critic_check import CriticFigures, checked_before, doubts_of
 from srt_cli.feedback.story import (
     Check,
@@ -35,18 +35,14 @@ from srt_cli.feedback.story import (
 )
 from srt_cli.feedback.summary import CritiqueSummary
 from srt_cli.feedback.written import Joined
-from srt_cli.models import Model
-from srt_cli.models.budget import Budget, likely_prompt_tokens
-from srt_cli.records import FeedbackRecord, Prompt
+from srt_cli.models import Model, Reply, Task, reply_from_plain
+from srt_cli.models.budget import BYTES_A_TOKEN, Budget, likely_prompt_tokens
+from srt_cli.records import MAX_SCORE, Feedback, FeedbackRecord, Prompt
 from srt_cli.runs.journal import Journal
 from srt_cli.runs.jsonl import OrderedWriter
 from srt_cli.runs.run import Run, journal_path, read_manifest
 from srt_cli.tables import many
-
-NEXT_STEPS: Final = {
-    "respond": ("critique", "score"), "critique": ("score",), "contrast": ("critique", "score"),
-    "refine": ("score",),
-}  # fmt: skip
+from srt_cli.templates import LETTERS, render_feedback, render_preference, render_refinement
 
 
 @dataclass(frozen=True)
@@ -128,32 +124,53 @@ def show_critique_plan(out: Path, job: Job, options: CallOptions) -> None:
     """`--dry-run`: what the run would come to; sends and writes nothing."""
     prices = prices_of(job.models, options)
     estimates = {identity: Owed() for identity in prices}
-    roles = job.roles
     rows = owed = 0
     with open_replies(journal_path(out)) as look_up:
-        for row in replay(job.scripts(), look_up):
+        for script in job.scripts():
+            calls = list(_owed_calls(script, look_up))
             rows += 1
-            if row.owed is None:
-                continue
-            owed += 1
-            task = row.owed.request.task
-            assert task is not None
-            read = likely_prompt_tokens(row.owed.request)
-            estimates[row.owed.model.identity].add(task.kind, read, row.owed.request.max_tokens)
-            if task.kind == "respond":
-                critic = roles.critic
-                assert critic is not None
-                # The critique that follows reads the draft, which is not written yet.
-                question = Question("critique", task.prompt, "")
-                request = critic.call(question, critic.messages(question)).request
-                read = likely_prompt_tokens(request) + EXPECTED_TOKENS["respond"]
-            for kind in NEXT_STEPS.get(task.kind, ()):
-                asked = roles.critic or roles.scorer
-                assert asked is not None
-                estimates[asked.model.identity].add(kind, read, asked.sampling.max_new_tokens)
+            owed += bool(calls)
+            for call in calls:
+                task, read = call.request.task, likely_prompt_tokens(call.request)
+                kind = task.kind if task is not None else "look"
+                estimates[call.model.identity].add(kind, read, call.request.max_tokens)
     known = "are answered in the journal" if job.written is None else "need no call"
     console.result(f"rows: {rows}, of which {rows - owed} {known}")
     show_estimates(estimates, prices, options)
+
+
+def _owed_calls(
+    script: Script[CheckedRow], look_up: Callable[[bytes], dict[str, Any] | None]
+) -> Iterator[Call]:
+    """The calls that a row owes, in order, if each reply to come is one that can be read."""
+    reply: Reply | None = None
+    with suppress(StopIteration):
+        for number in count():
+            call = next(script) if reply is None else script.send(reply)
+            _, kept = look_up_call(call, look_up)
+            reply = reply_from_plain(kept) if kept is not None else None
+            if reply is None:
+                yield call
+                reply = _likely_reply(call.request.task, number)
+
+
+def _likely_reply(task: Task | None, number: int) -> Reply:
+    """What stands for the reply to a row's call of this number: readable for any critic, of the usual
+    length, good enough for a fault to be planted in it, and like no other of the row."""
+    kind = task.kind if task is not None else "look"
+    written = f"{number} ".ljust(round(EXPECTED_TOKENS.get(kind, 0) * BYTES_A_TOKEN), "x")
+    match kind:
+        case "critique" | "score":
+            met = Feedback(
+                weaknesses="Is it whole? It is: yes.", suggestions="None.", score=MAX_SCORE
+            )
+            improved = written[: round(EXPECTED_TOKENS["refine"] * BYTES_A_TOKEN)]
+            return Reply(render_feedback(met) + render_refinement(improved), "stop")
+        case "check":
+            return Reply(render_preference(1.0), "stop")
+        case "judge":
+            return Reply(LETTERS[0], "stop")
+    return Reply(written, "stop")
 
 
 def run_critiques(
