@@ -18,6 +18,7 @@ from srt_cli.models import ModelOptions, Reply, Request, open_model
 from srt_cli.models.api.dialect import Answer as Answered
 from srt_cli.models.api.dialect import Refused
 from srt_cli.models.api.limits import AdaptiveLimit, Pace, RateLimit, parse_duration_s
+from srt_cli.models.api.patience import Patience
 from srt_cli.records import Message
 
 
@@ -550,3 +551,15 @@ def test_the_blind_score_never_sees_the_first_feedback(srt, serve, tmp_path):
     assert "It is dull." not in blind["messages"][0]["content"]
     assert "draft" not in blind["messages"][0]["content"]
     assert "stop" not in first
+
+
+def test_a_server_that_came_up_and_throttles_is_not_called_down():
+    now = [0.0]
+    patience = Patience("m", 600.0, clock=lambda: now[0])
+    patience.held_up("connection refused", down=True)
+    assert (patience.never_up, patience.wait_s(1)) == (True, float("inf"))
+    now[0] = 5.0
+    patience.held_up("429: slow down")
+    assert (patience.never_up, patience.down, patience.wait_s(1)) == (False, False, 0.0)
+    now[0] = 601.0
+    assert patience.is_over()

@@ -61,10 +61,11 @@ class Patience:
         if self._since is None:
             self._since, self._say_at = now, now + SAY_AFTER_S
         if down:
-            if not self.down:
+            if not self.down and not self._said:
                 self._say_at = now  # at once, and only once until it lasts
             # Not in step with a server that starts again after each request of a certain row.
-            self.down, self._probe_at = True, now + PROBE_EVERY_S * random.uniform(0.5, 1.5)
+            self._probe_at = now + PROBE_EVERY_S * random.uniform(0.5, 1.5)
+        self.down = down
 
     def wait_s(self, in_flight: int) -> float:
         """Seconds until something may be sent; inf while a request finds out whether it is back."""
