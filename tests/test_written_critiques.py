@@ -297,6 +297,17 @@ def test_a_found_file_names_no_program_for_a_part(srt, folder):
     assert "would run code, which a file that was merely found may not do" in finished.stderr
 
 
+def test_weaknesses_and_suggestions_in_lists_are_points(srt, folder):
+    said = {"weaknesses": ["Too short.", "Dull."], "suggestions": ["Say more."], "score": 4}
+    rest = {"refinement": "A longer answer.", "refinement_score": 8}
+    write_jsonl(folder / "critiques.jsonl", [{"id": "a"} | said | rest])
+    finished = take(srt)
+    assert finished.code == 0, finished.stderr
+    feedback = read_jsonl(folder / "feedback.jsonl")[0]["feedback"]
+    assert feedback["weaknesses"] == "Too short.\nDull."
+    assert feedback["suggestions"] == "Say more."
+
+
 def test_a_plan_counts_what_other_critics_would_be_asked(srt, folder):
     write_jsonl(
         folder / "critiques.jsonl",

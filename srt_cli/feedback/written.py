@@ -237,7 +237,7 @@ class _Reader:
         if _texts(said.get("weaknesses")) or _texts(said.get("suggestions")):
             # An empty cell of a table is None, and says as little as an empty text.
             weaknesses, suggestions = (
-                "" if name in said and said[name] is None else _text(said.get(name))
+                "" if name in said and said[name] is None else _points(said.get(name))
                 for name in ("weaknesses", "suggestions")
             )
             return replace(critique, weaknesses=weaknesses, suggestions=suggestions)
@@ -300,6 +300,11 @@ def _form_of(row: Mapping[str, Any]) -> str:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _points(value: Any) -> str | None:
+    """What is said in a field: a text, or points in a list, a line each."""
+    return "\n".join(_texts(value)) if isinstance(value, list) else _text(value)
 
 
 def _texts(value: Any) -> list[str]:
