@@ -31,6 +31,7 @@ def test_six_commands_need_model_and_critic_once(srt, tmp_path, tiny_model):
     tuned = srt("sft")
     assert tuned.code == 0, tuned.stderr
     assert "do not parse" in tuned.stderr
+    assert "balanced accuracy" not in tuned.stderr  # a table of nothing
     criticised = srt("self-critique")
     assert criticised.code == 3, criticised.stderr  # a random model writes no whole critique
     assert {row["policy"] for row in read_jsonl(tmp_path / "self-feedback.jsonl")} == {"models/sft"}

@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 
 import pytest
 from browser import CHROMIUM, visit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srt_cli.report.html import Curve, line_plot, nice_ticks, thin
+from srt_cli.report.html import Curve, histogram, line_plot, nice_ticks, thin
 from srt_cli.report.training import write_training_page
 from srt_cli.runs.run import Manifest
 
@@ -109,3 +110,13 @@ def test_a_long_curve_is_thinned_to_means():
     assert len(thinned) == 100
     assert {y for _, y in thinned} == {0.5}
     assert thin(points[:50], most=100) == points[:50]
+
+
+def test_scores_that_nobody_gave_have_their_place_between_those_that_somebody_gave():
+    def bars(counts):
+        drawn = histogram(counts, caption="Scores")
+        return [re.findall(f'class="{kind}".*>(.*)<', drawn) for kind in ("tick", "value")]
+
+    assert bars({5: 1, 2: 3}) == [["2", "3", "4", "5"], ["3", "0", "0", "1"]]
+    assert bars({2.5: 1, 9: 2}) == [["2.5", "9"], ["1", "2"]]
+    assert bars({1: 1, 1000: 2}) == [["1", "1000"], ["1", "2"]]

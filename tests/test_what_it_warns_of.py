@@ -166,6 +166,13 @@ def test_sft_says_what_its_feedback_is(srt, tmp_path, tiny_model):
     assert "feedback.jsonl: is of a run that was interrupted at 12 of 40" in interrupted
     assert "7 of 12 refinements of drafts that score below 8 copy them" in copying
     assert "srt sft --loss-on response,feedback" in copying
+    ending = (
+        "12 of 12 drafts were cut at the token limit, and a model trained on them learns to end"
+    )
+    assert ending in finished.stderr
+    other = srt(*line, "--loss-on", "feedback,refinement", "--out", "models/critic")
+    assert "drafts (100%)" in other.stderr
+    assert "to end in the middle" not in other.stderr
 
 
 def test_dpo_on_two_pairs_says_so_before_it_trains_and_calls_it_no_progress(

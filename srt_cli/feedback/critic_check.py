@@ -172,10 +172,11 @@ def check_critic(
         }
     )
     which = "held-out answers" if held_out else "training answers"
-    show_confusion(
-        f"the tuned model as a critic of {which} (good: score {good_score:g} or more)",
-        [("answers", table)],
-    )
+    if read:
+        show_confusion(
+            f"the tuned model as a critic of {which} (good: score {good_score:g} or more)",
+            [("answers", table)],
+        )
     if by_items:
         console.say(
             "it was trained on checklists: its score is the share of items that it answers with yes, "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LONGEST_LABEL: Final = 30
 BAR_HEIGHT: Final = 130
 BARS_WIDTH: Final = 480
+MOST_GAPS: Final = 20
 MOST_POINTS: Final = 600
 COLOURS: Final = ("var(--mine)", "var(--bad)", "var(--good)", "var(--base)")
 # Curves can be distinguished without colour too.
@@ -121,8 +122,13 @@ def bar_plot(bars: Sequence[tuple[str, int]], *, caption: str) -> str:
 
 
 def histogram(counts: Mapping[int, int] | Mapping[float, int], *, caption: str) -> str:
-    """How often each value was given, as bars in order."""
-    return bar_plot([(f"{value:g}", n) for value, n in sorted(counts.items())], caption=caption)
+    """How often each value was given, as bars in order; whole values have their gaps between them."""
+    shown = {float(value): n for value, n in counts.items()}
+    if shown and all(value.is_integer() for value in shown):
+        low, high = int(min(shown)), int(max(shown))
+        if high - low <= MOST_GAPS:
+            shown = dict.fromkeys(map(float, range(low, high + 1)), 0) | shown
+    return bar_plot([(f"{value:g}", n) for value, n in sorted(shown.items())], caption=caption)
 
 
 @dataclass(frozen=True)

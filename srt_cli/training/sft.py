@@ -164,6 +164,13 @@ def _tell_of_feedback(run: Run, task: SftTask, kept: list[FeedbackRecord]) -> No
             "cause: the critic does not refine. Take another, or leave the refinements out: srt sft "
             "--loss-on response,feedback."
         )
+    shows = "response" in task.targets.loss_on and not task.targets.refinement_only
+    if shows and cut >= FEWEST_SCORES and cut > MOSTLY * len(kept):
+        run.warn(
+            f"{cut} of {len(kept)} drafts were cut at the token limit, and a model trained on them "
+            "learns to end in the middle of a sentence. Collect them with a larger --max-new-tokens, "
+            "or leave them out of the loss: srt sft --loss-on feedback,refinement."
+        )
 
 
 def _trained_before(run: Run) -> Trained | None:
