@@ -279,6 +279,13 @@ def test_what_cannot_be_trained_is_said_before_torch_is_loaded(
     assert refused.stderr.startswith(f"error: {message}")
 
 
+def test_what_is_preset_for_plans_and_uploads_stops_no_other_training(srt, tmp_path):
+    (tmp_path / "own.toml").write_text("probe = true\nshow_masks = 2\nhub_public = true\n")
+    for line in ("sft --data", "dpo --prefs"):
+        line = f"{line} no.jsonl --model m --config own.toml"
+        assert srt(*line.split()).stderr == "error: no.jsonl: no such file. Check the path.\n"
+
+
 def test_the_policy_is_that_of_all_files_or_is_asked_for(srt, tmp_path):
     for name, model in (("a", "base"), ("b", "base"), ("c", "other")):
         write_jsonl(tmp_path / f"{name}.jsonl", feedback_rows(1))

@@ -8,7 +8,7 @@ from srt_cli import console
 from srt_cli.errors import UsageError
 from srt_cli.options import runtime, setting
 from srt_cli.prompts import HUB_PREFIX
-from srt_cli.training.options import LossType, TrainingOptions
+from srt_cli.training.options import LossType, TrainingOptions, refuse_alone
 from srt_cli.training.processes import run_in_processes
 from srt_cli.training.rows import DpoTask, model_that_wrote, refuse_without_weights, require_files
 
@@ -69,6 +69,7 @@ class Dpo(TrainingOptions):
 
 def run(options: Dpo) -> None:
     """Train in this process, or in as many as --num-processes says."""
+    refuse_alone(options)
     run_in_processes(options, lambda: _prefer(options))
 
 

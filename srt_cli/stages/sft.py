@@ -20,7 +20,7 @@ from srt_cli.options import runtime, setting, typed_flags
 from srt_cli.records import GIVEN, PLANTED
 from srt_cli.runs.jsonl import is_stream, read_rows
 from srt_cli.runs.run import inherited
-from srt_cli.training.options import TrainingOptions
+from srt_cli.training.options import TrainingOptions, refuse_alone
 from srt_cli.training.processes import run_in_processes
 from srt_cli.training.rows import (
     SftTask,
@@ -122,6 +122,7 @@ class Sft(TrainingOptions):
 
 def run(options: Sft) -> None:
     """Fine-tune in this process, or in as many as --num-processes says; or export."""
+    refuse_alone(options)
     targets = parse_targets(
         options.loss_on, options.drop, options.refinement_only, options.refinement_feedback,
         options.balance,

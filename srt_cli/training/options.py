@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from srt_cli.errors import UsageError
-from srt_cli.options import runtime, setting
+from srt_cli.options import runtime, setting, typed_flags
 
 Method = Literal["full", "lora", "qlora"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
@@ -178,11 +178,14 @@ class TrainingOptions:
         False, "Delete the output directory and start over.", group="Run", common=True
     )
 
-    def __post_init__(self) -> None:
-        if not self.dry_run and (self.probe or self.show_masks):
-            flag = "--probe" if self.probe else "--show-masks"
+
+def refuse_alone(options: TrainingOptions) -> None:
+    """Raise `UsageError` for an option that was typed, and does nothing without another one."""
+    typed = typed_flags(options)
+    for flag, given in {"--probe": options.probe, "--show-masks": options.show_masks > 0}.items():
+        if given and flag in typed and not options.dry_run:
             raise UsageError(
                 f"{flag} is a part of --dry-run, which trains nothing. Pass both, or leave it out."
             )
-        if self.hub_public and self.push_to_hub is None:
-            raise UsageError("--hub-public is for what --push-to-hub uploads. Pass both.")
+    if options.hub_public and "--hub-public" in typed and options.push_to_hub is None:
+        raise UsageError("--hub-public is for what --push-to-hub uploads. Pass both.")
