@@ -1,7 +1,7 @@
-"""The knobs that the commands which ask models share; each is declared here once.
+"""The knobs that commands which ask models share; each is declared here once.
 
-`ApiOptions`: speed, caps, and how critics are asked; `PolicyOptions` the policy, too. `PromptOptions`:
-where prompts come from. `CallOptions`: what the two feedback stages have in common.
+`ApiOptions`: speed, caps, and how critics are asked; `PolicyOptions`: also how the policy is asked;
+`PromptOptions`: where prompts come from; `CallOptions`: what the two feedback stages share.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Stage 2, middle: refinement chosen, draft rejected, where the blind score says it is better."""
+"""Stage 2, middle: refinement chosen, draft rejected, where blind scores say that it is better."""
 
 import contextlib
 import copy
@@ -49,8 +49,8 @@ DROPPED: Final = b"-"
 class BuildPrefs(ApiOptions):
     """Turn feedback into preference pairs: the refinement is chosen, the draft rejected.
 
-    A pair is kept only where the blind score of the refinement exceeds the score of the draft by
-    the gain. Every other row is dropped with a reason; kept and dropped add up to the input.
+    A pair is kept only where the blind score of the refinement exceeds that of the draft by
+    --min-gain. Every other row is dropped with a reason; used and dropped rows add up to the input.
     Models are called only for --audit-judge, so every option of calls belongs to the audit.
 
     Examples:
@@ -342,11 +342,11 @@ class Deciding:
 
     plan: PairPlan
     summary: PairSummary
-    """Of no pair."""
+    """Still empty; each share fills a copy."""
     picker: Picker
-    """That has picked nothing."""
+    """Still empty; each share fills a copy."""
     near: NearDuplicates | None = None
-    """What came before, which only one process knows."""
+    """Of the prompts so far, which only one process knows."""
 
     def __call__(self, share: RowShare) -> Outcome:
         """Decide on the groups of a share."""
@@ -397,7 +397,7 @@ def write_pairs(
 
 
 def _in_order(outcomes: Iterator[Outcome], late: ExternalSort) -> Iterator[Piece]:
-    """All pieces by their places: those of the late shares, which come first, between the others."""
+    """All pieces in the order of their places; late shares, which arrive first, come between others."""
     between: Iterator[Piece] | None = None
     next_late: Piece | None = None
     for outcome in outcomes:

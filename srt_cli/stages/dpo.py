@@ -18,8 +18,9 @@ class Dpo(TrainingOptions):
     """Teach the tuned model to prefer its refinements over its drafts.
 
     The reference is the model that training starts from. Its log-probabilities are computed
-    beforehand, and the loss of the first batch must be ln 2. Without --model, the model that
-    wrote the preferences is trained, as their manifest tells.
+    beforehand, and the loss of the first batch must be what policy = reference gives (ln 2 for the
+    paper's). Without --model, the model that wrote the preferences is trained, as their manifest
+    tells.
 
     Examples:
       srt dpo --prefs prefs.jsonl
@@ -49,8 +50,8 @@ class Dpo(TrainingOptions):
         group="Loss", common=True,
     )  # fmt: skip
     label_smoothing: str | None = setting(
-        None, "Share of wrong labels, below 0.5, for --loss-type robust, exo_pair or aot. auto: "
-        "what the audit of the preferences found.", group="Loss", metavar="SHARE|auto",
+        None, "Share of wrong labels, below 0.5, for --loss-type robust, exo_pair, aot or aot_unpaired. "
+        "auto: what the audit of the preferences found.", group="Loss", metavar="SHARE|auto",
     )  # fmt: skip
     nll_weight: float = setting(
         0.0, "Weight of the chosen answer's own negative log-likelihood in the loss (paper: 0).",

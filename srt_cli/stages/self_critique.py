@@ -174,7 +174,7 @@ def refuse_partial_critic(model: Path) -> None:
 
 
 def _refuse_processes(options: SelfCritique) -> None:
-    """Caps and rates of an API hold for one process; stdin can be read only once."""
+    """Raise `UsageError` for a server's model, whose caps hold for one process, and for a pipe."""
     specs = [spec for spec in (options.model, options.other_critic) if spec is not None]
     elsewhere = [spec for spec in specs if parse_spec(spec).is_remote]
     if elsewhere:
@@ -234,7 +234,7 @@ def _open_job(options: SelfCritique) -> tuple[Job, PromptSource]:
 
 
 def _judging(critic: Critic, options: SelfCritique) -> Critic:
-    """The critic whose scores count, so that they are worth their expectation."""
+    """The critic whose scores count, asked for expected scores as the options say."""
     return replace(critic, expects=options.expected_score, score_samples=options.score_samples)
 
 

@@ -114,7 +114,7 @@ class Sft(TrainingOptions):
     )  # fmt: skip
     good_score: float = setting(8.0, "Count an answer as good from this score up.", group="Loss")
     critic_check: int = runtime(
-        32, "Let the tuned model score N of the answers (those of --eval-split, if there are some), to "
+        32, "Let the tuned model score N answers (of the rows that --eval-split holds out, if any), to "
         "show whether it knows good from bad.",
         group="Output",
     )  # fmt: skip
@@ -166,9 +166,9 @@ def _fine_tune(options: Sft, targets: Targets) -> None:
 
 
 def policy_behind(data: Sequence[Path]) -> tuple[str, str]:
-    """The policy that wrote the drafts, and what tells so: a file's manifest, or else its first row.
+    """The policy that wrote the drafts, and where that is told: a file's manifest, or its first row.
 
-    Raises `UsageError` where they name none, or several.
+    Raises `UsageError` where the files name none, or several.
     """
     policies: dict[str, str] = {}
     for path in data:
@@ -188,7 +188,7 @@ def policy_behind(data: Sequence[Path]) -> tuple[str, str]:
 
 
 def _policy_of_first_row(path: Path) -> str | None:
-    """Whose draft it is, where a policy wrote it; None of standard input, which is read once."""
+    """The policy of a file's first row; None without one, and for stdin, which is read only once."""
     if is_stream(path):
         return None
     _, row = next(read_rows(path), (0, {}))
@@ -197,9 +197,9 @@ def _policy_of_first_row(path: Path) -> str | None:
 
 
 def export_rows(options: Sft, targets: Targets) -> None:
-    """Write what would be trained as chats with loss flags for other trainers; no model is read.
+    """Write what would be trained as chats with loss flags for other trainers; no model is loaded.
 
-    Raises `UsageError` for options that flags of whole turns cannot tell, or that need a training.
+    Raises `UsageError` for options that flags on whole turns cannot express, or that need a training.
     """
     data = [parse_data(text) for text in options.data]
     mixes = [parse_mix(text) for text in options.mix]

@@ -27,7 +27,7 @@ class TrainingOptions:
     """How weights are trained; names as in TRL and peft where they have one."""
 
     out: Path
-    """Each stage declares it, for each has its own default."""
+    """Declared by each stage, with its own default."""
     recipe: RecipeName = setting(
         "srt", "Where unset values come from: the paper (srt) or a published recipe.",
         group="Training", common=True,
@@ -114,7 +114,10 @@ class TrainingOptions:
         None, "Steps between evaluations.", otherwise="ten evaluations in all",
         positive=True, group="Training", metavar="STEPS",
     )  # fmt: skip
-    seed: int = setting(42, "Seed of the data order and of dropout.", group="Training", common=True)
+    seed: int = setting(
+        42, "Seed of the data order, dropout and new adapters.",
+        group="Training", common=True,
+    )  # fmt: skip
     limit: int | None = setting(
         None, "Use only the first N rows.", positive=True, group="Data", common=True
     )
@@ -149,7 +152,7 @@ class TrainingOptions:
         group="Training",
     )  # fmt: skip
     samples: int = runtime(
-        4, "Every so often, let the model in training answer N prompts (samples.jsonl).",
+        4, "At each evaluation, or at start and end, let the model answer N prompts (samples.jsonl).",
         group="Output",
     )  # fmt: skip
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = runtime(

@@ -16,11 +16,12 @@ LORA_FACTOR_SOURCE: Final = "10 times the rate for all weights (LoRA Without Reg
 
 
 UNSTATED: Final = ("weight_decay", "max_grad_norm", "lora_r", "lora_alpha", "lora_dropout")
+"""What most recipes do not state."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One stage of one recipe. Rates are for all weights of a model of 1B to 30B parameters."""
+    """One stage of one recipe. `learning_rate` is for training all weights of 1B to 30B parameters."""
 
     source: str
     learning_rate: float
@@ -30,9 +31,9 @@ class Recipe:
     global_batch: int
     max_length: int
     large_learning_rate: float | None = None
-    """From 30B parameters on, where the recipe has another rate for them."""
+    """The recipe's own rate from 30B parameters on, if it has one."""
     lora_learning_rate: float | None = None
-    """Where the recipe names one; else ten times the rate for all weights."""
+    """The recipe's own rate for adapters; without one, ten times the rate for all weights."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     lora_r: int = 64
@@ -111,7 +112,7 @@ class Hyperparameters:
     lora_alpha: int
     lora_dropout: float
     beta: float
-    """Of dpo alone, like the loss."""
+    """For dpo alone, like `loss_type`."""
     loss_type: LossType
     sources: Mapping[str, str]
 

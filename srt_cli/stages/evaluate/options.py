@@ -24,7 +24,7 @@ class Evaluate(PolicyOptions, PromptOptions):
 
     Every contestant answers every prompt, or brings a file of outputs. A judge compares each
     answer with the reference's in both orders; a program may check answers objectively. With
-    --use refinement, a model's answer is its draft after one round of its own critique.
+    --use refinement, a model's answer is its draft refined by its own critique (--rounds).
 
     Examples:
       srt eval --model models/sft --model models/dpo --judge gpt-4
@@ -42,7 +42,7 @@ class Evaluate(PolicyOptions, PromptOptions):
     )  # fmt: skip
     judge: tuple[str, ...] = setting(
         (), "A judge: gpt-4, http://HOST/v1#NAME, or python:FILE:CALLABLE. Repeatable.",
-        otherwise="the critic, without --check", group="Judge", common=True, metavar="SPEC",
+        otherwise="feedback.jsonl's critic, without --check", group="Judge", common=True, metavar="SPEC",
     )  # fmt: skip
     repeat: int = setting(
         0, "Ask N of the judge's questions twice to measure its consistency.",
@@ -75,7 +75,8 @@ class Evaluate(PolicyOptions, PromptOptions):
         "show how far a model's own scores drift.", group="Judge", metavar="SPEC",
     )  # fmt: skip
     labels: Path | None = setting(
-        None, "People's verdicts on the pairs: id, label (model, reference or tie) and a (the model).",
+        None, "People's verdicts on the pairs: id, label (model, reference or tie) and, of several "
+        "models, a (which one).",
         group="Judge", metavar="FILE",
     )  # fmt: skip
     objective: tuple[str, ...] = setting(
@@ -129,8 +130,8 @@ class Evaluate(PolicyOptions, PromptOptions):
         2048, "Maximum tokens in feedback and refinement together.", positive=True, group="Critic"
     )
     min_coverage: float = runtime(
-        0.95, "Exit with status 3 if fewer than this share of the pairs have valid verdicts in both "
-        "orders.", group="Judge", metavar="SHARE",
+        0.95, "Exit with status 3 if fewer than this share of the pairs have valid verdicts "
+        "(of --pairs: scores).", group="Judge", metavar="SHARE",
     )  # fmt: skip
     seed: int = setting(42, "Seed of sampled answers.", group="Sampling", common=True)
     markdown: Path | None = runtime(

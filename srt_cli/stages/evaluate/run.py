@@ -124,7 +124,7 @@ def _reference(options: Evaluate) -> str:
 
 
 Saved = dict[str, list[Output]]
-"""By file of outputs: its answers."""
+"""File of outputs -> its answers."""
 
 
 def _look_before(
@@ -223,7 +223,7 @@ def _show_plan(
 
 
 def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
-    """Options that would be without effect together are an error, not a silence."""
+    """Raise `UsageError` for options that contradict each other or would do nothing."""
     if options.rounds < 1:
         raise UsageError("--rounds starts at 1.")
     if options.rounds > 1 and "refinement" not in options.use:
@@ -241,7 +241,7 @@ def _refuse_contradictions(options: Evaluate, judges: Sequence[str]) -> None:
 
 
 def _refuse_unfit(options: Evaluate, contestants: Sequence[str], judges: Sequence[str]) -> None:
-    """A chat template that is of no use is said before there is a run."""
+    """Raise the error for an unusable chat template before there is a run."""
     door = options.door()
     refuse_unfit(filter(_is_model, contestants), door)
     critics = [spec for spec in (*judges, options.scorer) if spec is not None]
@@ -254,7 +254,7 @@ def _is_model(spec: str) -> bool:
 
 
 def _count_saved(options: Evaluate) -> bool:
-    """The ways of `eval` that need no contestants; true when one of them was asked for."""
+    """Count saved files, if that is what was asked for; returns whether it was."""
     compares = bool(options.judge) or bool(options.check) or options.scorer is not None
     pairs_alone = options.pairs is not None and (not compares or bool(options.feedback))
     chosen = [bool(options.annotations), pairs_alone, bool(options.feedback)]
@@ -274,7 +274,10 @@ def _count_saved(options: Evaluate) -> bool:
 
 
 def base_of(model: str) -> str:
-    """The model a stage-1 or stage-2 model was first trained from, by the manifests on the way."""
+    """The model from which a chain of trainings began, by the manifests on the way.
+
+    Raises `UsageError` where no manifest tells.
+    """
     seen = {model}
     current = model
     while Path(current).is_dir() and read_manifest(Path(current)) is not None:
@@ -295,9 +298,9 @@ def base_of(model: str) -> str:
 
 
 def judges_of(options: Evaluate) -> tuple[str, ...]:
-    """Those that were named; where nothing else measures, the critic of `feedback.jsonl` here.
+    """The judges that were named; where nothing else measures, the critic of `feedback.jsonl`.
 
-    A program is not taken unasked, for it runs code, and critiques in a file are no judge.
+    A program is not taken unasked, for it runs code; nor are critiques in a file, which judge nothing.
     """
     if options.judge or options.check or options.scorer is not None:
         return tuple(dict.fromkeys(options.judge))
