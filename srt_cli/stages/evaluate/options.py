@@ -42,7 +42,7 @@ class Evaluate(PolicyOptions, PromptOptions):
     )  # fmt: skip
     judge: tuple[str, ...] = setting(
         (), "A judge: gpt-4, http://HOST/v1#NAME, or python:FILE:CALLABLE. Repeatable.",
-        otherwise="feedback.jsonl's critic, without --check", group="Judge", common=True, metavar="SPEC",
+        otherwise="the critic, without --check", group="Judge", common=True, metavar="SPEC",
     )  # fmt: skip
     repeat: int = setting(
         0, "Ask N of the judge's questions twice to measure its consistency.",
