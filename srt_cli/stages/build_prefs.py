@@ -100,9 +100,9 @@ class BuildPrefs(ApiOptions):
         group="Pairs",
     )  # fmt: skip
     length_balance: Balance = setting(
-        "none", "Drop pairs until chosen and rejected are equally long on average: first those "
-        "with the least gain per character (margin), the longest (subset), or until each size has "
-        "as many longer as shorter (matched).", group="Pairs", common=True,
+        "none", "Drop pairs until chosen and rejected are equally long on average, first those with the "
+        "least gain per character (margin) or the largest gap (subset); or until as many are longer as "
+        "shorter at each gap (matched).", group="Pairs", common=True,
     )  # fmt: skip
     hygiene: bool = setting(
         True, "Drop chosen answers that repeat, refuse, leak a template or switch script.",

@@ -34,7 +34,7 @@ from srt_cli.tables import many
 
 COMMAND = "collect-feedback"
 PARTS: Final = ("refinement", "score")
-"""What of a written critique another critic can give."""
+"""The parts of a written critique that another critic can give."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class CollectFeedback(CallOptions):
         0.0, "Sampling temperature of the critic (paper: 0).", group="Critic"
     )
     contrast: str | None = setting(
-        None, "Who plants one fault in each good refinement, for a row more: a model, or "
+        None, "Who plants one fault in each good refinement, which makes another row: a model, or "
         "python:FILE:CALLABLE.", group="Critic", metavar="SPEC",
     )  # fmt: skip
     good_score: float = setting(

@@ -93,8 +93,8 @@ class SelfCritique(CallOptions):
         1, "Judgements to average for each answer's expected score.", positive=True, group="Critic"
     )
     compare: bool = setting(
-        False, "Also record how likely a refinement is better than its draft, and a draft than those "
-        "of other samples, asked in both orders (srt sft --compare trains it).", group="Critic",
+        False, "Also record how likely a refinement is better than its draft, and one sample's draft "
+        "than another's, asked in both orders (srt sft --compare trains it).", group="Critic",
     )  # fmt: skip
     check: str | None = setting(
         None, "A program that tells good answers from bad: python:FILE:CALLABLE.",

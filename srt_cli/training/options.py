@@ -68,8 +68,8 @@ class TrainingOptions:
         group="Training",
     )  # fmt: skip
     precision: Precision = setting(
-        "auto", "Multiply in bfloat16 (weights stay float32), or in float32. auto: as is faster on this "
-        "machine; a run goes on as it began.", group="Training",
+        "auto", "Multiply in bfloat16 (weights stay float32), or in float32. auto: whichever is faster "
+        "on this machine; a run goes on as it began.", group="Training",
     )  # fmt: skip
     max_length: int | None = setting(
         None, "Maximum tokens in a row.",

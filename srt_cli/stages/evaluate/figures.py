@@ -69,7 +69,7 @@ def tell_of_changes(run: Run) -> None:
 
 
 def tell_of_changed_models(run: Run) -> None:
-    """The same of models and programs, once they have been asked."""
+    """Name the models and programs that have changed since the run before, once they were asked."""
     identities = {spec: known["identity"] for spec, known in run.manifest.models.items()}
     asking.tell_of_changed_models(run, identities, asked="were asked")
 
