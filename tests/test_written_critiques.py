@@ -167,6 +167,8 @@ def test_what_a_critique_lacks_is_a_status_or_is_asked_of_another_critic(srt, fo
     )
     finished = take(srt)
     assert finished.code == 3
+    outside = "scores outside their scale (--critique-scale), which count as missing: 1 (first: "
+    assert f"{outside}critiques.jsonl:3)." in finished.stderr
     assert (
         "they lack 4 improved responses (--critic-for refinement=SPEC) and 7 scores (--critic-for "
         "score=SPEC)." in finished.stderr
@@ -190,6 +192,18 @@ def test_what_a_critique_lacks_is_a_status_or_is_asked_of_another_critic(srt, fo
     assert [record["reason"] for record in records] == [None] * 4 + ["critique: no suggestions"]
     assert [record["feedback"]["score"] for record in records[:4]] == [9, 9, 5, 5]
     assert "draft score" in records[0]["raw"]
+
+
+def test_an_improved_response_without_words_is_none(srt, folder):
+    said = {"weaknesses": "w", "suggestions": "s", "score": 5, "refinement_score": 8}
+    rows = [{"id": "a", "refinement": " ", **said}, {"id": "b", "refinement": "r", **said}]
+    write_jsonl(folder / "critiques.jsonl", rows)
+    finished = take(srt)
+    assert "they lack 1 improved response (--critic-for refinement=SPEC)." in finished.stderr
+    empty, whole = read_jsonl(folder / "feedback.jsonl")
+    assert empty["status"] == "unparsed"
+    assert "no improved response" in empty["reason"]
+    assert (whole["status"], whole["refinement"]) == ("ok", "r")
 
 
 def test_scores_of_another_scale_are_mapped_and_that_is_said(srt, folder):

@@ -120,6 +120,8 @@ class CritiqueFile:
     mapped: Counter[str] = field(default_factory=Counter)
     """Scores that were brought to 1 to 10, by the scale that they came from."""
     contradicting: int = 0
+    off_scale: list[str] = field(default_factory=list)
+    """Places of scores that lie outside the scale."""
     inputs: list[Path] = field(default_factory=list)
 
     @property
@@ -217,7 +219,7 @@ class _Reader:
         critique = replace(
             about,
             response=about.response if response is None else text_of(response, "response"),
-            refinement=None if refinement is None else text_of(refinement, "refinement"),
+            refinement=_worded_or_none(refinement),
             refinement_score=self._number(said.get("refinement_score"), self.file.scale),
             critic=_text(said.get("critic")),
             policy=_text(said.get("policy")) or about.policy,
@@ -276,6 +278,7 @@ class _Reader:
             return critique
         score = self._number(given, scale)
         if score is None:
+            self.file.off_scale.append(self.place)
             problem = f"the score {given!r} is not on a scale of {scale} (--critique-scale)"
             return replace(critique, score=None, problem=problem)
         return replace(critique, score=score)
@@ -288,6 +291,12 @@ class _Reader:
         if scale != OURS:
             self.file.mapped[str(scale)] += 1
         return scale.ours(number)
+
+
+def _worded_or_none(refinement: Any) -> str | None:
+    """An improved response; None where there is none, or one without words."""
+    text = "" if refinement is None else text_of(refinement, "refinement")
+    return text if text.strip() else None
 
 
 def _form_of(row: Mapping[str, Any]) -> str:
@@ -373,6 +382,11 @@ class Joined:
             yield (
                 f"{many(file.contradicting, 'score')} of 10 beside ratings of {LOW_RATING:g} or less, "
                 "a slip of UltraFeedback's first release: left out."
+            )
+        if file.off_scale:
+            yield (
+                "scores outside their scale (--critique-scale), which count as missing: "
+                f"{len(file.off_scale):,} (first: {file.off_scale[0]})."
             )
         if self.left_out:
             reasons = ", ".join(
