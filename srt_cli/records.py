@@ -176,6 +176,11 @@ class FeedbackRecord(Record):
     usage: Usage
 
     @property
+    def at_limit(self) -> bool:
+        """Whether the row ends with a reply that the token limit cut off."""
+        return self.status == "truncated" and "limit" in (self.reason or "")
+
+    @property
     def gain(self) -> float | None:
         """Blind score of the refinement minus score of the draft; None if either is missing."""
         if self.feedback is None or self.refinement_score is None:

@@ -125,9 +125,13 @@ def show_critique_plan(out: Path, job: Job, options: CallOptions) -> None:
     prices = prices_of(job.models, options)
     estimates = {identity: Owed() for identity in prices}
     rows = owed = 0
-    with open_replies(journal_path(out)) as look_up:
+    with (
+        open_replies(journal_path(out)) as look_up,
+        console.progress("planning", job.count) as progress,
+    ):
         for script in job.scripts():
             calls = list(_owed_calls(script, look_up))
+            progress.advance()
             rows += 1
             owed += bool(calls)
             for call in calls:
@@ -301,7 +305,7 @@ def _close(run: Run, summary: CritiqueSummary, job: Job, options: CallOptions) -
 
 def _asks_again(first: FeedbackRecord, summary: CritiqueSummary) -> str:
     """What has rows asked for again, of which none is usable and most ended like the first."""
-    if first.status == "truncated" and "limit" in (first.reason or ""):
+    if first.at_limit:
         flag = "--max-new-tokens" if first.response is None else "--critic-max-tokens"
         return f"The same line with a larger {flag} and --overwrite asks again."
     only_failed = summary.statuses.keys() == {"failed"}

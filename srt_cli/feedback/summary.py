@@ -148,8 +148,7 @@ class CritiqueSummary:
                 continue
             self.drafts += record.round == 1 and "response" in record.raw
             self.drafts_cut += record.response_cut
-            if record.status == "truncated" and record.response is not None:
-                self.critiques_cut += "limit" in (record.reason or "")
+            self.critiques_cut += record.at_limit and record.response is not None
             if record.feedback is not None:
                 self._add_feedback(record, record.feedback)
             for kind in ("critique", "score"):
