@@ -224,6 +224,12 @@ def test_the_page_tells_better_from_what_cannot_be_told(programs, tmp_path):
     assert ": agreement</h2>" not in shown  # which was not run
 
 
+def test_prompts_that_all_gain_alike_are_no_certainty(programs):
+    _, _, page = programs
+    assert page.paired([0.0] * 60) == pytest.approx((0, -0.0602, 0.0602), abs=1e-4)
+    assert page.paired([1.0] * 60) == pytest.approx((1, 0.9398, 1), abs=1e-4)
+
+
 def test_a_second_seed_stands_beside_the_first_and_must_not_contradict_it(programs, tmp_path):
     _, _, page = programs
     folders = tmp_path / "study", tmp_path / "study-seed-7"

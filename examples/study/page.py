@@ -145,7 +145,13 @@ def shown_share(passed: int, of: int) -> str:
 
 
 def paired(gains: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of what each prompt gains, and its 95 % interval by a bootstrap over prompts."""
+    """The mean of what each prompt gains, and its 95 % interval by a bootstrap over prompts.
+
+    Where all prompts gain alike, it reaches as far as Wilson's of n in n.
+    """
+    if len(set(gains)) == 1:
+        reach = 1 - wilson(len(gains), len(gains))[0]
+        return gains[0], max(-1.0, gains[0] - reach), min(1.0, gains[0] + reach)
     draw = random.Random(1)
     means = sorted(sum(draw.choices(gains, k=len(gains))) / len(gains) for _ in range(DRAWS))
     return sum(gains) / len(gains), means[round(0.025 * DRAWS)], means[round(0.975 * DRAWS) - 1]
