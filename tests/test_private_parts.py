@@ -21,12 +21,12 @@ PRIVATE_PARTS = [
     (f"{CONTINUOUS}.cb_logits_processors", "ContinuousBatchingLogitsProcessor.prepare_tensor_args"),
     (f"{CONTINUOUS}.cb_logits_processors", "ContinuousBatchingLogitsProcessor.fill_defaults"),
     (f"{CONTINUOUS}.cb_logits_processors", "ContinuousBatchingLogitsProcessorList"),
-    # Used by models/local/prefill.py: its cache is transformers' own with roomier layers.
+    # Used by models/local/cache.py: transformers' own cache with roomier layers.
     ("transformers.cache_utils", "DynamicLayer.lazy_initialization"),
     ("transformers.cache_utils", "DynamicLayer.batch_select_indices"),
     # Used by models/chat.py, which renders as `apply_chat_template` does, but within bounds.
     ("transformers.utils.chat_template_utils", "_compile_jinja_template"),
-    # Used by models/local/static.py; without them weights stay as they lie.
+    # Used by models/local/products.py; without them weights stay as they lie.
     ("torch", "ops.mkldnn._reorder_linear_weight"),
     ("torch", "ops.mkldnn._linear_pointwise"),
     # The same: --cpu-int8 is refused without them.

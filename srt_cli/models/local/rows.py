@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from srt_cli.models.chat import ChatFormat
+    from srt_cli.models.local.decoder import Decoder
 
 CHECK_LOOP_EVERY: Final = 16
 PROMPT_END: Final = 16
@@ -46,6 +47,8 @@ class Loaded:
     end_ids: frozenset[int]
     max_positions: int
     placement: dict[str, str]
+    decoder: "Decoder | None" = None
+    """What computes it in place of its own forward."""
     _chats: dict[Thinking, "ChatFormat"] = field(default_factory=dict)
 
     @property

@@ -6,27 +6,24 @@ repeats the floating point of an uninterrupted one.
 
 import queue
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
-from torch import nn
 
 from srt_cli.errors import SrtError
+from srt_cli.models.local.decoder import UnpaddedBatch, decoder_of
 from srt_cli.models.local.meter import Throughput
-from srt_cli.models.local.prefill import forward, keep_rows, read_prompts, tokens_read_at_once
+from srt_cli.models.local.padded import PaddedBatch, tokens_read_at_once
+from srt_cli.models.local.products import in_int8, in_turn, packed, packs, use_in
 from srt_cli.models.local.rows import Generation, Loaded, top_tokens
 from srt_cli.models.local.sampling import choose_tokens
 from srt_cli.models.weights import own_memory_bytes
 
 MOST_ROWS: Final = {"cpu": 128, "mps": 16, "cuda": 64}
 MEMORY_SHARE: Final = 0.4
-PACKED_SHARE: Final = 1 / 8
-"""Of the memory, for packed weights; they stand beside the plain ones."""
 # What is stopped loses the rows that have not ended, so a batch should end soon.
 LONGEST_BATCH_S: Final = 120
 USUAL_REPLY: Final = 256
@@ -59,11 +56,17 @@ class StaticEngine:
     """What memory was found to hold; falls when a batch runs out of it."""
 
     def __post_init__(self) -> None:
+        model = self.loaded.model
+        make = in_turn
         if self.int8:
-            count_in_int8(self.loaded.model)
+            make = in_int8
             self.loaded.placement |= {"weights": "int8 in linear layers (--cpu-int8)"}
-        elif pack_weights(self.loaded.model):
+        elif packs(model):
+            make = packed
             self.loaded.placement |= {"weights": "packed for oneDNN"}
+        self.loaded.decoder = decoder_of(model, make)
+        if self.loaded.decoder is None:
+            use_in(model, make)
 
     def add(self, wave: list[Generation]) -> None:
         """Take a wave; the rows' futures resolve as they end."""
@@ -206,6 +209,21 @@ def _tokens_that_fit(loaded: Loaded) -> int:
     return int(MEMORY_SHARE * memory / bytes_a_token)
 
 
+class Batch(Protocol):
+    """How the rows of a batch are computed; the batch is on the device of its model."""
+
+    def read(
+        self, prompts: Sequence[list[int]], cancelled: Callable[[], bool]
+    ) -> torch.Tensor | None:
+        """Logits behind each prompt, the longest first, (rows, vocabulary); None if cancelled."""
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits behind one more token of each row, (rows, vocabulary)."""
+
+    def keep(self, ended: Sequence[int]) -> list[int]:
+        """Let ended rows go; gives which old row stands in each place now."""
+
+
 @torch.inference_mode()
 def generate(
     loaded: Loaded, batch: Sequence[Generation], cancelled: Callable[[], bool]
@@ -215,15 +233,10 @@ def generate(
     A cancelled batch stops at the next token.
     """
     live = list(batch)
-    read = read_prompts(loaded, [row.prompt_ids for row in live], cancelled)
-    if read is None:
-        return
-    cache, logits = read.cache, read.logits
-    width = max(len(row.prompt_ids) for row in live)
-    device = logits.device
-    positions = torch.tensor([len(row.prompt_ids) for row in live], device=device)  # (rows,)
-    starts = width - positions  # where each row begins behind its padding
-    while not cancelled():
+    decoder = loaded.decoder
+    together: Batch = UnpaddedBatch(decoder) if decoder is not None else PaddedBatch(loaded)
+    logits = together.read([row.prompt_ids for row in live], cancelled)
+    while logits is not None and not cancelled():
         drawn = choose_tokens(logits, [row.draw() for row in live])
         tokens = drawn.tolist()
         tops = top_tokens(logits, live, tokens)
@@ -237,98 +250,6 @@ def generate(
         if len(ended) == len(live):
             return
         if ended:
-            order = keep_rows(cache, ended, len(live))
-            live = [live[place] for place in order]
-            drawn, positions, starts = drawn[order], positions[order], starts[order]
-        width += 1
-        logits = forward(
-            loaded,
-            cache,
-            input_ids=drawn[:, None],
-            attention_mask=torch.arange(width, device=device) >= starts[:, None],
-            position_ids=positions[:, None],
-        )
-        positions = positions + 1
-
-
-# --- Weights in the order in which oneDNN reads them, so that a CPU need not reorder them at every step
-# torch multiplies by a plain weight as it lies, which for the few rows of a decoding step is slow: a
-# step of 16 rows takes about half the time with packed weights, one of 64 two thirds.
-
-
-def pack_weights(model: nn.Module) -> bool:
-    """Let the linear layers of a float32 model on a CPU use packed weights; false where they cannot.
-
-    Results differ from the plain ones by rounding alone.
-    """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
-    if not layers or not _is_supported(layers[0]):
-        return False
-    if sum(layer.weight.nbytes for layer in layers) > PACKED_SHARE * own_memory_bytes():
-        return False
-    for layer in layers:
-        layer.__dict__["forward"] = _packed_forward(layer)
-    return True
-
-
-def _packed_forward(layer: nn.Linear) -> Any:
-    operations: Any = torch.ops.mkldnn
-    packed = operations._reorder_linear_weight(layer.weight.detach(), None)
-    return partial(_multiply, operations._linear_pointwise, packed, layer.bias)
-
-
-def _multiply(
-    operation: Any, packed: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor
-) -> torch.Tensor:
-    product: torch.Tensor = operation(states, packed, bias, "none", [], "")
-    return product
-
-
-def count_in_int8(model: nn.Module) -> None:
-    """Let linear layers multiply in 8 bits: weights a row at a time, activations as they come.
-
-    Raises `SrtError` where this torch, or the device, cannot.
-    """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
-    try:
-        forwards = [_int8_forward(layer) for layer in layers]
-        with torch.inference_mode():
-            forwards[0](torch.zeros(2, layers[0].in_features))
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
-        raise SrtError(
-            f"--cpu-int8: this torch cannot multiply in 8 bits here ({str(error).splitlines()[0]}). "
-            "Leave it away."
-        ) from None
-    for layer, forward_of_layer in zip(layers, forwards, strict=True):
-        layer.__dict__["forward"] = forward_of_layer
-
-
-def _int8_forward(layer: nn.Linear) -> Any:
-    operations: Any = torch.ops.quantized
-    weight = layer.weight.detach().float()
-    scales = weight.abs().amax(1).clamp_min(1e-8) / 127  # (out,)
-    with warnings.catch_warnings(action="ignore"):  # that torch will drop it, as is caught above
-        rounded = torch.quantize_per_channel(
-            weight, scales, torch.zeros(len(scales), dtype=torch.long), 0, torch.qint8
-        )
-    bias = None if layer.bias is None else layer.bias.detach().float()
-    return partial(_multiply_int8, operations, operations.linear_prepack(rounded, bias))
-
-
-def _multiply_int8(operations: Any, packed: Any, states: torch.Tensor) -> torch.Tensor:
-    # A reduced range, for sums of 8 bits would overflow on CPUs without VNNI.
-    product: torch.Tensor = operations.linear_dynamic(states, packed, True)
-    return product
-
-
-def _is_supported(layer: nn.Linear) -> bool:
-    """Whether this torch has the operations, and they multiply rightly; they are torch's own."""
-    weight = layer.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return False
-    states = torch.linspace(-1, 1, 2 * layer.in_features).reshape(2, -1)
-    try:
-        with torch.inference_mode():
-            return torch.allclose(_packed_forward(layer)(states), layer(states), atol=1e-3)
-    except (AttributeError, RuntimeError):
-        return False
+            order = together.keep(ended)
+            live, drawn = [live[place] for place in order], drawn[order]
+        logits = together.step(drawn)

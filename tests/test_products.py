@@ -8,9 +8,9 @@ from conftest import read_jsonl, write_jsonl
 
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions
-from srt_cli.models.local import static
+from srt_cli.models.local import products
 from srt_cli.models.local.local import LocalModel
-from srt_cli.models.local.static import count_in_int8, pack_weights
+from srt_cli.models.local.products import in_int8, in_turn, packed, packs, use_in
 from srt_cli.models.weights import load_weights
 
 IDS = torch.tensor([[5, 9, 13, 2, 8], [1, 2, 3, 4, 5]])
@@ -25,55 +25,63 @@ def logits_of(model):
         return model(IDS).logits
 
 
+def wanted_of(layers, states):
+    return torch.cat([torch.nn.functional.linear(states, at.weight, at.bias) for at in layers], -1)
+
+
 def test_a_packed_model_gives_the_same_logits(tiny_model):
     model = load_weights(str(tiny_model))
     plain = logits_of(model)
-    assert pack_weights(model)
+    assert packs(model)
+    use_in(model, packed)
     found = logits_of(model)
     torch.testing.assert_close(found, plain, atol=1e-4, rtol=1e-4)
-    layer = model.lm_head
-    layer.__dict__["forward"].args[1].mul_(2)  # what is multiplied by is the packed copy
+    model.lm_head.__dict__["forward"].args[1].mul_(2)  # what is multiplied by is the packed copy
     assert not torch.allclose(logits_of(model), plain, atol=1e-2)
 
 
-def test_a_layer_with_a_bias_and_an_empty_batch():
-    layer = torch.nn.Linear(6, 4)
+@pytest.mark.parametrize(
+    ("make", "near"), [(packed, (1e-5, 1e-5)), (in_turn, (0, 0)), (in_int8, (0.3, 0.1))]
+)
+def test_layers_side_by_side_with_a_bias_and_without(make, near):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 4), torch.nn.Linear(6, 3, bias=False)]
     states = torch.arange(24.0).reshape(2, 2, 6)
-    wanted = torch.nn.functional.linear(states, layer.weight, layer.bias)
-    assert pack_weights(torch.nn.Sequential(layer))
+    absolute, relative = near
     with torch.inference_mode():
-        torch.testing.assert_close(layer(states), wanted)
-        assert layer(states[:0]).shape == (0, 2, 4)
+        for some in (layers, layers[:1], layers[1:]):
+            found, wanted = make(some)(states), wanted_of(some, states)
+            torch.testing.assert_close(found, wanted, atol=absolute, rtol=relative)
+        if make is not in_int8:
+            assert make(layers)(states[:0]).shape == (0, 2, 7)
 
 
 def test_models_that_cannot_be_packed_are_left_alone(monkeypatch):
-    half = torch.nn.Sequential(torch.nn.Linear(6, 4, dtype=torch.bfloat16))
-    assert not pack_weights(half)
-    assert not pack_weights(torch.nn.Sequential(torch.nn.ReLU()))
-    layer = torch.nn.Linear(6, 4)
-    monkeypatch.setattr(static, "PACKED_SHARE", 0)
-    assert not pack_weights(torch.nn.Sequential(layer))
+    assert not packs(torch.nn.Sequential(torch.nn.Linear(6, 4, dtype=torch.bfloat16)))
+    assert not packs(torch.nn.Sequential(torch.nn.ReLU()))
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    assert packs(model)
+    monkeypatch.setattr(products, "PACKED_SHARE", 0)
+    assert not packs(model)
     monkeypatch.undo()
-    monkeypatch.setattr(static, "_multiply", lambda operation, weights, bias, states: states[:, :4])
-    assert not pack_weights(torch.nn.Sequential(layer))
-    assert "forward" not in vars(layer)
+    monkeypatch.setattr(products, "_multiply", lambda operation, weights, bias, states: states)
+    assert not packs(model)
 
 
-def test_eight_bits_are_near_and_not_the_same(tiny_model):
+def test_eight_bits_are_near_and_not_the_same(tiny_model, monkeypatch):
     model = load_weights(str(tiny_model))
     plain = logits_of(model)
-    count_in_int8(model)
+    use_in(model, in_int8)
     found = logits_of(model)
     assert not torch.equal(found, plain)
     assert (found - plain).norm() < 0.1 * plain.norm()
-    layer = torch.nn.Linear(6, 4)
-    states = torch.arange(24.0).reshape(2, 2, 6)
-    wanted = torch.nn.functional.linear(states, layer.weight, layer.bias)
-    count_in_int8(torch.nn.Sequential(layer))
-    with torch.inference_mode():
-        torch.testing.assert_close(layer(states), wanted, atol=0.3, rtol=0.1)
-    with pytest.raises(SrtError, match="cannot multiply in 8 bits here"):
-        count_in_int8(torch.nn.ReLU())
+
+    def absent(*given):
+        raise RuntimeError("planted: no engine")
+
+    monkeypatch.setattr(products, "_multiply_int8", absent)
+    with pytest.raises(SrtError, match=r"cannot multiply in 8 bits here \(planted: no engine\)"):
+        use_in(load_weights(str(tiny_model)), in_int8)
 
 
 def test_cpu_int8_writes_other_drafts_which_no_other_run_takes_over(srt, tmp_path, tiny_model):

@@ -1,12 +1,12 @@
-"""Prompts of a batch are read in groups, and what they begin with in common once."""
+"""A batch of any model: its prompts are read in groups, and what they begin with in common once."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srt_cli.models.local import prefill
-from srt_cli.models.local.prefill import groups_of_like_length, read_prompts, shared_beginning
+from srt_cli.models.local import padded
+from srt_cli.models.local.padded import PaddedBatch, groups_of_like_length, shared_beginning
 from srt_cli.models.local.rows import Loaded
 
 BEGINNING = [5, 9, 13, 2, 8, 40, 41, 42, 43]
@@ -55,30 +55,22 @@ def logits_alone(loaded, ids):
 
 @pytest.mark.parametrize("beginning", [[], BEGINNING])
 def test_every_prompt_is_read_as_if_alone(loaded, beginning, monkeypatch):
-    monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 24)
+    monkeypatch.setitem(padded.GROUP_TOKENS, "cpu", 24)
     prompts = [beginning + list(range(start, 60, 7)) for start in (1, 2, 15, 30, 30, 50)]
+    batch = PaddedBatch(loaded)
     with torch.inference_mode():
-        read = read_prompts(loaded, prompts, never)
-        for place, ids in enumerate(prompts):
-            torch.testing.assert_close(read.logits[place], logits_alone(loaded, ids))
-        # What the cache holds is what they are continued from.
-        width = len(prompts[0])
-        starts = torch.tensor([[width - len(ids)] for ids in prompts])
-        following = prefill.forward(
-            loaded,
-            read.cache,
-            input_ids=torch.full((len(prompts), 1), 3),
-            attention_mask=torch.arange(width + 1) >= starts,
-            position_ids=width - starts,
-        )
-    for place, ids in enumerate(prompts):
-        torch.testing.assert_close(following[place], logits_alone(loaded, [*ids, 3]))
+        logits = batch.read(prompts, never)
+        for gone in ([], [1, 4], [0]):  # what the cache holds is what they are continued from
+            for ids, found in zip(prompts, logits, strict=True):
+                torch.testing.assert_close(found, logits_alone(loaded, ids))
+            prompts = [[*prompts[place], 3] for place in batch.keep(gone)]
+            logits = batch.step(torch.full((len(prompts),), 3))
 
 
 def test_a_common_beginning_is_read_once_and_short_prompts_are_not_padded_to_long_ones(
     tiny_model, monkeypatch
 ):
-    monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 12)
+    monkeypatch.setitem(padded.GROUP_TOKENS, "cpu", 12)
     loaded, shapes = load(plain, tiny_model), []
     loaded.model.register_forward_pre_hook(
         lambda module, given, named: shapes.append(tuple(named["input_ids"].shape)),
@@ -86,16 +78,17 @@ def test_a_common_beginning_is_read_once_and_short_prompts_are_not_padded_to_lon
     )
     rests = [[50] * 20, [51] * 6, [52] * 5, [53] * 2, [54]]
     with torch.inference_mode():
-        read_prompts(loaded, [BEGINNING + rest for rest in rests], never)
+        PaddedBatch(loaded).read([BEGINNING + rest for rest in rests], never)
     assert shapes == [(1, 9), (1, 20), (2, 6), (2, 2)]
 
 
 def test_reading_stops_between_groups_when_cancelled(tiny_model, monkeypatch):
-    monkeypatch.setitem(prefill.GROUP_TOKENS, "cpu", 4)
+    monkeypatch.setitem(padded.GROUP_TOKENS, "cpu", 4)
     loaded = load(plain, tiny_model)
     answers = iter([False, True])
     with torch.inference_mode():
-        assert read_prompts(loaded, [[1, 2, 3, 4]] * 3, lambda: next(answers)) is None
+        batch = PaddedBatch(loaded)
+        assert batch.read([[1, 2, 3, 4]] * 3, lambda: next(answers)) is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""The decoder for CPUs computes what transformers' own forward does, or stands aside."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from srt_cli.models.local import decoder
+from srt_cli.models.local.cache import keep_rows
+from srt_cli.models.local.decoder import UnpaddedBatch, decoder_of, groups_of_like_start
+from srt_cli.models.local.products import in_int8, in_turn, packed
+
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA_3 = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+}  # fmt: skip
+KNOWN = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama with biases": (
+        LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    ),
+    "llama 3": (LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=LLAMA_3)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None, head_dim=16)),
+    "qwen 2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen 3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=16)),
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+UNKNOWN = {
+    "another family": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=8)),
+    "a window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=64)),
+    "rotations that change with the length": (
+        LlamaForCausalLM, LlamaConfig(**SIZES, rope_parameters=DYNAMIC),
+    ),
+}  # fmt: skip
+
+
+def made(kind, config):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    with torch.no_grad():  # norms and biases too, which else begin as ones and zeros
+        for weights in model.parameters():
+            weights.add_(torch.randn_like(weights), alpha=0.1)
+    return model
+
+
+def never():
+    return False
+
+
+def logits_alone(model, ids):
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0, -1]
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("beginning", [0, 12])
+def test_rows_are_read_and_continued_as_if_alone(name, beginning, monkeypatch):
+    """Prompts in several passes, a common beginning, rows that leave from every group."""
+    monkeypatch.setattr(decoder, "MOST_TOKENS", 30)
+    monkeypatch.setattr(decoder, "PADDING_WORTH_A_GROUP", 20)
+    model = made(*KNOWN[name])
+    known = decoder_of(model, packed)
+    assert known is not None
+    batch, rests = UnpaddedBatch(known), [70, 31, 30, 12, 12, 11, 3, 1]
+    rows = [
+        [*range(beginning), *((7 * number + place) % 90 for place in range(length))]
+        for number, length in enumerate(rests)
+    ]
+    with torch.inference_mode():
+        logits = batch.read(rows, never)
+        for step, gone in enumerate([[], [0, 4], [1], [], [0, 3]]):
+            for ids, found in zip(rows, logits, strict=True):
+                torch.testing.assert_close(found, logits_alone(model, ids), atol=1e-4, rtol=1e-4)
+            rows = [rows[place] for place in batch.keep(gone)]
+            tokens = [(11 * step + number) % 100 for number in range(len(rows))]
+            rows = [[*ids, token] for ids, token in zip(rows, tokens, strict=True)]
+            logits = batch.step(torch.tensor(tokens))
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_model_of_another_shape_is_left_to_its_own_forward(name):
+    assert decoder_of(made(*UNKNOWN[name]), in_turn) is None
+
+
+def test_a_model_that_computes_otherwise_is_left_to_its_own_forward(monkeypatch):
+    model = made(*KNOWN["llama"])
+    assert decoder_of(model, in_turn) is not None
+    assert decoder_of(model.bfloat16(), in_turn) is None
+    adapted = get_peft_model(made(*KNOWN["llama"]), LoraConfig(target_modules=["q_proj"]))
+    assert decoder_of(adapted.get_base_model(), in_turn) is None
+    patched = made(*KNOWN["llama"])
+    own = patched.model.layers[1].mlp.forward
+    monkeypatch.setattr(patched.model.layers[1].mlp, "forward", lambda states: 2 * own(states))
+    assert decoder_of(patched, in_turn) is None
+
+
+def test_products_in_8_bits_are_near_and_not_the_same():
+    model = made(*KNOWN["qwen 2"])
+    batch, rows = UnpaddedBatch(decoder_of(model, in_int8)), [[*range(20)], [5, 9, 13]]
+    with torch.inference_mode():
+        found = batch.read(rows, never)
+    wanted = torch.stack([logits_alone(model, ids) for ids in rows])
+    assert not torch.allclose(found, wanted, atol=1e-4)
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_a_common_beginning_is_read_once_and_nothing_is_padded(monkeypatch):
+    monkeypatch.setattr(decoder, "MOST_TOKENS", 12)
+    known, counts = decoder_of(made(*KNOWN["llama"]), in_turn), []
+    embed = known._embed
+    monkeypatch.setattr(known, "_embed", lambda ids: (counts.append(len(ids)), embed(ids))[1])
+    with torch.inference_mode():
+        batch = UnpaddedBatch(known)
+        batch.read([[*range(9), *([50] * rest)] for rest in (20, 6, 5, 2, 1)], never)
+    assert counts == [9, 12, 8, 6 + 5, 2 + 1]
+
+
+def test_reading_stops_between_passes_when_cancelled(monkeypatch):
+    monkeypatch.setattr(decoder, "MOST_TOKENS", 4)
+    answers = iter([False, True])
+    with torch.inference_mode():
+        batch = UnpaddedBatch(decoder_of(made(*KNOWN["llama"]), in_turn))
+        assert batch.read([[1, 2, 3, 4]] * 3, lambda: next(answers)) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=60))
+def test_groups_hold_every_row_once_with_little_padding(starts):
+    groups = groups_of_like_start(starts)
+    assert [first for first, _, _ in groups] == [0, *(last for _, last, _ in groups[:-1])]
+    assert groups[-1][1] == len(starts)
+    for first, last, column in groups:
+        assert column == min(starts[first:last])
+        assert sum(starts[first:last]) - column * (last - first) <= decoder.PADDING_WORTH_A_GROUP
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_rows_that_stay_keep_their_group_and_few_move(data):
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+    rows = data.draw(st.sets(st.integers(0, sum(sizes) - 1)))
+    ends = [sum(sizes[: number + 1]) for number in range(len(sizes))]
+    groups = [
+        sorted(row for row in rows if end - size <= row < end)
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    order = keep_rows(SimpleNamespace(layers=[]), groups)
+    assert all(row >= place for place, row in enumerate(order))  # none is overwritten unread
+    kept = iter(order)
+    assert [sorted(next(kept) for _ in group) for group in groups] == groups
+    gone = sum(sizes) - len(rows)
+    assert sum(row != place for place, row in enumerate(order)) <= gone * len(sizes)
