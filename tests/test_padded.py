@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srt_cli.models.local import padded
-from srt_cli.models.local.padded import PaddedBatch, groups_of_like_length, shared_beginning
+from srt_cli.models.local.cache import shared_beginning
+from srt_cli.models.local.padded import PaddedBatch, groups_of_like_length
 from srt_cli.models.local.rows import Loaded
 
 BEGINNING = [5, 9, 13, 2, 8, 40, 41, 42, 43]

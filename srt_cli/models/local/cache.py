@@ -13,6 +13,8 @@ from transformers.cache_utils import DynamicLayer
 
 SPARE_TOKENS: Final = 64
 GROWTH: Final = 1.25
+FEWEST_SHARED: Final = 8
+"""A shorter beginning is not worth a pass of its own."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -108,3 +110,14 @@ def keep_rows(cache: DynamicCache, groups: Sequence[Sequence[int]]) -> list[int]
             other: Any = layer
             other.batch_select_indices(torch.tensor(order, device=other.device))
     return order
+
+
+def shared_beginning(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; every prompt keeps one of its own, to be continued."""
+    if len(prompts) < 2:
+        return 0
+    low, high = min(prompts), max(prompts)  # what these two share, all share
+    most = min(map(len, prompts)) - 1
+    differ = (place for place in range(most) if low[place] != high[place])
+    shared = next(differ, most)
+    return shared if shared >= FEWEST_SHARED else 0

@@ -25,8 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from srt_cli.models.local.cache import RoomyLayer, keep_rows, roomy_cache
-from srt_cli.models.local.padded import shared_beginning
+from srt_cli.models.local.cache import RoomyLayer, keep_rows, roomy_cache, shared_beginning
 from srt_cli.models.local.products import MakeProduct, in_turn
 
 KNOWN: Final = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)

@@ -12,13 +12,11 @@ from typing import Any, Final
 import torch
 from transformers import Cache, DynamicCache
 
-from srt_cli.models.local.cache import RoomyLayer, keep_rows, roomy_cache
+from srt_cli.models.local.cache import RoomyLayer, keep_rows, roomy_cache, shared_beginning
 from srt_cli.models.local.rows import Loaded
 
 GROUP_TOKENS: Final = {"cpu": 768, "mps": 4096, "cuda": 32_768}
 """Tokens of a group, padding and all: enough to keep the arithmetic busy."""
-FEWEST_SHARED: Final = 8
-"""A shorter beginning is not worth a pass of its own."""
 WHOLE_BATCH_TOKENS: Final = {"cpu": 16_384, "mps": 16_384, "cuda": 131_072}
 """Where a batch cannot be read in groups: its activations are the peak of memory."""
 
@@ -87,17 +85,6 @@ def tokens_read_at_once(loaded: Loaded) -> int:
 def _reads_in_groups(cache: Cache) -> bool:
     """Whether every layer keeps plain keys and values, which groups can be joined from."""
     return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
-
-
-def shared_beginning(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with; every prompt keeps one of its own, to be continued."""
-    if len(prompts) < 2:
-        return 0
-    low, high = min(prompts), max(prompts)  # what these two share, all share
-    most = min(map(len, prompts)) - 1
-    differ = (place for place in range(most) if low[place] != high[place])
-    shared = next(differ, most)
-    return shared if shared >= FEWEST_SHARED else 0
 
 
 def groups_of_like_length(
