@@ -209,7 +209,7 @@ def _tokens_that_fit(loaded: Loaded) -> int:
     return int(MEMORY_SHARE * memory / bytes_a_token)
 
 
-class Batch(Protocol):
+class RowBatch(Protocol):
     """How the rows of a batch are computed; the batch is on the device of its model."""
 
     def read(
@@ -234,7 +234,7 @@ def generate(
     """
     live = list(batch)
     decoder = loaded.decoder
-    together: Batch = UnpaddedBatch(decoder) if decoder is not None else PaddedBatch(loaded)
+    together: RowBatch = UnpaddedBatch(decoder) if decoder is not None else PaddedBatch(loaded)
     logits = together.read([row.prompt_ids for row in live], cancelled)
     while logits is not None and not cancelled():
         drawn = choose_tokens(logits, [row.draw() for row in live])
