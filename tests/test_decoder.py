@@ -115,6 +115,10 @@ def test_a_model_that_computes_otherwise_is_left_to_its_own_forward(monkeypatch)
     own = patched.model.layers[1].mlp.forward
     monkeypatch.setattr(patched.model.layers[1].mlp, "forward", lambda states: 2 * own(states))
     assert decoder_of(patched, in_turn) is None
+    moved = made(*KNOWN["llama"])
+    moved.model.layers[0].feed_forward = moved.model.layers[0].mlp
+    del moved.model.layers[0].mlp
+    assert decoder_of(moved, in_turn) is None
 
 
 def test_products_in_8_bits_are_near_and_not_the_same():

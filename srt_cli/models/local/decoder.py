@@ -50,11 +50,13 @@ def decoder_of(model: PreTrainedModel, make: MakeProduct) -> "Decoder | None":
         return None
     if not all(isinstance(layer, RoomyLayer) for layer in roomy_cache(model.config).layers):
         return None  # some layers see a window only
-    if any(type(layer) is not nn.Linear for layer in _projections(model)):
+    try:
+        if any(type(layer) is not nn.Linear for layer in _projections(model)):
+            return None
+        alike = _computes_as(model, Decoder(model, in_turn))
+    except (AttributeError, TypeError, RuntimeError):  # parts of transformers may move
         return None
-    if not _computes_as(model, Decoder(model, in_turn)):
-        return None
-    return Decoder(model, make)
+    return Decoder(model, make) if alike else None
 
 
 def _projections(model: Any) -> Iterator[nn.Module]:
@@ -74,7 +76,8 @@ def _computes_as(model: Any, decoder: "Decoder") -> bool:
     batch = UnpaddedBatch(decoder)
     found = [batch.read(prompts, lambda: False), batch.step(torch.tensor([3, 4]))]
     for row, (ids, token) in enumerate(zip(prompts, (3, 4), strict=True)):
-        wanted = model(torch.tensor([[*ids, token]]), logits_to_keep=2).logits[0]  # (2, vocabulary)
+        whole = torch.tensor([[*ids, token]])
+        wanted = model(input_ids=whole, logits_to_keep=2).logits[0]  # (2, vocabulary)
         tolerance = PROBE_TOLERANCE * float(wanted.abs().max())
         for logits, expected in zip(found, wanted, strict=True):
             if logits is None or not torch.allclose(logits[row], expected, 0, tolerance):
