@@ -12,6 +12,8 @@ import torch
 
 MASK: Final = 0xFFFFFFFF
 GOLDEN: Final = 0x9E3779B9
+DRAWN_AT_ONCE: Final = 4
+"""Rows on a CPU: their noise and all that becomes of it then stays in its cache."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,17 @@ def _mix_integer(value: int) -> int:
 
 def gumbel_noise(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Standard Gumbel noise, (rows, vocabulary), from the low 32 bits of one key a row (int64)."""
-    places = torch.arange(vocabulary, device=keys.device) * GOLDEN
-    mixed = (keys[:, None] + places) & MASK
-    mixed ^= mixed >> 16
-    mixed.mul_(0x7FEB352D).bitwise_and_(MASK)
-    mixed ^= mixed >> 15
-    mixed.mul_(0x846CA68B).bitwise_and_(MASK)
-    mixed ^= mixed >> 16
+    # In 32 bits, which are signed here: products wrap around, and a shift must not copy the sign.
+    places = (torch.arange(vocabulary, device=keys.device) * GOLDEN).to(torch.int32)
+    mixed = keys.to(torch.int32)[:, None] + places
+    mixed ^= (mixed >> 16) & 0xFFFF
+    mixed.mul_(0x7FEB352D)
+    mixed ^= (mixed >> 15) & 0x1FFFF
+    mixed.mul_(0x846CA68B - (1 << 32))
+    mixed ^= (mixed >> 16) & 0xFFFF
+    high, low = ((mixed >> 16) & 0xFFFF).float(), (mixed & 0xFFFF).float()
     # -log(1 - v) rather than -log(u): the rare large noise is then as finely graded as floats are.
-    exponential = (mixed.float() + 0.5).mul_(-(2.0**-32)).log1p_().neg_()
+    exponential = low.add_(high, alpha=65536).add_(0.5).mul_(-(2.0**-32)).log1p_().neg_()
     return exponential.log_().neg_()
 
 
@@ -57,6 +61,16 @@ def choose_tokens(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     Temperature 0 takes the likeliest. Otherwise argmax(logits / T + Gumbel noise), which is a draw
     from softmax(logits / T); `top_p` leaves the smallest set whose probability reaches it.
     """
+    if all(draw.temperature <= 0 for draw in draws):
+        return logits.argmax(-1)
+    at_once = DRAWN_AT_ONCE if logits.device.type == "cpu" else len(draws)
+    parts = range(0, len(draws), at_once)
+    return torch.cat(
+        [_draw(logits[part : part + at_once], draws[part : part + at_once]) for part in parts]
+    )
+
+
+def _draw(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
     drawing = [row for row, draw in enumerate(draws) if draw.temperature > 0]
     if not drawing:
         return logits.argmax(-1)
