@@ -1,8 +1,9 @@
 """Local generation on this machine, measured: `make bench-generate`.
 
-64 prompts of mixed length, greedy replies of at most `--max-tokens`, three ways in one process:
-transformers' `generate` one prompt at a time, `generate` in fixed batches in the order of the input,
-and srt's engine. Replies must be the same texts.
+256 prompts of mixed length, as many as a command of srt hands over at once, and greedy replies of at
+most `--max-tokens`, three ways in one process: transformers' `generate` one prompt at a time, `generate`
+in fixed batches in the order of the input, and srt's engine, which chooses its batches itself. Replies
+must be the same texts.
 """
 
 import argparse
@@ -24,12 +25,12 @@ from transformers import GenerationConfig
 from srt_cli import console
 from srt_cli.models import ModelOptions, Request
 from srt_cli.models.chat import ChatFormat
-from srt_cli.models.local.local import LocalModel
+from srt_cli.models.local.local import WAVE, LocalModel
 from srt_cli.models.weights import load_tokenizer, load_weights
 from srt_cli.records import Message
 
 Found = TypeVar("Found")
-ROWS: Final = 64
+ROWS: Final = WAVE
 TOPICS: Final = Path(__file__).parents[1] / "examples" / "quickstart" / "prompts.jsonl"
 PADDINGS: Final = (0, 1, 3, 8)
 """How many further topics are set before a question: prompts of some 40 to 300 tokens."""
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--model", default=_weights_of_the_demo())
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=ROWS)
+    parser.add_argument("--batch-size", type=int, default=64, help="of the fixed batches")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--runs", type=int, default=1)
     chosen = parser.parse_args()
@@ -134,7 +135,7 @@ def main() -> None:
     for name, int8 in (("srt", False), ("srt --cpu-int8", True)):
         if int8 and chosen.engine == "continuous":
             continue
-        options = ModelOptions(batch_size=chosen.batch_size, engine=chosen.engine, int8=int8)
+        options = ModelOptions(engine=chosen.engine, int8=int8)
         model = LocalModel(chosen.model, chosen.model, options)
         model.submit(requests[:1])[0].result()
         runs = [timed(partial(engine, model)) for _ in range(chosen.runs)]

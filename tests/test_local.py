@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import pickle
 import shutil
 from concurrent.futures import Future
@@ -203,6 +204,26 @@ def test_the_noise_of_a_draw_depends_on_its_key_alone(seed, position):
     alone = gumbel_noise(torch.tensor([key]), 50)
     together = gumbel_noise(torch.tensor([key ^ 1, key, 5]), 50)
     assert torch.equal(alone[0], together[1])
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 151_935))
+def test_noise_is_the_hash_of_key_and_token_as_a_gumbel_number(key, token):
+    mixed = (key + token * 0x9E3779B9) % 2**32
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**32
+    mixed ^= mixed >> 16
+    wanted = -math.log(-math.log1p(-(mixed + 0.5) / 2**32))
+    found = gumbel_noise(torch.tensor([key]), token + 1)[0, token]
+    assert float(found) == pytest.approx(wanted, rel=1e-5, abs=1e-5)
+
+
+def test_rows_are_drawn_each_by_itself_however_many_there_are():
+    logits = torch.randn(11, 500, generator=torch.Generator().manual_seed(1))
+    draws = [Draw(0.8 * (row % 3), 1.0, draw_key(7, row)) for row in range(11)]
+    together = choose_tokens(logits, draws)
+    alone = [choose_tokens(logits[row, None], [draws[row]]) for row in range(11)]
+    assert together.tolist() == torch.cat(alone).tolist()
+    assert together[::3].tolist() == logits[::3].argmax(-1).tolist()
 
 
 def test_draws_follow_the_probabilities():
