@@ -202,6 +202,10 @@ def test_a_row_whose_critic_fails_is_data_with_a_status(srt, folder):
             "returned feedback whose score is wrong (0: input should be greater than or equal to 1): "
             "{'weaknesses': 'www",
         ),
+        (
+            "return GOOD | {'weaknesses': ['w', 1]}, 'r'",
+            "weaknesses is wrong (['w', 1]: input should",
+        ),
         ("return {'weaknesses': 'w', 'score': 4}, 'r'", "suggestions is wrong (field required): {"),
         ("return 7, 'r'", "returned something else as feedback"),
         ("return Mute()", "returned a Mute, which is no pair"),
@@ -223,6 +227,19 @@ def test_what_a_program_did_wrong_is_said_in_the_programs_terms(srt, folder, bod
     assert (row["status"], row["refinement"]) == ("failed", None)
     assert f"python:mine.py:critique {reason}" in row["reason"] or reason in row["reason"]
     assert "pydantic" not in finished.stderr
+
+
+def test_a_program_may_give_points_in_lists(srt, folder):
+    (folder / "mine.py").write_text(
+        "def critique(prompt, response):\n"
+        "    points = {'weaknesses': ['No unit.', ' ', 'No sum.'], 'suggestions': [], 'score': 4}\n"
+        "    return points, 'better'\n"
+    )
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": "p", "response": "given"}])
+    assert srt("collect-feedback", "--critic", "python:mine.py:critique").code == 0
+    (row,) = read_jsonl(folder / "feedback.jsonl")
+    said = row["feedback"]["weaknesses"], row["feedback"]["suggestions"]
+    assert (row["status"], said) == ("ok", ("No unit.\nNo sum.", ""))
 
 
 def test_a_program_that_cannot_be_called_so_is_told_how(srt, folder):

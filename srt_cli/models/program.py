@@ -132,6 +132,8 @@ def _as_feedback(value: Any) -> Feedback:
     score = value.get("score") if isinstance(value, Mapping) else None
     if isinstance(score, bool):
         raise TypeError(f"the score {score}, which is no number")
+    if isinstance(value, Mapping):
+        value = {name: _in_lines(part) for name, part in value.items()}
     try:
         return Feedback.model_validate(value)
     except ValidationError as error:
@@ -140,6 +142,13 @@ def _as_feedback(value: Any) -> Feedback:
         what = f"feedback whose {where} is wrong" if where else "something else as feedback"
         wrong = f"{_shown(first['input'])}: " if where and first["type"] != "missing" else ""
         raise ValueError(f"{what} ({wrong}{first['msg'].lower()}): {_shown(value)}") from None
+
+
+def _in_lines(value: Any) -> Any:
+    """Points in a list as one text, a line each, as in a file of critiques; all else as it is."""
+    if isinstance(value, list) and all(isinstance(point, str) for point in value):
+        return "\n".join(point for point in value if point.strip())
+    return value
 
 
 def _as_text(value: Any) -> str:
