@@ -361,6 +361,9 @@ def _not_recognised(rest: Mapping[str, Any]) -> str:
         take_out = shlex.quote(f".{json.dumps(within)}[]")
         return f"{found}The rows seem to stand within {within}: jq -c {take_out} FILE > ROWS.jsonl"
     guess = next((name for name in (*near, *chats) if name not in lists or name in chats), None)
+    texts = [name for name, value in rest.items() if has_text(value) and name.lower() != "id"]
+    if guess is None and len(texts) == 1:
+        guess = texts[0]
     kind = near.get(guess or "", "messages" if lists else "prompt")
     form = NEAREST.get(kind, NEAREST["prompt"])
     option = f" or pass --prompt-field {shlex.quote(guess)}" if guess is not None else ""

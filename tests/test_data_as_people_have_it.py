@@ -379,6 +379,8 @@ def test_names_are_read_without_regard_to_case_in_every_table(srt, folder):
     [
         ({"user query": "a", "answer": "b"}, "or pass --prompt-field 'user query'. "),
         ({"id": 1, "query": "a", "label": "b"}, "or pass --prompt-field query. "),
+        ({"Customer message": "a", "ticket": 7}, "or pass --prompt-field 'Customer message'. "),
+        ({"left": "a", "right": "b"}, "Rename the field. "),
         ({"dialog": [{"role": "user", "content": "a"}]}, "or pass --prompt-field dialog. "),
         ({"title": "a", "answer": "b"}, "Rename the field. The nearest known form is"),
         ({"version": 1, "data": [{"prompt": "a"}]},
