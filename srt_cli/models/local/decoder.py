@@ -11,7 +11,7 @@ does. Shapes below name a batch's rows; `tokens` are those of all rows, one afte
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -117,10 +117,18 @@ class Decoder:
         rotation = cos[0][:, None], torch.cat([-low, high], dim=-1)[:, None]
         for number, layer in enumerate(self._layers):
             last = number + 1 == len(self._layers)
-            mixed = attend(number, *layer.project(states, rotation), last)
+            mixed = attend(number, layer.project(states, rotation), last)
             states = states[kept] if last and kept is not None else states
             states = layer.finish(states, mixed)
         return self._head(self._norm(states))
+
+
+class _Heads(NamedTuple):
+    """Queries (tokens, heads, size), keys and values (tokens, key heads, size) of new tokens."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class _Layer:
@@ -139,10 +147,8 @@ class _Layer:
         self._down = make([mlp.down_proj])
         self._activate = mlp.act_fn
 
-    def project(
-        self, states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (tokens, heads, size), rotated, and keys and values (tokens, key heads, size)."""
+    def project(self, states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> _Heads:
+        """What new tokens ask, and what they are found by and give; queries and keys are rotated."""
         every = self._qkv(self._into[0](states)).unflatten(-1, (-1, self.size))
         turning = every[:, : self.heads + self.key_heads]
         queries_norm, keys_norm = self._head_norms
@@ -152,7 +158,7 @@ class _Layer:
         low, high = turning.chunk(2, dim=-1)
         cos, sin = rotation
         turned = torch.addcmul(turning * cos, torch.cat([high, low], dim=-1), sin)
-        return (
+        return _Heads(
             turned[:, : self.heads],
             turned[:, self.heads :],
             every[:, self.heads + self.key_heads :],
@@ -168,14 +174,7 @@ class _Layer:
 class _Attend(Protocol):
     """Attention of one layer: (tokens, heads * size); of each row's last token alone if `last`."""
 
-    def __call__(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        last: bool,
-    ) -> torch.Tensor: ...
+    def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -297,25 +296,18 @@ class _Reading:
             for span, (first, last) in zip(spans, pairwise(ends), strict=True)
         ]
 
-    def __call__(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        last: bool,
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor:
         room = _room_of(self._cache.layers[layer])
         mixed = []
         for span, first, end, mask in self._parts:
-            for whole, states in zip(room, (keys, values), strict=True):
-                new = whole[span.row, :, span.start + span.behind : span.end]
-                new.copy_(states[first:end].transpose(0, 1))
+            for whole, states in zip(room, (new.keys, new.values), strict=True):
+                place = whole[span.row, :, span.start + span.behind : span.end]
+                place.copy_(states[first:end].transpose(0, 1))
             seen_keys, seen_values = (
                 whole[span.row, None, :, span.start : span.end] for whole in room
             )
             found = scaled_dot_product_attention(
-                queries[end - 1 if last else first : end].transpose(0, 1)[None],
+                new.queries[end - 1 if last else first : end].transpose(0, 1)[None],
                 seen_keys,
                 seen_values,
                 attn_mask=None if last else mask,
@@ -332,6 +324,11 @@ def _seen_behind(span: _Span) -> torch.Tensor | None:
         return None
     count = len(span.ids)
     unseen = torch.ones(count, span.behind + count).triu(span.behind + 1).bool()
+    return _added(unseen)
+
+
+def _added(unseen: torch.Tensor) -> torch.Tensor:
+    """What is added to scores, so that nothing unseen counts."""
     return torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
 
 
@@ -343,21 +340,13 @@ class _Stepping:
         self._groups = []
         for first, last, start in groups_of_like_start(starts.tolist()):
             padding = torch.arange(start, width) < starts[first:last, None]  # (group, columns)
-            added = torch.zeros(padding.shape).masked_fill(padding, -torch.inf)
-            self._groups.append((slice(first, last), start, added[:, None, None]))
+            self._groups.append((slice(first, last), start, _added(padding)[:, None, None]))
 
-    def __call__(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        last: bool,
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor:
         room: Any = self._cache.layers[layer]
-        seen_keys, seen_values = room.update(keys[:, :, None], values[:, :, None])
+        seen_keys, seen_values = room.update(new.keys[:, :, None], new.values[:, :, None])
         # Queries that share keys are as several tokens of one head: (rows, key heads, queries, size).
-        asking = queries.unflatten(1, (keys.shape[1], -1))
+        asking = new.queries.unflatten(1, (new.keys.shape[1], -1))
         mixed = [
             scaled_dot_product_attention(
                 asking[rows], seen_keys[rows, :, start:], seen_values[rows, :, start:], mask
