@@ -66,6 +66,10 @@ def made(kind, config):
     return model
 
 
+TINY = made(*KNOWN["qwen 3"])
+READER = decoder_of(TINY, in_turn)
+
+
 def never():
     return False
 
@@ -131,15 +135,34 @@ def test_products_in_8_bits_are_near_and_not_the_same():
     assert (found - wanted).norm() < 0.1 * wanted.norm()
 
 
-def test_a_common_beginning_is_read_once_and_nothing_is_padded(monkeypatch):
+LONG, SHORT = [*range(20, 44)], [1, 2, 3, 4, 5]
+BEGINNINGS = [LONG, [*LONG[:20], 7, 7, 7, 7], [*SHORT, 8, 8, 9], [*SHORT, 8, 8], SHORT, SHORT]
+
+
+def test_what_prompts_begin_with_is_read_once_and_nothing_is_padded(monkeypatch):
     monkeypatch.setattr(decoder, "MOST_TOKENS", 12)
-    known, counts = decoder_of(made(*KNOWN["llama"]), in_turn), []
+    model = made(*KNOWN["llama"])
+    known, read = decoder_of(model, in_turn), []
     embed = known._embed
-    monkeypatch.setattr(known, "_embed", lambda ids: (counts.append(len(ids)), embed(ids))[1])
+    monkeypatch.setattr(known, "_embed", lambda ids: (read.append(ids.tolist()), embed(ids))[1])
     with torch.inference_mode():
-        batch = UnpaddedBatch(known)
-        batch.read([[*range(9), *([50] * rest)] for rest in (20, 6, 5, 2, 1)], never)
-    assert counts == [9, 12, 8, 6 + 5, 2 + 1]
+        logits = UnpaddedBatch(known).read(BEGINNINGS, never)
+    for ids, found in zip(BEGINNINGS, logits, strict=True):
+        torch.testing.assert_close(found, logits_alone(model, ids), atol=1e-4, rtol=1e-4)
+    again = [SHORT[-1]]  # the same prompt: only its last token, for the logits behind it
+    first = [*SHORT, *again, SHORT[-1], 8, 8, 8, 9]
+    assert read == [first, LONG[:12], [*LONG[12:20], 7, 7, 7, 7], LONG[20:]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=12))
+def test_prompts_of_any_beginnings_are_read_as_if_alone(prompts):
+    prompts = sorted(prompts, key=len, reverse=True)
+    with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
+        patched.setattr(decoder, "MOST_TOKENS", 4)
+        logits = UnpaddedBatch(READER).read(prompts, never)
+    wanted = torch.stack([logits_alone(TINY, ids) for ids in prompts])
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_reading_stops_between_passes_when_cancelled(monkeypatch):

@@ -80,7 +80,10 @@ def test_a_common_beginning_is_read_once_and_short_prompts_are_not_padded_to_lon
     rests = [[50] * 20, [51] * 6, [52] * 5, [53] * 2, [54]]
     with torch.inference_mode():
         PaddedBatch(loaded).read([BEGINNING + rest for rest in rests], never)
-    assert shapes == [(1, 9), (1, 20), (2, 6), (2, 2)]
+        assert shapes == [(1, 9), (1, 20), (2, 6), (2, 2)]
+        shapes.clear()
+        PaddedBatch(loaded).read([[*BEGINNING[:7], 50], [*BEGINNING[:7], 51]], never)
+    assert shapes == [(1, 8), (1, 8)]  # seven are not worth a pass of their own
 
 
 def test_reading_stops_between_groups_when_cancelled(tiny_model, monkeypatch):
@@ -98,7 +101,7 @@ def test_reading_stops_between_groups_when_cancelled(tiny_model, monkeypatch):
         ([BEGINNING], 0),  # nobody to share with
         ([[*BEGINNING, 1, 2], [*BEGINNING, 3]], 9),
         ([[*BEGINNING, 1], [*BEGINNING]], 8),  # each keeps a token of its own
-        ([BEGINNING[:8], BEGINNING[:8]], 0),  # seven are not worth a pass
+        ([BEGINNING, BEGINNING], 8),
         ([[*BEGINNING, 1], [*BEGINNING, 2], [7, *BEGINNING]], 0),
     ],
 )

@@ -13,8 +13,6 @@ from transformers.cache_utils import DynamicLayer
 
 SPARE_TOKENS: Final = 64
 GROWTH: Final = 1.25
-FEWEST_SHARED: Final = 8
-"""A shorter beginning is not worth a pass of its own."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -118,6 +116,4 @@ def shared_beginning(prompts: Sequence[list[int]]) -> int:
         return 0
     low, high = min(prompts), max(prompts)  # what these two share, all share
     most = min(map(len, prompts)) - 1
-    differ = (place for place in range(most) if low[place] != high[place])
-    shared = next(differ, most)
-    return shared if shared >= FEWEST_SHARED else 0
+    return next((place for place in range(most) if low[place] != high[place]), most)

@@ -1,8 +1,9 @@
 """A decoder of Llama's shape on a CPU, computed with less around its products than transformers'.
 
 The arithmetic is the model's own; what is saved is everything beside it. Prompts are read end to end,
-without padding, and of the last layer only what the next token needs. Projections of the same states
-are one product. A step reads the keys of each group of like length, not the padding of the longest row.
+without padding, what several begin with only once, and of the last layer what the next token needs.
+Projections of the same states are one product. A step reads the keys of each group of like length, not
+the padding of the longest row.
 
 A model is taken over where its class is known, and only after a probe has come out as its own forward
 does. Shapes below name a batch's rows; `tokens` are those of all rows, one after the other.
@@ -10,7 +11,7 @@ does. Shapes below name a batch's rows; `tokens` are those of all rows, one afte
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, Final, NamedTuple, Protocol
 
 import torch
@@ -177,6 +178,14 @@ class _Attend(Protocol):
     def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor: ...
 
 
+class _Beginning(NamedTuple):
+    """The first columns of a row, which another one begins with as well."""
+
+    row: int
+    start: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class _Span:
     """Tokens of a row that are read in one pass, behind those that the cache holds already."""
@@ -186,6 +195,8 @@ class _Span:
     start: int
     """The cache's column where the row begins."""
     behind: int
+    taken: _Beginning | None = None
+    """What is copied from a row that has been read, up to here, instead of being read again."""
 
     @property
     def end(self) -> int:
@@ -210,20 +221,16 @@ class UnpaddedBatch:
         self._starts = torch.tensor([self._width - len(ids) for ids in prompts])
         self._cache = self._decoder.new_cache(len(prompts), self._width)
         starts = self._starts.tolist()
-        shared = shared_beginning(prompts)
-        if shared:
-            for part in _passes(_spans(0, prompts[0][:shared], starts[0])):
-                self._read(part)
-        self._begin_rows(shared, starts)
-        rows = zip(prompts, starts, strict=True)
-        every = [_spans(row, ids[shared:], at, shared) for row, (ids, at) in enumerate(rows)]
-        found = []
-        for part in _passes(chain.from_iterable(every)):
+        self._clear_padding(starts)
+        rows: list[int] = []
+        found: list[torch.Tensor] = []
+        for part in _passes(_spans(prompts, starts)):
             if cancelled():
                 return None
             ends = [place for place, span in enumerate(part) if span.end == self._width]
             found.append(self._read(part)[ends])
-        return torch.cat(found)
+            rows += [part[place].row for place in ends]
+        return torch.cat(found)[torch.tensor(rows).argsort()]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits behind one more token of each row, (rows, vocabulary)."""
@@ -251,20 +258,30 @@ class UnpaddedBatch:
         lasts = torch.tensor([len(span.ids) for span in spans]).cumsum(0) - 1
         return self._decoder(ids, positions, _Reading(self._cache, spans), lasts)
 
-    def _begin_rows(self, shared: int, starts: Sequence[int]) -> None:
-        """Set padding before each row, and what all rows begin with, which the first one has."""
+    def _clear_padding(self, starts: Sequence[int]) -> None:
         for layer in self._cache.layers:
             for room in _room_of(layer):
                 for row, start in enumerate(starts):
                     # Zeros: what a mask leaves out is multiplied by nought, and memory may hold NaN.
                     room[row, :, :start] = 0
-                    room[row, :, start : start + shared] = room[0, :, starts[0] :][:, :shared]
 
 
-def _spans(row: int, ids: Sequence[int], start: int, behind: int = 0) -> Iterator[_Span]:
-    """A row's tokens in spans that a pass can hold, so that long prompts need no more memory."""
-    for first in range(0, len(ids), MOST_TOKENS):
-        yield _Span(row, ids[first : first + MOST_TOKENS], start, behind + first)
+def _spans(prompts: Sequence[list[int]], starts: Sequence[int]) -> Iterator[_Span]:
+    """All prompts in spans that a pass can hold, so that long ones need no more memory.
+
+    They come in the order of their tokens: what a prompt begins with as any one before it does, the last
+    one does too.
+    """
+    last: int | None = None
+    for row in sorted(range(len(prompts)), key=prompts.__getitem__):
+        ids, shared, taken = prompts[row], 0, None
+        if last is not None:
+            shared = shared_beginning([prompts[last], ids])
+            taken = _Beginning(last, starts[last], shared)
+        for first in range(shared, len(ids), MOST_TOKENS):
+            yield _Span(row, ids[first : first + MOST_TOKENS], starts[row], first, taken)
+            taken = None
+        last = row
 
 
 def _passes(spans: Iterable[_Span]) -> Iterator[list[_Span]]:
@@ -301,6 +318,10 @@ class _Reading:
         mixed = []
         for span, first, end, mask in self._parts:
             for whole, states in zip(room, (new.keys, new.values), strict=True):
+                if span.taken is not None:
+                    row, start, tokens = span.taken
+                    beginning = whole[span.row, :, span.start : span.start + tokens]
+                    beginning.copy_(whole[row, :, start : start + tokens])
                 place = whole[span.row, :, span.start + span.behind : span.end]
                 place.copy_(states[first:end].transpose(0, 1))
             seen_keys, seen_values = (

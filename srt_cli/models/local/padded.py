@@ -19,6 +19,8 @@ GROUP_TOKENS: Final = {"cpu": 768, "mps": 4096, "cuda": 32_768}
 """Tokens of a group, padding and all: enough to keep the arithmetic busy."""
 WHOLE_BATCH_TOKENS: Final = {"cpu": 16_384, "mps": 16_384, "cuda": 131_072}
 """Where a batch cannot be read in groups: its activations are the peak of memory."""
+FEWEST_SHARED: Final = 8
+"""A shorter beginning is not worth a pass of its own."""
 
 
 class PaddedBatch:
@@ -41,6 +43,7 @@ class PaddedBatch:
         if not _reads_in_groups(cache):
             return _read(loaded, prompts, cache)
         shared = shared_beginning(prompts)
+        shared = shared if shared >= FEWEST_SHARED else 0
         beginning = DynamicCache(config=loaded.model.config)
         if shared:
             _read(loaded, [prompts[0][:shared]], beginning)
