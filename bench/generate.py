@@ -1,9 +1,9 @@
 """Local generation on this machine, measured: `make bench-generate`.
 
-256 prompts of mixed length, as many as a command of srt hands over at once, and greedy replies of at
-most `--max-tokens`, three ways in one process: transformers' `generate` one prompt at a time, `generate`
-in fixed batches in the order of the input, and srt's engine, which chooses its batches itself. Replies
-must be the same texts.
+256 prompts of mixed length, as many as a command of srt hands over at once (or fewer, each several
+times: `--samples`), and greedy replies of at most `--max-tokens`, three ways in one process:
+transformers' `generate` one prompt at a time, `generate` in fixed batches in the order of the input, and
+srt's engine, which chooses its batches itself. Replies must be the same texts.
 """
 
 import argparse
@@ -37,12 +37,14 @@ PADDINGS: Final = (0, 1, 3, 8)
 
 
 def prompts(rows: int) -> list[str]:
-    """Prompts of mixed length, the same every time, in no order of length."""
-    topics = [json.loads(line)["prompt"] for line in TOPICS.read_text().splitlines()]
-    return [
-        " ".join(topics[(number + step) % len(topics)] for step in range(1 + PADDINGS[number % 4]))
-        for number in range(rows)
-    ]
+    """Different prompts of mixed length, the same every time, in no order of length."""
+    lines = TOPICS.read_text().splitlines()
+    topics = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
+    found = []
+    for number in range(rows):
+        padding = PADDINGS[(number + number // len(topics)) % len(PADDINGS)]
+        found.append(" ".join(topics[(number + step) % len(topics)] for step in range(1 + padding)))
+    return found
 
 
 def apart(work: Callable[[], Found]) -> Found:
@@ -103,13 +105,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=_weights_of_the_demo())
     parser.add_argument("--rows", type=int, default=ROWS)
+    parser.add_argument("--samples", type=int, default=1, help="rows of the same prompt")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64, help="of the fixed batches")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--runs", type=int, default=1)
     chosen = parser.parse_args()
     hand = apart(lambda: Transformers(chosen.model, chosen.max_tokens))
-    texts = prompts(chosen.rows)
+    texts = [text for text in prompts(chosen.rows // chosen.samples) for _ in range(chosen.samples)]
     encoded = [hand.encode(text) for text in texts]
     requests = [
         Request((Message(role="user", content=text),), max_tokens=chosen.max_tokens)
@@ -147,7 +150,7 @@ def main() -> None:
     lengths = sorted(map(len, encoded))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     console.result(
-        f"{chosen.rows} prompts of {lengths[0]} to {lengths[-1]} tokens, {tokens} tokens written, "
+        f"{len(texts)} prompts of {lengths[0]} to {lengths[-1]} tokens, {tokens} tokens written, "
         f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
     )
     columns = ("", "seconds", "tokens/s", "srt is faster by")
@@ -160,7 +163,7 @@ def main() -> None:
         )
     ]
     console.table("greedy generation", columns, rows)
-    said = ", ".join(f"{count} of {chosen.rows} ({name})" for name, count in equal.items())
+    said = ", ".join(f"{count} of {len(texts)} ({name})" for name, count in equal.items())
     console.result(f"replies equal to one by one: {said}; peak {memory:.1f} GiB")
 
 
