@@ -42,8 +42,11 @@ def prompts(rows: int) -> list[str]:
     topics = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
     found = []
     for number in range(rows):
-        padding = PADDINGS[(number + number // len(topics)) % len(PADDINGS)]
-        found.append(" ".join(topics[(number + step) % len(topics)] for step in range(1 + padding)))
+        turn, start = divmod(number, len(topics))
+        padding = PADDINGS[(turn + start) % len(PADDINGS)]
+        # Every other turn goes backwards, so that no prompt begins as a longer one does.
+        places = (start + (-1) ** turn * step for step in range(1 + padding))
+        found.append(" ".join(topics[place % len(topics)] for place in places))
     return found
 
 
