@@ -1,7 +1,5 @@
 """The decoder for CPUs computes what transformers' own forward does, or stands aside."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,8 +19,8 @@ from transformers import (
 )
 
 from srt_cli.models.local import decoder
-from srt_cli.models.local.cache import keep_rows
-from srt_cli.models.local.decoder import UnpaddedBatch, decoder_of, groups_of_like_start
+from srt_cli.models.local.cache import filled_from_the_end
+from srt_cli.models.local.decoder import UnpaddedBatch, decoder_of, groups_of_like_length
 from srt_cli.models.local.products import in_int8, in_turn, packed
 
 SIZES = {
@@ -79,10 +77,15 @@ def logits_alone(model, ids):
         return model(torch.tensor([ids])).logits[0, -1]
 
 
+def expect_as_alone(model, texts, logits):
+    for ids, found in zip(texts, logits, strict=True):
+        torch.testing.assert_close(found, logits_alone(model, ids), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("beginning", [0, 12])
 def test_rows_are_read_and_continued_as_if_alone(name, beginning, monkeypatch):
-    """Prompts in several passes, a common beginning, rows that leave from every group."""
+    """Prompts in several passes, a common beginning, several tokens at once, rows that leave."""
     monkeypatch.setattr(decoder, "MOST_TOKENS", 30)
     monkeypatch.setattr(decoder, "PADDING_WORTH_A_GROUP", 20)
     model = made(*KNOWN[name])
@@ -95,13 +98,27 @@ def test_rows_are_read_and_continued_as_if_alone(name, beginning, monkeypatch):
     ]
     with torch.inference_mode():
         logits = batch.read(rows, never)
-        for step, gone in enumerate([[], [0, 4], [1], [], [0, 3]]):
-            for ids, found in zip(rows, logits, strict=True):
-                torch.testing.assert_close(found, logits_alone(model, ids), atol=1e-4, rtol=1e-4)
-            rows = [rows[place] for place in batch.keep(gone)]
-            tokens = [(11 * step + number) % 100 for number in range(len(rows))]
-            rows = [[*ids, token] for ids, token in zip(rows, tokens, strict=True)]
-            logits = batch.step(torch.tensor(tokens))
+        expect_as_alone(model, rows, logits)
+        # Rows that end after each step, and how many tokens of a row are added, and taken back.
+        for gone, added, wrong in (
+            ([], [1] * 8, 0), ([0, 4], [1] * 6, 0), ([1], [1, 4, 1, 2, 1], 1), ([], [70] * 5, 69),
+            ([0, 3], [3] * 3, 3), ([0], [2, 1], 0),
+        ):  # fmt: skip
+            rows = [rows[place] for place in batch.keep(gone, [0] * len(rows))]
+            tokens = [[(11 * n + place) % 100 for place in range(n)] for n in added]
+            logits = batch.step(tokens)
+            beginnings = [
+                [*ids, *new[: place + 1]]
+                for ids, new in zip(rows, tokens, strict=True)
+                for place in range(len(new))
+            ]
+            expect_as_alone(model, beginnings, logits)
+            fallen = [min(wrong, count) for count in added]
+            batch.keep([], fallen)
+            rows = [
+                [*ids, *new[: len(new) - count]]
+                for ids, new, count in zip(rows, tokens, fallen, strict=True)
+            ]
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -147,8 +164,7 @@ def test_what_prompts_begin_with_is_read_once_and_nothing_is_padded(monkeypatch)
     monkeypatch.setattr(known, "_embed", lambda ids: (read.append(ids.tolist()), embed(ids))[1])
     with torch.inference_mode():
         logits = UnpaddedBatch(known).read(BEGINNINGS, never)
-    for ids, found in zip(BEGINNINGS, logits, strict=True):
-        torch.testing.assert_close(found, logits_alone(model, ids), atol=1e-4, rtol=1e-4)
+    expect_as_alone(model, BEGINNINGS, logits)
     again = [SHORT[-1]]  # the same prompt: only its last token, for the logits behind it
     first = [*SHORT, *again, SHORT[-1], 8, 8, 8, 9]
     assert read == [first, LONG[:12], [*LONG[12:20], 7, 7, 7, 7], LONG[20:]]
@@ -161,8 +177,7 @@ def test_prompts_of_any_beginnings_are_read_as_if_alone(prompts):
     with pytest.MonkeyPatch.context() as patched, torch.inference_mode():
         patched.setattr(decoder, "MOST_TOKENS", 4)
         logits = UnpaddedBatch(READER).read(prompts, never)
-    wanted = torch.stack([logits_alone(TINY, ids) for ids in prompts])
-    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+        expect_as_alone(TINY, prompts, logits)
 
 
 def test_reading_stops_between_passes_when_cancelled(monkeypatch):
@@ -175,13 +190,14 @@ def test_reading_stops_between_passes_when_cancelled(monkeypatch):
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=60))
-def test_groups_hold_every_row_once_with_little_padding(starts):
-    groups = groups_of_like_start(starts)
+def test_groups_hold_every_row_once_with_little_padding(lengths):
+    groups = groups_of_like_length(lengths)
     assert [first for first, _, _ in groups] == [0, *(last for _, last, _ in groups[:-1])]
-    assert groups[-1][1] == len(starts)
-    for first, last, column in groups:
-        assert column == min(starts[first:last])
-        assert sum(starts[first:last]) - column * (last - first) <= decoder.PADDING_WORTH_A_GROUP
+    assert groups[-1][1] == len(lengths)
+    for first, last, width in groups:
+        assert width == max(lengths[first:last])
+        padding = width * (last - first) - sum(lengths[first:last])
+        assert padding <= decoder.PADDING_WORTH_A_GROUP
 
 
 @settings(max_examples=200, deadline=None)
@@ -194,7 +210,7 @@ def test_rows_that_stay_keep_their_group_and_few_move(data):
         sorted(row for row in rows if end - size <= row < end)
         for size, end in zip(sizes, ends, strict=True)
     ]
-    order = keep_rows(SimpleNamespace(layers=[]), groups)
+    order = filled_from_the_end(groups)
     assert all(row >= place for place, row in enumerate(order))  # none is overwritten unread
     kept = iter(order)
     assert [sorted(next(kept) for _ in group) for group in groups] == groups

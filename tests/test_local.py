@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import shutil
+from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ from srt_cli.calls.conduct import Call, look_up_call
 from srt_cli.errors import SrtError
 from srt_cli.models import ModelOptions, Request, canonical_request, is_loop, open_model
 from srt_cli.models.local import local, static
+from srt_cli.models.local.decoder import UnpaddedBatch
+from srt_cli.models.local.rows import Generation
 from srt_cli.models.local.sampling import Draw, choose_tokens, draw_key, gumbel_noise
 from srt_cli.models.weights import fingerprint_of, load_tokenizer, load_weights
 from srt_cli.records import Message
@@ -67,6 +70,69 @@ def test_both_engines_write_the_same_greedy_and_drawn_replies(tiny_model):
         for place, same in zip(one.logprobs, other.logprobs, strict=True):
             assert (place.token, list(place.top)) == (same.token, list(same.top))
             assert list(place.top.values()) == pytest.approx(list(same.top.values()), abs=1e-3)
+
+
+def test_guesses_save_steps_and_change_nothing(tiny_model, monkeypatch):
+    """Right ones and wrong ones; greedy, drawn, with log-probs, up to a stop text."""
+    wanted = [
+        *requests(TEXTS, max_tokens=60, top_logprobs=2),
+        *requests(TEXTS, max_tokens=60, temperature=0.9),
+        *requests(TEXTS[:4], max_tokens=60, stop=("e",)),
+    ]
+    written, replies, steps = {}, {}, Counter()
+    reply, step = Generation.reply, UnpaddedBatch.step
+
+    def noted(row):
+        written.setdefault((row.seed, row.request.temperature), list(row.tokens))
+        return reply(row)
+
+    def counted(batch, tokens):
+        steps[static.MOST_GUESSING] += len(tokens)  # of each row
+        return step(batch, tokens)
+
+    def guess(row):
+        done = len(row.tokens)
+        ahead = written[row.seed, row.request.temperature][done : done + 4]
+        if done % 3 == 0:
+            ahead[-1:] = [(token + 1) % 50 for token in ahead[-1:]]
+        return ahead[: row.limit - done - 1]
+
+    monkeypatch.setattr(Generation, "reply", noted)
+    monkeypatch.setattr(Generation, "guess", guess)
+    monkeypatch.setattr(UnpaddedBatch, "step", counted)
+    for most in (0, 64):
+        monkeypatch.setattr(static, "MOST_GUESSING", most)
+        opened = open_model(str(tiny_model), ModelOptions(engine="static"))
+        replies[most] = ask(opened, wanted)
+        opened.close()
+    for one, other in zip(*replies.values(), strict=True):
+        assert (one.text, one.finish_reason, one.usage) == (
+            other.text, other.finish_reason, other.usage,
+        )  # fmt: skip
+        assert [place.token for place in one.logprobs] == [place.token for place in other.logprobs]
+        for place, same in zip(one.logprobs, other.logprobs, strict=True):
+            assert list(place.top.values()) == pytest.approx(list(same.top.values()), abs=1e-3)
+    assert steps[64] < 0.4 * steps[0]
+
+
+def test_smollm2_writes_what_it_would_have_in_fewer_steps(smollm2, monkeypatch):
+    words = "red green blue red green blue red green"
+    asked = requests([f"Repeat these words again and again: {words}"], max_tokens=40)
+    texts, steps, step = set(), Counter(), UnpaddedBatch.step
+
+    def counted(batch, tokens):
+        steps[static.MOST_GUESSING] += 1
+        return step(batch, tokens)
+
+    monkeypatch.setattr(UnpaddedBatch, "step", counted)
+    for most in (0, 64):
+        monkeypatch.setattr(static, "MOST_GUESSING", most)
+        opened = open_model(str(smollm2), ModelOptions(engine="static"))
+        [reply] = ask(opened, asked)
+        opened.close()
+        texts.add(reply.text)
+    assert len(texts) == 1
+    assert steps[64] < 0.8 * steps[0]
 
 
 def test_greedy_replies_are_those_of_generate(tiny_model):

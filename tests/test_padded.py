@@ -64,8 +64,8 @@ def test_every_prompt_is_read_as_if_alone(loaded, beginning, monkeypatch):
         for gone in ([], [1, 4], [0]):  # what the cache holds is what they are continued from
             for ids, found in zip(prompts, logits, strict=True):
                 torch.testing.assert_close(found, logits_alone(loaded, ids))
-            prompts = [[*prompts[place], 3] for place in batch.keep(gone)]
-            logits = batch.step(torch.full((len(prompts),), 3))
+            prompts = [[*prompts[place], 3] for place in batch.keep(gone, [0] * 6)]
+            logits = batch.step([[3]] * len(prompts))
 
 
 def test_a_common_beginning_is_read_once_and_short_prompts_are_not_padded_to_long_ones(

@@ -5,6 +5,7 @@ row leaves by one copy of another into its place, whatever the size of the batch
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -13,6 +14,43 @@ from transformers.cache_utils import DynamicLayer
 
 SPARE_TOKENS: Final = 64
 GROWTH: Final = 1.25
+
+
+class RowStates:
+    """Keys and values of a batch's rows, layer by layer, each row's from the first column on.
+
+    Columns that no row has written are nought: a mask leaves them out, but they are multiplied.
+    """
+
+    def __init__(self, layers: int, rows: int, heads: int, columns: int, size: int) -> None:
+        self.columns = int(GROWTH * columns) + SPARE_TOKENS
+        shape = rows, heads, self.columns, size
+        self._rooms = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
+
+    def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, (rows, heads, columns, size), to be written in place."""
+        return self._rooms[layer]
+
+    def reserve(self, columns: int) -> None:
+        """Make room for so many columns."""
+        if columns <= self.columns:
+            return
+        self.columns = int(GROWTH * columns) + SPARE_TOKENS
+        self._rooms = [(self._larger(keys), self._larger(values)) for keys, values in self._rooms]
+
+    def keep(self, order: Sequence[int], lengths: Sequence[int]) -> None:
+        """Keep these rows of such lengths, in this order; one that stays in its place costs nothing."""
+        moves = [(place, row) for place, row in enumerate(order) if place != row]
+        for place, row in moves:
+            for room in chain.from_iterable(self._rooms):
+                room[place, :, : lengths[row]] = room[row, :, : lengths[row]]
+        self._rooms = [(keys[: len(order)], values[: len(order)]) for keys, values in self._rooms]
+
+    def _larger(self, room: torch.Tensor) -> torch.Tensor:
+        rows, heads, columns, size = room.shape
+        larger = torch.zeros(rows, heads, self.columns, size)
+        larger[:, :, :columns] = room
+        return larger
 
 
 class RoomyLayer(DynamicLayer):
@@ -89,8 +127,20 @@ def _roomy(layer: Any) -> Any:
     return make() if type(layer) is DynamicLayer else layer
 
 
-def keep_rows(cache: DynamicCache, groups: Sequence[Sequence[int]]) -> list[int]:
-    """Keep the rows of these groups, one group behind the other; gives the old row of each place.
+def keep_rows(cache: DynamicCache, rows: Sequence[int]) -> list[int]:
+    """Keep these rows, given in the order in which they stand; gives the old row of each place."""
+    order = filled_from_the_end([rows])
+    for layer in cache.layers:
+        if isinstance(layer, RoomyLayer):
+            layer.keep(order)
+        else:
+            other: Any = layer
+            other.batch_select_indices(torch.tensor(order, device=other.device))
+    return order
+
+
+def filled_from_the_end(groups: Sequence[Sequence[int]]) -> list[int]:
+    """The old row of each place, when only these rows stay, one group behind the other.
 
     A group's holes are filled from its own end, so that few rows move and groups stay together.
     Groups and their rows are in the order in which they stand.
@@ -101,12 +151,6 @@ def keep_rows(cache: DynamicCache, groups: Sequence[Sequence[int]]) -> list[int]
         movers = [row for row in rows if row not in places]
         stay = set(rows).intersection(places)
         order += [place if place in stay else movers.pop() for place in places]
-    for layer in cache.layers:
-        if isinstance(layer, RoomyLayer):
-            layer.keep(order)
-        else:
-            other: Any = layer
-            other.batch_select_indices(torch.tensor(order, device=other.device))
     return order
 
 

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
-    DynamicCache,
     LlamaForCausalLM,
     MistralForCausalLM,
     PreTrainedModel,
@@ -26,7 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from srt_cli.models.local.cache import RoomyLayer, keep_rows, roomy_cache, shared_beginning
+from srt_cli.models.local.cache import (
+    RoomyLayer,
+    RowStates,
+    filled_from_the_end,
+    roomy_cache,
+    shared_beginning,
+)
 from srt_cli.models.local.products import MakeProduct, in_turn
 
 KNOWN: Final = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -75,7 +80,7 @@ def _computes_as(model: Any, decoder: "Decoder") -> bool:
     most = model.config.vocab_size
     prompts = [[token % most for token in ids] for ids in PROBE]
     batch = UnpaddedBatch(decoder)
-    found = [batch.read(prompts, lambda: False), batch.step(torch.tensor([3, 4]))]
+    found = [batch.read(prompts, lambda: False), batch.step([[3], [4]])]
     for row, (ids, token) in enumerate(zip(prompts, (3, 4), strict=True)):
         whole = torch.tensor([[*ids, token]])
         wanted = model(input_ids=whole, logits_to_keep=2).logits[0]  # (2, vocabulary)
@@ -96,13 +101,16 @@ class Decoder:
         self._layers = [_Layer(layer, make) for layer in inner.layers]
         self._head = make([model.lm_head])
 
-    def new_cache(self, rows: int, width: int) -> DynamicCache:
-        """A cache with room for so many rows of so many tokens, which nothing is in yet."""
-        cache = roomy_cache(self.config)
-        for layer, known in zip(cache.layers, self._layers, strict=True):
-            assert isinstance(layer, RoomyLayer)
-            layer.room_for(rows, width, torch.empty(1, known.key_heads, 0, known.size))
-        return cache
+    @property
+    def queries_a_key(self) -> int:
+        """How many heads ask the same keys."""
+        one = self._layers[0]
+        return one.heads // one.key_heads
+
+    def room_for(self, rows: int, columns: int) -> RowStates:
+        """Room for the keys and values of so many rows of so many tokens."""
+        one = self._layers[0]
+        return RowStates(len(self._layers), rows, one.key_heads, columns, one.size)
 
     def __call__(
         self,
@@ -138,8 +146,8 @@ class _Layer:
     def __init__(self, layer: Any, make: MakeProduct) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.size = int(attention.head_dim)
-        self.heads = attention.q_proj.out_features // self.size
-        self.key_heads = attention.k_proj.out_features // self.size
+        self.heads = int(attention.q_proj.out_features) // self.size
+        self.key_heads = int(attention.k_proj.out_features) // self.size
         self._into = layer.input_layernorm, layer.post_attention_layernorm
         self._head_norms = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self._qkv = make([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -178,37 +186,27 @@ class _Attend(Protocol):
     def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor: ...
 
 
-class _Beginning(NamedTuple):
-    """The first columns of a row, which another one begins with as well."""
-
-    row: int
-    start: int
-    tokens: int
-
-
 @dataclass(frozen=True)
 class _Span:
-    """Tokens of a row that are read in one pass, behind those that the cache holds already."""
+    """Tokens of a row that are read in one pass."""
 
     row: int
     ids: Sequence[int]
-    start: int
-    """The cache's column where the row begins."""
     behind: int
-    taken: _Beginning | None = None
-    """What is copied from a row that has been read, up to here, instead of being read again."""
+    """How many of the row's tokens are before them."""
+    copied_from: int | None = None
+    """A row that begins as this one does up to here, and has been read."""
 
     @property
     def end(self) -> int:
-        """The column behind the last of the tokens."""
-        return self.start + self.behind + len(self.ids)
+        """How many of the row's tokens there are up to the last of these."""
+        return self.behind + len(self.ids)
 
 
 class UnpaddedBatch:
-    """Rows of one batch: their prompts are read end to end, then they are continued together.
+    """Rows of one batch: their prompts are read end to end, then they are continued together."""
 
-    In the cache they end in the same column, so those of shorter prompts begin further right.
-    """
+    takes_several = True
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -216,57 +214,55 @@ class UnpaddedBatch:
     def read(
         self, prompts: Sequence[list[int]], cancelled: Callable[[], bool]
     ) -> torch.Tensor | None:
-        """Logits behind each prompt, the longest first, (rows, vocabulary); None if cancelled."""
-        self._width = len(prompts[0])
-        self._starts = torch.tensor([self._width - len(ids) for ids in prompts])
-        self._cache = self._decoder.new_cache(len(prompts), self._width)
-        starts = self._starts.tolist()
-        self._clear_padding(starts)
+        """Logits behind each prompt, (rows, vocabulary); None if cancelled."""
+        self._lengths = [len(ids) for ids in prompts]
+        self._states = self._decoder.room_for(len(prompts), max(self._lengths))
         rows: list[int] = []
         found: list[torch.Tensor] = []
-        for part in _passes(_spans(prompts, starts)):
+        for part in _passes(_spans(prompts)):
             if cancelled():
                 return None
-            ends = [place for place, span in enumerate(part) if span.end == self._width]
+            ends = [place for place, span in enumerate(part) if span.end == len(prompts[span.row])]
             found.append(self._read(part)[ends])
             rows += [part[place].row for place in ends]
         return torch.cat(found)[torch.tensor(rows).argsort()]
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits behind one more token of each row, (rows, vocabulary)."""
-        positions = self._width - self._starts
-        self._width += 1
-        attend = _Stepping(self._cache, self._width, self._starts)
-        return self._decoder(tokens, positions, attend)
+    def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits behind each of some more tokens of each row, (all tokens, vocabulary)."""
+        places = [
+            (row, column)
+            for row, (behind, ids) in enumerate(zip(self._lengths, tokens, strict=True))
+            for column in range(behind, behind + len(ids))
+        ]
+        self._lengths = [
+            behind + len(ids) for behind, ids in zip(self._lengths, tokens, strict=True)
+        ]
+        self._states.reserve(max(self._lengths))
+        attend = _Stepping(self._states, places, self._lengths, self._decoder.queries_a_key)
+        ids = torch.tensor([token for row in tokens for token in row])
+        return self._decoder(ids, attend.columns, attend)
 
-    def keep(self, ended: Sequence[int]) -> list[int]:
-        """Let ended rows go; gives which old row stands in each place now."""
+    def keep(self, ended: Sequence[int], wrong: Sequence[int]) -> list[int]:
+        """Let ended rows go, and so many of each row's last tokens; gives the old row of each place."""
         gone = set(ended)
         groups = [
             [row for row in range(first, last) if row not in gone]
-            for first, last, _ in groups_of_like_start(self._starts.tolist())
+            for first, last, _ in groups_of_like_length(self._lengths)
         ]
-        order = keep_rows(self._cache, groups)
-        self._starts = self._starts[order]
+        order = filled_from_the_end(groups)
+        lengths = [length - count for length, count in zip(self._lengths, wrong, strict=True)]
+        self._states.keep(order, lengths)
+        self._lengths = [lengths[row] for row in order]
         return order
 
     def _read(self, spans: Sequence[_Span]) -> torch.Tensor:
         ids = torch.tensor([token for span in spans for token in span.ids])
-        positions = torch.cat(
-            [torch.arange(span.behind, span.behind + len(span.ids)) for span in spans]
-        )
+        positions = torch.cat([torch.arange(span.behind, span.end) for span in spans])
         lasts = torch.tensor([len(span.ids) for span in spans]).cumsum(0) - 1
-        return self._decoder(ids, positions, _Reading(self._cache, spans), lasts)
-
-    def _clear_padding(self, starts: Sequence[int]) -> None:
-        for layer in self._cache.layers:
-            for room in _room_of(layer):
-                for row, start in enumerate(starts):
-                    # Zeros: what a mask leaves out is multiplied by nought, and memory may hold NaN.
-                    room[row, :, :start] = 0
+        return self._decoder(ids, positions, _Reading(self._states, spans), lasts)
 
 
-def _spans(prompts: Sequence[list[int]], starts: Sequence[int]) -> Iterator[_Span]:
+def _spans(prompts: Sequence[list[int]]) -> Iterator[_Span]:
     """All prompts in spans that a pass can hold, so that long ones need no more memory.
 
     They come in the order of their tokens: what a prompt begins with as any one before it does, the last
@@ -274,13 +270,11 @@ def _spans(prompts: Sequence[list[int]], starts: Sequence[int]) -> Iterator[_Spa
     """
     last: int | None = None
     for row in sorted(range(len(prompts)), key=prompts.__getitem__):
-        ids, shared, taken = prompts[row], 0, None
-        if last is not None:
-            shared = shared_beginning([prompts[last], ids])
-            taken = _Beginning(last, starts[last], shared)
+        ids = prompts[row]
+        shared = shared_beginning([prompts[last], ids]) if last is not None else 0
         for first in range(shared, len(ids), MOST_TOKENS):
-            yield _Span(row, ids[first : first + MOST_TOKENS], starts[row], first, taken)
-            taken = None
+            part = ids[first : first + MOST_TOKENS]
+            yield _Span(row, part, first, last if first == shared else None)
         last = row
 
 
@@ -295,38 +289,30 @@ def _passes(spans: Iterable[_Span]) -> Iterator[list[_Span]]:
     yield part
 
 
-def _room_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """A layer's keys and values so far, (rows, key heads, columns, size), to be written in place."""
-    return layer.keys, layer.values
-
-
 class _Reading:
     """Attention of prompts: each row sees its own tokens, up to each one's place."""
 
-    def __init__(self, cache: DynamicCache, spans: Sequence[_Span]) -> None:
+    def __init__(self, states: RowStates, spans: Sequence[_Span]) -> None:
         ends = [0]
         for span in spans:
             ends.append(ends[-1] + len(span.ids))
-        self._cache = cache
+        self._states = states
         self._parts = [
             (span, first, last, _seen_behind(span))
             for span, (first, last) in zip(spans, pairwise(ends), strict=True)
         ]
 
     def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor:
-        room = _room_of(self._cache.layers[layer])
         mixed = []
         for span, first, end, mask in self._parts:
-            for whole, states in zip(room, (new.keys, new.values), strict=True):
-                if span.taken is not None:
-                    row, start, tokens = span.taken
-                    beginning = whole[span.row, :, span.start : span.start + tokens]
-                    beginning.copy_(whole[row, :, start : start + tokens])
-                place = whole[span.row, :, span.start + span.behind : span.end]
-                place.copy_(states[first:end].transpose(0, 1))
-            seen_keys, seen_values = (
-                whole[span.row, None, :, span.start : span.end] for whole in room
-            )
+            seen = []
+            for room, states in zip(self._states[layer], (new.keys, new.values), strict=True):
+                row = room[span.row]  # (key heads, columns, size)
+                if span.copied_from is not None:
+                    row[:, : span.behind] = room[span.copied_from, :, : span.behind]
+                row[:, span.behind : span.end] = states[first:end].transpose(0, 1)
+                seen.append(row[None, :, : span.end])
+            seen_keys, seen_values = seen
             found = scaled_dot_product_attention(
                 new.queries[end - 1 if last else first : end].transpose(0, 1)[None],
                 seen_keys,
@@ -344,8 +330,7 @@ def _seen_behind(span: _Span) -> torch.Tensor | None:
     if not span.behind:
         return None
     count = len(span.ids)
-    unseen = torch.ones(count, span.behind + count).triu(span.behind + 1).bool()
-    return _added(unseen)
+    return _added(torch.ones(count, span.end).triu(span.behind + 1).bool())
 
 
 def _added(unseen: torch.Tensor) -> torch.Tensor:
@@ -353,39 +338,81 @@ def _added(unseen: torch.Tensor) -> torch.Tensor:
     return torch.zeros(unseen.shape).masked_fill(unseen, -torch.inf)
 
 
-class _Stepping:
-    """Attention of one new token a row: each group sees the columns from its first row's start."""
+class _Group(NamedTuple):
+    """Rows of like length: their new tokens attend together."""
 
-    def __init__(self, cache: DynamicCache, width: int, starts: torch.Tensor) -> None:
-        self._cache = cache
+    rows: slice
+    width: int
+    tokens: slice
+    within: tuple[torch.Tensor, torch.Tensor]
+    """Of each token, its row in the group and its number in the row."""
+    most: int
+    """New tokens of a row."""
+    mask: torch.Tensor
+
+
+class _Stepping:
+    """Attention of some new tokens a row: each sees its own row up to its place."""
+
+    def __init__(
+        self,
+        states: RowStates,
+        places: Sequence[tuple[int, int]],
+        lengths: Sequence[int],
+        queries_a_key: int,
+    ) -> None:
+        """With the row and column of each new token, and the lengths that rows have with them."""
+        self._states = states
+        self._rows, self.columns = torch.tensor(places).unbind(1)
+        counts = torch.bincount(self._rows)
+        ends = torch.tensor(lengths)
+        begins = ends - counts
         self._groups = []
-        for first, last, start in groups_of_like_start(starts.tolist()):
-            padding = torch.arange(start, width) < starts[first:last, None]  # (group, columns)
-            self._groups.append((slice(first, last), start, _added(padding)[:, None, None]))
+        done = 0
+        for first, last, width in groups_of_like_length(lengths):
+            tokens = slice(done, done := done + int(counts[first:last].sum()))
+            rows, columns = self._rows[tokens], self.columns[tokens]
+            most = int(counts[first:last].max())
+            seen = begins[first:last, None] + torch.arange(1, most + 1)  # (rows, most)
+            mask = _added(torch.arange(width) >= seen[..., None])
+            if most > 1:
+                mask = mask.repeat_interleave(queries_a_key, 1)
+            within = rows - first, columns - begins[rows]
+            self._groups.append(
+                _Group(slice(first, last), width, tokens, within, most, mask[:, None])
+            )
 
     def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor:
-        room: Any = self._cache.layers[layer]
-        seen_keys, seen_values = room.update(new.keys[:, :, None], new.values[:, :, None])
-        # Queries that share keys are as several tokens of one head: (rows, key heads, queries, size).
-        asking = new.queries.unflatten(1, (new.keys.shape[1], -1))
-        mixed = [
-            scaled_dot_product_attention(
-                asking[rows], seen_keys[rows, :, start:], seen_values[rows, :, start:], mask
-            )
-            for rows, start, mask in self._groups
-        ]
+        keys, values = self._states[layer]
+        keys[self._rows, :, self.columns] = new.keys
+        values[self._rows, :, self.columns] = new.values
+        # Queries that share keys are as several tokens of one head.
+        asking = new.queries.unflatten(1, (keys.shape[1], -1))  # (tokens, key heads, queries, size)
+        mixed = []
+        for rows, width, tokens, within, most, mask in self._groups:
+            queries = asking[tokens]
+            if most > 1:
+                several = queries.new_zeros(mask.shape[0], most, *queries.shape[1:])
+                several[within] = queries
+                queries = several.movedim(1, 2).flatten(2, 3)
+            found = scaled_dot_product_attention(
+                queries, keys[rows, :, :width], values[rows, :, :width], mask
+            )  # (rows, key heads, most * queries, size)
+            if most > 1:
+                found = found.unflatten(2, (most, -1)).movedim(2, 1)[within]
+            mixed.append(found)
         return torch.cat(mixed).flatten(1)
 
 
-def groups_of_like_start(starts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """First and last (exclusive) row, and first column, of groups with little padding."""
+def groups_of_like_length(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """First and last (exclusive) row, and greatest length, of groups with little padding."""
     groups = []
-    first, begin, padding = 0, starts[0], 0
-    for row, start in enumerate(starts):
-        wider = min(begin, start)
-        padded = padding + start - wider + (begin - wider) * (row - first)
+    first, width, padding = 0, lengths[0], 0
+    for row, length in enumerate(lengths):
+        wider = max(width, length)
+        padded = padding + wider - length + (wider - width) * (row - first)
         if padded > PADDING_WORTH_A_GROUP:
-            groups.append((first, row, begin))
-            first, wider, padded = row, start, 0
-        begin, padding = wider, padded
-    return [*groups, (first, len(starts), begin)]
+            groups.append((first, row, width))
+            first, wider, padded = row, length, 0
+        width, padding = wider, padded
+    return [*groups, (first, len(lengths), width)]

@@ -29,6 +29,8 @@ class PaddedBatch:
     In the cache, (rows, heads, columns, size) a layer, they are padded on the left.
     """
 
+    takes_several = False
+
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
 
@@ -57,23 +59,25 @@ class PaddedBatch:
             _set_beside(cache, group, shared, first, prompts)
         return torch.cat(found)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+    def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits behind one more token of each row, (rows, vocabulary)."""
+        ids = torch.tensor(tokens, device=self._lengths.device)  # (rows, 1)
         self._width += 1
         self._lengths = self._lengths + 1
-        columns = torch.arange(self._width, device=tokens.device)
+        columns = torch.arange(self._width, device=ids.device)
         return _forward(
             self._loaded,
             self._cache,
-            input_ids=tokens[:, None],
+            input_ids=ids,
             attention_mask=columns >= self._width - self._lengths[:, None],
             position_ids=self._lengths[:, None] - 1,
         )
 
-    def keep(self, ended: Sequence[int]) -> list[int]:
-        """Let ended rows go; gives which old row stands in each place now."""
+    def keep(self, ended: Sequence[int], wrong: Sequence[int]) -> list[int]:
+        """Let ended rows go; gives the old row of each place."""
+        assert not any(wrong)  # rows stay as long as each other
         left = [row for row in range(len(self._lengths)) if row not in ended]
-        order = keep_rows(self._cache, [left])
+        order = keep_rows(self._cache, left)
         self._lengths = self._lengths[order]
         return order
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from srt_cli.models import (
     VERDICTS,
@@ -22,6 +22,7 @@ from srt_cli.models import (
     is_loop,
     part_reply,
 )
+from srt_cli.models.local.lookup import Lookup
 from srt_cli.models.local.sampling import Draw, draw_key
 from srt_cli.reading import marks_of_thoughts, opened_by
 from srt_cli.records import Usage
@@ -133,6 +134,7 @@ class Generation:
     tops: dict[int, tuple[list[float], list[int]]] = field(default_factory=dict)
     """Log-probabilities and ids of the likeliest tokens, by place in `tokens`."""
     finish: FinishReason | None = None
+    _lookup: Lookup | None = None
 
     @cached_property
     def seed(self) -> int:
@@ -152,11 +154,23 @@ class Generation:
         # A token is at least a byte, so a stop text never stands in more tokens than it has bytes.
         return max((len(stop.encode()) for stop in self.request.stop), default=0) + 1
 
-    def draw(self) -> Draw:
-        """How its next token is drawn."""
+    def draw(self, ahead: int = 0) -> Draw:
+        """How the token is drawn that is so many places behind its next one."""
         asked = self.request
-        key = self.key_at(len(self.prompt_ids) + len(self.tokens)) if asked.temperature > 0 else 0
+        position = len(self.prompt_ids) + len(self.tokens) + ahead
+        key = self.key_at(position) if asked.temperature > 0 else 0
         return Draw(asked.temperature, asked.top_p, key)
+
+    def guess(self) -> list[int]:
+        """How it may go on, within its limit and before one more token."""
+        if self._lookup is None:
+            self._lookup = Lookup([*self.prompt_ids, *self.tokens])
+        return self._lookup.guess(self.limit - len(self.tokens) - 1)
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Take note how many tokens of its last guess were right."""
+        if self._lookup is not None and guessed:
+            self._lookup.learn(guessed, right)
 
     def key_at(self, position: int) -> int:
         """The draw's key for the token at a position of prompt and reply; never 0."""
@@ -179,6 +193,8 @@ class Generation:
         if top is not None:
             self.tops[len(self.tokens)] = top
         self.tokens.append(token)
+        if self._lookup is not None:
+            self._lookup.add(token)
         if token in self.loaded.end_ids or (self.request.stop and self._stops()):
             self.finish = "stop"
         elif len(self.tokens) >= self.limit:
@@ -192,6 +208,7 @@ class Generation:
         self.tokens.clear()
         self.tops.clear()
         self.finish = None
+        self._lookup = None
 
     def _stops(self) -> bool:
         tail = str(self.loaded.tokenizer.decode(self.tokens[-self._tail_tokens :]))
@@ -245,18 +262,16 @@ class Generation:
         return tuple(found)
 
 
-def top_tokens(
-    logits: "torch.Tensor", rows: Sequence[Generation], tokens: Sequence[int]
-) -> list[tuple[list[float], list[int]] | None]:
-    """The likeliest tokens where rows want them, from logits (rows, vocabulary) before any draw."""
-    wanting = [place for place, row in enumerate(rows) if row.wants_top(tokens[place])]
-    tops: list[tuple[list[float], list[int]] | None] = [None] * len(rows)
+def keep_tops(logits: "torch.Tensor", wanting: Sequence[tuple[int, Generation, int]]) -> None:
+    """Note the likeliest tokens, before any draw, where rows want them.
+
+    Of logits (tokens, vocabulary): the place there, the row, and the place in the row's reply.
+    """
     if not wanting:
-        return tops
-    most = max(rows[place].request.top_logprobs for place in wanting)
-    values, ids = logits[wanting].float().log_softmax(-1).topk(min(most, logits.shape[-1]))
-    kept: Any = zip(wanting, values.tolist(), ids.tolist(), strict=True)
-    for place, likely, token_ids in kept:
-        count = rows[place].request.top_logprobs
-        tops[place] = likely[:count], token_ids[:count]
-    return tops
+        return
+    most = max(row.request.top_logprobs for _, row, _ in wanting)
+    likely = logits[[place for place, _, _ in wanting]].float().log_softmax(-1)
+    values, ids = likely.topk(min(most, logits.shape[-1]))
+    for (_, row, place), some, tokens in zip(wanting, values.tolist(), ids.tolist(), strict=True):
+        count = row.request.top_logprobs
+        row.tops[place] = some[:count], tokens[:count]

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Final, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from srt_cli.models.local.decoder import UnpaddedBatch, decoder_of
 from srt_cli.models.local.meter import Throughput
 from srt_cli.models.local.padded import PaddedBatch, tokens_read_at_once
 from srt_cli.models.local.products import in_int8, in_turn, packed, packs, use_in
-from srt_cli.models.local.rows import Generation, Loaded, top_tokens
+from srt_cli.models.local.rows import Generation, Loaded, keep_tops
 from srt_cli.models.local.sampling import choose_tokens
 from srt_cli.models.weights import own_memory_bytes
 
@@ -31,6 +32,8 @@ USUAL_REPLY: Final = 256
 OPERATIONS_A_SECOND: Final = 5e10
 """Of one core that decodes in float32: SmolLM2-135M at 185 tokens/s."""
 FEWEST_ROWS: Final = 8
+MOST_GUESSING: Final = 64
+"""Rows of a step with guesses: for more, a guessed token takes a core as long as any other."""
 OUT_OF_MEMORY: Final = (
     "out of memory",
     "can't allocate memory",
@@ -212,16 +215,19 @@ def _tokens_that_fit(loaded: Loaded) -> int:
 class RowBatch(Protocol):
     """How the rows of a batch are computed; the batch is on the device of its model."""
 
+    takes_several: bool
+    """Whether a step takes several tokens of a row."""
+
     def read(
         self, prompts: Sequence[list[int]], cancelled: Callable[[], bool]
     ) -> torch.Tensor | None:
         """Logits behind each prompt, the longest first, (rows, vocabulary); None if cancelled."""
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits behind one more token of each row, (rows, vocabulary)."""
+    def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits behind each of some more tokens of each row, (all tokens, vocabulary)."""
 
-    def keep(self, ended: Sequence[int]) -> list[int]:
-        """Let ended rows go; gives which old row stands in each place now."""
+    def keep(self, ended: Sequence[int], wrong: Sequence[int]) -> list[int]:
+        """Let ended rows go, and so many of each row's last tokens; gives the old row of each place."""
 
 
 @torch.inference_mode()
@@ -233,23 +239,47 @@ def generate(
     A cancelled batch stops at the next token.
     """
     live = list(batch)
+    guesses: list[list[int]] = [[] for _ in live]
     decoder = loaded.decoder
     together: RowBatch = UnpaddedBatch(decoder) if decoder is not None else PaddedBatch(loaded)
     logits = together.read([row.prompt_ids for row in live], cancelled)
     while logits is not None and not cancelled():
-        drawn = choose_tokens(logits, [row.draw() for row in live])
-        tokens = drawn.tolist()
-        tops = top_tokens(logits, live, tokens)
-        ended = [
-            place
-            for place, (row, token) in enumerate(zip(live, tokens, strict=True))
-            if row.take(token, tops[place])
-        ]
+        wrong = _take(live, guesses, logits)
+        ended = [place for place, row in enumerate(live) if row.finish is not None]
         for place in ended:
             yield live[place]
         if len(ended) == len(live):
             return
-        if ended:
-            order = together.keep(ended)
-            live, drawn = [live[place] for place in order], drawn[order]
-        logits = together.step(drawn)
+        if ended or any(wrong):
+            live = [live[place] for place in together.keep(ended, wrong)]
+        guessing = together.takes_several and len(live) <= MOST_GUESSING
+        guesses = [row.guess() if guessing else [] for row in live]
+        known = zip(live, guesses, strict=True)
+        logits = together.step([[row.tokens[-1], *guess] for row, guess in known])
+
+
+def _take(
+    live: Sequence[Generation], guesses: Sequence[list[int]], logits: torch.Tensor
+) -> list[int]:
+    """Give each row its next token, and more where it was guessed; how many guessed ones fell away.
+
+    Of logits (tokens, vocabulary): behind each row's last token, and each of its guess.
+    """
+    known = list(zip(live, guesses, strict=True))
+    draws = [row.draw(ahead) for row, guess in known for ahead in range(len(guess) + 1)]
+    drawn = choose_tokens(logits, draws).tolist()
+    wanting, wrong = [], []
+    begin = 0
+    for row, guess in known:
+        end, right = begin + len(guess) + 1, 0
+        for place, (token, guessed) in enumerate(zip_longest(drawn[begin:end], guess), begin):
+            if row.wants_top(token):
+                wanting.append((place, row, len(row.tokens)))
+            if row.take(token) or token != guessed:
+                break
+            right += 1
+        row.learn(len(guess), right)
+        wrong.append(len(guess) - right)
+        begin = end
+    keep_tops(logits, wanting)
+    return wrong
