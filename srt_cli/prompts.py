@@ -49,6 +49,7 @@ ROWS_AT_ONCE: Final = 1000
 MAX_CELL: Final = 2**30
 MOST_BEFORE: Final = 20
 """Lines in which a table's header is looked for."""
+LINE_END: Final = re.compile(r"\r\n|\r|\n")
 
 NumberedRow = tuple[str, int, Mapping[str, Any]]
 """The name of a file, the number of a row in it, and the row."""
@@ -521,16 +522,20 @@ def _read_csv(path: Path, empty: list[int]) -> Iterator[tuple[int, dict[str, Any
     """Rows by the names in the header; an empty cell is None."""
     csv.field_size_limit(MAX_CELL)
     delimiter, before = _header_of(path)
-    number = 0
+    number, end = 0, before
     with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         try:
             for _ in range(before):
                 text.readline()
             reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+            if reader.fieldnames:
+                end = before + reader.line_num
             for row in reader:
-                number = before + reader.line_num
+                end = before + reader.line_num
                 surplus = row.pop(None, [])
+                cells = [*filter(None, row.values()), *surplus]
+                number = end - sum(len(LINE_END.findall(cell)) for cell in cells)
                 if any(surplus):
                     raise SrtError(
                         f"{path}:{number}: has more cells than the header. Quote texts that hold "
@@ -545,7 +550,9 @@ def _read_csv(path: Path, empty: list[int]) -> Iterator[tuple[int, dict[str, Any
                 _refuse_not_utf8(path, lines_of(again))
             raise
         except csv.Error as error:
-            raise SrtError(f"{path}:{before + reader.line_num}: not valid CSV ({error}).") from None
+            raise SrtError(
+                f"{path}:{end + 1}: not valid CSV in the row that begins here ({error})."
+            ) from None
     if not number:
         raise SrtError(f"{path}: the file is empty. It needs a header and rows.")
 

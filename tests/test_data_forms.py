@@ -196,6 +196,22 @@ def test_one_file_is_not_read_as_what_its_name_says_and_that_is_said(srt, folder
         assert message in finished.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('id,prompt\n1,"a\nb"\n\n2,"c\r\nd",e\n', "p.csv:5: has more cells than the header."),
+        ('prompt\n"a\nb"\n"c\nd\n', "p.csv:4: not valid CSV in the row that begins here"),
+        ('prompt\n"a\nb\n', "p.csv:2: not valid CSV in the row that begins here"),
+        ('"prompt\na\nb\n', "p.csv:1: not valid CSV in the row that begins here"),
+    ],
+)
+def test_a_row_of_a_table_is_named_by_its_first_line(srt, folder, text, message):
+    (folder / "p.csv").write_bytes(text.encode())
+    finished = collect(srt, "--prompts", "p.csv")
+    assert finished.code == 1
+    assert message in finished.stderr
+
+
 def test_fields_are_named_with_dots(srt, folder):
     row = {"meta": {"key": 7, "ask": "What?"}, "answers": [{"text": "A given answer."}], "id": "x"}
     write_jsonl(folder / "prompts.jsonl", [row])

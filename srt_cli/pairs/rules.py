@@ -20,7 +20,8 @@ ADVICE: Final = {
     TIE: "Try --score expected, where the critic's log-probabilities are known.",
     "copy": "The critic repeats the draft: it was trained on too many good drafts.",
     "unparsed": "The critic does not keep the format: train it longer.",
-    "truncated": "Replies are cut off: raise --critic-max-tokens.",
+    "truncated": "Replies do not end, and the rows' `reason` says why. At a token limit, raise "
+    "--critic-max-tokens, or --max-new-tokens for drafts.",
     "refused": "The critic refuses: look at the prompts, or take another critic.",
     "failed": "The calls failed: run the command that made the file again.",
     "gain below": "Relax --min-gain, or look at the scores in the data.",
