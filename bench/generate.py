@@ -3,7 +3,8 @@
 256 prompts of mixed length, as many as a command of srt hands over at once (or fewer, each several
 times: `--samples`), and greedy replies of at most `--max-tokens`, three ways in one process:
 transformers' `generate` one prompt at a time, `generate` in fixed batches in the order of the input, and
-srt's engine, which chooses its batches itself. Replies must be the same texts.
+srt's engine, which chooses its batches itself. Replies must be the same texts. With `--again` each
+prompt is answered first, and its answer is then asked for again, as refinements are.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from srt_cli.models.weights import load_tokenizer, load_weights
 from srt_cli.records import Message
 
 Found = TypeVar("Found")
+Chat = tuple[Message, ...]
 ROWS: Final = WAVE
 TOPICS: Final = Path(__file__).parents[1] / "examples" / "quickstart" / "prompts.jsonl"
+AGAIN: Final = Message(role="user", content="Write it again, with its mistakes corrected.")
 PADDINGS: Final = (0, 1, 3, 8)
 """How many further topics are set before a question: prompts of some 40 to 300 tokens."""
 
@@ -76,8 +79,8 @@ class Transformers:
         self.max_tokens = max_tokens
         self.end = {self.chat.end_id, int(self.tokenizer.eos_token_id)}
 
-    def encode(self, text: str) -> list[int]:
-        return self.chat.prompt_ids([Message(role="user", content=text)])
+    def encode(self, chat: Chat) -> list[int]:
+        return self.chat.prompt_ids(list(chat))
 
     def batch(self, encoded: Sequence[list[int]]) -> list[list[int]]:
         """The new tokens of one batch, padded on the left, without end tokens."""
@@ -109,6 +112,7 @@ def main() -> None:
     parser.add_argument("--model", default=_weights_of_the_demo())
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--samples", type=int, default=1, help="rows of the same prompt")
+    parser.add_argument("--again", action="store_true", help="ask for answers again")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64, help="of the fixed batches")
     parser.add_argument("--engine", default="auto")
@@ -116,11 +120,11 @@ def main() -> None:
     chosen = parser.parse_args()
     hand = apart(lambda: Transformers(chosen.model, chosen.max_tokens))
     texts = [text for text in prompts(chosen.rows // chosen.samples) for _ in range(chosen.samples)]
-    encoded = [hand.encode(text) for text in texts]
-    requests = [
-        Request((Message(role="user", content=text),), max_tokens=chosen.max_tokens)
-        for text in texts
-    ]
+    chats: list[Chat] = [(Message(role="user", content=text),) for text in texts]
+    if chosen.again:
+        chats = asked_again(chosen.model, chats, chosen.max_tokens)
+    encoded = [hand.encode(chat) for chat in chats]
+    requests = [Request(chat, max_tokens=chosen.max_tokens) for chat in chats]
     apart(partial(hand.batch, encoded[:1]))
 
     def fixed() -> list[list[int]]:
@@ -168,6 +172,15 @@ def main() -> None:
     console.table("greedy generation", columns, rows)
     said = ", ".join(f"{count} of {len(texts)} ({name})" for name, count in equal.items())
     console.result(f"replies equal to one by one: {said}; peak {memory:.1f} GiB")
+
+
+def asked_again(name: str, chats: Sequence[Chat], max_tokens: int) -> list[Chat]:
+    """Chats in which a model has answered, and is asked for its answer again."""
+    model = LocalModel(name, name, ModelOptions())
+    futures = model.submit([Request(chat, max_tokens=max_tokens) for chat in chats])
+    answers = [Message(role="assistant", content=future.result().text) for future in futures]
+    model.close()
+    return [(*chat, answer, AGAIN) for chat, answer in zip(chats, answers, strict=True)]
 
 
 def _weights_of_the_demo() -> str:

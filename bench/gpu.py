@@ -235,7 +235,7 @@ def generation(bench: Bench) -> Figures:
     name = str(make_model(bench, bench.shape(ONE_B)))
     texts = prompts(rows)
     hand = Transformers(name, new)
-    encoded = [hand.encode(text) for text in texts]
+    encoded = [hand.encode((Message(role="user", content=text),)) for text in texts]
     hand.batch(encoded[:1])
     free()
     started = time.perf_counter()

@@ -36,7 +36,8 @@ class RowStates:
         if columns <= self.columns:
             return
         self.columns = int(GROWTH * columns) + SPARE_TOKENS
-        self._rooms = [(self._larger(keys), self._larger(values)) for keys, values in self._rooms]
+        for layer, (keys, values) in enumerate(self._rooms):  # one by one, so that each is freed
+            self._rooms[layer] = self._larger(keys), self._larger(values)
 
     def keep(self, order: Sequence[int], lengths: Sequence[int]) -> None:
         """Keep these rows of such lengths, in this order; one that stays in its place costs nothing."""
