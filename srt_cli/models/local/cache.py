@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicLayer
 
 SPARE_TOKENS: Final = 64
 GROWTH: Final = 1.25
+SPARE_COLUMNS: Final = 128
+"""Room for new tokens; what is there is copied once in so many steps."""
 
 
 class RowStates:
@@ -23,7 +25,7 @@ class RowStates:
     """
 
     def __init__(self, layers: int, rows: int, heads: int, columns: int, size: int) -> None:
-        self.columns = int(GROWTH * columns) + SPARE_TOKENS
+        self.columns = columns + SPARE_COLUMNS
         shape = rows, heads, self.columns, size
         self._rooms = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
 
@@ -35,7 +37,7 @@ class RowStates:
         """Make room for so many columns."""
         if columns <= self.columns:
             return
-        self.columns = int(GROWTH * columns) + SPARE_TOKENS
+        self.columns = columns + SPARE_COLUMNS
         for layer, (keys, values) in enumerate(self._rooms):  # one by one, so that each is freed
             self._rooms[layer] = self._larger(keys), self._larger(values)
 
