@@ -41,15 +41,13 @@ PADDINGS: Final = (0, 1, 3, 8)
 
 def prompts(rows: int) -> list[str]:
     """Different prompts of mixed length, the same every time, in no order of length."""
-    lines = TOPICS.read_text().splitlines()
-    topics = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
+    topics = [json.loads(line)["prompt"] for line in TOPICS.read_text().splitlines()]
     found = []
     for number in range(rows):
-        turn, start = divmod(number, len(topics))
-        padding = PADDINGS[(turn + start) % len(PADDINGS)]
-        # Every other turn goes backwards, so that no prompt begins as a longer one does.
-        places = (start + (-1) ** turn * step for step in range(1 + padding))
-        found.append(" ".join(topics[place % len(topics)] for place in places))
+        padding = PADDINGS[number % len(PADDINGS)]
+        # Numbered, so that no two begin alike.
+        texts = [f"{number}:", *(topics[(number + n) % len(topics)] for n in range(1 + padding))]
+        found.append(" ".join(texts))
     return found
 
 
@@ -118,6 +116,8 @@ def main() -> None:
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--runs", type=int, default=1)
     chosen = parser.parse_args()
+    if chosen.rows % chosen.samples:
+        parser.error("--samples must divide --rows.")
     hand = apart(lambda: Transformers(chosen.model, chosen.max_tokens))
     texts = [text for text in prompts(chosen.rows // chosen.samples) for _ in range(chosen.samples)]
     chats: list[Chat] = [(Message(role="user", content=text),) for text in texts]

@@ -87,21 +87,23 @@ def test_guesses_save_steps_and_change_nothing(tiny_model, monkeypatch):
         return reply(row)
 
     def counted(batch, tokens):
-        steps[static.MOST_GUESSING] += len(tokens)  # of each row
+        steps[static.MOST_STEP_TOKENS] += len(tokens)  # of each row
         return step(batch, tokens)
 
-    def guess(row):
+    def guess(row, most):
+        if most < 1:
+            return []
         done = len(row.tokens)
         ahead = written[row.seed, row.request.temperature][done : done + 4]
         if done % 3 == 0:
             ahead[-1:] = [(token + 1) % 50 for token in ahead[-1:]]
-        return ahead[: row.limit - done - 1]
+        return ahead[: min(most, row.limit - done - 1)]
 
     monkeypatch.setattr(Generation, "reply", noted)
     monkeypatch.setattr(Generation, "guess", guess)
     monkeypatch.setattr(UnpaddedBatch, "step", counted)
-    for most in (0, 64):
-        monkeypatch.setattr(static, "MOST_GUESSING", most)
+    for most in (0, 256):
+        monkeypatch.setattr(static, "MOST_STEP_TOKENS", most)
         opened = open_model(str(tiny_model), ModelOptions(engine="static"))
         replies[most] = ask(opened, wanted)
         opened.close()
@@ -112,7 +114,7 @@ def test_guesses_save_steps_and_change_nothing(tiny_model, monkeypatch):
         assert [place.token for place in one.logprobs] == [place.token for place in other.logprobs]
         for place, same in zip(one.logprobs, other.logprobs, strict=True):
             assert list(place.top.values()) == pytest.approx(list(same.top.values()), abs=1e-3)
-    assert steps[64] < 0.4 * steps[0]
+    assert steps[256] < 0.4 * steps[0]
 
 
 def test_smollm2_writes_what_it_would_have_in_fewer_steps(smollm2, monkeypatch):
@@ -121,18 +123,18 @@ def test_smollm2_writes_what_it_would_have_in_fewer_steps(smollm2, monkeypatch):
     texts, steps, step = set(), Counter(), UnpaddedBatch.step
 
     def counted(batch, tokens):
-        steps[static.MOST_GUESSING] += 1
+        steps[static.MOST_STEP_TOKENS] += 1
         return step(batch, tokens)
 
     monkeypatch.setattr(UnpaddedBatch, "step", counted)
-    for most in (0, 64):
-        monkeypatch.setattr(static, "MOST_GUESSING", most)
+    for most in (0, 256):
+        monkeypatch.setattr(static, "MOST_STEP_TOKENS", most)
         opened = open_model(str(smollm2), ModelOptions(engine="static"))
         [reply] = ask(opened, asked)
         opened.close()
         texts.add(reply.text)
     assert len(texts) == 1
-    assert steps[64] < 0.8 * steps[0]
+    assert steps[256] < 0.8 * steps[0]
 
 
 def test_greedy_replies_are_those_of_generate(tiny_model):
@@ -181,6 +183,25 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(tiny_model, monkeypatc
     assert described["halved_for_memory"] == 2
     ask(short_of_memory, requests(TEXTS[:6]))
     assert max(sizes[-20:]) <= 3  # the limit that was found is kept
+    short_of_memory.close()
+
+
+def test_memory_that_runs_out_when_rows_have_just_ended_loses_none_of_them(tiny_model, monkeypatch):
+    wanted = [*requests(TEXTS[:1], max_tokens=3), *requests(TEXTS[1:3], max_tokens=9)]
+    plain = open_model(str(tiny_model))
+    replies = ask(plain, wanted)
+    plain.close()
+    keep_tops, calls = static.keep_tops, []
+
+    def fail_once(logits, wanting):
+        calls.append(len(logits))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("planted")
+        keep_tops(logits, wanting)
+
+    monkeypatch.setattr(static, "keep_tops", fail_once)
+    short_of_memory = open_model(str(tiny_model))
+    assert ask(short_of_memory, wanted) == replies
     short_of_memory.close()
 
 

@@ -27,7 +27,8 @@ class RowStates:
     def __init__(self, layers: int, rows: int, heads: int, columns: int, size: int) -> None:
         self.columns = columns + SPARE_COLUMNS
         shape = rows, heads, self.columns, size
-        self._rooms = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
+        made = [torch.zeros(shape, dtype=torch.float32) for _ in range(2 * layers)]
+        self._rooms = list(zip(made[::2], made[1::2], strict=True))
 
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A layer's keys and values, (rows, heads, columns, size), to be written in place."""
@@ -51,7 +52,7 @@ class RowStates:
 
     def _larger(self, room: torch.Tensor) -> torch.Tensor:
         rows, heads, columns, size = room.shape
-        larger = torch.zeros(rows, heads, self.columns, size)
+        larger = room.new_zeros(rows, heads, self.columns, size)
         larger[:, :, :columns] = room
         return larger
 
@@ -162,5 +163,5 @@ def shared_beginning(prompts: Sequence[list[int]]) -> int:
     if len(prompts) < 2:
         return 0
     low, high = min(prompts), max(prompts)  # what these two share, all share
-    most = min(map(len, prompts)) - 1
+    most = max(0, min(map(len, prompts)) - 1)
     return next((place for place in range(most) if low[place] != high[place]), most)

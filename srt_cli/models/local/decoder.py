@@ -80,14 +80,16 @@ def _computes_as(model: Any, decoder: "Decoder") -> bool:
     most = model.config.vocab_size
     prompts = [[token % most for token in ids] for ids in PROBE]
     batch = UnpaddedBatch(decoder)
-    found = [batch.read(prompts, lambda: False), batch.step([[3], [4]])]
-    for row, (ids, token) in enumerate(zip(prompts, (3, 4), strict=True)):
-        whole = torch.tensor([[*ids, token]])
-        wanted = model(input_ids=whole, logits_to_keep=2).logits[0]  # (2, vocabulary)
+    read, stepped = batch.read(prompts, lambda: False), batch.step([[3, 5], [4]])
+    if read is None:
+        return False
+    wholes = [[*prompts[0], 3, 5], [*prompts[1], 4]]
+    found = [torch.stack([read[0], *stepped[:2]]), torch.stack([read[1], stepped[2]])]
+    for whole, logits in zip(wholes, found, strict=True):
+        wanted = model(input_ids=torch.tensor([whole]), logits_to_keep=len(logits)).logits[0]
         tolerance = PROBE_TOLERANCE * float(wanted.abs().max())
-        for logits, expected in zip(found, wanted, strict=True):
-            if logits is None or not torch.allclose(logits[row], expected, 0, tolerance):
-                return False
+        if not torch.allclose(logits, wanted, 0, tolerance):
+            return False
     return True
 
 
@@ -229,16 +231,12 @@ class UnpaddedBatch:
 
     def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """Logits behind each of some more tokens of each row, (all tokens, vocabulary)."""
-        places = [
-            (row, column)
-            for row, (behind, ids) in enumerate(zip(self._lengths, tokens, strict=True))
-            for column in range(behind, behind + len(ids))
-        ]
+        counts = [len(ids) for ids in tokens]
         self._lengths = [
-            behind + len(ids) for behind, ids in zip(self._lengths, tokens, strict=True)
+            length + count for length, count in zip(self._lengths, counts, strict=True)
         ]
         self._states.reserve(max(self._lengths))
-        attend = _Stepping(self._states, places, self._lengths, self._decoder.queries_a_key)
+        attend = _Stepping(self._states, counts, self._lengths, self._decoder.queries_a_key)
         ids = torch.tensor([token for row in tokens for token in row])
         return self._decoder(ids, attend.columns, attend)
 
@@ -339,48 +337,38 @@ def _added(unseen: torch.Tensor) -> torch.Tensor:
 
 
 class _Group(NamedTuple):
-    """Rows of like length: their new tokens attend together."""
+    """Rows of one new token each, or one row of several: they attend together."""
 
     rows: slice
-    width: int
     tokens: slice
-    within: tuple[torch.Tensor, torch.Tensor]
-    """Of each token, its row in the group and its number in the row."""
-    most: int
-    """New tokens of a row."""
     mask: torch.Tensor
+    """What is added to scores, (rows, 1, queries of a key head or 1, columns)."""
 
 
 class _Stepping:
-    """Attention of some new tokens a row: each sees its own row up to its place."""
+    """Attention of new tokens of each row: rows of like length see the columns of the longest."""
 
     def __init__(
-        self,
-        states: RowStates,
-        places: Sequence[tuple[int, int]],
-        lengths: Sequence[int],
-        queries_a_key: int,
+        self, states: RowStates, counts: Sequence[int], lengths: Sequence[int], queries_a_key: int
     ) -> None:
-        """With the row and column of each new token, and the lengths that rows have with them."""
+        """With the number of new tokens of each row, and the length that each row has with them."""
         self._states = states
-        self._rows, self.columns = torch.tensor(places).unbind(1)
-        counts = torch.bincount(self._rows)
         ends = torch.tensor(lengths)
-        begins = ends - counts
+        new = torch.tensor(counts)
+        self._rows = torch.arange(len(counts)).repeat_interleave(new)
+        firsts = new.cumsum(0) - new  # of the tokens of each row
+        within = torch.arange(len(self._rows)) - firsts[self._rows]
+        self.columns = (ends - new)[self._rows] + within
         self._groups = []
         done = 0
-        for first, last, width in groups_of_like_length(lengths):
-            tokens = slice(done, done := done + int(counts[first:last].sum()))
-            rows, columns = self._rows[tokens], self.columns[tokens]
-            most = int(counts[first:last].max())
-            seen = begins[first:last, None] + torch.arange(1, most + 1)  # (rows, most)
-            mask = _added(torch.arange(width) >= seen[..., None])
-            if most > 1:
-                mask = mask.repeat_interleave(queries_a_key, 1)
-            within = rows - first, columns - begins[rows]
-            self._groups.append(
-                _Group(slice(first, last), width, tokens, within, most, mask[:, None])
-            )
+        for first, last, width in _groups_of_one_token(counts, lengths):
+            tokens = slice(done, done := done + sum(counts[first:last]))
+            mask = _added(torch.arange(width) > self.columns[tokens, None])  # (tokens, columns)
+            if counts[first] > 1:
+                mask = mask.repeat_interleave(queries_a_key, 0)[None, None]
+            else:
+                mask = mask[:, None, None]
+            self._groups.append(_Group(slice(first, last), tokens, mask))
 
     def __call__(self, layer: int, new: _Heads, last: bool) -> torch.Tensor:
         keys, values = self._states[layer]
@@ -389,19 +377,36 @@ class _Stepping:
         # Queries that share keys are as several tokens of one head.
         asking = new.queries.unflatten(1, (keys.shape[1], -1))  # (tokens, key heads, queries, size)
         mixed = []
-        for rows, width, tokens, within, most, mask in self._groups:
-            queries = asking[tokens]
-            if most > 1:
-                several = queries.new_zeros(mask.shape[0], most, *queries.shape[1:])
-                several[within] = queries
-                queries = several.movedim(1, 2).flatten(2, 3)
+        for rows, tokens, mask in self._groups:
+            queries, width = asking[tokens], mask.shape[-1]
+            several = len(queries) > mask.shape[0]
+            if several:  # of one row
+                queries = queries.transpose(0, 1).flatten(1, 2)[None]
             found = scaled_dot_product_attention(
                 queries, keys[rows, :, :width], values[rows, :, :width], mask
-            )  # (rows, key heads, most * queries, size)
-            if most > 1:
-                found = found.unflatten(2, (most, -1)).movedim(2, 1)[within]
+            )  # (rows, key heads, queries, size)
+            if several:
+                found = found[0].unflatten(1, (-1, asking.shape[2])).transpose(0, 1)
             mixed.append(found)
         return torch.cat(mixed).flatten(1)
+
+
+def _groups_of_one_token(
+    counts: Sequence[int], lengths: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    """Groups of rows of one new token each, and rows of several alone.
+
+    Padding all rows of a group to the tokens of one would cost more than it saves.
+    """
+    first = 0
+    for row, count in enumerate([*counts, 2]):
+        if count > 1:
+            if first < row:
+                for begin, end, width in groups_of_like_length(lengths[first:row]):
+                    yield first + begin, first + end, width
+            if row < len(counts):
+                yield row, row + 1, lengths[row]
+            first = row + 1
 
 
 def groups_of_like_length(lengths: Sequence[int]) -> list[tuple[int, int, int]]:

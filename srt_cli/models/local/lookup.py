@@ -2,7 +2,8 @@
 
 A refinement repeats much of its draft, a critique quotes it, and lists repeat themselves. Several
 guessed tokens are computed in one step, and those that the model itself writes are kept (prompt lookup
-decoding, Saxena 2023; speculative decoding, Leviathan et al. 2023). So texts stay as they are.
+decoding, Saxena 2023; speculative decoding, Leviathan et al. 2023). Texts stay as they are, but for
+rounding.
 """
 
 from collections.abc import Iterable

@@ -161,11 +161,14 @@ class Generation:
         key = self.key_at(position) if asked.temperature > 0 else 0
         return Draw(asked.temperature, asked.top_p, key)
 
-    def guess(self) -> list[int]:
-        """How it may go on, within its limit and before one more token."""
+    def guess(self, most: int) -> list[int]:
+        """How it may go on, so many tokens at most; behind them it may write one more."""
+        most = min(most, self.limit - len(self.tokens) - 1)
+        if most < 1:
+            return []
         if self._lookup is None:
             self._lookup = Lookup([*self.prompt_ids, *self.tokens])
-        return self._lookup.guess(self.limit - len(self.tokens) - 1)
+        return self._lookup.guess(most)
 
     def learn(self, guessed: int, right: int) -> None:
         """Take note how many tokens of its last guess were right."""

@@ -32,8 +32,8 @@ USUAL_REPLY: Final = 256
 OPERATIONS_A_SECOND: Final = 5e10
 """Of one core that decodes in float32: SmolLM2-135M at 185 tokens/s."""
 FEWEST_ROWS: Final = 8
-MOST_GUESSING: Final = 64
-"""Rows of a step with guesses: for more, a guessed token takes a core as long as any other."""
+MOST_STEP_TOKENS: Final = 256
+"""Of rows and what is guessed of them; beyond that a guess costs as much time as it saves."""
 OUT_OF_MEMORY: Final = (
     "out of memory",
     "can't allocate memory",
@@ -117,9 +117,11 @@ class StaticEngine:
 
     def _run(self, batch: list[Generation]) -> bool:
         """Continue a batch to its end; false when memory ran out, with unended rows as they began."""
+        left = {id(row): row for row in batch}
         try:
             with self.meter.timing(len(batch)):
                 for row in generate(self.loaded, batch, self._cancelled.is_set):
+                    del left[id(row)]
                     self.meter.tokens += len(row.tokens)
                     if not row.answered:
                         row.future.set_result(row.reply())
@@ -128,13 +130,13 @@ class StaticEngine:
                 not is_out_of_memory(str(error))
             ):
                 raise
-            left = [row for row in batch if row.finish is None]
             if len(left) == 1:
+                [alone] = left.values()
                 raise SrtError(
-                    f"out of memory with a single row of {len(left[0].prompt_ids)} tokens. "
+                    f"out of memory with a single row of {len(alone.prompt_ids)} tokens. "
                     "Lower --max-new-tokens."
                 ) from None
-            for row in left:
+            for row in left.values():  # some may have ended in the very step
                 row.start_again()
             self._most_rows = max(1, len(left) // 2)
             self.meter.halvings += 1
@@ -252,8 +254,8 @@ def generate(
             return
         if ended or any(wrong):
             live = [live[place] for place in together.keep(ended, wrong)]
-        guessing = together.takes_several and len(live) <= MOST_GUESSING
-        guesses = [row.guess() if guessing else [] for row in live]
+        most = MOST_STEP_TOKENS // len(live) - 1 if together.takes_several else 0
+        guesses = [row.guess(most) for row in live]
         known = zip(live, guesses, strict=True)
         logits = together.step([[row.tokens[-1], *guess] for row, guess in known])
 
