@@ -100,7 +100,7 @@ def test_kept_and_dropped_add_up_to_the_input(prefs, tmp_path):
         (
             {"status": "truncated"},
             (),
-            "(4 truncated). Replies are cut off: raise --critic-max-tokens",
+            "(4 truncated). Replies do not end, and the rows' `reason` says why",
         ),
         ({"score": 9}, (), "(4 gain below 1). Relax --min-gain"),
         ({}, ("--max-length-ratio", 0.5), "(4 refinement over 0.5 times as long). Relax --max-len"),
