@@ -239,12 +239,8 @@ def test_every_option_that_the_documents_name_exists(document):
     # Of srt itself, of other tools.
     known |= {"--config", "--version", "--help", "--help-all", "--output_path"}
     known |= {"--install-completion", "--show-completion"}
-    known |= {
-        "--max-tokens",
-        "--again",
-        "--rows",
-        "--mask_history",
-    }  # of the benches, of LLaMA-Factory
+    known |= {"--max-tokens", "--again", "--rows"}  # of the benches
+    known |= {"--mask_history"}  # of LLaMA-Factory
     # Of torchrun, accelerate launch and Slurm.
     known |= {"--nnodes", "--nproc_per_node", "--rdzv_backend", "--rdzv_endpoint"}
     known |= {"--shutdown-timeout", "--config_file", "--num_machines", "--num_processes"}

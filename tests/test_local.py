@@ -44,6 +44,17 @@ def ask(model, wanted):
     return [future.result(120) for future in model.submit(wanted)]
 
 
+def expect_same(replies, others):
+    """Texts and how they end, and log-probs but for rounding."""
+    for one, other in zip(replies, others, strict=True):
+        assert (one.text, one.finish_reason, one.usage) == (
+            other.text, other.finish_reason, other.usage,
+        )  # fmt: skip
+        for place, same in zip(one.logprobs, other.logprobs, strict=True):
+            assert (place.token, list(place.top)) == (same.token, list(same.top))
+            assert list(place.top.values()) == pytest.approx(list(same.top.values()), abs=1e-3)
+
+
 @pytest.fixture(params=["static", "continuous"])
 def model(tiny_model, request):
     opened = open_model(str(tiny_model), ModelOptions(batch_size=4, engine=request.param))
@@ -63,13 +74,7 @@ def test_both_engines_write_the_same_greedy_and_drawn_replies(tiny_model):
         opened = open_model(str(tiny_model), ModelOptions(engine=engine))
         replies[engine] = ask(opened, wanted)
         opened.close()
-    for one, other in zip(*replies.values(), strict=True):
-        assert (one.text, one.finish_reason, one.usage) == (
-            other.text, other.finish_reason, other.usage,
-        )  # fmt: skip
-        for place, same in zip(one.logprobs, other.logprobs, strict=True):
-            assert (place.token, list(place.top)) == (same.token, list(same.top))
-            assert list(place.top.values()) == pytest.approx(list(same.top.values()), abs=1e-3)
+    expect_same(*replies.values())
 
 
 def test_guesses_save_steps_and_change_nothing(tiny_model, monkeypatch):
@@ -107,13 +112,7 @@ def test_guesses_save_steps_and_change_nothing(tiny_model, monkeypatch):
         opened = open_model(str(tiny_model), ModelOptions(engine="static"))
         replies[most] = ask(opened, wanted)
         opened.close()
-    for one, other in zip(*replies.values(), strict=True):
-        assert (one.text, one.finish_reason, one.usage) == (
-            other.text, other.finish_reason, other.usage,
-        )  # fmt: skip
-        assert [place.token for place in one.logprobs] == [place.token for place in other.logprobs]
-        for place, same in zip(one.logprobs, other.logprobs, strict=True):
-            assert list(place.top.values()) == pytest.approx(list(same.top.values()), abs=1e-3)
+    expect_same(*replies.values())
     assert steps[256] < 0.4 * steps[0]
 
 

@@ -361,7 +361,7 @@ class _Stepping:
         self.columns = (ends - new)[self._rows] + within
         self._groups = []
         done = 0
-        for first, last, width in _groups_of_one_token(counts, lengths):
+        for first, last, width in _groups_that_attend(counts, lengths):
             tokens = slice(done, done := done + sum(counts[first:last]))
             mask = _added(torch.arange(width) > self.columns[tokens, None])  # (tokens, columns)
             if counts[first] > 1:
@@ -391,7 +391,7 @@ class _Stepping:
         return torch.cat(mixed).flatten(1)
 
 
-def _groups_of_one_token(
+def _groups_that_attend(
     counts: Sequence[int], lengths: Sequence[int]
 ) -> Iterator[tuple[int, int, int]]:
     """Groups of rows of one new token each, and rows of several alone.
